@@ -1,0 +1,143 @@
+"""Attention: heads, rotary positions, and softmax(q k^T / sqrt(D)) v as one op.
+
+Shapes: B batch, T tokens (queries), S tokens (keys), H heads, K key/value heads, D head width.
+"""
+
+import math
+
+import numpy as np
+
+from minilm.backend import BLOCK, array_module, row_dot, row_sum, wide
+from minilm.tensor import once, op
+
+
+@op
+def split_heads(x, heads):  # (B, T, H D) -> (B, H, T, D)
+    B, T, C = x.shape
+    if C % heads:
+        raise ValueError(f"split_heads: width {C} is not a multiple of {heads} heads")
+    y = x.reshape(B, T, heads, C // heads).transpose(0, 2, 1, 3)
+    return y, lambda dy: dy.transpose(0, 2, 1, 3).reshape(B, T, C)
+
+
+@op
+def merge_heads(x):  # (B, H, T, D) -> (B, T, H D)
+    B, H, T, D = x.shape
+    y = x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
+    return y, lambda dy: dy.reshape(B, T, H, D).transpose(0, 2, 1, 3)
+
+
+@op
+def rotary(x, cos, sin):  # (..., T, D), (T, D/2), (T, D/2) -> (..., T, D)
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864), the first half against the second half.
+
+    The pair (x_i, x_{i + D/2}) turns by the position's angle; the gradient turns back.
+    """
+    half = x.shape[-1] // 2
+    if x.shape[-1] % 2 or cos.shape != (x.shape[-2], half) or sin.shape != cos.shape:
+        raise ValueError(f"rotary: x {x.shape} needs tables {(x.shape[-2], half)}, got {cos.shape}")
+
+    def turn(x, sin):
+        y, a, b = array_module(x).empty_like(x), x[..., :half], x[..., half:]
+        y[..., :half] = a * cos - b * sin
+        y[..., half:] = b * cos + a * sin
+        return y
+
+    return turn(x, sin), lambda dy: turn(dy, -sin)
+
+
+@op
+def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S,D) -> (B,H,T,D)
+    """softmax(q k^T / sqrt(D) + mask) v, eq. (1) of Vaswani et al. 2017, arXiv:1706.03762.
+
+    mask broadcasts to (B, H, T, S): booleans (True may be seen) or numbers added to the scores.
+    causal: the last query sees every key, each earlier query one key fewer. H is a multiple of K:
+    each key/value head serves H / K query heads. A query that may see nothing gives zeros.
+
+    Works on tiles of query rows; a causal tile leaves out the keys that none of its rows can see.
+    P is kept unnormalised, exp(scores - max): dividing y by its row sum l is cheaper than dividing P.
+    """
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    if k.shape != v.shape or k.shape != (B, K, S, D) or H % K or (causal and T > S):
+        raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
+    xp, dtype, scale = array_module(q), q.dtype, 1 / math.sqrt(D)
+    y = xp.empty_like(q)
+    q, k, v = wide(q), wide(k), wide(v)
+    grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them
+    qg, yg, kg, vg = q.reshape(grouped), y.reshape(grouped), k[:, :, None], v[:, :, None]
+    bias = None if mask is None else _bias(mask, (B, H, T, S), q.dtype).reshape(*grouped[:4], S)
+    tiles = []
+    for b, t in _tiles(q, S):
+        s = S - T + t.stop if causal else S
+        P = (qg[b, :, :, t] * scale) @ kg[b, :, :, :s].swapaxes(-1, -2)  # scores (b, K, H/K, t, s)
+        if causal:
+            P[..., s - P.shape[-2] :] += _future(P.shape[-2], q.dtype, xp)
+        if bias is not None:
+            P += bias[b, :, :, t, :s]
+        top = P.max(-1, keepdims=True)
+        P -= top if bias is None else xp.maximum(top, xp.finfo(q.dtype).min)
+        xp.exp(P, out=P)
+        l = row_sum(P)
+        l = 1 / (l if bias is None else xp.maximum(l, xp.finfo(q.dtype).tiny))
+        yg[b, :, :, t] = P @ vg[b, :, :, :s] * l
+        tiles.append((b, t, s, P, l))
+
+    @once
+    def gradients(dy):
+        """dV = P^T dy;  dS = P (dy V^T - <dy, y>);  dQ = dS K / sqrt(D);  dK = dS^T Q / sqrt(D)."""
+        dq, dk, dv = xp.empty_like(q), xp.empty_like(k), xp.empty_like(v)
+        dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
+        while tiles:  # from the last, whose keys are all of them, so that it can write dk and dv
+            b, t, s, P, l = tiles.pop()
+            g = dyg[b, :, :, t] * l
+            dS = g @ vg[b, :, :, :s].swapaxes(-1, -2)
+            dS -= row_dot(g, yg[b, :, :, t])
+            dS *= P
+            _into(dv[b, :, :s], P.swapaxes(-1, -2) @ g, t.stop == T)
+            dS *= scale
+            _into(dk[b, :, :s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
+            dqg[b, :, :, t] = dS @ kg[b, :, :, :s]
+        return dq, dk, dv
+
+    def dq(dy): return gradients(dy)[0]
+    def dk(dy): return gradients(dy)[1]
+    def dv(dy): return gradients(dy)[2]
+    return y, dq, dk, dv
+
+
+def _tiles(q, S):
+    """Slices over batch and query rows whose scores fit the cache; on a GPU one tile holds all."""
+    B, H, T, _ = q.shape
+    if array_module(q) is not np:
+        return [(slice(0, B), slice(0, T))]
+    t = min(T, 64)
+    b = max(1, 2 * BLOCK // (H * t * S))
+    return [
+        (slice(i, min(i + b, B)), slice(j, min(j + t, T)))
+        for i in range(0, B, b) for j in range(0, T, t)
+    ]  # fmt: skip
+
+
+def _future(t, dtype, xp):
+    """-inf above the diagonal: (t, t)."""
+    return xp.triu(xp.full((t, t), -xp.inf, dtype), 1)
+
+
+def _bias(mask, shape, dtype):
+    """The mask as numbers to add, in the scores' shape without taking their memory."""
+    xp = array_module(mask)
+    if mask.dtype == bool:
+        mask = xp.where(mask, 0, -xp.inf)
+    try:
+        return xp.broadcast_to(mask.astype(dtype), shape)
+    except ValueError:
+        raise ValueError(f"attention: mask {mask.shape} does not broadcast to {shape}") from None
+
+
+def _into(out, dx, first):
+    """Write (first) or add dx (b, K, H/K, s, D), summed over the query heads of a group, to out."""
+    dx = dx[:, :, 0] if dx.shape[2] == 1 else dx.sum(2)
+    if first:
+        out[...] = dx
+    else:
+        out += dx

@@ -1,0 +1,162 @@
+"""Where arrays live, and the few array routines that differ between NumPy and CuPy.
+
+An array decides by itself where work on it runs: code asks `array_module(x)` for the module's
+functions and uses operators and methods elsewhere. CuPy is imported here only, and only when used.
+
+On a CPU the cost of a plain formula is memory traffic: every operator reads and writes whole
+arrays. `by_rows` runs the same formula on blocks of rows that fit the cache, so that formulas can
+stay as the textbook has them.
+"""
+
+import ctypes
+import functools
+import math
+import sys
+
+import numpy as np
+
+BLOCK = 1 << 16  # elements of a block: three or four float32 temporaries fit a second-level cache
+
+
+def array_module(x):
+    """numpy or cupy, whichever x belongs to."""
+    return np if isinstance(x, np.ndarray | np.generic) else sys.modules["cupy"]
+
+
+def to_device(array, device: str):
+    """The array on `device`, "cpu" or "cuda"; the same object where it is there already."""
+    if device == "cpu":
+        return array if array_module(array) is np else array.get()
+    if device != "cuda":
+        raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
+    return cupy().asarray(array)
+
+
+@functools.cache
+def cupy():
+    """The cupy module; RuntimeError with the reason where it cannot be used."""
+    try:
+        import cupy as cp
+    except ImportError as error:
+        raise RuntimeError(f'device "cuda" needs CuPy: pip install "minilm[gpu]" ({error})') from None
+    if not cp.is_available():
+        raise RuntimeError('device "cuda" needs an NVIDIA GPU and its driver; CuPy finds none')
+    return cp
+
+
+def tune_allocator():
+    """Keep freed memory in the process, so that a fresh array costs no page faults (glibc only).
+
+    Without it each large temporary is mapped and unmapped by the kernel, which on a small model
+    costs more than the arithmetic. Process-wide, so it is a call and not an effect of importing.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def by_rows(formula, *arrays):
+    """formula(*arrays), an array or a tuple of arrays, computed in blocks of rows on the CPU.
+
+    The arrays are (..., C) with equal leading axes; formula must treat rows independently, and
+    each result has one row per row of its input: (n, C) -> (n, ...).
+    """
+    x = arrays[0]
+    if x.size <= 2 * BLOCK or array_module(x) is not np:
+        return formula(*arrays)
+    lead = x.shape[:-1]
+    arrays = [rows(a) for a in arrays]
+    n, step, results = len(arrays[0]), max(1, BLOCK // x.shape[-1]), None
+    for i in range(0, n, step):
+        block = formula(*(a[i : i + step] for a in arrays))
+        parts = block if isinstance(block, tuple) else (block,)
+        if results is None:
+            results = [np.empty((n, *p.shape[1:]), p.dtype) for p in parts]
+        for result, part in zip(results, parts):
+            result[i : i + step] = part
+    results = tuple(r.reshape(*lead, *r.shape[1:]) for r in results)
+    return results if isinstance(block, tuple) else results[0]
+
+
+def rows(x):
+    """(..., C) -> (N, C), a view where the memory allows it."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def wide(x):
+    """x in at least float32, the precision of sums, norms and exponentials."""
+    return x.astype(np.float32) if x.dtype.itemsize == 2 else x
+
+
+def matmul(a, b):
+    """a @ b; 16-bit inputs accumulate in float32 and give a 16-bit result."""
+    if a.dtype.itemsize > 2 or array_module(a) is not np:
+        return a @ b
+    return (wide(a) @ wide(b)).astype(a.dtype)
+
+
+def row_sum(x):
+    """Sums over the last axis, kept: (..., C) -> (..., 1). A product with ones is BLAS's fastest."""
+    return (x @ array_module(x).ones(x.shape[-1], x.dtype))[..., None]
+
+
+def row_dot(a, b):
+    """Sums of a * b over the last axis, kept: (..., C), (..., C) -> (..., 1)."""
+    if array_module(a) is np:
+        return np.vecdot(a, b)[..., None]
+    return (a * b).sum(-1, keepdims=True)
+
+
+def column_sum(x):
+    """Sums over all axes but the last: (..., C) -> (C,)."""
+    x = rows(wide(x))
+    return array_module(x).ones(len(x), x.dtype) @ x
+
+
+def scatter_add(ids, dy, n: int):
+    """Rows of dy added up by their id: (N,), (N, C) -> (n, C)."""
+    xp, dy = array_module(dy), wide(dy)
+    total = xp.zeros((n, dy.shape[-1]), dy.dtype)
+    if xp is np and len(ids):
+        order = np.argsort(ids, kind="stable")  # sorted runs add up ten times as fast as np.add.at
+        unique, starts = np.unique(ids[order], return_index=True)
+        total[unique] = np.add.reduceat(dy[order], starts, axis=0)
+    elif len(ids):
+        xp.add.at(total, ids, dy)
+    return total
+
+
+def erf(x):
+    """The error function, float32 or float64, to the last bit or two (NumPy has none).
+
+    A Taylor series around the nearest of a table of points, whose values are math.erf's.
+    """
+    if array_module(x) is not np:
+        from cupyx.scipy.special import erf
+
+        return erf(x)
+    step, coefficients = _erf_table()
+    near = np.clip(x, -6, 6)  # beyond, erf is +-1 in float64
+    index = np.rint(near / step).astype(np.intp)
+    d = near - (index * step).astype(x.dtype)
+    index += len(coefficients[0]) // 2
+    y = np.zeros_like(x)
+    for c in reversed(coefficients):
+        y = y * d + c.astype(x.dtype)[index]
+    return y
+
+
+@functools.cache
+def _erf_table(step=1 / 32, order=8):
+    """Coefficients erf^(n)(p) / n! at the points p of a grid over [-6, 6]."""
+    p = np.arange(-round(6 / step), round(6 / step) + 1) * step
+    series = [2 / math.sqrt(math.pi) * np.exp(-p * p)]  # of erf', whose derivative is -2 p erf'
+    series.append(-2 * p * series[0])
+    for n in range(1, order):
+        series.append(-2 * (p * series[n] + series[n - 1]) / (n + 1))
+    values = np.array([math.erf(v) for v in p])
+    return step, [values] + [s / (n + 1) for n, s in enumerate(series)]

@@ -1,0 +1,26 @@
+"""From text to batches: corpora, tokenizers, streams of token ids."""
+
+from minilm.data.batches import Batches, mask_tokens, pack, rows
+from minilm.data.corpora import Corpus, load_corpus, split
+from minilm.data.tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+
+__all__ = [
+    "BPETokenizer",
+    "Batches",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "Corpus",
+    "Tokenizer",
+    "load_corpus",
+    "load_tokenizer",
+    "mask_tokens",
+    "pack",
+    "rows",
+    "split",
+]

@@ -1,0 +1,126 @@
+"""From documents to (B, T) arrays: random crops to train on, consecutive rows to evaluate on.
+
+A stream is a (N,) array of token ids. `tokens` and `targets` are (B, T) int32; a target of -100
+does not count in the loss.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
+
+from minilm.data.tokenizers import Tokenizer
+
+IGNORED = -100
+
+
+def pack(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
+    """All documents as one stream (N,) int32, each followed by the tokenizer's end."""
+    if isinstance(documents, str):
+        raise TypeError("documents must be a sequence of texts, got one str")
+    end = np.array([tokenizer.end], np.int32)
+    parts = [part for document in documents for part in (tokenizer.encode(document), end)]
+    if not parts:
+        raise ValueError("there is no document to pack")
+    return np.concatenate(parts)
+
+
+class Batches:
+    """Random training batches from a mixture of streams: batches[step] -> (tokens, targets).
+
+    The stream of each row is drawn in proportion to `weights` and the row starts anywhere in it
+    with equal chance; targets are the tokens one place later. Everything of a step comes from
+    (seed, step), so a resumed run needs no stored position. Iterating never ends.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[np.ndarray],
+        weights: Sequence[float],
+        batch: int,
+        length: int,
+        seed: int,
+    ):
+        if batch < 1 or length < 1:
+            raise ValueError(f"batch and length must be at least 1, got {batch} and {length}")
+        streams = [_stream(stream, length + 1) for stream in streams]
+        sizes = np.array([len(stream) for stream in streams])
+        self.tokens = np.concatenate(streams)
+        self.starts = np.cumsum(sizes) - sizes
+        self.offsets = sizes - length
+        self.borders = _borders(weights, len(streams))
+        self.batch, self.length, self.seed = batch, length, seed
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        which, where = np.random.default_rng([self.seed, step]).random((2, self.batch))
+        stream = np.searchsorted(self.borders, which, side="right")
+        first = self.starts[stream] + (where * self.offsets[stream]).astype(np.int64)
+        index = first[:, None] + np.arange(self.length)  # (B, T)
+        return self.tokens[index], self.tokens[index + 1]
+
+
+def rows(stream: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The whole stream as consecutive rows: tokens (R, T) and targets (R, T), int32.
+
+    Every token but the first is a target exactly once. The last row is filled up with tokens 0 and
+    targets -100.
+    """
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+    stream = _stream(stream, 2)
+    size = len(stream) - 1
+    shape = -(-size // length), length
+    tokens, targets = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32)
+    tokens.flat[:size] = stream[:-1]
+    targets.flat[:size] = stream[1:]
+    return tokens, targets
+
+
+def mask_tokens(
+    tokens: np.ndarray,
+    rng: np.random.Generator,
+    mask: int,
+    vocab_size: int,
+    rate: float = 0.15,
+    special: Collection[int] = (),
+) -> tuple[np.ndarray, np.ndarray]:
+    """BERT's corruption (Devlin et al. 2019, section 3.1): inputs and targets shaped like tokens.
+
+    Each token that is neither special nor mask becomes a target with probability `rate`. Of the
+    targets 80 % are replaced by mask, 10 % by a random ordinary id, and 10 % stay: the model cannot
+    tell which tokens it sees are true. All other targets are -100.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate must lie between 0 and 1, got {rate}")
+    reserved = np.unique([*special, mask])
+    if reserved[0] < 0 or reserved[-1] >= vocab_size:
+        raise ValueError(f"mask and special must be ids below {vocab_size}, got {reserved}")
+    ordinary = np.delete(np.arange(vocab_size, dtype=np.int32), reserved)
+    if not len(ordinary):
+        raise ValueError("every id is special: there is none to draw")
+    draw = rng.random(tokens.shape)
+    draw[np.isin(tokens, reserved)] = 1
+    random = ordinary[rng.integers(len(ordinary), size=tokens.shape)]
+    inputs = np.where(draw < 0.9 * rate, random, tokens)
+    inputs = np.where(draw < 0.8 * rate, mask, inputs)
+    targets = np.where(draw < rate, tokens, IGNORED)
+    return inputs.astype(np.int32), targets.astype(np.int32)
+
+
+def _stream(stream, least):
+    stream = np.asarray(stream)
+    if stream.ndim != 1 or stream.dtype.kind not in "iu":
+        raise TypeError(f"a stream is (N,) of integers, got {stream.dtype} {stream.shape}")
+    if len(stream) < least:
+        raise ValueError(f"a stream of {len(stream)} tokens is too short: {least} are needed")
+    return stream.astype(np.int32, copy=False)
+
+
+def _borders(weights, streams):
+    """Where [0, 1) changes from one stream to the next: (S - 1,) float64."""
+    weights = np.asarray(weights, np.float64)
+    if weights.shape != (streams,):
+        raise ValueError(f"expected {streams} weights, one a stream, got shape {weights.shape}")
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise ValueError(f"weights must be finite, none negative, not all zero: {weights}")
+    shares = np.cumsum(weights)
+    return shares[:-1] / shares[-1]

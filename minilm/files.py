@@ -1,0 +1,196 @@
+"""Files that are whole or absent, and errors that name the path and the field.
+
+A write goes to a temporary file in the same folder, is forced to the disk, and is then renamed over
+the target, so a crash leaves the old file or the new one and never a part. A read accepts only what
+is well formed: anything else is a FormatError. Tensors are stored as safetensors. The header is
+written here, because the library's own writer puts metadata in a random order and because tensors
+can then go to the file without a copy. Reading is the library's, checked against hostile files.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+CODES = {dtype.name: code for code, dtype in DTYPES.items()}
+
+
+class FormatError(ValueError):
+    """A file does not hold what it should; the text is "path: message"."""
+
+    def __init__(self, path: str | os.PathLike, message: str):
+        super().__init__(os.fspath(path), message)
+
+    def __str__(self):
+        return "{}: {}".format(*self.args)
+
+
+def write_atomically(path: str | os.PathLike, *parts: bytes) -> None:
+    """Write the parts (bytes or contiguous uint8 arrays) one after another as one whole file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: str | os.PathLike) -> None:
+    """Force the names in a folder to the disk; without this a rename may be lost in a crash."""
+    if os.name == "nt":  # Windows cannot open a folder
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: str | os.PathLike, obj: object) -> None:
+    """Write obj as indented JSON. NaN and infinity are a ValueError: JSON has no name for them."""
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """Read strict JSON: UTF-8, no key twice, no NaN. Raises FormatError, FileNotFoundError."""
+    return _parse_json(path, _read(path))
+
+
+def write_tensors(
+    path: str | os.PathLike,
+    tensors: dict[str, np.ndarray],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write named arrays as safetensors; the same input gives the same bytes.
+
+    Dtypes: those of DTYPES, else TypeError. Only arrays that are not C-contiguous are copied.
+    """
+    codes = {name: _code(name, array) for name, array in tensors.items()}
+    # Large items first: every tensor then starts at a multiple of its item size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header = {} if metadata is None else {"__metadata__": _checked(metadata)}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": codes[name], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    bodies = (_bytes_of(tensors[name], DTYPES[codes[name]]) for name in names)
+    write_atomically(path, len(text).to_bytes(8, "little"), text, *bodies)
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read a safetensors file as writable arrays, sorted by name; metadata is not returned.
+
+    Needs twice the file's size in memory at its peak. Raises FormatError, FileNotFoundError.
+    """
+    data = _read(path)
+    try:
+        views = deserialize(data)
+    except SafetensorError as error:
+        raise FormatError(path, f"not a safetensors file: {error}") from error
+    header_size = int.from_bytes(data[:8], "little")
+    _parse_json(path, data[8 : 8 + header_size])  # the library accepts a name that appears twice
+    return {name: _array(path, name, view) for name, view in sorted(views)}
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path):
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise FormatError(path, f"cannot be read: {error.strerror}") from error
+
+
+def _parse_json(path, data):
+    try:
+        return json.loads(
+            data.decode(), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise FormatError(path, f"not valid JSON: {error}") from error
+
+
+def _without_repeats(pairs):
+    obj = {}
+    for key, value in pairs:
+        if key in obj:
+            raise ValueError(f"key {key!r} appears twice")
+        obj[key] = value
+    return obj
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _checked(metadata):
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata must map str to str, got {key!r}: {value!r}")
+    return dict(sorted(metadata.items()))
+
+
+def _code(name, array):
+    if not isinstance(name, str):
+        raise TypeError(f"tensor names must be str, got {name!r}")
+    if name == "__metadata__":
+        raise ValueError("a tensor cannot be named '__metadata__': safetensors reserves it")
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"tensor {name!r} must be a numpy array, got {type(array).__name__}")
+    if array.dtype.name not in CODES:
+        raise TypeError(f"tensor {name!r} has dtype {array.dtype}, expected one of {list(CODES)}")
+    return CODES[array.dtype.name]
+
+
+def _bytes_of(array, dtype):
+    return np.asarray(array, dtype, order="C").reshape(-1).view(np.uint8)
+
+
+def _array(path, name, view):
+    if view["dtype"] not in DTYPES:
+        raise FormatError(
+            path, f"tensor {name!r} has dtype {view['dtype']}, expected one of {list(DTYPES)}"
+        )
+    try:
+        array = np.frombuffer(view["data"], DTYPES[view["dtype"]]).reshape(view["shape"])
+    except ValueError as error:
+        raise FormatError(path, f"tensor {name!r}, shape {view['shape']}: {error}") from error
+    if view["dtype"] == "BOOL" and array.view(np.uint8).max(initial=0) > 1:
+        raise FormatError(path, f"tensor {name!r} has a bool that is neither 0 nor 1")
+    return array

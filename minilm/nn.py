@@ -1,0 +1,155 @@
+"""Modules: objects that hold parameters and call ops.
+
+A parameter is an attribute that is a Tensor; a submodule is an attribute that is a Module, or a
+list of Modules. Methods of adaptation swap modules with `replace`; they never subclass a model.
+"""
+
+import numpy as np
+
+from minilm import ops
+from minilm.backend import to_device
+from minilm.tensor import Tensor, current_rng
+
+
+class Module:
+    """Base of everything with parameters."""
+
+    training = True
+
+    def __call__(self, *args, **kwargs):
+        return self.forward(*args, **kwargs)
+
+    def named_modules(self, prefix=""):
+        """(path, module) of this module and all below it; its own path is ""."""
+        yield prefix, self
+        for name, value in vars(self).items():
+            path = f"{prefix}.{name}" if prefix else name
+            if isinstance(value, Module):
+                yield from value.named_modules(path)
+            elif isinstance(value, list):
+                for i, child in enumerate(value):
+                    yield from child.named_modules(f"{path}.{i}")
+
+    def named_tensors(self):
+        """(path, tensor) of every tensor once, frozen ones too; a shared one under its first path."""
+        seen = set()
+        for prefix, module in self.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor) and id(value) not in seen:
+                    seen.add(id(value))
+                    yield f"{prefix}.{name}" if prefix else name, value
+
+    def named_parameters(self):
+        """(path, tensor) of every tensor that requires a gradient."""
+        return ((name, t) for name, t in self.named_tensors() if t.requires_grad)
+
+    def parameters(self) -> list[Tensor]:
+        """The tensors that require a gradient."""
+        return [t for _, t in self.named_parameters()]
+
+    def replace(self, path: str, module: "Module"):
+        """Put `module` in the place that `path` names, such as "blocks.0.attention.q"."""
+        *parents, name = path.split(".")
+        owner = self
+        for part in parents:
+            owner = owner[int(part)] if isinstance(owner, list) else getattr(owner, part)
+        if isinstance(owner, list):
+            owner[int(name)] = module
+        elif isinstance(getattr(owner, name, None), Module):
+            setattr(owner, name, module)
+        else:
+            raise ValueError(f"there is no module {path!r} to replace")
+
+    def state_dict(self) -> dict:
+        """path -> array, not copied; a shared tensor appears once."""
+        return {name: t.data for name, t in self.named_tensors()}
+
+    def load_state_dict(self, state: dict):
+        """Copy arrays into the tensors. Names and shapes must match exactly, or nothing is copied."""
+        own = dict(self.named_tensors())
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        wrong = [f"{k} is {state[k].shape}, expected {own[k].shape}"
+                 for k in own.keys() & state.keys() if state[k].shape != own[k].shape]  # fmt: skip
+        if missing or unexpected or wrong:
+            raise ValueError(f"state does not fit: {missing=}, {unexpected=}, misshapen={wrong}")
+        for name, t in own.items():
+            t.data[...] = state[name]
+
+    def train(self, mode: bool = True):
+        """Switch dropout on (or, with False, off) here and below."""
+        for _, module in self.named_modules():
+            module.training = mode
+        return self
+
+    def eval(self):
+        """Switch dropout off."""
+        return self.train(False)
+
+    def freeze(self):
+        """No tensor below requires a gradient any more."""
+        for _, t in self.named_tensors():
+            t.node = None
+        return self
+
+    def to(self, device: str):
+        """Move every tensor to "cpu" or "cuda". RuntimeError that says why where there is no GPU."""
+        for _, t in self.named_tensors():
+            t.data = to_device(t.data, device)
+        return self
+
+
+class Linear(Module):
+    """x W^T + b, with W (O, I) as in PyTorch."""
+
+    def __init__(self, inputs, outputs, rng, bias=True, std=0.02):
+        self.weight = normal(rng, (outputs, inputs), std)
+        self.bias = parameter(np.zeros(outputs)) if bias else None
+
+    def forward(self, x):  # (..., I) -> (..., O)
+        return ops.linear(x, self.weight, self.bias)
+
+
+class Embedding(Module):
+    """A table of N rows, looked up by integers."""
+
+    def __init__(self, count, width, rng, std=0.02):
+        self.weight = normal(rng, (count, width), std)
+
+    def forward(self, ids):  # (...) -> (..., C)
+        return ops.embedding(ids, self.weight)
+
+
+class LayerNorm(Module):
+    def __init__(self, width, eps):
+        self.weight, self.bias, self.eps = parameter(np.ones(width)), parameter(np.zeros(width)), eps
+
+    def forward(self, x):
+        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class RMSNorm(Module):
+    def __init__(self, width, eps):
+        self.weight, self.eps = parameter(np.ones(width)), eps
+
+    def forward(self, x):
+        return ops.rms_norm(x, self.weight, eps=self.eps)
+
+
+class Dropout(Module):
+    """Dropout while training, drawn from the generator of the surrounding `randomness`."""
+
+    def __init__(self, p):
+        self.p = p
+
+    def forward(self, x):
+        return ops.dropout(x, self.p, current_rng()) if self.training and self.p else x
+
+
+def parameter(data) -> Tensor:
+    """A float32 leaf that requires a gradient."""
+    return Tensor(np.asarray(data, np.float32), requires_grad=True)
+
+
+def normal(rng, shape, std) -> Tensor:
+    """A parameter drawn from N(0, std^2)."""
+    return parameter(rng.standard_normal(shape, dtype=np.float32) * np.float32(std))

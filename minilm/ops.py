@@ -1,0 +1,277 @@
+"""The differentiable functions, from the simplest to the losses; attention has a file of its own.
+
+Shapes: C width, V vocabulary, I in, O out, N rows, "..." any leading axes. Each op is checked
+against its PyTorch twin.
+"""
+
+import math
+
+import numpy as np
+
+from minilm.attention import attention, merge_heads, rotary, split_heads
+from minilm.backend import (
+    array_module,
+    by_rows,
+    erf,
+    row_dot,
+    row_sum,
+    rows,
+    scatter_add,
+    wide,
+)
+from minilm.backend import matmul as product
+from minilm.tensor import add, matmul, mul, op
+
+__all__ = [
+    "add", "attention", "cosine_embedding", "cross_entropy", "dropout", "embedding", "gelu",
+    "kl_divergence", "layer_norm", "linear", "log_softmax", "matmul", "merge_heads", "mse", "mul",
+    "relu", "rms_norm", "rotary", "silu", "softmax", "split_heads",
+]  # fmt: skip
+
+
+@op
+def linear(x, W, b=None):  # (..., I), (O, I), (O,) -> (..., O)
+    if x.shape[-1] != W.shape[1]:
+        raise ValueError(f"linear: x has {x.shape[-1]} features, W {W.shape} takes {W.shape[1]}")
+    lead = x.shape[:-1]
+
+    def dx(dy): return product(rows(dy), W).reshape(*lead, -1)
+    def dW(dy): return product(rows(dy).T, rows(x))
+    def db(dy): return dy
+    y = product(rows(x), W.T)
+    if b is not None:
+        y += b
+    return y.reshape(*lead, -1), dx, dW, db
+
+
+@op
+def embedding(ids, W):  # integers (...), (V, C) -> (..., C)
+    V = len(W)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"embedding: ids must be integers, got dtype {ids.dtype}")
+    if ids.size and (ids.min() < 0 or ids.max() >= V):
+        raise ValueError(f"embedding: ids go from {ids.min()} to {ids.max()}, the table has {V} rows")
+
+    def dW(dy): return scatter_add(ids.reshape(-1), rows(dy), V)
+    return W[ids], None, dW
+
+
+@op
+def relu(x):
+    y = array_module(x).maximum(x, 0)
+    return y, lambda dy: dy * (y > 0)
+
+
+@op
+def silu(x):  # x sigmoid(x)
+    def formula(x):
+        x = wide(x)
+        s = 1 / (1 + array_module(x).exp(-x))
+        return x * s, s * (1 + x * (1 - s))
+
+    y, slope = by_rows(formula, x)
+    return y.astype(x.dtype, copy=False), lambda dy: dy * slope
+
+
+@op
+def gelu(x, approximate="none"):
+    """x P(Z <= x) for a standard normal Z (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+
+    approximate="tanh" is GPT-2's form, .5 x (1 + tanh(sqrt(2/pi) (x + .044715 x^3))).
+    """
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')
+    k0, k1 = math.sqrt(2 / math.pi), 0.044715
+
+    def exact(x):
+        x = wide(x)
+        cdf = 0.5 + 0.5 * erf(x * math.sqrt(0.5))
+        pdf = array_module(x).exp(-0.5 * x * x) * (k0 / 2)
+        return x * cdf, cdf + x * pdf
+
+    def tanh(x):
+        x = wide(x)
+        xx = x * x
+        cdf = 0.5 + 0.5 * array_module(x).tanh(x * (k0 + k0 * k1 * xx))
+        y = x * cdf
+        return y, cdf + y * (1 - cdf) * (2 * k0 + 6 * k0 * k1 * xx)
+
+    y, slope = by_rows(exact if approximate == "none" else tanh, x)
+    return y.astype(x.dtype, copy=False), lambda dy: dy * slope
+
+
+@op
+def softmax(x):  # over the last axis
+    def formula(x):
+        e = array_module(x).exp(wide(x) - x.max(-1, keepdims=True))
+        return e / row_sum(e)
+
+    p = by_rows(formula, x)
+    # dp_j/dx_i = p_j (1[i = j] - p_i), so dx = p (dp - <dp, p>)
+    def dx(dp): return by_rows(lambda dp, p: p * (dp - row_dot(wide(dp), p)), dp, p)
+    return p.astype(x.dtype, copy=False), dx
+
+
+@op
+def log_softmax(x):  # over the last axis
+    def formula(x):
+        z = wide(x) - x.max(-1, keepdims=True)
+        xp = array_module(z)
+        return z - xp.log(row_sum(xp.exp(z)))
+
+    y = by_rows(formula, x)
+    def dx(dy): return dy - array_module(y).exp(y) * row_sum(wide(dy))
+    return y.astype(x.dtype, copy=False), dx
+
+
+@op
+def layer_norm(x, g, b, eps=1e-5):  # (..., C), (C,), (C,) -> (..., C)
+    """(x - mean) / sqrt(var + eps) * g + b over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
+    C = x.shape[-1]
+
+    def formula(x):
+        x = wide(x)
+        xhat = x - row_sum(x) / C
+        rstd = 1 / array_module(x).sqrt(row_dot(xhat, xhat) / C + eps)
+        xhat *= rstd
+        return (xhat * g + b).astype(dtype, copy=False), xhat, rstd
+
+    dtype = x.dtype
+    y, xhat, rstd = by_rows(formula, x)
+
+    # xhat has mean 0 and variance 1, so dx is what is left of dxhat across both: (..., C)
+    def dx_rows(dy, xhat, rstd):
+        dxhat = dy * g
+        dxhat -= row_sum(dxhat) / C + xhat * (row_dot(dxhat, xhat) / C)
+        dxhat *= rstd
+        return dxhat
+
+    def dx(dy): return by_rows(dx_rows, wide(dy), xhat, rstd)
+    def dg(dy): return dy * xhat
+    def db(dy): return dy
+    return y, dx, dg, db
+
+
+@op
+def rms_norm(x, g, eps=1e-6):  # (..., C), (C,) -> (..., C)
+    """x / sqrt(mean(x^2) + eps) * g over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    C = x.shape[-1]
+
+    def formula(x):
+        x = wide(x)
+        rstd = 1 / array_module(x).sqrt(row_dot(x, x) / C + eps)
+        xhat = x * rstd
+        return (xhat * g).astype(dtype, copy=False), xhat, rstd
+
+    dtype = x.dtype
+    y, xhat, rstd = by_rows(formula, x)
+
+    def dx_rows(dy, xhat, rstd):
+        dxhat = dy * g
+        dxhat -= xhat * (row_dot(dxhat, xhat) / C)
+        dxhat *= rstd
+        return dxhat
+
+    def dx(dy): return by_rows(dx_rows, wide(dy), xhat, rstd)
+    def dg(dy): return dy * xhat
+    return y, dx, dg
+
+
+@op
+def dropout(x, p, rng):
+    """x with each element zeroed with probability p and the rest divided by 1 - p."""
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout: p must be in [0, 1), got {p}")
+    if p == 0:
+        return x, lambda dy: dy
+    kept = array_module(x).asarray(rng.random(x.shape, dtype=np.float32) >= p)
+    scale = 1 / (1 - p)
+    return x * kept * scale, lambda dy: dy * kept * scale
+
+
+@op
+def cross_entropy(logits, targets, ignore_index=-100, total=None):  # (..., V), integers (...) -> ()
+    """Mean of -log softmax(logits)[target] over the targets that are not ignore_index.
+
+    total: divide by this number of targets instead, so that the parts of a split batch add up to
+    the whole batch's loss. ValueError where targets are out of range, or when none is left to average.
+    """
+    V = logits.shape[-1]
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(f"cross_entropy: logits {logits.shape} do not go with {targets.shape}")
+    lead, z, t = logits.shape, rows(logits), targets.reshape(-1)
+    counted = t != ignore_index
+    n = int(counted.sum()) if total is None else total
+    if n == 0:
+        raise ValueError(f"cross_entropy: every target is {ignore_index}; nothing to average")
+    t = t * counted  # any class will do where nothing is counted
+    if t.size and (t.min() < 0 or t.max() >= V):
+        raise ValueError(f"cross_entropy: targets from {t.min()} to {t.max()}, {V} classes")
+
+    def formula(z, t):
+        xp, i = array_module(z), np.arange(len(t))
+        z = wide(z) - z.max(-1, keepdims=True)
+        zt = z[i, t[:, 0]]
+        p = xp.exp(z, out=z)
+        l = row_sum(p)
+        p /= l
+        return p, xp.log(l[:, 0]) - zt
+
+    p, losses = by_rows(formula, z, t[:, None])
+
+    def dlogits(dy):  # (p - onehot(target)) / n
+        p[np.arange(len(t)), t] -= 1
+        p[...] *= (counted * (dy / n)).astype(p.dtype)[:, None]
+        return p.reshape(lead)
+    return (losses * counted).sum() / n, dlogits, None
+
+
+@op
+def kl_divergence(student, teacher, temperature=1.0):  # logits (..., V), (..., V) -> ()
+    """Mean over rows of KL(softmax(teacher / T) || softmax(student / T)).
+
+    Its gradient shrinks like 1/T^2: Hinton et al. 2015, arXiv:1503.02531, multiply by T^2.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"kl_divergence: student {student.shape}, teacher {teacher.shape}")
+    xp, n = array_module(student), student.size // student.shape[-1]
+
+    def log_softmax(x):
+        z = wide(x) / temperature
+        z -= z.max(-1, keepdims=True)
+        return z - xp.log(row_sum(xp.exp(z)))
+
+    log_q, log_p = log_softmax(student), log_softmax(teacher)
+    p, gap = xp.exp(log_p), log_p - log_q
+    per_row = row_dot(p, gap)
+
+    def dstudent(dy): return dy / (n * temperature) * (xp.exp(log_q) - p)
+    def dteacher(dy): return dy / (n * temperature) * p * (gap - per_row)
+    return per_row.sum() / n, dstudent, dteacher
+
+
+@op
+def cosine_embedding(x, y):  # (..., C), (..., C) -> ()
+    """Mean over rows of 1 - cos(x, y)."""
+    if x.shape != y.shape:
+        raise ValueError(f"cosine_embedding: x {x.shape}, y {y.shape}")
+    xp, n = array_module(x), x.size // x.shape[-1]
+    x, y = wide(x), wide(y)
+    norm_x, norm_y = xp.sqrt(row_dot(x, x)), xp.sqrt(row_dot(y, y))
+    cos = row_dot(x, y) / (norm_x * norm_y)
+
+    # d cos/dx = (yhat - cos xhat) / |x|
+    def dx(dy): return dy / -n * (y / norm_y - cos * x / norm_x) / norm_x
+    def dy(d): return d / -n * (x / norm_x - cos * y / norm_y) / norm_y
+    return 1 - cos.sum() / n, dx, dy
+
+
+@op
+def mse(x, y):
+    """Mean of (x - y)^2 over all elements."""
+    if x.shape != y.shape:
+        raise ValueError(f"mse: x {x.shape}, y {y.shape}")
+    gap = wide(x) - wide(y)
+    def dx(dy): return dy * (2 / gap.size) * gap
+    def dy(d): return d * (-2 / gap.size) * gap
+    return (gap * gap).mean(), dx, dy

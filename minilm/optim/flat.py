@@ -1,0 +1,92 @@
+"""Flat memory: the parameters end to end in one buffer, their gradients in another.
+
+An update rule is then one loop over chunks of four flat arrays. A chunk is a cache block on the
+CPU, a page in a paged optimizer, a shard in ZeRO, a bucket in data parallelism.
+"""
+
+import math
+import mmap
+import threading
+
+import numpy as np
+
+from minilm.backend import array_module
+from minilm.tensor import Tensor
+
+
+class FlatParameters:
+    """Takes over the given leaves: param.data and param.grad become views of .data and .grad.
+
+    All must have one dtype and device. The first gradient of a step overwrites its place, later
+    ones add to it. ValueError for an empty list, a parameter given twice, or a frozen one.
+    """
+
+    def __init__(self, params):
+        self.params = list(params)
+        if not self.params:
+            raise ValueError("no parameters were given; is the whole model frozen?")
+        if len({id(p) for p in self.params}) < len(self.params):
+            raise ValueError("a parameter was given twice")
+        if any(p.node is None or p.node.op != "leaf" for p in self.params):
+            raise ValueError("every parameter must be a leaf with requires_grad=True")
+        dtypes = {str(p.dtype) for p in self.params}
+        if len(dtypes) > 1:
+            raise ValueError(f"the parameters must share one dtype, got {sorted(dtypes)}")
+        self.ends = np.cumsum([p.size for p in self.params])
+        first = self.params[0].data
+        self.place(lambda n: array_module(first).zeros(n, first.dtype))
+
+    def place(self, allocate):
+        """Move the parameters into a buffer from allocate(size), the gradients into another."""
+        size, lock = int(self.ends[-1]), threading.Lock()
+        self.data, self.grad = allocate(size), allocate(size)
+        for p, data, grad in zip(self.params, self.views(self.data), self.views(self.grad)):
+            data[...] = p.data
+            p.data = data
+            p.on_grad = _receiver(p, grad, lock)
+        self.zero_grad()
+
+    def views(self, flat):
+        """An array in the layout of .data as one view a parameter, in the parameters' shapes."""
+        return [flat[end - p.size : end].reshape(p.shape) for p, end in zip(self.params, self.ends)]
+
+    def share(self):
+        """Move into memory that forked processes share."""
+        dtype = self.data.dtype
+        self.place(lambda n: np.frombuffer(mmap.mmap(-1, n * dtype.itemsize), dtype))
+
+    def zero_grad(self):
+        """Forget the gradients; nothing is written until new ones arrive."""
+        for p in self.params:
+            p.grad = None
+
+    def complete(self):
+        """Zeros where no gradient arrived, so that .grad is whole."""
+        for p, grad in zip(self.params, self.views(self.grad)):
+            if p.grad is None:
+                grad[...] = 0
+
+
+def _receiver(param, view, lock):
+    def receive(dy):
+        with lock:
+            if param.grad is None:
+                view[...] = dy
+                param.grad = view
+            else:
+                view[...] += dy
+
+    return receive
+
+
+def clip_grad_norm(params: list[Tensor], max_norm: float) -> float:
+    """Scale the gradients so that their global L2 norm is at most max_norm; returns the norm before.
+
+    With max_norm=inf it only measures. Pascanu et al. 2013, arXiv:1211.5063.
+    """
+    grads = [p.grad.reshape(-1) for p in params if p.grad is not None]
+    norm = math.sqrt(sum(float(g @ g) for g in grads))
+    if norm > max_norm:
+        for g in grads:
+            g *= max_norm / norm
+    return norm

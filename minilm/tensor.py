@@ -1,0 +1,348 @@
+"""Reverse-mode automatic differentiation: tensors, the graph behind them, and `backward`.
+
+A function and its gradients stand in one body. An op is a function of arrays that returns its
+value and one vjp (vector-Jacobian product) per input, named after that input's gradient:
+
+    @op
+    def linear(x, W):                       # (..., I), (O, I) -> (..., O)
+        def dx(dy): return dy @ W           # dL/dx = dL/dy W
+        def dW(dy): return rows(dy).T @ rows(x)
+        return x @ W.T, dx, dW
+
+`@op` lifts it to Tensors and keeps only the vjps of inputs that require a gradient; a dropped vjp
+frees what it closed over. So a frozen weight costs neither its gradient nor its saved input.
+
+Rules: an op never changes its inputs; a vjp runs at most once; python scalars only, so that the
+data's dtype wins. There are no second derivatives. Threads may each run a graph over the same
+parameters: what is not in the graph is thread-local.
+"""
+
+import contextlib
+import functools
+import threading
+
+import numpy as np
+
+from minilm.backend import array_module, column_sum, matmul as _matmul
+
+
+class Node:
+    """A vertex of the graph: how a tensor was made. It holds no value; only vjps keep arrays alive."""
+
+    __slots__ = ("dtype", "grad", "on_grad", "op", "parents", "shape", "vjps")
+
+    def __init__(self, like, parents=(), vjps=(), op="leaf"):
+        self.shape, self.dtype = like.shape, like.dtype
+        self.parents, self.vjps, self.op = parents, vjps, op
+        self.grad = self.on_grad = None
+
+
+class Tensor:
+    """An array and, where a gradient is wanted, its node in the graph.
+
+    data: a NumPy or CuPy array, or anything np.asarray takes (floats become float32).
+    requires_grad=True makes a leaf: `backward` adds into its `.grad`, or, when it is set, calls
+    `.on_grad(gradient)` instead.
+    """
+
+    __slots__ = ("data", "node")
+    __array_ufunc__ = None  # array * tensor is tensor.__rmul__, not an array of objects
+
+    def __init__(self, data, requires_grad: bool = False):
+        if not hasattr(data, "dtype"):
+            data = np.asarray(data)
+            data = data.astype(np.float32) if data.dtype.kind == "f" else data
+        if requires_grad and data.dtype.kind in "iub":
+            raise TypeError(f"only floating-point tensors have gradients, got dtype {data.dtype}")
+        self.data = data
+        self.node = Node(data) if requires_grad else None
+
+    shape = property(lambda self: self.data.shape)
+    dtype = property(lambda self: self.data.dtype)
+    ndim = property(lambda self: self.data.ndim)
+    size = property(lambda self: self.data.size)
+    requires_grad = property(lambda self: self.node is not None)
+
+    @property
+    def grad(self):
+        return self.node and self.node.grad
+
+    @grad.setter
+    def grad(self, value):
+        self.node.grad = value
+
+    @property
+    def on_grad(self):
+        return self.node.on_grad
+
+    @on_grad.setter
+    def on_grad(self, hook):
+        self.node.on_grad = hook
+
+    def backward(self, dy=None):
+        """Add d(self)/d(leaf), weighted by dy (1 for a scalar), into every leaf of the graph.
+
+        The graph is used up: saved arrays are let go as the walk passes them.
+        """
+        if self.node is None:
+            raise ValueError("backward() needs a tensor that depends on one with requires_grad=True")
+        if dy is None:
+            if self.size != 1:
+                raise ValueError(f"backward() without a gradient needs a scalar, got {self.shape}")
+            dy = array_module(self.data).ones_like(self.data)
+        elif dy.shape != self.shape:
+            raise ValueError(f"the gradient has shape {dy.shape}, the tensor {self.shape}")
+        _backward(self.node, dy)
+
+    def __repr__(self):
+        made = f", from {self.node.op}" if self.node else ""
+        return f"Tensor({self.data}, dtype={self.dtype}{made})"
+
+    def __len__(self): return len(self.data)
+    def __add__(self, other): return add(self, other)
+    def __radd__(self, other): return add(other, self)
+    def __sub__(self, other): return sub(self, other)
+    def __rsub__(self, other): return sub(other, self)
+    def __mul__(self, other): return mul(self, other)
+    def __rmul__(self, other): return mul(other, self)
+    def __truediv__(self, other): return div(self, other)
+    def __rtruediv__(self, other): return div(other, self)
+    def __neg__(self): return mul(self, -1.0)
+    def __matmul__(self, other): return matmul(self, other)
+    def __getitem__(self, index): return getitem(self, index=index)
+    def reshape(self, *shape): return reshape(self, shape=shape)
+    def transpose(self, *axes): return transpose(self, axes=axes)
+    def sum(self, axis=None, keepdims=False): return sum_(self, axis=axis, keepdims=keepdims)
+    def mean(self): return sum_(self) * (1 / self.size)
+
+
+class _ThreadState(threading.local):
+    graph = True  # are graphs being built?
+    rng = None  # the generator that dropout draws from
+
+
+_thread = _ThreadState()
+
+
+@contextlib.contextmanager
+def no_grad():
+    """Inside, ops compute values only, in this thread."""
+    before, _thread.graph = _thread.graph, False
+    try:
+        yield
+    finally:
+        _thread.graph = before
+
+
+@contextlib.contextmanager
+def randomness(rng: np.random.Generator):
+    """Inside, dropout draws from rng, in this thread."""
+    before, _thread.rng = _thread.rng, rng
+    try:
+        yield
+    finally:
+        _thread.rng = before
+
+
+def current_rng() -> np.random.Generator:
+    """The generator set by `randomness`; ValueError where there is none."""
+    if _thread.rng is None:
+        raise ValueError(
+            "dropout needs a generator: run the step inside "
+            "`with randomness(np.random.default_rng(seed)):`, or call model.eval()"
+        )
+    return _thread.rng
+
+
+def op(fn):
+    """Lift fn(*arrays, **settings) -> (y, *vjps) to Tensors; the i-th vjp maps dL/dy to dL/d(input i)."""
+
+    @functools.wraps(fn)
+    def apply(*inputs, **settings):
+        arrays = [x.data if type(x) is Tensor else x for x in inputs]
+        out = Tensor.__new__(Tensor)
+        out.data, *vjps = fn(*arrays, **settings)
+        out.node = None
+        if _thread.graph:
+            kept = [(x.node, vjp) for x, vjp in zip(inputs, vjps) if type(x) is Tensor and x.node]
+            if kept:
+                out.node = Node(out.data, *zip(*kept), fn.__name__)
+        return out
+
+    return apply
+
+
+def once(fn):
+    """Share work between the vjps of one op: fn(dy) runs at the first call, later calls reuse it."""
+    result = []
+
+    def run(dy):
+        if not result:
+            result.append(fn(dy))
+        return result[0]
+
+    return run
+
+
+def checkpoint(segment, *inputs):
+    """segment(*inputs), keeping nothing but the inputs: the backward pass runs it again.
+
+    inputs: Tensors or plain arrays; segment returns one Tensor. Gradients equal the plain run's
+    bit for bit, dropout included, and reach parameters inside the segment even when no input needs
+    one. Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
+    """
+    if not _thread.graph:
+        return segment(*inputs)
+    rng = _thread.rng
+    state = rng.bit_generator.state if rng else None
+    with no_grad():
+        y = segment(*inputs)
+
+    @once
+    def run_again(dy):
+        again = [Tensor(x.data, bool(x.node)) if type(x) is Tensor else x for x in inputs]
+        replay = type(rng)(type(rng.bit_generator)()) if rng else None
+        if rng:
+            replay.bit_generator.state = state
+        with randomness(replay):
+            z = segment(*again)
+        if z.node:
+            z.backward(dy)
+        return again
+
+    needed = [i for i, x in enumerate(inputs) if type(x) is Tensor and x.node]
+    parents = [inputs[i].node for i in needed]
+    vjps = [lambda dy, i=i: run_again(dy)[i].grad for i in needed]
+    if not needed:  # parameters inside still want theirs: hang the run on a leaf that nobody reads
+        parents, vjps = [Node(y.data)], [lambda dy: (run_again(dy), dy)[1]]
+    out = Tensor(y.data)
+    out.node = Node(y.data, parents, vjps, "checkpoint")
+    return out
+
+
+_leaf_lock = threading.Lock()
+
+
+def _backward(root, dy):
+    grads, sums = {root: dy}, set()
+    for node in reversed(_parents_first(root)):
+        dy = grads.pop(node)
+        if node.op == "leaf":
+            _deposit(node, dy)
+            continue
+        if node.vjps is None:
+            raise RuntimeError(f"backward() went through this {node.op} before; run it forward again")
+        vjps, node.vjps = list(node.vjps), None
+        for i, parent in enumerate(node.parents):
+            dx = _unbroadcast(vjps[i](dy), parent)
+            vjps[i] = None
+            if parent not in grads:
+                grads[parent] = dx
+            elif parent in sums:  # an array made right here: nobody else holds it
+                grads[parent] += dx
+            else:
+                grads[parent] = grads[parent] + dx
+                sums.add(parent)
+        del dy, dx, vjps
+
+
+def _deposit(leaf, dy):
+    """A leaf's gradient is final here."""
+    if leaf.on_grad is not None:
+        leaf.on_grad(dy)
+        return
+    with _leaf_lock:
+        leaf.grad = dy.copy() if leaf.grad is None else leaf.grad + dy
+
+
+def _parents_first(root):
+    """The nodes below root in topological order, without recursion."""
+    order, seen, stack = [], set(), [(root, False)]
+    while stack:
+        node, parents_done = stack.pop()
+        if parents_done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((parent, False) for parent in node.parents)
+    return order
+
+
+def _unbroadcast(dx, node):
+    """The gradient in the shape and dtype of its input: the adjoint of broadcasting is summation."""
+    if dx.shape != node.shape:
+        if node.shape == dx.shape[-1:]:
+            dx = column_sum(dx)
+        else:
+            dx = dx.sum(axis=tuple(range(dx.ndim - len(node.shape))))
+            ones = tuple(i for i, n in enumerate(node.shape) if n == 1 != dx.shape[i])
+            dx = dx.sum(axis=ones, keepdims=True)
+    return dx.astype(node.dtype, copy=False)
+
+
+@op
+def add(a, b):
+    return a + b, lambda dy: dy, lambda dy: dy
+
+
+@op
+def sub(a, b):
+    return a - b, lambda dy: dy, lambda dy: -dy
+
+
+@op
+def mul(a, b):
+    return a * b, lambda dy: dy * b, lambda dy: dy * a
+
+
+@op
+def div(a, b):
+    return a / b, lambda dy: dy / b, lambda dy: -dy * a / (b * b)
+
+
+@op
+def matmul(a, b):  # (..., I, K), (..., K, J) -> (..., I, J)
+    if a.ndim < 2 or b.ndim < 2:
+        raise ValueError(f"matmul needs at least two axes each, got shapes {a.shape} and {b.shape}")
+
+    def da(dy): return _matmul(dy, b.swapaxes(-1, -2))
+    def db(dy): return _matmul(a.swapaxes(-1, -2), dy)
+    return _matmul(a, b), da, db
+
+
+@op
+def getitem(x, index):
+    shape = x.shape
+
+    def dx(dy):
+        xp = array_module(dy)
+        whole = xp.zeros(shape, dy.dtype)
+        xp.add.at(whole, index, dy)  # an index may name an element twice
+        return whole
+    return x[index], dx
+
+
+@op
+def reshape(x, shape):
+    before = x.shape
+    return x.reshape(*shape), lambda dy: dy.reshape(before)
+
+
+@op
+def transpose(x, axes):
+    """Axes in the order given; without any, reversed."""
+    axes = tuple(a % x.ndim for a in axes) or tuple(reversed(range(x.ndim)))
+    inverse = tuple(axes.index(i) for i in range(x.ndim))
+    return x.transpose(axes), lambda dy: dy.transpose(inverse)
+
+
+@op
+def sum_(x, axis=None, keepdims=False):
+    shape = x.shape
+
+    def dx(dy):
+        xp = array_module(dy)
+        dy = dy if keepdims or axis is None else xp.expand_dims(dy, axis)
+        return xp.broadcast_to(dy, shape)
+    return x.sum(axis=axis, keepdims=keepdims), dx

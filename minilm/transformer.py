@@ -1,0 +1,241 @@
+"""One transformer in three families: GPT-2, Llama/Mistral, BERT/DistilBERT.
+
+`Config` says what differs. The families share every line below but for these choices:
+
+                 GPT-2             Llama, Mistral      BERT, DistilBERT
+    positions    learned           rotary              learned
+    norm         LayerNorm, first  RMSNorm, first      LayerNorm, after the residual
+    MLP          GELU (tanh)       SwiGLU              GELU (exact)
+    attention    causal            causal, K <= H      both ways
+    head         tied linear       linear              transform, then tied linear
+
+Shapes: B batch, T tokens, C width, H heads, K key/value heads, D head width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from minilm import ops
+from minilm.backend import array_module
+from minilm.nn import Dropout, Embedding, LayerNorm, Linear, Module, RMSNorm, parameter
+from minilm.tensor import Tensor, checkpoint
+
+
+@dataclass(frozen=True)
+class Config:
+    """The facts of an architecture."""
+
+    vocab_size: int
+    context: int  # the largest T
+    layers: int
+    heads: int
+    width: int
+    hidden: int  # of the MLP
+    kv_heads: int
+    norm: str = "layer"  # or "rms"
+    norm_first: bool = True  # pre-norm; False: post-norm, as in the original transformer
+    norm_eps: float = 1e-5
+    positions: str = "learned"  # or "rotary"
+    rope_theta: float = 10000.0
+    activation: str = "gelu_tanh"  # or "gelu", "swiglu"
+    causal: bool = True
+    head: str = "linear"  # or "masked": BERT's transform in front of the output
+    tied: bool = True  # the head shares the embedding's weight
+    bias: bool = True  # in the linear layers
+    segments: int = 0  # kinds of BERT's segment (token type) embedding
+    dropout: float = 0.0  # after the embedding and at the end of each residual branch
+
+    def __post_init__(self):
+        choices = {"norm": ("layer", "rms"), "positions": ("learned", "rotary"),
+                   "activation": ("gelu_tanh", "gelu", "swiglu"), "head": ("linear", "masked")}  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if min(self.vocab_size, self.context, self.layers, self.heads, self.width, self.hidden) < 1:
+            raise ValueError(f"sizes must be positive: {self}")
+        if self.width % self.heads or self.heads % self.kv_heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}, "
+                             f"and that of kv_heads {self.kv_heads}")  # fmt: skip
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            raise ValueError(f"rotary positions need an even head width, got {self.width // self.heads}")
+
+    @classmethod
+    def gpt2(cls, vocab_size, context, layers, heads, width, **changes):
+        """GPT-2 (Radford et al. 2019)."""
+        return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
+                          width=width, hidden=4 * width, kv_heads=heads) | changes)  # fmt: skip
+
+    @classmethod
+    def llama(cls, vocab_size, context, layers, heads, width, hidden, kv_heads=None, **changes):
+        """Llama (Touvron et al. 2023, arXiv:2302.13971); with kv_heads < heads Llama 2's and Mistral's."""
+        return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
+                          width=width, hidden=hidden, kv_heads=kv_heads or heads, norm="rms",
+                          norm_eps=1e-6, positions="rotary", activation="swiglu", tied=False,
+                          bias=False) | changes)  # fmt: skip
+
+    @classmethod
+    def bert(cls, vocab_size, context, layers, heads, width, hidden, segments=2, **changes):
+        """BERT for masked LM (Devlin et al. 2018, arXiv:1810.04805); with segments=0 DistilBERT."""
+        return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
+                          width=width, hidden=hidden, kv_heads=heads, norm_first=False,
+                          norm_eps=1e-12, activation="gelu", causal=False, head="masked",
+                          segments=segments) | changes)  # fmt: skip
+
+
+class Attention(Module):
+    """Multi-head attention; K < H key/value heads are shared by groups of query heads."""
+
+    def __init__(self, c: Config, rng):
+        kv_width = c.width // c.heads * c.kv_heads
+        self.heads, self.kv_heads, self.causal = c.heads, c.kv_heads, c.causal
+        self.q = Linear(c.width, c.width, rng, c.bias)
+        self.k = Linear(c.width, kv_width, rng, c.bias)
+        self.v = Linear(c.width, kv_width, rng, c.bias)
+        self.o = Linear(c.width, c.width, rng, c.bias, std=residual_std(c))
+
+    def forward(self, x, mask=None, angles=None, cache=None):  # (B, T, C) -> (B, T, C)
+        q = ops.split_heads(self.q(x), self.heads)  # (B, H, T, D)
+        k = ops.split_heads(self.k(x), self.kv_heads)  # (B, K, T, D)
+        v = ops.split_heads(self.v(x), self.kv_heads)
+        if angles is not None:
+            q, k = ops.rotary(q, *angles), ops.rotary(k, *angles)
+        if cache is not None:
+            k, v = cache.append(k.data, v.data)  # (B, K, S, D) with the tokens before these
+        return self.o(ops.merge_heads(ops.attention(q, k, v, mask=mask, causal=self.causal)))
+
+
+class MLP(Module):
+    """down(act(up(x))), or SwiGLU's down(silu(gate(x)) up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, c: Config, rng):
+        self.activation = c.activation
+        if c.activation == "swiglu":
+            self.gate = Linear(c.width, c.hidden, rng, c.bias)
+        self.up = Linear(c.width, c.hidden, rng, c.bias)
+        self.down = Linear(c.hidden, c.width, rng, c.bias, std=residual_std(c))
+
+    def forward(self, x):
+        if self.activation == "swiglu":
+            return self.down(ops.silu(self.gate(x)) * self.up(x))
+        form = "tanh" if self.activation == "gelu_tanh" else "none"
+        return self.down(ops.gelu(self.up(x), approximate=form))
+
+
+class Block(Module):
+    """Attention and MLP, each in a residual branch, normalised before or after."""
+
+    def __init__(self, c: Config, rng):
+        self.norm_first = c.norm_first
+        self.norm1, self.norm2 = make_norm(c), make_norm(c)
+        self.attention, self.mlp = Attention(c, rng), MLP(c, rng)
+        self.drop = Dropout(c.dropout)
+
+    def forward(self, x, mask=None, angles=None, cache=None):
+        if self.norm_first:
+            x = x + self.drop(self.attention(self.norm1(x), mask, angles, cache))
+            return x + self.drop(self.mlp(self.norm2(x)))
+        x = self.norm1(x + self.drop(self.attention(x, mask, angles, cache)))
+        return self.norm2(x + self.drop(self.mlp(x)))
+
+
+class MaskedHead(Module):
+    """BERT's masked-LM head: a transform, then the embedding's transpose and a bias."""
+
+    def __init__(self, c: Config, rng):
+        self.transform, self.norm = Linear(c.width, c.width, rng), make_norm(c)
+        self.out = Linear(c.width, c.vocab_size, rng)
+
+    def forward(self, x):
+        return self.out(self.norm(ops.gelu(self.transform(x))))
+
+
+class Transformer(Module):
+    """model(tokens, mask=None) -> logits.
+
+    tokens: integers (B, T), T <= config.context. mask: (B, T), 1 for a token and 0 for padding.
+    logits: Tensor (B, T, V). The weights are drawn from `seed` as GPT-2's: N(0, 0.02^2), output
+    projections of the residual branches divided by sqrt(2 layers).
+    checkpoint_every = k runs each k blocks under `checkpoint`; 0 keeps every activation.
+    """
+
+    def __init__(self, config: Config, seed: int = 0):
+        c, rng = config, np.random.default_rng(seed)
+        self.config, self.checkpoint_every = c, 0
+        self.embed = Embedding(c.vocab_size, c.width, rng)
+        self.position = Embedding(c.context, c.width, rng) if c.positions == "learned" else None
+        self.segment = Embedding(c.segments, c.width, rng) if c.segments else None
+        self.embed_norm = None if c.norm_first else make_norm(c)
+        self.drop = Dropout(c.dropout)
+        self.blocks = [Block(c, rng) for _ in range(c.layers)]
+        self.norm = make_norm(c) if c.norm_first else None
+        masked = c.head == "masked"
+        self.head = MaskedHead(c, rng) if masked else Linear(c.width, c.vocab_size, rng, bias=False)
+        if c.tied:
+            (self.head.out if masked else self.head).weight = self.embed.weight
+
+    def forward(self, tokens, mask=None, cache=None) -> Tensor:
+        return self.head(self.hidden(tokens, mask, cache))
+
+    def hidden(self, tokens, mask=None, cache=None) -> Tensor:
+        """The last hidden states, in front of the head: (B, T, C)."""
+        past = cache.length if cache else 0
+        tokens, mask = self._checked(tokens, mask, past)
+        x = self.embed(tokens)
+        places = array_module(tokens).arange(past, past + tokens.shape[1])
+        if self.position:
+            x = x + self.position(places)
+        if self.segment:
+            x = x + self.segment(places * 0)
+        if self.embed_norm:
+            x = self.embed_norm(x)
+        x = self.drop(x)
+        angles = None if self.position else rotary_tables(self.config, places, x.dtype)
+        x = self._run_blocks(x, mask, angles, cache)
+        return self.norm(x) if self.norm else x
+
+    def _run_blocks(self, x, mask, angles, cache):
+        if not self.checkpoint_every:
+            for i, block in enumerate(self.blocks):
+                x = block(x, mask, angles, cache and cache.layers[i])
+            return x
+        for i in range(0, len(self.blocks), self.checkpoint_every):
+            def segment(x, blocks=self.blocks[i : i + self.checkpoint_every]):
+                for block in blocks:
+                    x = block(x, mask, angles)
+                return x
+            x = checkpoint(segment, x)
+        return x
+
+    def _checked(self, tokens, mask, past):
+        """tokens as integers (B, T) and mask as booleans (B, 1, 1, T), or the error that says why not."""
+        xp = array_module(self.embed.weight.data)
+        tokens, context = xp.asarray(tokens), self.config.context
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"tokens must be integers (B, T), got {tokens.dtype} {tokens.shape}")
+        if past + tokens.shape[1] > context or tokens.shape[1] == 0:
+            raise ValueError(f"T must be 1 to {context}, the model's context; got {past + tokens.shape[1]}")
+        if mask is not None:
+            mask = xp.asarray(mask)
+            if mask.shape != tokens.shape:
+                raise ValueError(f"mask {mask.shape} must have the shape of tokens {tokens.shape}")
+            mask = (mask != 0)[:, None, None, :]
+        return tokens, mask
+
+
+def residual_std(c: Config) -> float:
+    """GPT-2's initialisation of what is added to the residual stream 2 * layers times."""
+    return 0.02 / math.sqrt(2 * c.layers)
+
+
+def make_norm(c: Config) -> Module:
+    return (LayerNorm if c.norm == "layer" else RMSNorm)(c.width, c.norm_eps)
+
+
+def rotary_tables(c: Config, places, dtype):
+    """cos and sin of place * theta^(-2i/D), computed in float32 as transformers does: (T, D/2) each."""
+    xp, half = array_module(places), c.width // c.heads // 2
+    inverse = 1 / c.rope_theta ** (xp.arange(half, dtype=np.float32) / half)
+    angles = places[:, None].astype(np.float32) * inverse
+    return xp.cos(angles).astype(dtype), xp.sin(angles).astype(dtype)

@@ -1,0 +1,593 @@
+"""Checks minilm.data: corpora and their split, tokenizers and their files, batches.
+
+Laws (round trips, partitions, coverage, proportions) are drawn with hypothesis; the loader of
+tokenizer files is fed mutated files and may raise FormatError only.
+"""
+
+import hashlib
+import json
+import sys
+import sysconfig
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilm.data import (
+    Batches,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Corpus,
+    load_corpus,
+    load_tokenizer,
+    mask_tokens,
+    pack,
+    rows,
+    split,
+)
+from minilm.files import FormatError
+
+PROSE = ["the cat and the dog sat on the mat. " * 20, "naïve café 数学 😀 " * 10]
+SPELLED = ["<|endoftext|>", "<|mask|>", "<|", "endoftext", "|>", " ", "the"]
+texts = st.text() | st.lists(st.sampled_from(SPELLED) | st.text(max_size=5)).map("".join)
+
+
+# Corpora
+
+
+@pytest.mark.parametrize(
+    "name, least, most, documents",
+    [
+        ("python-reference", 0.4e6, 1e6, 70),
+        ("python-docstrings", 1.2e6, 4e6, 400),
+        ("python-source", 8e6, 20e6, 450),
+    ],
+)
+def test_python_corpora_have_the_size_they_promise(name, least, most, documents):
+    corpus = load_corpus(name)
+    assert least < corpus.characters < most
+    assert len(corpus.documents) >= documents
+    assert corpus.name == name
+
+
+def test_python_reference_is_sorted_by_topic_and_loads_the_same_twice():
+    from pydoc_data.topics import topics
+
+    corpus = load_corpus("python-reference")
+    assert corpus.documents == tuple(topics[name] for name in sorted(topics))
+    assert load_corpus("python-reference").sha256 == corpus.sha256
+
+
+def write(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return root
+
+
+def test_the_library_is_read_without_its_tests(tmp_path, monkeypatch):
+    module = '"""B."""\nclass K:\n    "K."\n    def f(self):\n        "f\\d"\n\nif 1:\n    def g(): "g"\n'
+    files = {
+        "b.py": module,
+        "a.py": "x = 1\n",
+        "pkg/m.py": '"""M."""',
+        "pkg/__init__.py": "\n",
+        "pkg/latin.py": "# \xe9".encode("latin-1"),
+        "pkg/data.txt": "no code",
+        "test/t.py": "'''t'''",
+        "pkg/tests/t.py": "'''t'''",
+        "idlelib/idle_test/t.py": "'''t'''",
+        "site-packages/t.py": "'''t'''",
+        "pydoc_data/topics.py": "topics = {}",
+    }
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(write(tmp_path, files))}.get)
+    assert load_corpus("python-source").documents == ("x = 1\n", module, '"""M."""')
+    assert load_corpus("python-docstrings").documents == ("B.\n\nK.\n\nf\\d\n\ng", "M.")
+
+
+def test_a_folder_is_its_text_files_in_order(tmp_path):
+    files = {
+        "b.txt": "b",
+        "a/z.md": "z",
+        "a.rst": "a",
+        "c.py": "c",
+        "blank.txt": " \n",
+        "latin.txt": b"\xe9",
+        "image.png": "p",
+        ".hidden.txt": "h",
+        ".git/x.txt": "x",
+    }
+    assert load_corpus(write(tmp_path, files)).documents == ("a", "z", "b", "c")
+    assert load_corpus(str(tmp_path / "image.png")).documents == ("p",)
+
+
+def test_a_corpus_needs_text(tmp_path):
+    with pytest.raises(ValueError, match="python-reference, python-docstrings, python-source"):
+        load_corpus("no-such-corpus")
+    with pytest.raises(ValueError, match="no text"):
+        load_corpus(tmp_path)
+    write(tmp_path, {"latin.txt": b"\xe9", "blank.txt": "\n"})
+    with pytest.raises(FormatError, match=r"latin\.txt: not UTF-8"):
+        load_corpus(tmp_path / "latin.txt")
+    with pytest.raises(ValueError, match="no text"):
+        load_corpus(tmp_path / "blank.txt")
+    with pytest.raises(ValueError, match="document 1 is empty"):
+        Corpus("x", ("a", ""))
+
+
+def test_the_hash_pins_text_and_borders():
+    data = b"\x02\0\0\0\0\0\0\0\xc3\xa9" + b"\x01\0\0\0\0\0\0\0b"
+    assert Corpus("x", ("é", "b")).sha256 == hashlib.sha256(data).hexdigest()
+    assert Corpus("x", ("é", "b")).characters == 2
+    parts = [("ab", "c"), ("a", "bc"), ("abc",), ("c", "ab")]
+    assert len({Corpus("x", documents).sha256 for documents in parts}) == 4
+
+
+documents = st.lists(st.text("abc", min_size=1, max_size=20), min_size=2, max_size=12)
+
+
+@given(documents.filter(lambda found: len(set(found)) > 1), st.floats(0.01, 0.99), st.randoms())
+def test_split_is_a_partition_that_forgets_the_order(found, share, random):
+    train, validation = split(Corpus("x", tuple(found)), share)
+    assert train and validation and not set(train) & set(validation)
+    assert train == tuple(text for text in found if text in train)
+    assert validation == tuple(text for text in found if text in validation)
+    assert len(train) + len(validation) == len(found)
+
+    wanted = share * sum(map(len, found))
+    by_hash = sorted(set(validation), key=lambda text: hashlib.sha256(text.encode()).digest())
+    before_the_last = sum(len(text) for text in validation if text != by_hash[-1])
+    assert before_the_last < wanted
+    assert sum(map(len, validation)) >= wanted or len(set(train)) == 1
+
+    random.shuffle(found)
+    again = split(Corpus("x", tuple(found)), share)
+    assert [sorted(part) for part in again] == [sorted(train), sorted(validation)]
+
+
+def test_split_of_the_language_reference_is_near_a_tenth():
+    corpus = load_corpus("python-reference")
+    _, validation = split(corpus)
+    assert 0.1 <= sum(map(len, validation)) / corpus.characters < 0.25
+
+
+def test_a_single_document_is_cut_at_its_end():
+    assert split(Corpus("x", ("0123456789",))) == (("012345678",), ("9",))
+    assert split(Corpus("x", ("0123456789",)), 0.5) == (("01234",), ("56789",))
+
+
+@pytest.mark.parametrize(
+    "found, share, message",
+    [
+        (("a",), 0.1, "1 characters are too few"),
+        (("ab", "ab"), 0.1, "repeats one document"),
+        (("a", "b"), 0.0, "between 0 and 1"),
+        (("a", "b"), 1.0, "between 0 and 1"),
+        (("a", "b"), float("nan"), "between 0 and 1"),
+    ],
+)
+def test_split_refuses_an_empty_part(found, share, message):
+    with pytest.raises(ValueError, match=message):
+        split(Corpus("x", found), share)
+
+
+# Tokenizers
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    pytest.importorskip("tokenizers")
+    return BPETokenizer.train(PROSE, 300)
+
+
+@pytest.fixture(scope="module", params=["bytes", "characters", "bpe"])
+def tokenizer(request):
+    if request.param == "bpe":
+        return request.getfixturevalue("bpe")
+    return ByteTokenizer() if request.param == "bytes" else CharTokenizer.train([*PROSE, *SPELLED])
+
+
+def test_bytes_are_utf8():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode("aé").tolist() == [97, 0xC3, 0xA9]
+    assert (tokenizer.end, tokenizer.mask, tokenizer.vocab_size) == (256, 257, 258)
+    assert tokenizer.decode([97, 256, 0xFF, 257, 98]) == "a\ufffdb"
+
+
+def test_characters_are_numbered_in_order():
+    tokenizer = CharTokenizer.train(["cab", "😀a"])
+    assert tokenizer.alphabet == "abc😀"
+    assert tokenizer.encode("😀bca").tolist() == [3, 1, 2, 0]
+    assert (tokenizer.end, tokenizer.mask, tokenizer.vocab_size) == (4, 5, 6)
+    assert tokenizer.decode(np.array([3, 4, 1, 5])) == "😀b"
+
+
+@pytest.mark.parametrize("stranger", ["A", "b", "😀", "\0", "\U0010ffff"])
+def test_an_unknown_character_is_named(stranger):
+    with pytest.raises(ValueError) as error:
+        CharTokenizer("ac").encode("ca" + stranger + "a" + stranger)
+    assert str(error.value) == f"character {stranger!r} at position 2 is not in the alphabet"
+
+
+@pytest.mark.parametrize("alphabet", ["", "ba", "aa", "\ud800"])
+def test_an_alphabet_is_ascending(alphabet):
+    with pytest.raises(ValueError):
+        CharTokenizer(alphabet)
+
+
+@given(text=texts)
+def test_bytes_round_trip(text):
+    check_round_trip(ByteTokenizer(), text)
+
+
+@given(text=texts)
+def test_bpe_round_trip(bpe, text):
+    check_round_trip(bpe, text)
+
+
+@given(text=texts.filter(bool), data=st.data())
+def test_characters_round_trip(text, data):
+    tokenizer = CharTokenizer.train([text])
+    check_round_trip(tokenizer, data.draw(st.text(tokenizer.alphabet)))
+
+
+def check_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32 and ids.ndim == 1
+    assert tokenizer.decode(ids) == text
+    assert not np.isin(ids, [tokenizer.end, tokenizer.mask]).any()  # whatever the text spells
+    assert ((ids >= 0) & (ids < tokenizer.vocab_size)).all()
+
+
+def test_special_ids_decode_to_nothing(tokenizer):
+    ids = [*tokenizer.encode("the "), tokenizer.end, tokenizer.mask, *tokenizer.encode("cat")]
+    assert tokenizer.decode(ids) == "the cat"
+    assert tokenizer.decode([]) == ""
+
+
+def test_ids_out_of_range_are_refused(tokenizer):
+    for stranger in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=str(stranger)):
+            tokenizer.decode([1, stranger])
+    with pytest.raises(TypeError, match="float64"):
+        tokenizer.decode([1.0])
+    with pytest.raises(ValueError, match=r"\(1, 1\)"):
+        tokenizer.decode([[1]])
+
+
+def test_a_lone_surrogate_is_no_text(tokenizer):
+    with pytest.raises(ValueError):
+        tokenizer.encode("a\ud800")
+
+
+def test_save_then_load_is_the_same_tokenizer(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    assert type(again) is type(tokenizer)
+    for name in ("vocab_size", "end", "mask"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+    for text in (*PROSE, "<|endoftext|><|mask|>"):
+        np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
+
+
+def test_bpe_learns_merges_and_puts_special_tokens_last(bpe):
+    assert bpe.vocab_size == 300
+    assert (bpe.end, bpe.mask) == (298, 299)
+    assert len(bpe.encode(PROSE[0])) < len(PROSE[0]) / 2
+    assert BPETokenizer.train(PROSE, 300).tokenizer.to_str() == bpe.tokenizer.to_str()
+
+
+def test_bpe_training_refuses_nonsense():
+    with pytest.raises(ValueError, match="at least 256 bytes"):
+        BPETokenizer.train(PROSE, 257)
+    with pytest.raises(TypeError, match="sequence of texts"):
+        BPETokenizer.train("one text", 300)
+
+
+def huggingface(names, **fields):
+    """The fields of a tokenizer.json over "a", "b" and a gap, then special tokens."""
+    added = [
+        {"id": id, "content": name, "special": True, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for id, name in enumerate(names, start=7)
+    ]
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 3}, "unk_token": "a"}
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": model,
+        **fields,
+    }
+
+
+def load(path, fields):
+    path.write_text(json.dumps(fields))
+    return load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    "names, end, mask",
+    [
+        (["<|endoftext|>"], 7, None),
+        (["<s>", "</s>", "<mask>"], 8, 9),
+        (["[CLS]", "[SEP]", "[MASK]"], 8, 9),
+        (["[SEP]", "<|endoftext|>"], 8, None),
+    ],
+)
+def test_special_tokens_of_others_are_found(tmp_path, names, end, mask):
+    pytest.importorskip("tokenizers")
+    tokenizer = load(tmp_path / "tokenizer.json", huggingface(names))
+    assert (tokenizer.end, tokenizer.mask) == (end, mask)
+    assert tokenizer.vocab_size == 7 + len(names)  # ids 1, 2 and 4 .. 6 do not occur
+    assert tokenizer.encode("b a " + names[0])[:2].tolist() == [3, 0]
+
+
+def test_others_settings_do_not_cut_or_fill_the_text(tmp_path):
+    pytest.importorskip("tokenizers")
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    fill = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None}
+    fill |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+    fields = huggingface(["</s>"], truncation=cut, padding=fill)
+    tokenizer = load(tmp_path / "tokenizer.json", fields)
+    assert tokenizer.encode("b b b").tolist() == [3, 3, 3]
+
+
+def test_a_special_token_that_cannot_be_escaped_is_refused(tmp_path):
+    pytest.importorskip("tokenizers")
+    model = {"type": "WordLevel", "vocab": {"a": 0, "</s>": 7}, "unk_token": "a"}
+    fields = huggingface(["</s>"], model=model, pre_tokenizer={"type": "WhitespaceSplit"})
+    tokenizer = load(tmp_path / "tokenizer.json", fields)
+    with pytest.raises(ValueError, match="spells a special token"):
+        tokenizer.encode("a </s>")
+
+
+PANICS = {  # a prefix longer than the tokens it should be cut from makes the library panic
+    "type": "BPE",
+    "continuing_subword_prefix": "##",
+    "vocab": {"a": 0, "b": 1, "ab": 2},
+    "merges": [["a", "b"]],
+}
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ([], "expected a JSON object"),
+        ({}, "not a Hugging Face tokenizer"),
+        ({"minilm_tokenizer": "words"}, "'words'"),
+        ({"minilm_tokenizer": "characters"}, "'characters'"),
+        ({"minilm_tokenizer": "characters", "alphabet": "ba"}, "ascending"),
+        ({"minilm_tokenizer": "characters", "alphabet": "\ud800"}, "surrogates"),
+        (huggingface(["<s>"]), "no special token"),
+        (huggingface(["</s>"], model=PANICS), "not a Hugging Face tokenizer"),
+        (huggingface(["</s>"], model={"type": "WordLevel", "vocab": {"a": 2**31}}), "."),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, fields, message):
+    pytest.importorskip("tokenizers")
+    with pytest.raises(FormatError, match=message) as error:
+        load(tmp_path / "tokenizer.json", fields)
+    assert str(tmp_path / "tokenizer.json") in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, bpe):
+    """The bytes of a valid file of each kind, and a path to write to."""
+    path = tmp_path_factory.mktemp("fuzz") / "tokenizer.json"
+    found = [json.dumps(huggingface(["</s>", "<mask>"])).encode()]
+    found.append(json.dumps(huggingface(["</s>"], model=PANICS)).encode())
+    for tokenizer in (ByteTokenizer(), CharTokenizer("abcé"), bpe):
+        tokenizer.save(path)
+        found.append(path.read_bytes())
+    return found, path
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_mutated_files_raise_format_errors_only(files, data):
+    found, path = files
+    content = data.draw(st.sampled_from(found))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content)))
+        cut = data.draw(st.sampled_from([0, 1, 2, 20]))
+        patch = st.sampled_from([b"", b"null", b"-1", b"4294967295", b'"', b"[["]) | st.binary()
+        content = content[:at] + data.draw(patch) + content[at + cut :]
+    path.write_bytes(content)
+    try:
+        tokenizer = load_tokenizer(path)
+    except FormatError:
+        return
+    assert tokenizer.vocab_size > tokenizer.end >= 0
+
+
+def test_a_missing_library_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r'pip install "minilm\[hf\]"'):
+        BPETokenizer.train(PROSE, 300)
+    with pytest.raises(ImportError, match=r'pip install "minilm\[hf\]"'):
+        load(tmp_path / "tokenizer.json", huggingface(["</s>"]))
+
+
+def test_a_missing_file_is_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+# Batches
+
+
+def test_pack_ends_each_document():
+    stream = pack(["ab", "", "c"], ByteTokenizer())
+    assert stream.tolist() == [97, 98, 256, 256, 99, 256]
+    assert stream.dtype == np.int32
+    with pytest.raises(ValueError, match="no document"):
+        pack([], ByteTokenizer())
+    with pytest.raises(TypeError, match="sequence of texts"):
+        pack("abc", ByteTokenizer())
+
+
+def streams_of(*sizes):
+    """Streams that count up, stream s from 10000 s: a token tells where it was drawn."""
+    return [10_000 * which + np.arange(size) for which, size in enumerate(sizes)]
+
+
+@given(
+    sizes=st.lists(st.integers(9, 40), min_size=1, max_size=3),
+    batch=st.integers(1, 20),
+    seed=st.integers(0, 2**63),
+    step=st.integers(0, 10**9),
+)
+def test_rows_are_crops_of_one_stream(sizes, batch, seed, step):
+    tokens, targets = Batches(streams_of(*sizes), [1] * len(sizes), batch, 8, seed)[step]
+    for array in (tokens, targets):
+        assert array.shape == (batch, 8)
+        assert array.dtype == np.int32 and array.flags.c_contiguous
+    np.testing.assert_array_equal(targets, tokens + 1)
+    np.testing.assert_array_equal(tokens, tokens[:, :1] + np.arange(8))
+    assert all(token % 10_000 < sizes[token // 10_000] for token in targets[:, -1])
+
+
+def test_every_crop_has_the_same_chance():
+    batches = Batches(streams_of(9, 12), [0.25, 0.75], batch=2000, length=8, seed=0)
+    first = np.concatenate([batches[step][0][:, 0] for step in range(20)])
+    starts, counts = np.unique(first, return_counts=True)
+    assert starts.tolist() == [0, 10_000, 10_001, 10_002, 10_003]
+    expected = np.array([0.25, *[0.75 / 4] * 4])
+    check_shares(counts, expected)
+
+
+@given(
+    st.lists(st.floats(0, 1e3).filter(lambda w: w == 0 or w > 1e-3), min_size=1, max_size=5).filter(any),
+    st.integers(0, 1000),
+)
+def test_streams_come_in_proportion_to_their_weights(weights, seed):
+    batches = Batches(streams_of(*[9] * len(weights)), weights, batch=5000, length=8, seed=seed)
+    which = np.concatenate([batches[step][0][:, 0] for step in range(2)]) // 10_000
+    check_shares(np.bincount(which, minlength=len(weights)), np.array(weights) / sum(weights))
+
+
+def check_shares(counts, shares):
+    """Each count is within six standard deviations of its binomial expectation; 0 and 1 exact."""
+    total = counts.sum()
+    deviation = np.sqrt(total * shares * (1 - shares))
+    certain = (shares == 0) | (shares == 1)
+    assert (np.abs(counts - total * shares) <= np.where(certain, 0, 6 * deviation + 1)).all()
+
+
+def test_a_step_depends_on_seed_and_step_only():
+    streams = streams_of(500, 300)
+    batches = Batches(streams, [1, 2], batch=4, length=16, seed=3)
+    forward = [batches[step] for step in range(5)]
+    resumed = Batches(streams, [10, 20], batch=4, length=16, seed=3)
+    for step in (4, 2, 0, 3, 1):
+        np.testing.assert_array_equal(resumed[step], forward[step])
+    np.testing.assert_array_equal(list(islice(batches, 5)), forward)
+    other = Batches(streams, [1, 2], batch=4, length=16, seed=4)
+    starts = [found[0][:, 0].tolist() for found in (*forward, *islice(other, 5))]
+    assert len(set(map(tuple, starts))) == 10
+
+
+def test_the_draw_of_a_seed_never_changes():
+    tokens, _ = Batches(streams_of(1000, 1000), [1, 1], batch=6, length=8, seed=1)[2]
+    assert tokens[:, 0].tolist() == GOLDEN
+
+
+GOLDEN = []
+
+
+@pytest.mark.parametrize(
+    "sizes, weights, batch, length, message",
+    [
+        ([20, 8], [1, 1], 2, 8, "8 tokens is too short: 9"),
+        ([20], [1, 1], 2, 8, "expected 1 weights"),
+        ([20, 20], [1, -1], 2, 8, "negative"),
+        ([20, 20], [0, 0], 2, 8, "zero"),
+        ([20], [float("nan")], 2, 8, "finite"),
+        ([20], [float("inf")], 2, 8, "finite"),
+        ([20], [1], 0, 8, "batch and length"),
+        ([20], [1], 2, 0, "batch and length"),
+    ],
+)
+def test_batches_refuse_nonsense(sizes, weights, batch, length, message):
+    with pytest.raises(ValueError, match=message):
+        Batches(streams_of(*sizes), weights, batch, length, seed=0)
+
+
+def test_a_stream_is_flat_integers():
+    for stream in (np.zeros(9), np.zeros((9, 9), np.int32)):
+        with pytest.raises(TypeError, match="a stream is"):
+            Batches([stream], [1], 2, 4, seed=0)
+        with pytest.raises(TypeError, match="a stream is"):
+            rows(stream, 4)
+
+
+@given(size=st.integers(2, 200), length=st.integers(1, 50))
+def test_rows_cover_the_stream_once(size, length):
+    stream = np.arange(1000, 1000 + size)
+    tokens, targets = rows(stream, length)
+    assert tokens.dtype == targets.dtype == np.int32
+    assert tokens.shape == targets.shape == (-(-(size - 1) // length), length)
+    counted = targets != -100
+    np.testing.assert_array_equal(targets[counted], stream[1:])
+    np.testing.assert_array_equal(tokens[counted], stream[:-1])
+    assert not tokens[~counted].any()
+    assert counted[:-1].all() and counted[-1].any()
+
+
+def test_rows_refuse_nonsense():
+    with pytest.raises(ValueError, match="1 tokens is too short"):
+        rows(np.array([1]), 4)
+    with pytest.raises(ValueError, match="at least 1"):
+        rows(np.arange(9), 0)
+
+
+def test_masking_has_the_rates_of_bert():
+    tokens = np.random.default_rng(0).integers(0, 50, (400, 500)).astype(np.int32)
+    before = tokens.copy()
+    inputs, targets = mask_tokens(tokens, np.random.default_rng(1), 49, 50, special={0, 48})
+    np.testing.assert_array_equal(tokens, before)
+    assert inputs.dtype == targets.dtype == np.int32
+
+    chosen = targets != -100
+    np.testing.assert_array_equal(targets[chosen], tokens[chosen])
+    np.testing.assert_array_equal(inputs[~chosen], tokens[~chosen])
+    ordinary = ~np.isin(tokens, [0, 48, 49])
+    assert not chosen[~ordinary].any()
+    check_shares(np.bincount(chosen[ordinary]), np.array([0.85, 0.15]))
+
+    masked, kept = inputs == 49, inputs == tokens
+    fates = [(chosen & masked).sum(), (chosen & kept).sum(), (chosen & ~masked & ~kept).sum()]
+    by_chance = 0.1 / 47  # a random id may be the true one
+    check_shares(np.array(fates), np.array([0.8, 0.1 + by_chance, 0.1 - by_chance]))
+    drawn = np.bincount(inputs[chosen & ~masked & ~kept], minlength=50)
+    check_shares(drawn, np.array([0, *[1 / 47] * 47, 0, 0]))
+
+
+def test_masking_repeats_with_its_generator_and_obeys_the_rate():
+    tokens = np.arange(1, 90).reshape(1, -1)
+    first, again = (mask_tokens(tokens, np.random.default_rng(5), 0, 90) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    _, none = mask_tokens(tokens, np.random.default_rng(5), 0, 90, rate=0)
+    assert (none == -100).all()
+    _, all_but_special = mask_tokens(tokens, np.random.default_rng(5), 0, 90, rate=1, special=[7])
+    np.testing.assert_array_equal(all_but_special, np.where(tokens == 7, -100, tokens))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"mask": 9, "vocab_size": 9}, "below 9"),
+        ({"mask": 0, "vocab_size": 9, "special": [-1]}, "below 9"),
+        ({"mask": 0, "vocab_size": 2, "special": [1]}, "every id is special"),
+        ({"mask": 0, "vocab_size": 9, "rate": 1.5}, "rate"),
+        ({"mask": 0, "vocab_size": 9, "rate": float("nan")}, "rate"),
+    ],
+)
+def test_masking_refuses_nonsense(fields, message):
+    with pytest.raises(ValueError, match=message):
+        mask_tokens(np.arange(4), np.random.default_rng(0), **fields)
