@@ -186,7 +186,8 @@ def dropout(x, p, rng):
         return x, lambda dy: dy
     kept = array_module(x).asarray(rng.random(x.shape, dtype=np.float32) >= p)
     scale = 1 / (1 - p)
-    return x * kept * scale, lambda dy: dy * kept * scale
+    y = (x * kept * scale).astype(x.dtype, copy=False)
+    return y, lambda dy: dy * kept * scale
 
 
 @op

@@ -23,7 +23,7 @@ import threading
 
 import numpy as np
 
-from minilm.backend import array_module, column_sum, matmul as _matmul
+from minilm.backend import array_module, column_sum, matmul as _matmul, wide
 
 
 class Node:
@@ -275,29 +275,42 @@ def _unbroadcast(dx, node):
         if node.shape == dx.shape[-1:]:
             dx = column_sum(dx)
         else:
-            dx = dx.sum(axis=tuple(range(dx.ndim - len(node.shape))))
+            dx = wide(dx).sum(axis=tuple(range(dx.ndim - len(node.shape))))
             ones = tuple(i for i, n in enumerate(node.shape) if n == 1 != dx.shape[i])
             dx = dx.sum(axis=ones, keepdims=True)
     return dx.astype(node.dtype, copy=False)
 
 
+def _alike(a, b):
+    """NumPy lets the array's dtype win over a python float, except for bfloat16, not its own."""
+    if type(b) is float and a.dtype.kind == "V":
+        b = a.dtype.type(b)
+    elif type(a) is float and b.dtype.kind == "V":
+        a = b.dtype.type(a)
+    return a, b
+
+
 @op
 def add(a, b):
+    a, b = _alike(a, b)
     return a + b, lambda dy: dy, lambda dy: dy
 
 
 @op
 def sub(a, b):
+    a, b = _alike(a, b)
     return a - b, lambda dy: dy, lambda dy: -dy
 
 
 @op
 def mul(a, b):
+    a, b = _alike(a, b)
     return a * b, lambda dy: dy * b, lambda dy: dy * a
 
 
 @op
 def div(a, b):
+    a, b = _alike(a, b)
     return a / b, lambda dy: dy / b, lambda dy: -dy * a / (b * b)
 
 
@@ -317,6 +330,7 @@ def getitem(x, index):
 
     def dx(dy):
         xp = array_module(dy)
+        dy = wide(dy)
         whole = xp.zeros(shape, dy.dtype)
         xp.add.at(whole, index, dy)  # an index may name an element twice
         return whole
@@ -345,4 +359,4 @@ def sum_(x, axis=None, keepdims=False):
         xp = array_module(dy)
         dy = dy if keepdims or axis is None else xp.expand_dims(dy, axis)
         return xp.broadcast_to(dy, shape)
-    return x.sum(axis=axis, keepdims=keepdims), dx
+    return wide(x).sum(axis=axis, keepdims=keepdims).astype(x.dtype, copy=False), dx

@@ -70,7 +70,7 @@ def write(root, files):
 
 
 def test_the_library_is_read_without_its_tests(tmp_path, monkeypatch):
-    module = '"""B."""\nclass K:\n    "K."\n    def f(self):\n        "f\\d"\n\nif 1:\n    def g(): "g"\n'
+    module = '"""B."""\nclass K:\n  "K."\n  def f(self): "f\\d"\nif 1:\n  def g(): "g"\n'
     files = {
         "b.py": module,
         "a.py": "x = 1\n",
@@ -181,7 +181,7 @@ def test_split_refuses_an_empty_part(found, share, message):
 @pytest.fixture(scope="module")
 def bpe():
     pytest.importorskip("tokenizers")
-    return BPETokenizer.train(PROSE, 300)
+    return BPETokenizer.train(PROSE, 290)
 
 
 @pytest.fixture(scope="module", params=["bytes", "characters", "bpe"])
@@ -275,10 +275,10 @@ def test_save_then_load_is_the_same_tokenizer(tokenizer, tmp_path):
 
 
 def test_bpe_learns_merges_and_puts_special_tokens_last(bpe):
-    assert bpe.vocab_size == 300
-    assert (bpe.end, bpe.mask) == (298, 299)
+    assert bpe.vocab_size == 290
+    assert (bpe.end, bpe.mask) == (288, 289)
     assert len(bpe.encode(PROSE[0])) < len(PROSE[0]) / 2
-    assert BPETokenizer.train(PROSE, 300).tokenizer.to_str() == bpe.tokenizer.to_str()
+    assert BPETokenizer.train(PROSE, 290).tokenizer.to_str() == bpe.tokenizer.to_str()
 
 
 def test_bpe_training_refuses_nonsense():
@@ -288,14 +288,15 @@ def test_bpe_training_refuses_nonsense():
         BPETokenizer.train("one text", 300)
 
 
-def huggingface(names, **fields):
-    """The fields of a tokenizer.json over "a", "b" and a gap, then special tokens."""
+def huggingface(names, special=True, **fields):
+    """The fields of a tokenizer.json over "a" and "b", with special tokens from id 7 on."""
     added = [
-        {"id": id, "content": name, "special": True, "normalized": False}
+        {"id": id, "content": name, "special": special, "normalized": False}
         | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
         for id, name in enumerate(names, start=7)
     ]
-    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 3}, "unk_token": "a"}
+    vocab = {"a": 0, "b": 3} | {token["content"]: token["id"] for token in added}
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "a"}
     return {
         "version": "1.0",
         "added_tokens": added,
@@ -324,7 +325,7 @@ def test_special_tokens_of_others_are_found(tmp_path, names, end, mask):
     tokenizer = load(tmp_path / "tokenizer.json", huggingface(names))
     assert (tokenizer.end, tokenizer.mask) == (end, mask)
     assert tokenizer.vocab_size == 7 + len(names)  # ids 1, 2 and 4 .. 6 do not occur
-    assert tokenizer.encode("b a " + names[0])[:2].tolist() == [3, 0]
+    assert tokenizer.encode("b a b").tolist() == [3, 0, 3]
 
 
 def test_others_settings_do_not_cut_or_fill_the_text(tmp_path):
@@ -339,8 +340,7 @@ def test_others_settings_do_not_cut_or_fill_the_text(tmp_path):
 
 def test_a_special_token_that_cannot_be_escaped_is_refused(tmp_path):
     pytest.importorskip("tokenizers")
-    model = {"type": "WordLevel", "vocab": {"a": 0, "</s>": 7}, "unk_token": "a"}
-    fields = huggingface(["</s>"], model=model, pre_tokenizer={"type": "WhitespaceSplit"})
+    fields = huggingface(["</s>"], pre_tokenizer={"type": "WhitespaceSplit"})
     tokenizer = load(tmp_path / "tokenizer.json", fields)
     with pytest.raises(ValueError, match="spells a special token"):
         tokenizer.encode("a </s>")
@@ -352,6 +352,7 @@ PANICS = {  # a prefix longer than the tokens it should be cut from makes the li
     "vocab": {"a": 0, "b": 1, "ab": 2},
     "merges": [["a", "b"]],
 }
+HUGE = {"type": "WordLevel", "vocab": {"a": 2**31, "</s>": 7}, "unk_token": "a"}
 
 
 @pytest.mark.parametrize(
@@ -365,7 +366,8 @@ PANICS = {  # a prefix longer than the tokens it should be cut from makes the li
         ({"minilm_tokenizer": "characters", "alphabet": "\ud800"}, "surrogates"),
         (huggingface(["<s>"]), "no special token"),
         (huggingface(["</s>"], model=PANICS), "not a Hugging Face tokenizer"),
-        (huggingface(["</s>"], model={"type": "WordLevel", "vocab": {"a": 2**31}}), "."),
+        (huggingface(["</s>"], model=HUGE), "2147483648 does not fit int32"),
+        (huggingface(["</s>"], special=False), "no special token"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, fields, message):
@@ -462,7 +464,7 @@ def test_every_crop_has_the_same_chance():
 
 
 @given(
-    st.lists(st.floats(0, 1e3).filter(lambda w: w == 0 or w > 1e-3), min_size=1, max_size=5).filter(any),
+    st.lists(st.just(0.0) | st.floats(1e-3, 1e3), min_size=1, max_size=5).filter(any),
     st.integers(0, 1000),
 )
 def test_streams_come_in_proportion_to_their_weights(weights, seed):
@@ -494,10 +496,7 @@ def test_a_step_depends_on_seed_and_step_only():
 
 def test_the_draw_of_a_seed_never_changes():
     tokens, _ = Batches(streams_of(1000, 1000), [1, 1], batch=6, length=8, seed=1)[2]
-    assert tokens[:, 0].tolist() == GOLDEN
-
-
-GOLDEN = []
+    assert tokens[:, 0].tolist() == [92, 867, 655, 204, 10515, 980]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,14 @@
 """From text to batches: corpora, tokenizers, streams of token ids."""
 
-from minilm.data.batches import Batches, mask_tokens, pack, rows
+from minilm.data.batches import (
+    IGNORED,
+    Batches,
+    MaskedBatches,
+    corrupt,
+    mask_tokens,
+    pack,
+    rows,
+)
 from minilm.data.corpora import Corpus, load_corpus, split
 from minilm.data.tokenizers import (
     BPETokenizer,
@@ -11,12 +19,15 @@ from minilm.data.tokenizers import (
 )
 
 __all__ = [
+    "IGNORED",
     "BPETokenizer",
     "Batches",
     "ByteTokenizer",
     "CharTokenizer",
     "Corpus",
+    "MaskedBatches",
     "Tokenizer",
+    "corrupt",
     "load_corpus",
     "load_tokenizer",
     "mask_tokens",

@@ -106,6 +106,25 @@ def mask_tokens(
     return inputs.astype(np.int32), targets.astype(np.int32)
 
 
+class MaskedBatches:
+    """Batches to fill in rather than to go on: batches[step] -> (corrupted tokens, targets)."""
+
+    def __init__(self, batches: Batches, tokenizer: Tokenizer, seed: int):
+        self.batches, self.tokenizer, self.seed = batches, tokenizer, seed
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens, _ = self.batches[step]
+        # The 2 keeps this stream apart from the crops' (seed, step).
+        return corrupt(tokens, np.random.default_rng([self.seed, step, 2]), self.tokenizer)
+
+
+def corrupt(tokens: np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer):
+    """mask_tokens with the tokenizer's mask and end. ValueError when it has no mask."""
+    if tokenizer.mask is None:
+        raise ValueError("the tokenizer has no mask token")
+    return mask_tokens(tokens, rng, tokenizer.mask, tokenizer.vocab_size, special=(tokenizer.end,))
+
+
 def _stream(stream, least):
     stream = np.asarray(stream)
     if stream.ndim != 1 or stream.dtype.kind not in "iu":

@@ -1,0 +1,100 @@
+"""Generation: one token after another, with the keys and values of earlier tokens kept."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from minilm.backend import array_module, to_device
+from minilm.tensor import no_grad
+from minilm.transformer import Transformer
+
+
+class Cache:
+    """Keys and values of the tokens so far, in buffers of the model's whole context."""
+
+    def __init__(self, model: Transformer, batch: int):
+        c = model.config
+        shape = (batch, c.kv_heads, c.context, c.width // c.heads)
+        self.layers = [LayerCache(shape, model.embed.weight.data) for _ in range(c.layers)]
+
+    @property
+    def length(self) -> int:
+        """How many tokens are kept, between two runs of the model."""
+        return self.layers[-1].length
+
+
+class LayerCache:
+    """One layer's keys and values."""
+
+    def __init__(self, shape, like):
+        xp = array_module(like)
+        self.k, self.v, self.length = xp.empty(shape, like.dtype), xp.empty(shape, like.dtype), 0
+
+    def append(self, k, v):  # (B, K, T, D), (B, K, T, D) -> (B, K, S, D), (B, K, S, D)
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float = 1.0,
+             top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> np.ndarray:  # fmt: skip
+    """tokens (B, T) and max_new_tokens sampled after them: integers (B, T + max_new_tokens).
+
+    The settings are those of `stream`. The model's dropout is off meanwhile.
+    """
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    training = model.training
+    model.eval()
+    try:
+        drawn = stream(model, tokens, temperature, top_k, top_p, seed)
+        new = [next(drawn)[:, None] for _ in range(max_new_tokens)]
+    finally:
+        model.train(training)
+    return np.concatenate([np.asarray(tokens), *new], axis=1)
+
+
+def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | None = None,
+           top_p: float | None = None, seed: int = 0) -> Iterator[np.ndarray]:  # fmt: skip
+    """Sample token after token without end, each (B,), to follow the prompts tokens (B, T).
+
+    temperature divides the logits; 0 takes the likeliest token. top_k samples among the k
+    likeliest, top_p among the fewest whose probabilities reach p (Holtzman et al. 2019,
+    arXiv:1904.09751). Past the model's context the window slides: then the last `context` tokens
+    are run anew for each token, because their positions change. ValueError for bad settings.
+    """
+    tokens, context = np.asarray(tokens), model.config.context
+    if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
+        raise ValueError(f"tokens must be integers (B, T >= 1), got {tokens.dtype} {tokens.shape}")
+    if not model.config.causal:
+        raise ValueError("only a causal model generates; this one sees both sides")
+    if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < (top_p or 1) <= 1:
+        raise ValueError(f"bad settings: {temperature=}, {top_k=}, {top_p=}")
+    rng, cache, new = np.random.default_rng(seed), Cache(model, len(tokens)), tokens[:, -context:]
+    while True:
+        if cache.length + new.shape[1] > context:
+            cache, new = Cache(model, len(tokens)), tokens[:, -context:]
+        with no_grad():
+            logits = model.head(model.hidden(new, cache=cache)[:, -1]).data
+        drawn = sample(to_device(logits, "cpu"), rng, temperature, top_k, top_p)
+        yield drawn
+        new = drawn[:, None]
+        tokens = np.concatenate([tokens[:, 1 - context :], new], axis=1)
+
+
+def sample(logits, rng, temperature, top_k, top_p):  # (B, V) -> (B,)
+    """One token a row, as `stream` describes."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    z = logits.astype(np.float64) / temperature
+    if top_k is not None and top_k < z.shape[-1]:
+        z[z < np.partition(z, -top_k, axis=-1)[:, -top_k, None]] = -np.inf
+    p = np.exp(z - z.max(-1, keepdims=True))
+    if top_p is not None:
+        order = np.argsort(-p, axis=-1, kind="stable")
+        reached = np.cumsum(np.take_along_axis(p, order, -1), -1) >= top_p * p.sum(-1, keepdims=True)
+        reached[:, 1:], reached[:, 0] = reached[:, :-1].copy(), False  # the one that reaches p stays
+        np.put_along_axis(p, order, np.where(reached, 0, np.take_along_axis(p, order, -1)), -1)
+    upto = np.cumsum(p, -1)
+    return (upto <= rng.random((len(p), 1)) * upto[:, -1:]).sum(-1)

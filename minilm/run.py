@@ -1,0 +1,133 @@
+"""Run directories: everything that a training run leaves behind, and what resuming it needs.
+
+    run.json          settings, corpora with their SHA-256, versions, threads
+    metrics.jsonl     one line a record
+    samples.txt       what the model wrote
+    loss.png          the curves (needs the extra `plots`)
+    checkpoints/      the last two, see checkpoint.py
+"""
+
+import json
+import platform
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from threadpoolctl import threadpool_info
+
+import minilm
+from minilm import checkpoint
+from minilm.files import FormatError, read_json, write_atomically, write_json
+from minilm.nn import Module
+from minilm.optim import AdamW
+
+
+class RunDirectory:
+    """The folder of one run. `settings` are JSON-able and decide the run together with `corpora`."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, parent: Path, name: str, settings: dict, corpora: list[dict]):
+        """A fresh folder parent/name-1, or the first number that is free."""
+        number = 1
+        while True:
+            path = Path(parent) / f"{name}-{number}"
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+        write_json(path / "run.json", {"settings": settings, "corpora": corpora, **versions()})
+        return cls(path)
+
+    def describe(self) -> dict:
+        """What run.json says. FormatError where a field is missing."""
+        run = read_json(self.path / "run.json")
+        if not isinstance(run, dict):
+            raise FormatError(self.path / "run.json", "must hold an object")
+        for field in ("settings", "corpora"):
+            if field not in run:
+                raise FormatError(self.path / "run.json", f"the field {field!r} is missing")
+        return run
+
+    def log(self, **record):
+        """Add a line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict]:
+        """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        records = []
+        for i, line in enumerate(lines):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                if i + 1 < len(lines):
+                    raise FormatError(file, f"line {i + 1} is not JSON") from None
+        return records
+
+    def write_sample(self, step: int, text: str):
+        """Add a sample to samples.txt."""
+        with open(self.path / "samples.txt", "a", encoding="utf-8") as file:
+            file.write(f"=== after step {step}\n{text}\n\n")
+
+    def save(self, step: int, model: Module, optimizer: AdamW):
+        """A checkpoint of the model's tensors and the optimizer's moments, by parameter name."""
+        tensors = {f"model.{name}": array for name, array in model.state_dict().items()}
+        m, v = (optimizer.flat.views(flat) for flat in (optimizer.m, optimizer.v))
+        for name, i in _places(model, optimizer).items():
+            tensors[f"m.{name}"], tensors[f"v.{name}"] = m[i], v[i]
+        checkpoint.save(self.path / "checkpoints", tensors, {"step": step})
+
+    def restore(self, model: Module, optimizer: AdamW) -> int:
+        """Bring both to the last whole checkpoint, and the metrics with them; returns its step."""
+        tensors, state = checkpoint.load(self.path / "checkpoints")
+        places = _places(model, optimizer)
+        own = {f"{kind}.{name}" for kind in "mv" for name in places}
+        stored = {name for name in tensors if not name.startswith("model.")}
+        if own != stored:
+            raise FormatError(self.path, f"the checkpoint's moments are of another model: {own ^ stored}")
+        model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n not in own})
+        m, v = (optimizer.flat.views(flat) for flat in (optimizer.m, optimizer.v))
+        for name, i in places.items():
+            m[i][...], v[i][...] = tensors[f"m.{name}"], tensors[f"v.{name}"]
+        optimizer.steps = state["step"]
+        kept = [r for r in self.records() if r["step"] <= state["step"]]
+        write_atomically(self.path / "metrics.jsonl",
+                         "".join(json.dumps(r) + "\n" for r in kept).encode())  # fmt: skip
+        return state["step"]
+
+    def plot(self) -> Path | None:
+        """Draw loss.png; None where matplotlib is missing."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return None
+        axes = (figure := Figure(figsize=(6, 3.6), layout="constrained")).subplots()
+        for name in ("loss", "validation_loss"):
+            points = [(r["step"], r[name]) for r in self.records() if name in r]
+            if points:
+                axes.plot(*zip(*points), label=name.replace("_", " "), linewidth=1)
+        axes.set(xlabel="step", ylabel="loss (nats a token)")
+        axes.legend(frameon=False)
+        figure.savefig(self.path / "loss.png", dpi=110)
+        return self.path / "loss.png"
+
+
+def versions() -> dict:
+    """What else decides the bits of a run."""
+    blas = [f"{i['internal_api']} {i['version']}, {i.get('architecture')}, {i['num_threads']} threads"
+            for i in threadpool_info() if i["user_api"] == "blas"]  # fmt: skip
+    return {"minilm": minilm.__version__, "python": platform.python_version(),
+            "numpy": np.__version__, "ml_dtypes": ml_dtypes.__version__,
+            "platform": platform.platform(), "blas": blas}  # fmt: skip
+
+
+def _places(model, optimizer):
+    """Name of each parameter -> its place in the optimizer."""
+    place = {id(p): i for i, p in enumerate(optimizer.flat.params)}
+    return {name: place[id(p)] for name, p in model.named_parameters()}

@@ -1,0 +1,142 @@
+"""Training: steps and evaluation of one model, on one core or several.
+
+A batch is (tokens, targets), integers (B, T); targets of -100 do not count. Next-token prediction
+and masked-LM prediction differ in their batches only. The loss is divided by the number of targets
+in the whole batch, so any split over micro-batches and workers gives the same step.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from minilm import ops
+from minilm.backend import tune_allocator
+from minilm.optim import clip_grad_norm
+from minilm.tensor import no_grad, randomness
+from minilm.workers import Workers
+
+IGNORED = -100
+
+
+class Diverged(ArithmeticError):
+    """A loss or a gradient that is not a finite number; the parameters are those before the step."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step reports."""
+
+    step: int  # steps done, this one included
+    loss: float  # mean over the batch's targets, before the update
+    norm: float  # of the gradient, before clipping
+    lr: float
+    targets: int  # that were counted
+    seconds: float
+
+
+class Trainer:
+    """Steps of `optimizer` on `model`, on `workers` cores; use as a context manager.
+
+    optimizer: AdamW or SGD over the model's parameters. processes: forked processes rather than
+    threads as workers (Linux). seed: of dropout; with the same seed, workers and batches the same
+    parameters come out, bit for bit, whether or not a run was stopped and resumed in between.
+    """
+
+    def __init__(self, model, optimizer, workers: int = 1, processes: bool = False, seed: int = 0):
+        self.model, self.optimizer, self.seed = model, optimizer, seed
+        self.workers = Workers(optimizer.flat, self._work, workers, processes)
+
+    def __enter__(self):
+        tune_allocator()
+        self.workers.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.workers.__exit__(*error)
+
+    def step(self, step: int, tokens, targets, lr: float | None = None, clip: float = math.inf,
+             accumulate: int = 1) -> Step:  # fmt: skip
+        """One update from one batch, run as `accumulate` micro-batches one after another.
+
+        clip: the largest global gradient norm. Diverged when the loss or the norm is not finite.
+        """
+        start, counted = time.perf_counter(), int((targets != IGNORED).sum())
+        if counted == 0:
+            raise ValueError(f"step {step}: every target is {IGNORED}; nothing to learn from")
+        self.optimizer.zero_grad()
+        loss = 0.0
+        for i, rows in enumerate(np.array_split(np.arange(len(tokens)), accumulate)):
+            # The 1 keeps dropout's stream apart from the batches' (seed, step).
+            parts = [("train", (self.seed, step, 1, i, w), tokens[r], targets[r], counted)
+                     for w, r in enumerate(self._split(rows))]  # fmt: skip
+            loss += sum(self.workers.run(parts))
+        norm = clip_grad_norm(self.optimizer.flat.params, clip) if math.isfinite(loss) else math.nan
+        if not math.isfinite(norm):
+            raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}; nothing was updated")
+        self.optimizer.lr = self.optimizer.lr if lr is None else lr
+        self.optimizer.step()
+        return Step(step + 1, loss, norm, self.optimizer.lr, counted, time.perf_counter() - start)
+
+    def evaluate(self, tokens, targets, batch: int = 32) -> tuple[float, float]:
+        """(mean loss, share of targets predicted rightly) over all rows, without dropout."""
+        totals = np.zeros(2)
+        for i in range(0, len(tokens), batch):
+            rows = np.arange(i, min(i + batch, len(tokens)))
+            parts = [("evaluate", None, tokens[r], targets[r], 1) for r in self._split(rows)]
+            totals += np.sum(self.workers.run(parts), axis=0)
+        loss, right = totals / max(1, (targets != IGNORED).sum())
+        return float(loss), float(right)
+
+    def _split(self, rows):
+        return [part for part in np.array_split(rows, self.workers.count) if len(part)]
+
+    def _work(self, part):
+        """A worker's share of a batch."""
+        kind, seed, tokens, targets, total = part
+        if self.model.training != (kind == "train"):
+            self.model.train(kind == "train")
+        if kind == "evaluate":
+            with no_grad():
+                logits = self.model(tokens)
+                loss = ops.cross_entropy(logits, targets, total=total)
+            return float(loss.data), int((logits.data.argmax(-1) == targets).sum())
+        with randomness(np.random.default_rng(seed)):
+            loss = ops.cross_entropy(self.model(tokens), targets, total=total)
+        loss.backward()
+        return float(loss.data)
+
+
+def train(trainer: Trainer, batches, steps: int, schedule, start: int = 0, clip: float = 1.0,
+          accumulate: int = 1) -> Iterator[Step]:  # fmt: skip
+    """Steps start .. steps - 1, each yielded when it is done; schedule(step) is its learning rate."""
+    for step in range(start, steps):
+        yield trainer.step(step, *batches[step], schedule(step), clip, accumulate)
+
+
+def default_workers() -> tuple[int, bool]:
+    """(workers, processes) that suit this machine: every core, processes where fork is safe."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores, sys.platform == "linux" and cores > 1
+
+
+@contextmanager
+def finish_on_interrupt():
+    """Inside, a first Ctrl-C only makes the yielded function return True; a second one interrupts."""
+    pressed = []
+
+    def press(number, frame):
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,222 @@
+"""Every op beside PyTorch's twin: the table behind `compare_torch.py` and `tests/test_ops.py`.
+
+Adding an op is adding a row. The tolerances of all tests stand here too, and the measure of error
+that they are for.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from minilm import ops, tensor
+from minilm.tensor import Tensor
+
+# The largest `error` of an op that computes in this dtype. 16-bit: about two units in the last
+# place, since the arithmetic is float32 and only inputs and results are rounded. float32, float64:
+# room for rounding to add up along the sums of a matrix product.
+TOLERANCE = {"float64": 1e-13, "float32": 5e-6, "bfloat16": 2e-2, "float16": 2e-3}
+
+
+def error(actual, expected, scale: float = 0.0) -> float:
+    """max|actual - expected| / max|expected|, with a divisor of at least `scale`.
+
+    Against the largest element, because the small ones are differences of large ones. Where all
+    of them may cancel to nothing, `scale` is the size of what cancels.
+    """
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    if actual.shape != expected.shape:
+        raise ValueError(f"shapes differ: {actual.shape}, expected {expected.shape}")
+    if not np.isfinite(actual).all():
+        return math.inf
+    size = max(np.abs(expected).max(initial=0), scale, np.finfo(np.float64).tiny)
+    return float(np.abs(actual - expected).max(initial=0) / size)
+
+
+def import_torch():
+    try:
+        import torch
+    except ImportError:
+        raise ImportError('PyTorch is not installed: pip install "minilm[test]"') from None
+    return torch
+
+
+class Row(NamedTuple):
+    """An op and its twin."""
+
+    name: str  # the op's, then what is special
+    ours: Callable  # of Tensors and arrays
+    twin: Callable  # of torch.Tensors
+    draw: Callable  # (rng, B, T, C) -> the arrays that get a gradient, the other arguments
+
+
+def table() -> list[Row]:
+    """Every differentiable function beside PyTorch's."""
+    F = import_torch().nn.functional
+    return [*tensor_rows(), *layer_rows(F), *attention_rows(F), *loss_rows(F)]
+
+
+def tensor_rows():
+    torch = import_torch()
+
+    def product(r, B, T, C): return [normal(r, B, T, C), normal(r, C, 5)], []
+    def pick(r, B, T, C): return [normal(r, B, T, C)], [r.integers(-T, T, 2 * T)]  # some twice
+    def batch(r, B, T, C): return [normal(r, B, 1, T, C), normal(r, 2, C, T)], []
+    return [
+        Row("add", ops.add, torch.add, broadcast),
+        Row("sub", tensor.sub, torch.sub, broadcast),
+        Row("mul", ops.mul, torch.mul, broadcast),
+        Row("div", tensor.div, torch.div, broadcast),
+        Row("matmul", ops.matmul, torch.matmul, product),
+        Row("matmul broadcast", ops.matmul, torch.matmul, batch),
+        Row("getitem", *2 * [lambda x: x[:, ::2, -1]], one),
+        Row("getitem integers", *2 * [lambda x, ids: x[:, ids]], pick),
+        Row("reshape", *2 * [lambda x: x.reshape(-1, len(x))], one),
+        Row("transpose", lambda x: x.transpose(1, -1, 0), lambda x: x.permute(1, -1, 0), one),
+        Row("transpose all", lambda x: x.transpose(), lambda x: x.permute(2, 1, 0), one),
+        Row("sum_", tensor.sum_, torch.sum, one),
+        Row("sum_ axis", lambda x: x.sum(1), lambda x: x.sum(1), one),
+        Row("sum_ axes kept", lambda x: x.sum((0, -1), keepdims=True),
+            lambda x: x.sum((0, -1), keepdim=True), one),
+    ]  # fmt: skip
+
+
+def layer_rows(F):
+    torch = import_torch()
+
+    def affine(r, B, T, C): return [normal(r, B, T, C), normal(r, 7, C), normal(r, 7)], []
+    def lookup(r, B, T, C): return [normal(r, 2 * C, C)], [r.integers(0, 2 * C, (B, T))]
+    def gain(r, B, T, C): return [normal(r, B, T, C), normal(r, C)], []
+    def gain_bias(r, B, T, C): return [normal(r, B, T, C), normal(r, C), normal(r, C)], []
+    def joined(r, B, T, C): return [normal(r, B, T, 3 * C)], []
+    def split(r, B, T, C): return [normal(r, B, 3, T, C)], []
+    def keep(x, rng): return torch.tensor(rng.random(x.shape, np.float32) >= 0.3)
+    eps = 0.1  # so large that a wrong one shows, and that few elements cannot cancel to nothing
+    return [
+        Row("linear", ops.linear, F.linear, affine),
+        Row("linear without bias", ops.linear, F.linear, lambda *a: (affine(*a)[0][:2], [])),
+        Row("embedding", lambda W, ids: ops.embedding(ids, W),
+            lambda W, ids: F.embedding(ids, W), lookup),
+        Row("relu", ops.relu, F.relu, one),
+        Row("silu", ops.silu, F.silu, one),
+        Row("gelu", ops.gelu, F.gelu, one),
+        Row("gelu tanh", lambda x: ops.gelu(x, approximate="tanh"),
+            lambda x: F.gelu(x, approximate="tanh"), one),
+        Row("softmax", ops.softmax, lambda x: F.softmax(x, -1), one),
+        Row("log_softmax", ops.log_softmax, lambda x: F.log_softmax(x, -1), one),
+        Row("layer_norm", lambda x, g, b: ops.layer_norm(x, g, b, eps=eps),
+            lambda x, g, b: F.layer_norm(x, g.shape, g, b, eps), gain_bias),
+        Row("rms_norm", lambda x, g: ops.rms_norm(x, g, eps=eps),
+            lambda x, g: F.rms_norm(x, g.shape, g, eps), gain),
+        Row("dropout", lambda x: ops.dropout(x, 0.3, np.random.default_rng(5)),
+            lambda x: x * keep(x, np.random.default_rng(5)) / 0.7, one),
+        Row("split_heads", lambda x: ops.split_heads(x, 3),
+            lambda x: x.unflatten(-1, (3, -1)).transpose(1, 2), joined),
+        Row("merge_heads", ops.merge_heads, lambda x: x.transpose(1, 2).flatten(2), split),
+    ]  # fmt: skip
+
+
+def attention_rows(F):
+    torch = import_torch()
+
+    def turn(x, cos, sin):  # the pair as a complex number, times exp(i angle)
+        pairs = torch.complex(*x.chunk(2, -1)) * torch.complex(cos, sin)
+        return torch.cat([pairs.real, pairs.imag], -1)
+
+    def angles(r, B, T, C):
+        a = r.uniform(0, 7, (T, C))
+        return [normal(r, B, 2, T, 2 * C)], [np.cos(a), np.sin(a)]
+
+    def qkv(r, B, T, C, K=2, more=0):
+        return [normal(r, B, 4, T, C), normal(r, B, K, T + more, C), normal(r, B, K, T + more, C)]
+
+    def padded(r, B, T, C):  # True may be seen; here and there a whole row sees nothing
+        return qkv(r, B, T, C, K=4), [r.random((B, 1, 1, T)) < 0.7]
+
+    def biased(r, B, T, C): return qkv(r, B, T, C, K=1), [normal(r, 4, T, T)]
+    def sdpa(q, k, v, mask=None, causal=False):
+        if causal:  # the last query sees all keys; PyTorch's own is_causal lets the first see one
+            seen = torch.ones(q.shape[2], k.shape[2], dtype=bool).tril(k.shape[2] - q.shape[2])
+            mask = seen if mask is None else mask.masked_fill(~seen, -math.inf)
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+    return [
+        Row("rotary", ops.rotary, turn, angles),
+        Row("attention", ops.attention, sdpa, lambda *a: (qkv(*a, K=4), [])),
+        Row("attention grouped, causal, cache", lambda q, k, v: ops.attention(q, k, v, causal=True),
+            lambda q, k, v: sdpa(q, k, v, causal=True), lambda *a: (qkv(*a, more=3), [])),
+        Row("attention boolean mask", ops.attention, sdpa, padded),
+        Row("attention additive mask, causal",
+            lambda q, k, v, m: ops.attention(q, k, v, mask=m, causal=True),
+            lambda q, k, v, m: sdpa(q, k, v, m, causal=True), biased),
+    ]  # fmt: skip
+
+
+def loss_rows(F):
+    def labels(r, B, T, C):  # the last one counts, some others do not
+        targets = np.where(r.random((B, T)) < 0.3, -100, r.integers(0, C, (B, T)))
+        targets[-1, -1] = 0
+        return [normal(r, B, T, C)], [targets]
+
+    def pair(r, B, T, C): return [apart(r, B, T, C), apart(r, B, T, C)], []
+    def kl(s, t): return F.kl_div(*(F.log_softmax(x / 2, -1).flatten(0, 1) for x in (s, t)),
+                                  reduction="batchmean", log_target=True)  # fmt: skip
+    return [
+        Row("cross_entropy", ops.cross_entropy,
+            lambda z, t: F.cross_entropy(z.flatten(0, 1), t.flatten()), labels),
+        Row("kl_divergence", lambda s, t: ops.kl_divergence(s, t, temperature=2.0), kl, pair),
+        Row("cosine_embedding", ops.cosine_embedding,
+            lambda x, y: (1 - F.cosine_similarity(x, y, -1)).mean(), pair),
+        Row("mse", ops.mse, F.mse_loss, pair),
+    ]  # fmt: skip
+
+
+def normal(rng, *shape): return rng.standard_normal(shape)
+def one(rng, B, T, C): return [apart(rng, B, T, C)], []
+
+
+def apart(rng, *shape):
+    """Numbers of either sign away from zero, where a quotient grows and relu has its corner."""
+    x = rng.standard_normal(shape)
+    return x + np.copysign(0.3, x)
+
+
+def broadcast(rng, B, T, C):
+    """Two arrays in either order, one of them of fewer axes or with axes of size 1."""
+    shapes = [(B, T, C), (C,), (1,), (T, 1), (B, 1, C), (1, 1, 1), ()]
+    pair = [apart(rng, B, T, C), apart(rng, *shapes[rng.integers(len(shapes))])]
+    return pair[:: rng.choice([-1, 1])], []
+
+
+def op_error(actual, expected):
+    """`error` of the value and of every gradient; inputs and dy are of the size of 1."""
+    return [error(a, e, scale=1.0) for a, e in zip(actual, expected, strict=True)]
+
+
+def cast(dtype, *inputs):
+    """The same lists of arrays with their floating-point numbers in `dtype`."""
+    return [[x.astype(dtype) if x.dtype.kind == "f" else x for x in part] for part in inputs]
+
+
+def run_ours(fn, variables, others):
+    """The value and the gradient of every variable, for the dy that `weights` gives."""
+    xs = [Tensor(x, requires_grad=True) for x in variables]
+    y = fn(*xs, *others)
+    y.backward(weights(y, variables))
+    return [y.data, *(x.grad for x in xs)]
+
+
+def run_torch(fn, variables, others):
+    """The same in PyTorch."""
+    torch = import_torch()
+    xs = [torch.tensor(x.copy(), requires_grad=True) for x in variables]
+    y = fn(*xs, *(torch.tensor(x) for x in others))
+    y.backward(torch.tensor(weights(y.detach().numpy(), variables)))
+    return [y.detach().numpy(), *(x.grad.numpy() for x in xs)]
+
+
+def weights(y, variables):
+    """A dy for y, always the same; for a mean so large that its gradients are of the size of 1."""
+    dy = np.random.default_rng(1).standard_normal(y.shape) if y.ndim else variables[0].size
+    return np.asarray(dy, y.dtype)

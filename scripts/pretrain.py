@@ -1,0 +1,226 @@
+"""Train a small language model from nothing, on text that comes with Python.
+
+    python scripts/pretrain.py                      # about two minutes on two cores
+    python scripts/pretrain.py --resume runs/pretrain-1
+
+Shows the loss as it falls and a sample of what the model writes before the first step, after 100
+steps and at the end: random bytes, then words, then sentences. Leaves a run directory with the
+metrics, their curves, checkpoints, and the model as a Hugging Face folder.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from minilm import data
+from minilm.generate import generate
+from minilm.interop import huggingface
+from minilm.optim import AdamW, cosine_schedule
+from minilm.run import RunDirectory
+from minilm.tensor import no_grad
+from minilm.train import Diverged, Trainer, default_workers, finish_on_interrupt, train
+from minilm.transformer import Config, Transformer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run."""
+
+    corpus: tuple[str, ...] = ("python-reference",)
+    """python-reference, python-docstrings, python-source, or paths of text files and folders"""
+    weights: tuple[float, ...] = ()
+    """how often each corpus is drawn from; by default in proportion to its size"""
+    validation: float = 0.1
+    """share of each corpus that is held out"""
+    tokenizer: str = "bytes"
+    """bytes, chars, bpe, or the path of a tokenizer.json"""
+    vocab_size: int = 2048
+    """tokens of a bpe tokenizer, which is trained on the corpus"""
+    family: Literal["gpt2", "llama", "bert"] = "gpt2"
+    """architecture; bert learns to fill in masked tokens, the others to go on"""
+    layers: int = 4
+    heads: int = 4
+    width: int = 128
+    context: int = 128
+    """tokens in a row"""
+    dropout: float = 0.0
+    batch: int = 16
+    """rows in a step"""
+    accumulate: int = 1
+    """micro-batches, one after another, in which a step's rows are run"""
+    steps: int = 1500
+    lr: float = 3e-3
+    """learning rate after the warmup; from there it falls as a cosine"""
+    min_lr: float = 3e-4
+    """learning rate at the end"""
+    warmup: int = 100
+    """steps of linear warmup"""
+    beta2: float = 0.99
+    """decay of AdamW's second moment"""
+    weight_decay: float = 0.1
+    """on matrices only"""
+    clip: float = 1.0
+    """largest global norm of the gradient"""
+    eval_every: int = 250
+    """steps between losses on held-out text"""
+    save_every: int = 500
+    """steps between checkpoints"""
+    prompt: str = "The "
+    """what the samples go on from"""
+    sample: int = 300
+    """tokens in a sample"""
+    seed: int = 0
+    """of weights, batches, dropout and samples"""
+    workers: int = 0
+    """cores to use; 0 means all"""
+    threads: bool = False
+    """use threads rather than processes as workers"""
+
+
+def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
+         out: Path = Path("runs"), resume: Path | None = None):  # fmt: skip
+    """Train a small language model.
+
+    Args:
+        settings: what decides the run.
+        out: folder in which the run gets a folder of its own.
+        resume: folder of a run to go on with, bit for bit, under its own settings.
+    """
+    run = RunDirectory(resume) if resume else None
+    s = stored_settings(run, settings) if run else settings
+    corpora = [data.load_corpus(name) for name in s.corpus]
+    described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
+    parts = [data.split(corpus, s.validation) for corpus in corpora]
+    tokenizer = make_tokenizer(s, [text for training, _ in parts for text in training])
+    streams = [data.pack(training, tokenizer) for training, _ in parts]
+    weights = s.weights or [len(stream) for stream in streams]
+    batches = data.Batches(streams, weights, s.batch, s.context, s.seed)
+    held_out = data.rows(np.concatenate([data.pack(v, tokenizer) for _, v in parts]), s.context)
+    if s.family == "bert":
+        batches = data.MaskedBatches(batches, tokenizer, s.seed)
+        held_out = data.corrupt(held_out[0], np.random.default_rng(s.seed), tokenizer)
+    if run is None:
+        run = RunDirectory.create(out, "pretrain", asdict(s), described)
+        tokenizer.save(run.path / "tokenizer.json")
+    elif run.describe()["corpora"] != described:
+        raise ValueError(f"{resume}: the text is not the one that this run was started on")
+    pretrain(run, s, batches, held_out, tokenizer)
+
+
+def pretrain(run: RunDirectory, s: Settings, batches, held_out, tokenizer):
+    """Train, evaluate, sample and save until the last step or Ctrl-C."""
+    model = make_model(s, tokenizer.vocab_size)
+    params, (cores, processes) = model.parameters(), default_workers()
+    workers = s.workers or cores
+    optimizer = AdamW(params, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay,
+                      undecayed=[p for p in params if p.ndim < 2], threads=workers)  # fmt: skip
+    step = run.restore(model, optimizer) if (run.path / "checkpoints").exists() else 0
+    size = sum(p.size for p in params)
+    print(f"{run.path}: {size:,} parameters, {workers} workers, from step {step}")
+    show = partial(show_sample, run, model, tokenizer, s)
+    if step == 0:
+        show(step)
+    schedule = partial(cosine_schedule, steps=s.steps, lr=s.lr, min_lr=s.min_lr, warmup=s.warmup)
+    with (
+        Trainer(model, optimizer, workers, processes and not s.threads, s.seed) as trainer,
+        finish_on_interrupt() as interrupted,
+        tqdm(total=s.steps, initial=step, unit="step", disable=None) as bar,
+    ):
+        for done in train(trainer, batches, s.steps, schedule, step, s.clip, s.accumulate):
+            step, last = done.step, done.step == s.steps or interrupted()
+            bar.update()
+            bar.set_postfix_str(f"loss {done.loss:.3f}, {done.targets / done.seconds:,.0f} tokens/s")
+            validation = {}
+            if step % s.eval_every == 0 or last:
+                validation = evaluate(trainer, held_out, every=1 if last else 4)
+                bar.write(f"step {step}: loss {done.loss:.3f}, held out {validation}")
+            run.log(**asdict(done), **validation)
+            if step % s.save_every == 0 or last:
+                run.save(step, model, optimizer)
+            if step in (100, s.steps):
+                show(step)
+            if last:
+                break
+    finish(run, model, tokenizer, step, s.steps)
+
+
+def evaluate(trainer, held_out, every: int) -> dict:
+    """Loss and accuracy on each `every`-th row of the held-out text."""
+    loss, accuracy = trainer.evaluate(*(rows[::every] for rows in held_out))
+    return {"validation_loss": round(loss, 5), "validation_accuracy": round(accuracy, 5)}
+
+
+def finish(run, model, tokenizer, step, steps):
+    """Write the model and the curves, and say where."""
+    huggingface.save_model(model, run.path / "model")
+    tokenizer.save(run.path / "model" / "tokenizer.json")
+    drawn = run.plot()
+    print(f"curves: {drawn}" if drawn else 'for curves: pip install "minilm[plots]"')
+    if step < steps:
+        print(f"stopped after step {step}; go on with: --resume {run.path}")
+    else:
+        print(f"write more: python scripts/generate.py --model {run.path / 'model'}")
+
+
+def show_sample(run, model, tokenizer, s: Settings, step: int):
+    """Print and keep what the model writes now (bert: how it fills in masked tokens)."""
+    if model.config.causal:
+        prompt = tokenizer.encode(s.prompt)[None]
+        text = tokenizer.decode(generate(model, prompt, s.sample, temperature=0.8, seed=s.seed)[0])
+    else:
+        tokens = tokenizer.encode(s.prompt)[None, : s.context]
+        text = tokenizer.decode(fill_in(model, tokens, tokenizer, s.seed)[0])
+    tqdm.write(f"--- after step {step}\n{text}\n---")
+    run.write_sample(step, text)
+
+
+def fill_in(model, tokens, tokenizer, seed):
+    """The tokens with 15 % masked and guessed by the model."""
+    masked, targets = data.corrupt(tokens, np.random.default_rng(seed), tokenizer)
+    with no_grad():
+        guesses = model.eval()(masked).data.argmax(-1)
+    return np.where(targets == data.IGNORED, tokens, guesses)
+
+
+def make_tokenizer(s: Settings, documents):
+    if s.tokenizer == "bytes":
+        return data.ByteTokenizer()
+    if s.tokenizer == "chars":
+        return data.CharTokenizer.train(documents)
+    if s.tokenizer == "bpe":
+        return data.BPETokenizer.train(documents, s.vocab_size)
+    return data.load_tokenizer(s.tokenizer)
+
+
+def make_model(s: Settings, vocab_size: int) -> Transformer:
+    shape = dict(vocab_size=vocab_size, context=s.context, layers=s.layers, heads=s.heads,
+                 width=s.width, dropout=s.dropout)  # fmt: skip
+    if s.family == "gpt2":
+        return Transformer(Config.gpt2(**shape), s.seed)
+    if s.family == "llama":  # SwiGLU has three matrices: 8/3 of the width gives two of four's size
+        return Transformer(Config.llama(**shape, hidden=8 * s.width // 3), s.seed)
+    return Transformer(Config.bert(**shape, hidden=4 * s.width), s.seed)
+
+
+def stored_settings(run: RunDirectory, given: Settings) -> Settings:
+    """The run's own settings; ValueError where the command line asks for others."""
+    stored = run.describe()["settings"]
+    stored = Settings(**stored | {k: tuple(stored[k]) for k in ("corpus", "weights")})
+    defaults, asked, kept = asdict(Settings()), asdict(given), asdict(stored)
+    changed = [f"{k} {asked[k]} (it has {kept[k]})" for k in kept if asked[k] not in (defaults[k], kept[k])]
+    if changed:
+        raise ValueError(f"{run.path} keeps its settings; asked for another " + ", ".join(changed))
+    return stored
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError, Diverged) as error:
+        sys.exit(f"pretrain.py: {error}")
