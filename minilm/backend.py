@@ -141,7 +141,7 @@ def erf(x):
         return erf(x)
     step, coefficients = _erf_table()
     near = np.clip(x, -6, 6)  # beyond, erf is +-1 in float64
-    index = np.rint(near / step).astype(np.intp)
+    index = np.rint(np.fmax(near, -6) / step).astype(np.intp)  # any point will do for nan
     d = near - (index * step).astype(x.dtype)
     index += len(coefficients[0]) // 2
     y = np.zeros_like(x)

@@ -38,7 +38,8 @@ class LayerCache:
 
 
 def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float = 1.0,
-             top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> np.ndarray:  # fmt: skip
+             top_k: int | None = None, top_p: float | None = None,
+             seed: int = 0) -> np.ndarray:  # fmt: skip
     """tokens (B, T) and max_new_tokens sampled after them: integers (B, T + max_new_tokens).
 
     The settings are those of `stream`. The model's dropout is off meanwhile.
@@ -52,7 +53,7 @@ def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float
         new = [next(drawn)[:, None] for _ in range(max_new_tokens)]
     finally:
         model.train(training)
-    return np.concatenate([np.asarray(tokens), *new], axis=1)
+    return np.concatenate([np.asarray(tokens), *new], axis=1, dtype=np.int64)
 
 
 def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | None = None,
@@ -64,23 +65,28 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
     arXiv:1904.09751). Past the model's context the window slides: then the last `context` tokens
     are run anew for each token, because their positions change. ValueError for bad settings.
     """
-    tokens, context = np.asarray(tokens), model.config.context
+    tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
         raise ValueError(f"tokens must be integers (B, T >= 1), got {tokens.dtype} {tokens.shape}")
     if not model.config.causal:
         raise ValueError("only a causal model generates; this one sees both sides")
-    if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < (top_p or 1) <= 1:
+    k_fits, p_fits = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1
+    if not (temperature >= 0 and k_fits and p_fits):
         raise ValueError(f"bad settings: {temperature=}, {top_k=}, {top_p=}")
-    rng, cache, new = np.random.default_rng(seed), Cache(model, len(tokens)), tokens[:, -context:]
+    return _drawn(model, tokens, np.random.default_rng(seed), temperature, top_k, top_p)
+
+
+def _drawn(model, tokens, rng, *settings):
+    context, cache, new = model.config.context, Cache(model, len(tokens)), tokens
     while True:
-        if cache.length + new.shape[1] > context:
+        if cache.length + new.shape[1] > context:  # of the window, every position has changed
             cache, new = Cache(model, len(tokens)), tokens[:, -context:]
         with no_grad():
             logits = model.head(model.hidden(new, cache=cache)[:, -1]).data
-        drawn = sample(to_device(logits, "cpu"), rng, temperature, top_k, top_p)
+        drawn = sample(to_device(logits, "cpu"), rng, *settings)
         yield drawn
         new = drawn[:, None]
-        tokens = np.concatenate([tokens[:, 1 - context :], new], axis=1)
+        tokens = np.concatenate([tokens[:, 1 - context :], new], axis=1, dtype=np.int64)
 
 
 def sample(logits, rng, temperature, top_k, top_p):  # (B, V) -> (B,)
@@ -93,8 +99,9 @@ def sample(logits, rng, temperature, top_k, top_p):  # (B, V) -> (B,)
     p = np.exp(z - z.max(-1, keepdims=True))
     if top_p is not None:
         order = np.argsort(-p, axis=-1, kind="stable")
-        reached = np.cumsum(np.take_along_axis(p, order, -1), -1) >= top_p * p.sum(-1, keepdims=True)
-        reached[:, 1:], reached[:, 0] = reached[:, :-1].copy(), False  # the one that reaches p stays
-        np.put_along_axis(p, order, np.where(reached, 0, np.take_along_axis(p, order, -1)), -1)
+        falling = np.take_along_axis(p, order, -1)
+        reached = np.cumsum(falling, -1) >= top_p * p.sum(-1, keepdims=True)
+        falling[:, 1:][reached[:, :-1]] = 0  # the one that reaches p stays
+        np.put_along_axis(p, order, falling, -1)
     upto = np.cumsum(p, -1)
     return (upto <= rng.random((len(p), 1)) * upto[:, -1:]).sum(-1)

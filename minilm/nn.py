@@ -31,7 +31,7 @@ class Module:
                     yield from child.named_modules(f"{path}.{i}")
 
     def named_tensors(self):
-        """(path, tensor) of every tensor once, frozen ones too; a shared one under its first path."""
+        """(path, tensor) of every tensor once, frozen or not; a shared one under its first path."""
         seen = set()
         for prefix, module in self.named_modules():
             for name, value in vars(module).items():
@@ -49,23 +49,23 @@ class Module:
 
     def replace(self, path: str, module: "Module"):
         """Put `module` in the place that `path` names, such as "blocks.0.attention.q"."""
+        if not path or path not in dict(self.named_modules()):
+            raise ValueError(f"there is no module {path!r} to replace")
         *parents, name = path.split(".")
         owner = self
         for part in parents:
             owner = owner[int(part)] if isinstance(owner, list) else getattr(owner, part)
         if isinstance(owner, list):
             owner[int(name)] = module
-        elif isinstance(getattr(owner, name, None), Module):
-            setattr(owner, name, module)
         else:
-            raise ValueError(f"there is no module {path!r} to replace")
+            setattr(owner, name, module)
 
     def state_dict(self) -> dict:
         """path -> array, not copied; a shared tensor appears once."""
         return {name: t.data for name, t in self.named_tensors()}
 
     def load_state_dict(self, state: dict):
-        """Copy arrays into the tensors. Names and shapes must match exactly, or nothing is copied."""
+        """Copy arrays into the tensors. Names and shapes must match, or nothing is copied."""
         own = dict(self.named_tensors())
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         wrong = [f"{k} is {state[k].shape}, expected {own[k].shape}"
@@ -92,7 +92,7 @@ class Module:
         return self
 
     def to(self, device: str):
-        """Move every tensor to "cpu" or "cuda". RuntimeError that says why where there is no GPU."""
+        """Move every tensor to "cpu" or "cuda"; RuntimeError that says why where no GPU is."""
         for _, t in self.named_tensors():
             t.data = to_device(t.data, device)
         return self
@@ -121,7 +121,8 @@ class Embedding(Module):
 
 class LayerNorm(Module):
     def __init__(self, width, eps):
-        self.weight, self.bias, self.eps = parameter(np.ones(width)), parameter(np.zeros(width)), eps
+        self.weight, self.bias = parameter(np.ones(width)), parameter(np.zeros(width))
+        self.eps = eps
 
     def forward(self, x):
         return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)

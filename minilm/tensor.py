@@ -109,6 +109,7 @@ class Tensor:
     def __rtruediv__(self, other): return div(other, self)
     def __neg__(self): return mul(self, -1.0)
     def __matmul__(self, other): return matmul(self, other)
+    def __rmatmul__(self, other): return matmul(other, self)
     def __getitem__(self, index): return getitem(self, index=index)
     def reshape(self, *shape): return reshape(self, shape=shape)
     def transpose(self, *axes): return transpose(self, axes=axes)
@@ -208,6 +209,9 @@ def checkpoint(segment, *inputs):
             z = segment(*again)
         if z.node:
             z.backward(dy)
+        for x in again:
+            if type(x) is Tensor and x.node and x.grad is None:  # the segment did not use it
+                x.grad = array_module(x.data).zeros_like(x.data)
         return again
 
     needed = [i for i, x in enumerate(inputs) if type(x) is Tensor and x.node]
@@ -256,7 +260,11 @@ def _deposit(leaf, dy):
 
 
 def _parents_first(root):
-    """The nodes below root in topological order, without recursion."""
+    """The nodes below root in topological order, without recursion.
+
+    The first input's side comes first: a linear layer's weight then stands right before the layer,
+    and the walk back can deposit the weight's gradient before it goes on to the layer's input.
+    """
     order, seen, stack = [], set(), [(root, False)]
     while stack:
         node, parents_done = stack.pop()
@@ -265,7 +273,7 @@ def _parents_first(root):
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            stack.extend((parent, False) for parent in node.parents)
+            stack.extend((parent, False) for parent in reversed(node.parents))
     return order
 
 

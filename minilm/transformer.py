@@ -19,7 +19,7 @@ import numpy as np
 
 from minilm import ops
 from minilm.backend import array_module
-from minilm.nn import Dropout, Embedding, LayerNorm, Linear, Module, RMSNorm, parameter
+from minilm.nn import Dropout, Embedding, LayerNorm, Linear, Module, RMSNorm
 from minilm.tensor import Tensor, checkpoint
 
 
@@ -49,17 +49,23 @@ class Config:
 
     def __post_init__(self):
         choices = {"norm": ("layer", "rms"), "positions": ("learned", "rotary"),
-                   "activation": ("gelu_tanh", "gelu", "swiglu"), "head": ("linear", "masked")}  # fmt: skip
+                   "activation": ("gelu_tanh", "gelu", "swiglu"),
+                   "head": ("linear", "masked")}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if min(self.vocab_size, self.context, self.layers, self.heads, self.width, self.hidden) < 1:
-            raise ValueError(f"sizes must be positive: {self}")
+        sizes = ("vocab_size", "context", "layers", "heads", "width", "hidden", "kv_heads")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.width % self.heads or self.heads % self.kv_heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}, "
                              f"and that of kv_heads {self.kv_heads}")  # fmt: skip
         if self.positions == "rotary" and self.width // self.heads % 2:
-            raise ValueError(f"rotary positions need an even head width, got {self.width // self.heads}")
+            raise ValueError("rotary positions need an even head width, "
+                             f"got {self.width // self.heads}")  # fmt: skip
 
     @classmethod
     def gpt2(cls, vocab_size, context, layers, heads, width, **changes):
@@ -69,7 +75,7 @@ class Config:
 
     @classmethod
     def llama(cls, vocab_size, context, layers, heads, width, hidden, kv_heads=None, **changes):
-        """Llama (Touvron et al. 2023, arXiv:2302.13971); with kv_heads < heads Llama 2's and Mistral's."""
+        """Llama (Touvron et al. 2023, arXiv:2302.13971); with kv_heads < heads also Mistral."""
         return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
                           width=width, hidden=hidden, kv_heads=kv_heads or heads, norm="rms",
                           norm_eps=1e-6, positions="rotary", activation="swiglu", tied=False,
@@ -196,7 +202,7 @@ class Transformer(Module):
         return self.norm(x) if self.norm else x
 
     def _run_blocks(self, x, mask, angles, cache):
-        if not self.checkpoint_every:
+        if cache or not self.checkpoint_every:
             for i, block in enumerate(self.blocks):
                 x = block(x, mask, angles, cache and cache.layers[i])
             return x
@@ -209,13 +215,14 @@ class Transformer(Module):
         return x
 
     def _checked(self, tokens, mask, past):
-        """tokens as integers (B, T) and mask as booleans (B, 1, 1, T), or the error that says why not."""
+        """tokens, integers (B, T), and mask as booleans (B, 1, 1, T); else ValueError."""
         xp = array_module(self.embed.weight.data)
         tokens, context = xp.asarray(tokens), self.config.context
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens must be integers (B, T), got {tokens.dtype} {tokens.shape}")
-        if past + tokens.shape[1] > context or tokens.shape[1] == 0:
-            raise ValueError(f"T must be 1 to {context}, the model's context; got {past + tokens.shape[1]}")
+        T = past + tokens.shape[1]
+        if tokens.shape[1] == 0 or T > context:
+            raise ValueError(f"T must be 1 to {context}, the model's context; got {T}")
         if mask is not None:
             mask = xp.asarray(mask)
             if mask.shape != tokens.shape:
@@ -234,7 +241,7 @@ def make_norm(c: Config) -> Module:
 
 
 def rotary_tables(c: Config, places, dtype):
-    """cos and sin of place * theta^(-2i/D), computed in float32 as transformers does: (T, D/2) each."""
+    """cos and sin of place * theta^(-2i/D), in float32 as transformers does: (T, D/2) each."""
     xp, half = array_module(places), c.width // c.heads // 2
     inverse = 1 / c.rope_theta ** (xp.arange(half, dtype=np.float32) / half)
     angles = places[:, None].astype(np.float32) * inverse

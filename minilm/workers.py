@@ -3,10 +3,11 @@
 Each worker runs forward and backward on its part of the batch, with BLAS at one thread; all add to
 the one gradient buffer. The order of the additions is fixed, so the bits of the sum are the same
 every time, and the same for threads and processes: the k-th gradient of worker w goes in after the
-k-th of worker w - 1. A gradient that comes early waits in its worker's queue; the worker goes on.
+k-th of worker w - 1. A gradient that comes early waits in its worker's queue, and the worker goes
+on until the queue is full.
 
 Threads run everywhere. Processes do not wait for the interpreter's lock, which on small models
-costs a third of the step; they need fork (Linux) and parameters in shared memory.
+costs a third of the step; they need fork (Linux). FlatParameters lie in memory that a fork shares.
 """
 
 import multiprocessing
@@ -36,8 +37,6 @@ class Workers:
         turns = [None, *(self.sync.Semaphore(0) for _ in range(count - 1)), None]
         self.queues = [GradientQueue(*turns[w : w + 2], self.failed) for w in range(count)]
         self.rank = threading.local()
-        if processes:
-            flat.share()
         for p in flat.params:
             p.on_grad = lambda dy, receive=p.on_grad: self.queues[self.rank.value].put(receive, dy)
         self.flat = flat
@@ -131,14 +130,21 @@ class GradientQueue:
         self.before, self.after, self.failed = before, after, failed
         self.waiting = deque()
 
+    LIMIT = 1 << 24  # bytes that may wait
+
     def put(self, receive, dy):
         self.waiting.append((receive, dy))
         while self.waiting and (self.before is None or self.before.acquire(False)):
             self._enter()
+        self._wait_for(self.LIMIT)
 
     def finish(self):
         """Wait until every gradient is in."""
-        while self.waiting:
+        self._wait_for(0)
+
+    def _wait_for(self, limit):
+        """Go on when no more than `limit` bytes wait."""
+        while sum(dy.nbytes for _, dy in self.waiting) > limit:
             while not self.before.acquire(True, 0.1):
                 if self.failed.is_set():
                     raise RuntimeError("another worker failed")

@@ -1,18 +1,16 @@
 """Models in Hugging Face folders: config.json and model.safetensors.
 
-A `Family` is a table of two columns, what Config and Transformer call something and what one
-architecture of transformers calls it. The loader reads the table one way, the saver the other.
-A value that Transformer cannot express is refused, never ignored.
-
-Not read: dropout, which belongs to training and not to weights (`load_model` takes it as an
-argument), and whatever serves only generation, initialisation or other tasks.
+A `Family` is a table of what one architecture of transformers calls the parts of Config and
+Transformer. The loader reads it one way, the saver the other. What Transformer cannot express is
+refused, never ignored. Neither read nor written are dropout, which belongs to a training run and
+not to the weights, and settings that serve only generation, initialisation or other tasks.
 """
 
-import dataclasses
 import functools
 import os
 import re
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,143 +18,121 @@ import numpy as np
 
 from minilm.backend import to_device
 from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
-from minilm.nn import Dropout, Embedding, LayerNorm, Linear, RMSNorm
-from minilm.transformer import MLP, Attention, Block, Config, MaskedHead, Transformer
+from minilm.transformer import Config, Transformer
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
-PLAIN = (Transformer, Block, Attention, MLP, MaskedHead, Linear, Embedding, LayerNorm, RMSNorm,
-         Dropout)  # fmt: skip
-FLOAT32_MAX = float(np.finfo(np.float32).max)
+FIELDS = {"vocab_size": "vocab_size", "context": "max_position_embeddings",
+          "layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size",
+          "hidden": "intermediate_size", "activation": "hidden_act",
+          "tied": "tie_word_embeddings"}  # fmt: skip
+OPTIONAL = ("n_inner", "num_key_value_heads")  # the sizes that may be null or absent
+ONLY = {"add_cross_attention": False, "is_encoder_decoder": False, "quantization_config": None}
 
 
 class Family(NamedTuple):
     """What one architecture calls the parts of Config and Transformer."""
 
     architecture: str
-    model_type: str
-    make: Callable[..., Config]
+    config: Callable[..., Config]
     fields: dict  # of Config -> of config.json
     activations: dict  # theirs -> ours; the first is written
-    modules: dict  # ours -> theirs
-    layer: str  # theirs, in front of the modules of block {i}
-    block: dict  # ours, below blocks.{i} -> theirs, below layer; sharing one of theirs means joined
-    dropouts: dict  # fields of config.json -> 1 where Config.dropout acts, 0 where it does not
-    only: dict = {}  # fields of config.json -> the one value that Transformer can express
-    absent: dict = {}  # fields of config.json -> their defaults, where Config's are others
-    respell: tuple = ()  # (pattern, replacement): keys of older files
-    copies: dict = {}  # second names of a tensor -> the first; both are written
+    modules: dict  # ours -> theirs; several of ours with one of theirs are joined there
+    layer: str  # what precedes their modules of block i
+    block: dict  # like modules, below blocks.i
+    only: dict = {}  # field of config.json -> the one value that Transformer can express
+    absent: dict = {}  # field of config.json -> its default, where that is not Config's
+    respell: dict = {}  # pattern -> replacement: keys of older files
+    copies: dict = {}  # key -> another key of the same tensor; both are written
     ignored: tuple = ()  # keys that play no part in the logits
 
 
 GPT2 = Family(
-    architecture="GPT2LMHeadModel",
-    model_type="gpt2",
-    make=Config.gpt2,
-    fields={"vocab_size": "vocab_size", "context": "n_positions", "layers": "n_layer",
-            "heads": "n_head", "width": "n_embd", "hidden": "n_inner",
-            "norm_eps": "layer_norm_epsilon", "activation": "activation_function",
-            "tied": "tie_word_embeddings"},
-    activations={"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"},
-    modules={"embed": "transformer.wte", "position": "transformer.wpe",
-             "norm": "transformer.ln_f", "head": "lm_head"},
-    layer="transformer.h.{i}.",
-    block={"norm1": "ln_1", "norm2": "ln_2", "attention.q": "attn.c_attn",
-           "attention.k": "attn.c_attn", "attention.v": "attn.c_attn", "attention.o": "attn.c_proj",
-           "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
-    dropouts={"embd_pdrop": 1, "resid_pdrop": 1, "attn_pdrop": 0},
+    "GPT2LMHeadModel",
+    Config.gpt2,
+    FIELDS | {"context": "n_positions", "layers": "n_layer", "heads": "n_head", "width": "n_embd",
+              "hidden": "n_inner", "norm_eps": "layer_norm_epsilon",
+              "activation": "activation_function"},
+    {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"},
+    {"embed": "transformer.wte", "position": "transformer.wpe", "norm": "transformer.ln_f",
+     "head": "lm_head"},
+    "transformer.h.{i}.",
+    {"norm1": "ln_1", "attention.q": "attn.c_attn", "attention.k": "attn.c_attn",
+     "attention.v": "attn.c_attn", "attention.o": "attn.c_proj", "norm2": "ln_2",
+     "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
     only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
-    respell=((r"^(?=(wte|wpe|ln_f|h\.\d+)\.)", "transformer."),),
+    respell={r"^(?=(wte|wpe|ln_f|h\.\d+)\.)": "transformer."},
     ignored=("transformer.h.{i}.attn.bias", "transformer.h.{i}.attn.masked_bias"),
 )  # fmt: skip
 
 LLAMA = Family(
-    architecture="LlamaForCausalLM",
-    model_type="llama",
-    make=Config.llama,
-    fields={"vocab_size": "vocab_size", "context": "max_position_embeddings",
-            "layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size",
-            "hidden": "intermediate_size", "kv_heads": "num_key_value_heads",
-            "norm_eps": "rms_norm_eps", "activation": "hidden_act", "bias": "attention_bias",
-            "tied": "tie_word_embeddings"},
-    activations={"silu": "swiglu", "swish": "swiglu"},
-    modules={"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
-    layer="model.layers.{i}.",
-    block={"norm1": "input_layernorm", "norm2": "post_attention_layernorm",
-           "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj",
-           "attention.v": "self_attn.v_proj", "attention.o": "self_attn.o_proj",
-           "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"},
-    dropouts={"attention_dropout": 0},
+    "LlamaForCausalLM",
+    Config.llama,
+    FIELDS | {"kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps",
+              "bias": "attention_bias"},
+    {"silu": "swiglu", "swish": "swiglu"},
+    {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
+    "model.layers.{i}.",
+    {"norm1": "input_layernorm", "attention.q": "self_attn.q_proj",
+     "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
+     "attention.o": "self_attn.o_proj", "norm2": "post_attention_layernorm",
+     "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"},
     only={"partial_rotary_factor": 1.0},
     ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
 )  # fmt: skip
 
 MISTRAL = LLAMA._replace(
-    architecture="MistralForCausalLM",
-    model_type="mistral",
-    absent={"num_key_value_heads": 8, "sliding_window": 4096},
+    architecture="MistralForCausalLM", absent={"num_key_value_heads": 8, "sliding_window": 4096}
 )
 
 BERT = Family(
-    architecture="BertForMaskedLM",
-    model_type="bert",
-    make=Config.bert,
-    fields={"vocab_size": "vocab_size", "context": "max_position_embeddings",
-            "layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size",
-            "hidden": "intermediate_size", "segments": "type_vocab_size",
-            "norm_eps": "layer_norm_eps", "activation": "hidden_act",
-            "tied": "tie_word_embeddings"},
-    activations={"gelu": "gelu"},
-    modules={"embed": "bert.embeddings.word_embeddings",
-             "position": "bert.embeddings.position_embeddings",
-             "segment": "bert.embeddings.token_type_embeddings",
-             "embed_norm": "bert.embeddings.LayerNorm",
-             "head.transform": "cls.predictions.transform.dense",
-             "head.norm": "cls.predictions.transform.LayerNorm",
-             "head.out": "cls.predictions.decoder"},
-    layer="bert.encoder.layer.{i}.",
-    block={"attention.q": "attention.self.query", "attention.k": "attention.self.key",
-           "attention.v": "attention.self.value", "attention.o": "attention.output.dense",
-           "norm1": "attention.output.LayerNorm", "mlp.up": "intermediate.dense",
-           "mlp.down": "output.dense", "norm2": "output.LayerNorm"},
-    dropouts={"hidden_dropout_prob": 1, "attention_probs_dropout_prob": 0},
+    "BertForMaskedLM",
+    Config.bert,
+    FIELDS | {"segments": "type_vocab_size", "norm_eps": "layer_norm_eps"},
+    {"gelu": "gelu"},
+    {"embed": "bert.embeddings.word_embeddings", "position": "bert.embeddings.position_embeddings",
+     "segment": "bert.embeddings.token_type_embeddings", "embed_norm": "bert.embeddings.LayerNorm",
+     "head.transform": "cls.predictions.transform.dense",
+     "head.norm": "cls.predictions.transform.LayerNorm", "head.out": "cls.predictions.decoder"},
+    "bert.encoder.layer.{i}.",
+    {"attention.q": "attention.self.query", "attention.k": "attention.self.key",
+     "attention.v": "attention.self.value", "attention.o": "attention.output.dense",
+     "norm1": "attention.output.LayerNorm", "mlp.up": "intermediate.dense",
+     "mlp.down": "output.dense", "norm2": "output.LayerNorm"},
     only={"is_decoder": False, "position_embedding_type": "absolute"},
-    respell=((r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
+    respell={r"\.gamma$": ".weight", r"\.beta$": ".bias"},
     copies={"cls.predictions.bias": "cls.predictions.decoder.bias"},
     ignored=("bert.embeddings.position_ids", "bert.pooler.dense.weight", "bert.pooler.dense.bias",
              "cls.seq_relationship.weight", "cls.seq_relationship.bias"),
 )  # fmt: skip
 
 DISTILBERT = Family(
-    architecture="DistilBertForMaskedLM",
-    model_type="distilbert",
-    make=functools.partial(Config.bert, segments=0),
-    fields={"vocab_size": "vocab_size", "context": "max_position_embeddings", "layers": "n_layers",
-            "heads": "n_heads", "width": "dim", "hidden": "hidden_dim", "activation": "activation",
-            "tied": "tie_word_embeddings"},
-    activations={"gelu": "gelu"},
-    modules={"embed": "distilbert.embeddings.word_embeddings",
-             "position": "distilbert.embeddings.position_embeddings",
-             "embed_norm": "distilbert.embeddings.LayerNorm", "head.transform": "vocab_transform",
-             "head.norm": "vocab_layer_norm", "head.out": "vocab_projector"},
-    layer="distilbert.transformer.layer.{i}.",
-    block={"attention.q": "attention.q_lin", "attention.k": "attention.k_lin",
-           "attention.v": "attention.v_lin", "attention.o": "attention.out_lin",
-           "norm1": "sa_layer_norm", "mlp.up": "ffn.lin1", "mlp.down": "ffn.lin2",
-           "norm2": "output_layer_norm"},
-    dropouts={"dropout": 1, "attention_dropout": 0},
+    "DistilBertForMaskedLM",
+    functools.partial(Config.bert, segments=0),
+    FIELDS | {"layers": "n_layers", "heads": "n_heads", "width": "dim", "hidden": "hidden_dim",
+              "activation": "activation"},
+    {"gelu": "gelu"},
+    {"embed": "distilbert.embeddings.word_embeddings",
+     "position": "distilbert.embeddings.position_embeddings",
+     "embed_norm": "distilbert.embeddings.LayerNorm", "head.transform": "vocab_transform",
+     "head.norm": "vocab_layer_norm", "head.out": "vocab_projector"},
+    "distilbert.transformer.layer.{i}.",
+    {"attention.q": "attention.q_lin", "attention.k": "attention.k_lin",
+     "attention.v": "attention.v_lin", "attention.o": "attention.out_lin", "norm1": "sa_layer_norm",
+     "mlp.up": "ffn.lin1", "mlp.down": "ffn.lin2", "norm2": "output_layer_norm"},
     ignored=("distilbert.embeddings.position_ids",),
 )  # fmt: skip
 
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, BERT, DISTILBERT)}
-ONLY = {"add_cross_attention": False, "is_encoder_decoder": False, "quantization_config": None}
-OPTIONAL = ("n_inner", "num_key_value_heads")  # may be null or absent, as nothing but these sizes
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "bert": BERT,
+            "distilbert": DISTILBERT}  # fmt: skip
 
 
-def load_model(path: str | os.PathLike, dtype: str = "float32", dropout: float = 0.0):
-    """The Transformer in a folder of one of FAMILIES, with its weights cast to dtype (of FLOATS).
+def load_model(
+    path: str | os.PathLike, dtype: str = "float32", dropout: float = 0.0
+) -> Transformer:
+    """The Transformer in a folder, its weights cast to dtype, one of FLOATS.
 
-    Reads one file or shards, and older spellings. Raises FileNotFoundError; FormatError that names
-    the field or the keys, where a file is damaged or says what Transformer cannot express.
+    Reads one file or shards, today's keys or older ones. Raises FileNotFoundError, or FormatError
+    naming the field or the keys, where a file is damaged or says what Transformer cannot express.
     """
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {FLOATS}, got {dtype!r}")
@@ -166,238 +142,209 @@ def load_model(path: str | os.PathLike, dtype: str = "float32", dropout: float =
         family, config = _parse(raw)
     except ValueError as error:
         raise FormatError(path / "config.json", str(error)) from None
-    file, tensors = _read_files(path)
-    if config.layers > len(tensors):  # or a damaged size would have us list keys without end
-        raise FormatError(path / "config.json", f"{family.fields['layers']} is {config.layers}, "
-                          f"but {file.name} has only {len(tensors)} tensors")  # fmt: skip
-    tensors = _plain_keys(file, tensors, family, config)
-    layout = _layout(family, config)
-    _check(file, tensors, layout)
-    model = Transformer(dataclasses.replace(config, dropout=dropout))
-    own = dict(model.named_tensors())
-    for theirs, parts in layout.items():
-        joined = _turn(theirs, tensors[theirs])
-        ends = np.cumsum([shape[0] for _, shape in parts])
-        for (ours, _), array in zip(parts, np.split(joined, ends[:-1])):
-            # In place: a tied head holds the same Tensor.
-            own[ours].__init__(array.astype(dtype, order="C"), requires_grad=True)
+    file, arrays = _read_arrays(path)
+    arrays = _normalised(file, arrays, family, config)
+    numbers, held = _fewest_numbers(config), sum(a.size for a in arrays.values())
+    if numbers > 2 * held + 10**6:  # a damaged size must not ask for all the memory there is
+        raise FormatError(path / "config.json", f"describes a model of at least {numbers} numbers, "
+                          f"but {file.name} holds {held}")  # fmt: skip
+    model = Transformer(replace(config, dropout=dropout))
+    places = _places(model, family)
+    _check(file, arrays, places)
+    for key, tensors in places.items():
+        ends = np.cumsum([len(t) for t in tensors])
+        for tensor, part in zip(tensors, np.split(_turned(key, arrays[key]), ends[:-1])):
+            tensor.__init__(part.astype(dtype, order="C"), requires_grad=True)  # stays tied
     return model
 
 
 def save_model(model: Transformer, path: str | os.PathLike) -> None:
-    """Write a folder that transformers and `load_model` read, in the model's dtype.
+    """Write a folder that transformers and `load_model` read, in the model's own dtype.
 
-    config.json comes last, so a folder that is not whole does not load. ValueError, before
-    anything is written, for a model that no family expresses or with other modules than its own.
+    config.json comes last, so a part of a folder does not load. A model that no family expresses,
+    or that has other modules than its Config says, is a ValueError before anything is written.
     """
-    for name, module in model.named_modules():
-        if type(module) not in PLAIN:
-            raise ValueError(f"{name or 'the model'} is a {type(module).__name__}: "
-                             "only a Transformer with its own modules can be saved")  # fmt: skip
-    family = _family_of(model.config)
-    raw = _describe(family, model.config) | {"dtype": model.embed.weight.dtype.name}
-    raw["torch_dtype"] = raw["dtype"]  # the name before transformers 5
-    layout = _layout(family, model.config)
-    expected = {ours: shape for parts in layout.values() for ours, shape in parts}
-    state = model.state_dict()
-    if differing := expected.items() ^ {name: array.shape for name, array in state.items()}.items():
-        raise ValueError(f"tensors differ from what config says: {_some(dict(differing))}")
-    tensors = {}
-    for theirs, parts in layout.items():
-        joined = np.concatenate([to_device(state[ours], "cpu") for ours, _ in parts])
-        tensors[theirs] = _turn(theirs, joined)
-    tensors |= {copy: tensors[name] for copy, name in family.copies.items()}
-    path = Path(path)
+    c, path = model.config, Path(path)
+    family = (LLAMA if c.positions == "rotary" else GPT2 if c.head == "linear"
+              else BERT if c.segments else DISTILBERT)  # fmt: skip
+    raw = _describe(family, c)
+    raw["dtype"] = raw["torch_dtype"] = model.embed.weight.dtype.name  # the latter before version 5
+    if differences := _parts(model) ^ _parts(Transformer(c)):
+        raise ValueError(f"not the modules of Transformer(config); differing: {_some(differences)}")
+    arrays = {}
+    for key, tensors in _places(model, family).items():
+        arrays[key] = _turned(key, np.concatenate([to_device(t.data, "cpu") for t in tensors]))
+    arrays |= {copy: arrays[key] for copy, key in family.copies.items()}
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").unlink(missing_ok=True)
-    write_tensors(path / "model.safetensors", tensors, {"format": "pt"})
+    write_tensors(path / "model.safetensors", arrays, {"format": "pt"})
     write_json(path / "config.json", raw)
 
 
 def _parse(raw) -> tuple[Family, Config]:
-    """The family and Config that config.json describes; ValueError naming the field it cannot."""
+    """What config.json describes; ValueError naming the field that Transformer cannot express."""
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"model_type is {kind!r}, expected one of {list(FAMILIES)}")
     family = FAMILIES[kind]
     raw = family.absent | raw
     for field, value in (ONLY | family.only).items():
-        _require(raw.get(field, value) == value, field, raw, repr(value))
-    values, types = {}, {field.name: field.type for field in dataclasses.fields(Config)}
+        _require(raw.get(field, value) == value, raw, field, repr(value))
+    values, types = {}, {field.name: field.type for field in fields(Config)}
     for ours, theirs in family.fields.items():
-        optional = raw.get(theirs) is None if theirs in OPTIONAL else theirs not in raw
-        if optional and (theirs in OPTIONAL or types[ours] is not int):
-            continue  # Config has the same default
-        values[ours] = _value(theirs, raw, types[ours], family)
-    config = family.make(**values)
+        null = theirs in OPTIONAL and raw.get(theirs) is None
+        if not null and (theirs in raw or types[ours] is int):  # else Config's default is theirs
+            values[ours] = _value(raw, theirs, types[ours])
+    if "activation" in values:
+        known, name = family.activations, values["activation"]
+        _require(name in known, raw, family.fields["activation"], f"one of {list(known)}")
+        values["activation"] = known[name]
+    config = family.config(**values)
     return family, _rotary(raw, config) if config.positions == "rotary" else config
-
-
-def _value(field, raw, kind, family):
-    """The field's value for Config: an int, float, bool or the name of an activation."""
-    value = raw.get(field)
-    if kind is int:
-        _require(type(value) is int and value > 0, field, raw, "a positive integer")
-    elif kind is float:
-        fits = type(value) in (int, float) and 0 < value < FLOAT32_MAX
-        _require(fits, field, raw, "a positive number")
-        return float(value)
-    elif kind is bool:
-        _require(type(value) is bool, field, raw, "true or false")
-    else:
-        known = family.activations
-        _require(isinstance(value, str) and value in known, field, raw, f"one of {list(known)}")
-        return known[value]
-    return value
 
 
 def _rotary(raw, c: Config) -> Config:
     """c with its rotary base, once the fields that only Llama and Mistral have are checked."""
-    width, window, bases = c.width // c.heads, raw.get("sliding_window"), set()
-    _require(raw.get("head_dim") in (None, width), "head_dim", raw, f"{width}: hidden_size / heads")
-    _require(raw.get("mlp_bias", False) == c.bias, "mlp_bias", raw, "the same as attention_bias")
-    wide = window is None or type(window) is int and window >= c.context
-    _require(wide, "sliding_window", raw, "null or at least max_position_embeddings")
-    if "rope_theta" in raw:
-        bases.add(_value("rope_theta", raw, float, None))
-    for field in ("rope_parameters", "rope_scaling"):
-        rope = raw.get(field)
-        if rope is not None:
-            plain = isinstance(rope, dict) and rope.keys() <= {"rope_theta", "rope_type", "type"}
-            plain = plain and all(rope.get(k, "default") == "default" for k in ("rope_type", "type"))
-            _require(plain, field, raw, 'null or of rope_type "default"')
-            bases |= {_value("rope_theta", rope, float, None)} if "rope_theta" in rope else set()
-    _require(len(bases) < 2, "rope_theta", raw, f"one value, not {sorted(bases)}")
-    return dataclasses.replace(c, rope_theta=min(bases, default=c.rope_theta))
+    width, window = c.width // c.heads, raw.get("sliding_window")
+    _require(raw.get("head_dim") in (None, width), raw, "head_dim", f"{width}, hidden_size / heads")
+    _require(raw.get("mlp_bias", False) == c.bias, raw, "mlp_bias", "the value of attention_bias")
+    wide = window is None or (type(window) is int and window >= c.context)
+    _require(wide, raw, "sliding_window", "null or at least max_position_embeddings")
+    ropes = [raw]
+    for field in ("rope_parameters", "rope_scaling"):  # of version 5 and of those before
+        rope = raw.get(field) or {}
+        plain = isinstance(rope, dict) and all(
+            key == "rope_theta" or (key in ("rope_type", "type") and value == "default")
+            for key, value in rope.items()
+        )
+        _require(plain, raw, field, 'rope_theta and rope_type "default" alone')
+        ropes.append(rope)
+    bases = {_value(rope, "rope_theta", float) for rope in ropes if "rope_theta" in rope}
+    _require(len(bases) < 2, raw, "rope_theta", f"one value everywhere, not {sorted(bases)}")
+    return replace(c, rope_theta=min(bases, default=c.rope_theta))
 
 
-def _require(fits, field, raw, expected):
+def _value(raw, field, kind):
+    """The field as a positive int or float, a bool or a str."""
+    value = raw.get(field)
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if kind in (int, float):
+        fits = fits and 0 < value < 1e38  # and so a float32
+    _require(fits, raw, field, f"{'positive ' * (kind in (int, float))}{kind.__name__}")
+    return kind(value)
+
+
+def _require(fits, raw, field, expected):
     if not fits:
         found = repr(raw[field]) if field in raw else "missing"
         raise ValueError(f"{field} is {found}, expected {expected}")
 
 
-def _family_of(c: Config) -> Family:
-    if c.positions == "rotary":
-        return LLAMA
-    if c.head == "masked":
-        return BERT if c.segments else DISTILBERT
-    return GPT2
-
-
 def _describe(family: Family, c: Config) -> dict:
     """config.json for c; ValueError where it would not be read as c again."""
     names = {ours: theirs for theirs, ours in reversed(family.activations.items())}
-    raw = {"architectures": [family.architecture], "model_type": family.model_type}
+    model_type = next(name for name, known in FAMILIES.items() if known is family)
+    raw = {"architectures": [family.architecture], "model_type": model_type}
     raw |= {theirs: getattr(c, ours) for ours, theirs in family.fields.items()}
-    raw[family.fields["activation"]] = names.get(c.activation, c.activation)
-    raw |= {field: float(share * c.dropout) for field, share in family.dropouts.items()}
+    raw[family.fields["activation"]] = names.get(c.activation, next(iter(family.activations)))
     if c.positions == "rotary":
         rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-        raw |= {"head_dim": c.width // c.heads, "mlp_bias": c.bias, "rope_parameters": rope,
-                "rope_theta": c.rope_theta}  # the last is for transformers before 5  # fmt: skip
-    back = dataclasses.replace(_parse(raw)[1], dropout=c.dropout)
+        raw |= {"mlp_bias": c.bias, "head_dim": c.width // c.heads, "rope_parameters": rope}
+        raw["rope_theta"] = c.rope_theta  # where transformers before 5 looks
+    read = replace(_parse(raw)[1], dropout=c.dropout)
     for name, value in vars(c).items():
-        if value != getattr(back, name):
-            raise ValueError(f"{family.architecture} is the nearest architecture, but "
-                             f"cannot express {name}={value!r}")  # fmt: skip
+        if value != getattr(read, name):
+            raise ValueError(f"{family.architecture}, the nearest, cannot express {name}={value!r}")
     return raw
 
 
-def _layout(family: Family, c: Config) -> dict:
-    """{their key: [(our name, shape), ...]}, several of ours where theirs joins them."""
+def _fewest_numbers(c: Config) -> int:
+    """A lower bound of the model's size: its embeddings and the matrices of Q, O and the MLP."""
+    rows = c.vocab_size + c.segments + (c.context if c.positions == "learned" else 0)
+    return c.width * (rows + c.layers * 2 * (c.width + c.hidden))
+
+
+def _parts(model) -> set:
+    """What every module and every tensor is, as "path: type or shape"."""
+    tensors = {f"{name}: {tensor.shape}" for name, tensor in model.named_tensors()}
+    return tensors | {f"{name}: {type(module).__name__}" for name, module in model.named_modules()}
+
+
+def _places(model, family: Family) -> dict:
+    """{their key: [the Tensors that are joined there]}."""
     modules = dict(family.modules)
-    for i in range(c.layers):
-        layer = family.layer.format(i=i)
-        modules |= {f"blocks.{i}.{ours}": layer + theirs for ours, theirs in family.block.items()}
-    layout = {}
-    for ours, theirs in modules.items():
-        for suffix, shape in _shapes(ours, c).items():
-            layout.setdefault(f"{theirs}.{suffix}", []).append((f"{ours}.{suffix}", shape))
-    return layout
+    for i in range(model.config.layers):
+        for ours, theirs in family.block.items():
+            modules[f"blocks.{i}.{ours}"] = family.layer.format(i=i) + theirs
+    places = {}
+    for name, tensor in model.named_tensors():
+        module, _, kind = name.rpartition(".")
+        places.setdefault(f"{modules[module]}.{kind}", []).append(tensor)
+    return places
 
 
-def _shapes(ours: str, c: Config) -> dict:
-    """{"weight": shape, "bias": shape} of a module: known before a damaged size can ask for memory."""
-    name, C, F, V = ours.split(".")[-1], c.width, c.hidden, c.vocab_size
-    if "norm" in name:
-        return {"weight": (C,)} | ({"bias": (C,)} if c.norm == "layer" else {})
-    rows = {"embed": V, "position": c.context, "segment": c.segments}
-    if name in rows:
-        return {"weight": (rows[name], C)}
-    K = C // c.heads * c.kv_heads
-    O, I = {"k": (K, C), "v": (K, C), "gate": (F, C), "up": (F, C), "down": (C, F),
-            "head": (V, C), "out": (V, C)}.get(name, (C, C))  # fmt: skip
-    weight = {} if c.tied and name in ("head", "out") else {"weight": (O, I)}
-    bias = name != "head" and (c.bias or ours.startswith("head."))
-    return weight | ({"bias": (O,)} if bias else {})
-
-
-def _turn(key, array):
+def _turned(key, array):
     """GPT-2's Conv1D modules, all named c_*, hold W as (I, O)."""
     return array.T if ".c_" in key else array
 
 
-def _read_files(folder):
-    """(the file that errors name, {key: array})."""
+def _read_arrays(folder) -> tuple[Path, dict]:
+    """The arrays of model.safetensors or of the shards that an index names, and that file."""
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if file.exists() or not index.exists():
         return file, read_tensors(file)
-    raw = read_json(index)
+    raw, arrays = read_json(index), {}
     shards = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(shards, dict):
         raise FormatError(index, f"weight_map is {shards!r}, expected keys and their files")
-    tensors = {}
     for shard in sorted(set(map(str, shards.values()))):
         if not re.fullmatch(r"[\w.-]+\.safetensors", shard, re.ASCII):
             raise FormatError(index, f"weight_map names {shard!r}, expected a .safetensors file")
-        try:
-            part = read_tensors(folder / shard)
-        except FileNotFoundError:
-            raise FormatError(index, f"weight_map names {shard!r}, which is not there") from None
-        if twice := part.keys() & tensors.keys():
+        if not (folder / shard).exists():
+            raise FormatError(index, f"weight_map names {shard!r}, which is not there")
+        part = read_tensors(folder / shard)
+        if twice := part.keys() & arrays.keys():
             raise FormatError(folder / shard, f"has what another shard has: {_some(twice)}")
-        tensors |= part
-    return index, tensors
+        arrays |= part
+    return index, arrays
 
 
-def _plain_keys(file, tensors, family, c: Config):
-    """The tensors under today's spelling, once, and without those that play no part."""
+def _normalised(file, arrays, family: Family, c: Config) -> dict:
+    """The arrays under today's keys, each once, without those that play no part."""
     plain = {}
-    for key, array in tensors.items():
-        for pattern, replacement in family.respell:
+    for key, array in arrays.items():
+        for pattern, replacement in family.respell.items():
             key = re.sub(pattern, replacement, key)
         if key in plain:
             raise FormatError(file, f"{key} is there in two spellings")
         plain[key] = array
-    for key in family.ignored:
-        for i in range(c.layers if "{i}" in key else 1):
-            plain.pop(key.format(i=i), None)
-    head, embed = family.modules.get("head", family.modules.get("head.out")), family.modules["embed"]
-    tied = {f"{head}.weight": f"{embed}.weight"} if c.tied else {}
-    for copy, name in (family.copies | tied).items():
-        if copy in plain and not np.array_equal(plain.setdefault(name, plain[copy]), plain[copy]):
-            raise FormatError(file, f"{copy} differs from {name}, of which it should be a copy")
+    ignored = "|".join(re.escape(key).replace(r"\{i\}", r"\d+") for key in family.ignored)
+    plain = {key: array for key, array in plain.items() if not re.fullmatch(ignored, key)}
+    head = family.modules["head" if c.head == "linear" else "head.out"]
+    tied = {f"{head}.weight": f"{family.modules['embed']}.weight"} if c.tied else {}
+    for copy, key in (family.copies | tied).items():
+        if copy in plain and not np.array_equal(plain.setdefault(key, plain[copy]), plain[copy]):
+            raise FormatError(file, f"{copy} differs from {key}, of which it should be a copy")
         plain.pop(copy, None)
     return plain
 
 
-def _check(file, tensors, layout):
-    """FormatError where the keys, shapes or dtypes are not those of the layout."""
+def _check(file, arrays, places):
+    """FormatError naming the keys that are missing, unexpected, or of a wrong shape or dtype."""
     wrong = []
-    for key, parts in layout.items():
-        shape = _turn(key, np.broadcast_to(0, (sum(s[0] for _, s in parts), *parts[0][1][1:]))).shape
-        if key in tensors and tensors[key].shape != shape:
-            wrong.append(f"{key} is {tensors[key].shape}, expected {shape}")
-        elif key in tensors and tensors[key].dtype.name not in FLOATS:
-            wrong.append(f"{key} is {tensors[key].dtype}, expected one of {FLOATS}")
-    missing, unexpected = layout.keys() - tensors.keys(), tensors.keys() - layout.keys()
-    problems = {"missing keys: ": missing, "unexpected keys: ": unexpected, "": wrong}
+    for key in places.keys() & arrays.keys():
+        rows, rest = sum(len(t) for t in places[key]), places[key][0].shape[1:]
+        expected = (rows, *rest)[::-1] if ".c_" in key else (rows, *rest)
+        found, dtype = arrays[key].shape, arrays[key].dtype
+        if found != expected or dtype.name not in FLOATS:
+            wrong.append(f"{key} is {dtype} {found}, expected float {expected}")
+    problems = {"missing keys: ": places.keys() - arrays.keys(),
+                "unexpected keys: ": arrays.keys() - places.keys(), "": wrong}  # fmt: skip
     if text := "; ".join(kind + _some(names) for kind, names in problems.items() if names):
         raise FormatError(file, text)
 
 
-def _some(names):
-    """The first five names, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(sorted(names)[:5]) + more
+def _some(names) -> str:
+    """The first five, and how many more there are."""
+    first, more = sorted(names)[:5], len(names) - 5
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")

@@ -49,8 +49,7 @@ class AdamW:
         decayed = [p for p in params if id(p) not in without]
         self.flat = FlatParameters(decayed + [p for p in params if id(p) in without])
         self.decayed = sum(p.size for p in decayed)  # elements; they come first
-        xp = array_module(self.flat.data)
-        self.m, self.v = xp.zeros_like(self.flat.data), xp.zeros_like(self.flat.data)
+        self.m, self.v = self.flat.zeros(), self.flat.zeros()
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.steps, self.threads = 0, threads
 

@@ -32,28 +32,24 @@ class FlatParameters:
         dtypes = {str(p.dtype) for p in self.params}
         if len(dtypes) > 1:
             raise ValueError(f"the parameters must share one dtype, got {sorted(dtypes)}")
-        self.ends = np.cumsum([p.size for p in self.params])
-        first = self.params[0].data
-        self.place(lambda n: array_module(first).zeros(n, first.dtype))
-
-    def place(self, allocate):
-        """Move the parameters into a buffer from allocate(size), the gradients into another."""
-        size, lock = int(self.ends[-1]), threading.Lock()
-        self.data, self.grad = allocate(size), allocate(size)
+        self.ends, self.like = np.cumsum([p.size for p in self.params]), self.params[0].data
+        self.data, self.grad, lock = self.zeros(), self.zeros(), threading.Lock()
         for p, data, grad in zip(self.params, self.views(self.data), self.views(self.grad)):
             data[...] = p.data
             p.data = data
             p.on_grad = _receiver(p, grad, lock)
         self.zero_grad()
 
+    def zeros(self):
+        """A new buffer of the same size, dtype and device; on a CPU processes share it after a fork."""
+        size, xp, dtype = int(self.ends[-1]), array_module(self.like), self.like.dtype
+        if xp is not np:
+            return xp.zeros(size, dtype)
+        return np.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype)
+
     def views(self, flat):
         """An array in the layout of .data as one view a parameter, in the parameters' shapes."""
         return [flat[end - p.size : end].reshape(p.shape) for p, end in zip(self.params, self.ends)]
-
-    def share(self):
-        """Move into memory that forked processes share."""
-        dtype = self.data.dtype
-        self.place(lambda n: np.frombuffer(mmap.mmap(-1, n * dtype.itemsize), dtype))
 
     def zero_grad(self):
         """Forget the gradients; nothing is written until new ones arrive."""

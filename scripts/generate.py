@@ -1,0 +1,90 @@
+"""Let a trained model write.
+
+    python scripts/generate.py                      # with the newest model under runs/
+    python scripts/generate.py --model runs/pretrain-1/model --prompt "The " --temperature 0.5
+
+Prints the prompt and how the model goes on, token by token as it is sampled, then the speed. The
+model is the Hugging Face folder of a causal model, with its tokenizer.json.
+"""
+
+import sys
+import time
+from collections.abc import Iterable
+from itertools import islice, takewhile
+from pathlib import Path
+
+import tyro
+
+from minilm.backend import tune_allocator
+from minilm.data import Tokenizer, load_tokenizer
+from minilm.generate import stream
+from minilm.interop import huggingface
+
+
+def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
+         temperature: float = 0.8, top_k: int | None = 40, top_p: float | None = 0.95,
+         seed: int = 0):  # fmt: skip
+    """Let a trained model write.
+
+    Args:
+        model: Hugging Face folder with a tokenizer.json; by default the newest runs/*/model.
+        prompt: what to go on from; an empty one starts a new document.
+        tokens: how many to sample; fewer where the model ends the document.
+        temperature: 1 as the model was trained, less for likelier text, 0 for the likeliest tokens.
+        top_k: sample among the k likeliest tokens.
+        top_p: sample among the fewest tokens whose probabilities reach p.
+        seed: of the samples.
+    """
+    if tokens < 0:
+        raise ValueError(f"tokens must not be negative, got {tokens}")
+    tune_allocator()
+    folder = model or newest_model(Path("runs"))
+    transformer = huggingface.load_model(folder).eval()
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    before = tokenizer.encode(prompt).tolist() or [tokenizer.end]
+    drawn = stream(transformer, [before], temperature, top_k, top_p, seed)
+    ids = takewhile(lambda id: id != tokenizer.end, (int(row[0]) for row in islice(drawn, tokens)))
+    print(prompt, end="", flush=True)
+    start = time.perf_counter()
+    count = write(ids, tokenizer, before)
+    speed = count / (time.perf_counter() - start)
+    print(f"{count} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
+
+
+def newest_model(runs: Path) -> Path:
+    """The model that was saved last in one of the folders of `runs`."""
+    # save_model writes config.json last, so only whole models are found.
+    configs = sorted(runs.glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
+    if not configs:
+        raise ValueError(f"no model in {runs}/*/model: run pretrain.py first, or give --model")
+    return configs[-1].parent
+
+
+def write(ids: Iterable[int], tokenizer: Tokenizer, before: list[int]) -> int:
+    """Print the text of ids, which follow `before`, as they come; returns how many came.
+
+    A character whose bytes span tokens is printed with the last of them.
+    """
+    new, count = [], 0
+
+    def text():  # of the new ids; what a token says may depend on the one in front of it
+        return tokenizer.decode(before + new)[len(tokenizer.decode(before)) :]
+
+    for id in ids:
+        new.append(id)
+        count += 1
+        piece = text()
+        if piece and not piece.endswith("\ufffd"):  # what an incomplete character decodes to
+            print(piece, end="", flush=True)
+            before, new = new, []
+    print(text())
+    return count
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"generate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

@@ -1,0 +1,374 @@
+"""Checks generation: the cache changes nothing, sampling is what it says, the script prints it.
+
+`plain` is what everything is held against: no cache, the whole window anew for each token.
+"""
+
+import dataclasses
+import functools
+import os
+import runpy
+import sys
+
+import generate as script
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilm.data import BPETokenizer, ByteTokenizer, CharTokenizer
+from minilm.generate import generate, sample, stream
+from minilm.interop import huggingface
+from minilm.nn import Module
+from minilm.tensor import Tensor
+from minilm.transformer import Config, Transformer
+
+V, CONTEXT = 13, 6
+CONFIGS = {
+    "gpt2": Config.gpt2(V, CONTEXT, layers=2, heads=2, width=8),
+    "llama": Config.llama(V, CONTEXT, 2, heads=4, width=16, hidden=12, kv_heads=2),
+}
+families = pytest.mark.parametrize("family", CONFIGS)
+seeds = st.integers(0, 2**32 - 1)
+SETTINGS = [dict(temperature=0), dict(), dict(temperature=0.7, top_k=5), dict(top_p=0.8),
+            dict(temperature=1.5, top_k=7, top_p=0.9)]  # fmt: skip
+
+
+def make(family, **changes):
+    """A tiny float64 model, far enough from its first weights to have preferences."""
+    model = Transformer(dataclasses.replace(CONFIGS[family], **changes))
+    rng = np.random.default_rng(1)
+    for _, t in list(model.named_tensors()):
+        t.__init__(t.data + 0.3 * rng.standard_normal(t.shape), requires_grad=True)
+    return model.eval()
+
+
+model_of = functools.cache(make)  # for tests that leave the model as it is
+
+
+def prompts(seed, B, T):
+    return np.random.default_rng(seed).integers(0, V, (B, T))
+
+
+def plain(model, tokens, count, temperature=1.0, top_k=None, top_p=None, seed=0):
+    """What `generate` returns, the plain way."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        logits = model(tokens[:, -model.config.context :]).data[:, -1]
+        drawn = sample(logits, rng, temperature, top_k, top_p)
+        tokens = np.concatenate([tokens, drawn[:, None]], axis=1)
+    return tokens
+
+
+# The cache
+
+
+@families
+@given(
+    seed=seeds,
+    B=st.integers(1, 3),
+    T=st.integers(1, CONTEXT + 3),
+    count=st.integers(0, CONTEXT + 3),
+    settings=st.sampled_from(SETTINGS),
+)
+def test_the_cache_changes_no_token(family, seed, B, T, count, settings):
+    """Neither within the context nor beyond it."""
+    model, tokens = model_of(family), prompts(seed, B, T)
+    found = generate(model, tokens, count, seed=seed, **settings)
+    assert found.dtype.kind == "i" and found.shape == (B, T + count)
+    assert np.array_equal(found, plain(model, tokens, count, seed=seed, **settings))
+
+
+@families
+def test_the_models_here_are_no_bores(family):
+    """The test above would say little about models that repeat themselves."""
+    found = generate(model_of(family), prompts(0, 3, 2), 20)
+    assert all(len(set(row)) > 6 for row in found.tolist())
+
+
+@families
+def test_checkpoints_do_not_keep_the_cache_from_filling(family):
+    model, tokens = make(family), prompts(0, 2, 2)
+    expected = plain(model, tokens, 2 * CONTEXT)
+    model.checkpoint_every = 1
+    assert np.array_equal(generate(model, tokens, 2 * CONTEXT), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.uint64])
+def test_prompts_may_be_of_any_integers(dtype):
+    model, tokens = model_of("gpt2"), prompts(0, 2, 3)
+    found = generate(model, tokens.astype(dtype), 2 * CONTEXT)
+    assert np.array_equal(found, generate(model, tokens.tolist(), 2 * CONTEXT))
+
+
+def test_a_context_of_one_token_is_enough():
+    model, tokens = make("gpt2", context=1), prompts(0, 2, 3)
+    assert np.array_equal(generate(model, tokens, 5), plain(model, tokens, 5))
+
+
+def test_float16_and_float32_models_generate():
+    for dtype in ("float16", "float32"):
+        model = make("llama")
+        for _, t in list(model.named_tensors()):
+            t.__init__(t.data.astype(dtype))
+        found = generate(model, prompts(0, 2, 3), 2 * CONTEXT, temperature=0)
+        assert np.array_equal(found, plain(model, prompts(0, 2, 3), 2 * CONTEXT, temperature=0))
+
+
+# Sampling
+
+
+logits_rows = st.lists(st.floats(-8, 8).map(lambda x: round(x, 3)), min_size=2, max_size=12)
+
+
+@given(z=logits_rows, seed=seeds)
+def test_temperature_0_and_top_k_1_take_the_likeliest(z, seed):
+    z, rng = np.array([z] * 20), np.random.default_rng(seed)
+    assert (sample(z, rng, 0, None, None) == z[0].argmax()).all()
+    for drawn in (sample(z, rng, 1.0, 1, None), sample(z, rng, 1.0, None, 1e-9)):
+        assert (z[0, drawn] == z[0].max()).all()
+
+
+@given(z=logits_rows, seed=seeds, temperature=st.floats(0.1, 5), k=st.none() | st.integers(1, 15),
+       p=st.none() | st.floats(0.01, 1))  # fmt: skip
+def test_only_the_allowed_are_drawn(z, seed, temperature, k, p):
+    """Tokens as likely as the k-th are among the k likeliest too."""
+    z = np.array(z)
+    weights = np.exp((z - z.max()) / temperature)
+    if k is not None:
+        weights[z < sorted(z)[-min(k, len(z))]] = 0
+    allowed, reached = set(), 0.0
+    for token in sorted(range(len(z)), key=lambda i: -weights[i]):
+        if weights[token] and reached < (1 if p is None else p) * weights.sum() * (1 + 1e-12):
+            allowed.add(token)
+            reached += weights[token]
+    drawn = sample(np.array([z] * 100), np.random.default_rng(seed), temperature, k, p)
+    assert drawn.shape == (100,) and set(drawn.tolist()) <= allowed
+
+
+@pytest.mark.parametrize("k, p, expected", [
+    (None, None, {0, 1, 2, 3}), (9, 1.0, {0, 1, 2, 3}), (2, None, {1, 3}), (3, None, {0, 1, 3}),
+    (None, 0.49, {1}), (None, 0.51, {1, 3}), (None, 0.79, {1, 3}), (None, 0.81, {1, 3, 0}),
+    (None, 0.96, {0, 1, 2, 3}), (3, 0.52, {1}), (3, 0.53, {1, 3}),
+])  # fmt: skip
+def test_the_fewest_that_reach_p_stay(k, p, expected):
+    """All of them, wherever they are in the vocabulary; top_p counts among what top_k left."""
+    z = np.log(np.array([[0.15, 0.5, 0.05, 0.3]] * 500))
+    assert set(sample(z, np.random.default_rng(0), 1.0, k, p).tolist()) == expected
+
+
+@pytest.mark.parametrize("temperature, k, p", [(1.0, None, None), (0.5, None, None), (2.0, 4, 0.9)])
+def test_frequencies_match_the_softmax(temperature, k, p):
+    """Chi-squared within five standard deviations: 2 (n - 1) is its variance."""
+    z, count = np.array([0.3, -1.0, 1.2, 0.0, 2.0, -0.4]), 50_000
+    weights = np.exp(z / temperature)
+    if k:
+        weights[[1, 5]] = 0  # what is left has the shares 0.16, 0.25, 0.13, 0.46: all are needed
+    expected = count * weights / weights.sum()
+    drawn = sample(np.tile(z, (count, 1)), np.random.default_rng(0), temperature, k, p)
+    found, kept = np.bincount(drawn, minlength=len(z)), weights > 0
+    assert found[~kept].sum() == 0
+    chi2, n = ((found - expected)[kept] ** 2 / expected[kept]).sum(), kept.sum()
+    assert chi2 < n - 1 + 5 * np.sqrt(2 * (n - 1))
+
+
+def test_rows_are_drawn_independently():
+    drawn = sample(np.zeros((2000, 2)), np.random.default_rng(0), 1.0, None, None)
+    assert 888 < drawn.sum() < 1112
+    assert 180 < (drawn[::2] & drawn[1::2]).sum() < 320  # 250, and 5 standard deviations
+
+
+@families
+def test_the_seed_decides_the_tokens(family):
+    model, tokens = model_of(family), prompts(0, 2, 3)
+    one, again, other = (generate(model, tokens, 12, seed=s) for s in (1, 1, 2))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+
+
+# What is left behind, and what is refused
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_what_it_was(training):
+    model = make("gpt2", dropout=0.5).train(training)
+    expected = plain(make("gpt2"), prompts(0, 1, 2), 4)
+    assert np.array_equal(generate(model, prompts(0, 1, 2), 4), expected)  # without dropout
+    assert {m.training for _, m in model.named_modules()} == {training}
+    with pytest.raises(ValueError, match="table has 13 rows"):
+        generate(model, [[V]], 4)
+    assert {m.training for _, m in model.named_modules()} == {training}
+
+
+class Spy(Module):
+    """A module's stand-in that remembers whether a graph was built."""
+
+    def __init__(self, module):
+        self.module, self.graphs = module, []
+
+    def forward(self, x):
+        y = self.module(x)
+        self.graphs.append(y.requires_grad)
+        return y
+
+
+def test_no_graph_is_built_and_only_inside():
+    model = make("gpt2")
+    model.head = spy = Spy(model.head)
+    x = Tensor(np.ones(2), requires_grad=True)
+    drawn = stream(model, prompts(0, 2, 3))
+    for _ in range(CONTEXT + 1):
+        assert next(drawn).shape == (2,)
+        assert (x * 2.0).requires_grad  # between two tokens the caller may train
+    assert spy.graphs == [False] * (CONTEXT + 1)
+
+
+@pytest.mark.parametrize("tokens, settings, given", [
+    ([1, 2], {}, "(2,)"),
+    ([[]], {}, "(1, 0)"),
+    ([[1.5]], {}, "float64"),
+    ([[1]], dict(max_new_tokens=-1), "-1"),
+    ([[1]], dict(temperature=-0.5), "temperature=-0.5"),
+    ([[1]], dict(temperature=float("nan")), "temperature=nan"),
+    ([[1]], dict(top_k=0), "top_k=0"),
+    ([[1]], dict(top_p=0.0), "top_p=0.0"),
+    ([[1]], dict(top_p=1.5), "top_p=1.5"),
+])  # fmt: skip
+def test_bad_settings(tokens, settings, given):
+    with pytest.raises(ValueError) as error:
+        generate(model_of("gpt2"), tokens, **dict(max_new_tokens=0) | settings)
+    assert given in str(error.value)
+
+
+def test_bert_does_not_generate():
+    with pytest.raises(ValueError, match="only a causal model"):
+        stream(Transformer(Config.bert(V, CONTEXT, 1, 2, 8, hidden=8)), [[1]])
+
+
+# scripts/generate.py
+
+
+def save(folder, tokenizer, **changes):
+    """A tiny model of bytes in a folder; returns the model."""
+    config = Config.gpt2(tokenizer.vocab_size, 16, layers=1, heads=2, width=8, **changes)
+    model = Transformer(config).eval()
+    for p in model.parameters():
+        p.data += np.random.default_rng(2).standard_normal(p.shape, np.float32)
+    huggingface.save_model(model, folder)
+    tokenizer.save(folder / "tokenizer.json")
+    return model
+
+
+def test_the_script_prints_what_generate_returns(tmp_path, capsys):
+    """300 tokens of bytes: many characters of several bytes, broken ones among them."""
+    tokenizer = ByteTokenizer()
+    model = save(tmp_path, tokenizer)
+    script.main(tmp_path, "Où ", 300, temperature=1.0, top_k=None, top_p=None, seed=3)
+    printed, speed = capsys.readouterr()
+    ids = generate(model, tokenizer.encode("Où ")[None], 300, seed=3)[0].tolist()
+    end = ids.index(tokenizer.end) if tokenizer.end in ids else len(ids)
+    assert printed == tokenizer.decode(ids[:end]) + "\n"
+    count, tokens, number, unit = speed.split()
+    assert (int(count), tokens, unit) == (end - len("Où ".encode()), "tokens,", "tokens/s")
+    assert float(number.replace(",", "")) > 0
+
+
+def test_the_script_passes_its_settings_on(tmp_path, capsys):
+    model = save(tmp_path, ByteTokenizer())
+    for settings in (dict(), dict(temperature=0.5, seed=1), dict(top_k=2), dict(top_p=0.3)):
+        script.main(tmp_path, "The ", 20, **settings)
+        settings = dict(temperature=0.8, top_k=40, top_p=0.95) | settings
+        ids = generate(model, [list(b"The ")], 20, **settings)[0]
+        assert ByteTokenizer.end not in ids
+        assert capsys.readouterr().out == ByteTokenizer().decode(ids) + "\n"
+
+
+@pytest.mark.parametrize("tokenizer", [
+    ByteTokenizer(), CharTokenizer("".join(sorted(set("naïve 数学 😀")))),
+    BPETokenizer.train(["naïve 数学 😀 the cat"], 300),
+], ids=lambda t: type(t).__name__)  # fmt: skip
+def test_characters_come_whole_and_at_once(tokenizer, monkeypatch):
+    """Each piece is printed with the token that completes it, and the pieces are the text."""
+    text, pieces = "naïve 数学 😀 ", []
+    monkeypatch.setattr(script, "print", lambda *text, **_: pieces.append(*text), raising=False)
+    before, ids = tokenizer.encode("na").tolist(), tokenizer.encode(text).tolist()
+    came = []
+
+    def stream():
+        for id in ids:
+            if came:
+                whole = tokenizer.decode(before + came)[2:]
+                assert whole.endswith("\ufffd") or "".join(pieces) == whole
+            came.append(id)
+            yield id
+
+    assert script.write(stream(), tokenizer, before) == len(ids)
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+
+
+def test_an_incomplete_character_is_shown_at_the_end(capsys):
+    assert script.write(iter("é😀".encode()[:-1]), ByteTokenizer(), [65]) == 5
+    assert capsys.readouterr().out == "é\ufffd\n"
+
+
+def test_special_tokens_print_nothing(capsys):
+    assert script.write(iter([257, 97, 257, 98]), ByteTokenizer(), [256]) == 4
+    assert capsys.readouterr().out == "ab\n"
+
+
+@pytest.mark.parametrize("prompt", ["The ", ""])
+def test_the_script_stops_where_the_document_ends(tmp_path, capsys, prompt):
+    """An empty prompt starts from the end of another document."""
+    model = save(tmp_path, ByteTokenizer(), tied=False)
+    model.norm.weight.data[:], model.norm.bias.data[:] = 0, 1
+    model.head.weight.data[:] = 0
+    model.head.weight.data[ByteTokenizer.end] = 1
+    huggingface.save_model(model, tmp_path)
+    script.main(tmp_path, prompt, 20, temperature=0)
+    printed = capsys.readouterr()
+    assert printed.out == prompt + "\n" and printed.err.startswith("0 tokens, ")
+
+
+def test_without_a_model_the_newest_is_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for run, age in (("pretrain-9", 20), ("pretrain-10", 10), ("other-1", 30)):
+        save(tmp_path / "runs" / run / "model", ByteTokenizer())
+        config = tmp_path / "runs" / run / "model" / "config.json"
+        os.utime(config, (1e9 - age, 1e9 - age))
+    (tmp_path / "runs" / "stopped-1" / "model").mkdir(parents=True)
+    assert script.newest_model(tmp_path / "runs").parent.name == "pretrain-10"
+    script.main(tokens=0)
+    assert capsys.readouterr().out == "The \n"
+
+
+def run_script(monkeypatch, *arguments):
+    """What the script's process ends with: an error line, or None."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+    try:
+        runpy.run_path(script.__file__, run_name="__main__")
+    except SystemExit as error:
+        return error.code
+
+
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "model", ByteTokenizer())
+    model = ("--model", tmp_path / "model")
+    bert = Transformer(Config.bert(258, 16, 1, 2, 8, hidden=8))
+    huggingface.save_model(bert, tmp_path / "bert")
+    ByteTokenizer().save(tmp_path / "bert" / "tokenizer.json")
+    huggingface.save_model(bert, tmp_path / "bare")
+    cases = {
+        (): "no model in runs/*/model: run pretrain.py first, or give --model",
+        ("--model", "nowhere"): "nowhere/config.json",
+        ("--model", tmp_path / "bare"): "tokenizer.json",
+        ("--model", tmp_path / "bert"): "only a causal model",
+        (*model, "--temperature", "-1"): "temperature=-1.0",
+        (*model, "--top-k", "0"): "top_k=0",
+        (*model, "--top-p", "2"): "top_p=2.0",
+        (*model, "--tokens", "-1"): "tokens must not be negative, got -1",
+    }
+    for arguments, message in cases.items():
+        line = run_script(monkeypatch, *arguments)
+        assert line.startswith("generate.py: ") and message in line and "\n" not in line
+        assert capsys.readouterr().out == ""
+    assert run_script(monkeypatch, *model, "--tokens", "1", "--top-k", "None") is None
+    assert capsys.readouterr().out.startswith("The ")

@@ -1,0 +1,283 @@
+"""Every op against finite differences and against PyTorch, drawn from the table in `op_table.py`;
+then what single ops promise: bad input, attention's masks and tiles, erf, dropout, cross-entropy.
+"""
+
+import math
+from itertools import pairwise
+
+import ml_dtypes
+import numpy as np
+import pytest
+from compare_torch import FAMILIES, train_ours, train_torch, training_error
+from conftest import close
+from hypothesis import given
+from hypothesis import strategies as st
+from op_table import TOLERANCE, cast, error, op_error, run_ours, run_torch, table, weights
+
+from minilm import attention, backend, ops, tensor
+from minilm.tensor import Tensor
+
+LOSSES = ("cross_entropy", "kl_divergence", "cosine_embedding", "mse")
+LAYOUTS = {
+    "rows": lambda x: x,
+    "columns": lambda x: x.T.copy().T,
+    "reversed": lambda x: x[..., ::-1].copy()[..., ::-1] if x.ndim else x,
+    "strided": lambda x: np.repeat(x, 2, -1)[..., ::2] if x.ndim else x,
+}
+
+every_row = pytest.mark.parametrize("row", table(), ids=lambda row: row.name)
+sizes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))  # B, T, C
+seeds = st.integers(0, 2**32 - 1)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def test_every_op_has_a_row():
+    lifted = tensor.add.__code__  # what @op returns
+    arithmetic = {n for n, f in vars(tensor).items() if getattr(f, "__code__", None) is lifted}
+    assert {"add", "getitem", "sum_"} <= arithmetic
+    assert arithmetic | set(ops.__all__) == {row.name.split()[0] for row in table()}
+
+
+@every_row
+@given(sizes=sizes, seed=seeds)
+def test_gradient_along_a_random_direction(row, sizes, seed):
+    """<dL/dx, v> is the slope of L = <dy, f(x + t v)> at t = 0, for every input by itself."""
+    rng, step = np.random.default_rng(seed), 1e-6
+    variables, others = row.draw(rng, *sizes)
+    y, *grads = run_ours(row.ours, variables, others)
+    dy = weights(y, variables)
+    for i, (x, grad) in enumerate(zip(variables, grads)):
+        v = rng.standard_normal(x.shape)
+
+        def L(t):
+            moved = [a + t * v if i == j else a for j, a in enumerate(variables)]
+            return (row.ours(*map(Tensor, moved), *others).data * dy).sum()
+
+        slope = (L(step) - L(-step)) / (2 * step)
+        assert error((grad * v).sum(), slope, scale=1) < 1e-6
+
+
+@every_row
+@given(
+    dtype=st.sampled_from(["float32", "float64"]),
+    sizes=sizes,
+    seed=seeds,
+    layout=st.sampled_from(list(LAYOUTS)),
+)
+def test_value_and_gradients_are_pytorchs(row, dtype, sizes, seed, layout):
+    layout = LAYOUTS[layout]
+    variables, others = cast(dtype, *row.draw(np.random.default_rng(seed), *sizes))
+    expected = run_torch(row.twin, *cast("float64", variables, others))
+    actual = run_ours(row.ours, [layout(x) for x in variables], [layout(x) for x in others])
+    assert {a.dtype for a in actual} == {np.dtype(dtype)}
+    assert max(op_error(actual, expected)) <= TOLERANCE[dtype]
+
+
+@every_row
+@given(dtype=st.sampled_from([np.float16, ml_dtypes.bfloat16]), sizes=sizes, seed=seeds)
+def test_16_bit_inputs_give_16_bits(row, dtype, sizes, seed):
+    inputs = cast(dtype, *row.draw(np.random.default_rng(seed), *sizes))
+    actual = run_ours(row.ours, *inputs)
+    y, *grads = [a.dtype for a in actual]
+    assert y == (np.float32 if row.name in LOSSES else dtype)
+    assert set(grads) == {np.dtype(dtype)}
+    expected = run_ours(row.ours, *cast("float32", *inputs))
+    assert max(op_error(actual, expected)) <= TOLERANCE[np.dtype(dtype).name]
+
+
+@every_row
+def test_an_op_changes_neither_its_inputs_nor_dy(row):
+    variables, others = row.draw(np.random.default_rng(0), 2, 5, 4)
+    for x in [*variables, *others]:
+        x.flags.writeable = False
+    y = row.ours(*[Tensor(x, requires_grad=True) for x in variables], *others)
+    dy = weights(y, variables)
+    dy.flags.writeable = False
+    y.backward(dy)  # a write would raise
+
+
+@every_row
+def test_blocks_of_rows_change_nothing(row, monkeypatch):
+    inputs = row.draw(np.random.default_rng(0), 2, 9, 5)
+    whole = run_ours(row.ours, *inputs)
+    monkeypatch.setattr(backend, "BLOCK", 16)
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    assert max(op_error(run_ours(row.ours, *inputs), whole)) <= TOLERANCE["float64"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_training_is_pytorchs(family, dtype):
+    config, steps = FAMILIES[family], 5
+    expected = train_torch(config, "float64", steps)
+    assert max(training_error(train_ours(config, dtype, steps), expected)) <= TOLERANCE[dtype]
+
+
+f, i = normal, np.arange
+BAD = {
+    "embedding: float ids": (lambda: ops.embedding(f(2), f(3, 4)), TypeError, "float64"),
+    "embedding: negative": (lambda: ops.embedding(i(-1, 2), f(3, 4)), ValueError, "-1 to 1"),
+    "embedding: too large": (lambda: ops.embedding(i(4), f(3, 4)), ValueError, "to 3.* 3 rows"),
+    "linear": (lambda: ops.linear(f(2, 3), f(5, 4)), ValueError, "3 features.*4"),
+    "matmul": (lambda: ops.matmul(f(3), f(3, 2)), ValueError, r"\(3,\)"),
+    "gelu": (lambda: ops.gelu(f(3), approximate="erf"), ValueError, "'erf'"),
+    "split_heads": (lambda: ops.split_heads(f(2, 3, 7), 2), ValueError, "7.* 2 heads"),
+    "dropout: 1": (lambda: ops.dropout(f(3), 1.0, np.random.default_rng()), ValueError, "1.0"),
+    "dropout: < 0": (lambda: ops.dropout(f(3), -0.1, np.random.default_rng()), ValueError, "-0.1"),
+    "rotary: odd width": (lambda: ops.rotary(f(4, 3), f(4, 1), f(4, 1)), ValueError, "rotary"),
+    "rotary: short table": (lambda: ops.rotary(f(4, 6), f(3, 3), f(3, 3)), ValueError, r"\(4, 3\)"),
+    "rotary: sin": (lambda: ops.rotary(f(4, 6), f(4, 3), f(4, 2)), ValueError, "rotary"),
+    "attention: v": (lambda: attend(v=f(2, 4, 5, 7)), ValueError, r"v \(2, 4, 5, 7\)"),
+    "attention: batch": (lambda: attend(q=f(3, 4, 5, 6)), ValueError, r"q \(3, 4, 5, 6\)"),
+    "attention: heads": (lambda: attend(q=f(2, 6, 5, 6)), ValueError, r"q \(2, 6, 5, 6\)"),
+    "attention: width": (lambda: attend(q=f(2, 4, 5, 8)), ValueError, r"q \(2, 4, 5, 8\)"),
+    "attention: T > S": (lambda: attend(q=f(2, 4, 6, 6), causal=True), ValueError, "does not go"),
+    "attention: mask": (lambda: attend(mask=f(5, 4)), ValueError, r"\(5, 4\)"),
+    "cross_entropy: shapes": (lambda: ops.cross_entropy(f(2, 3, 4), i(6)), ValueError, r"\(6,\)"),
+    "cross_entropy: class": (lambda: ops.cross_entropy(f(2, 4), i(3, 5)), ValueError, "3 to 4, 4"),
+    "cross_entropy: negative": (lambda: ops.cross_entropy(f(2, 4), i(-1, 1)), ValueError, "-1 to"),
+    "cross_entropy: none": (lambda: ops.cross_entropy(f(1, 4), i(1) - 100), ValueError, "nothing"),
+    "kl_divergence": (lambda: ops.kl_divergence(f(2, 3), f(2, 4)), ValueError, r"\(2, 4\)"),
+    "cosine_embedding": (lambda: ops.cosine_embedding(f(2, 3), f(1, 3)), ValueError, r"\(1, 3\)"),
+    "mse": (lambda: ops.mse(f(2, 3), f(3)), ValueError, r"\(3,\)"),
+}
+
+
+def attend(q=None, k=None, v=None, **settings):
+    q, k, v = (normal(2, 4, 5, 6) if x is None else x for x in (q, k, v))
+    return ops.attention(q, k, v, **settings)
+
+
+@pytest.mark.parametrize("call, kind, message", BAD.values(), ids=BAD)
+def test_bad_input_raises(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+@st.composite
+def attention_inputs(draw):
+    """q, k, v in float64 with a mask and `causal`; sizes around the 64 rows of a tile."""
+    rng = np.random.default_rng(draw(seeds))
+    B, K, group, D = (draw(st.integers(1, n)) for n in (3, 2, 3, 5))
+    T, past = draw(st.sampled_from([1, 2, 63, 64, 65, 127, 128, 200])), draw(st.integers(0, 70))
+    q, S = rng.standard_normal((B, K * group, T, D)), T + past
+    k, v = rng.standard_normal((2, B, K, S, D))
+    shape = draw(st.sampled_from([(B, 1, 1, S), (T, S), (K * group, T, 1), (B, K * group, T, S)]))
+    seen = rng.random(shape) < 0.8
+    masks = [None, seen, rng.standard_normal(shape), np.where(seen, 0.0, -np.inf)]
+    return [q, k, v], masks[draw(st.integers(0, 3))], draw(st.booleans())
+
+
+@given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
+def test_attention_is_pytorchs(inputs, block):
+    """Tiles over rows and batch, every kind of mask, S > T, queries that see nothing."""
+    import torch
+
+    (q, k, v), mask, causal = inputs
+    T, S = q.shape[2], k.shape[2]
+
+    def ours(q, k, v):
+        return ops.attention(q, k, v, mask=mask, causal=causal)
+
+    def twin(q, k, v):
+        bias = torch.zeros(T, S, dtype=q.dtype)
+        if mask is not None:
+            hidden = np.where(mask, 0, -np.inf) if mask.dtype == bool else mask
+            bias = bias + torch.tensor(hidden)
+        if causal:
+            bias = bias.masked_fill(torch.ones(T, S, dtype=bool).triu(S - T + 1), -math.inf)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "BLOCK", block)
+        actual = run_ours(ours, [q, k, v], [])
+    assert max(op_error(actual, run_torch(twin, [q, k, v], []))) <= TOLERANCE["float64"]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_a_query_that_sees_nothing_gives_zeros(dtype):
+    q, k, v = (Tensor(x.astype(dtype), requires_grad=True) for x in normal(3, 1, 2, 3, 4))
+    mask = np.array([[True] * 3, [False] * 3, [True] * 3])
+    y = ops.attention(q, k, v, mask=mask)
+    y.backward(np.full(y.shape, 100, dtype))
+    assert (y.data[:, :, 1] == 0).all() and (q.grad[:, :, 1] == 0).all()
+    assert all(np.isfinite(x.grad).all() for x in (q, k, v))
+    assert (y.data[:, :, ::2] != 0).all() and (v.grad != 0).all()
+
+
+def test_causal_attention_takes_no_notice_of_the_future():
+    q, k, v = normal(3, 1, 2, 130, 4)
+    before = ops.attention(q, k, v, causal=True).data
+    k[:, :, 100:], v[:, :, 100:] = 1e3, 1e3
+    after = ops.attention(q, k, v, causal=True).data
+    assert (after[:, :, :100] == before[:, :, :100]).all()
+
+
+def test_erf_is_maths():
+    x = np.concatenate([np.linspace(-7, 7, 20_001), [1e-300, -1e-9, 1e300, np.inf, -np.inf]])
+    for dtype, ulps in ((np.float64, 2), (np.float32, 3)):
+        with np.errstate(over="ignore", under="ignore"):
+            x = x.astype(dtype)
+        expected = np.array([math.erf(v) for v in x])
+        unit = np.spacing(np.abs(expected).astype(dtype)).astype(np.float64)
+        assert (np.abs(backend.erf(x) - expected) / unit).max() <= ulps
+        assert np.isnan(backend.erf(np.array([np.nan], dtype))).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, ml_dtypes.bfloat16])
+@given(ids=st.lists(st.integers(0, 6), max_size=40), C=st.integers(1, 5), seed=seeds)
+def test_scatter_add_is_add_at(dtype, ids, C, seed):
+    ids, dy = np.array(ids, np.int64), normal(len(ids), C, seed=seed).astype(dtype)
+    expected = np.zeros((7, C))
+    np.add.at(expected, ids, dy.astype(np.float64))
+    total = backend.scatter_add(ids, dy, 7)
+    assert total.dtype == (np.float64 if dtype == np.float64 else np.float32)
+    close(total, expected, total.dtype, scale=1)
+
+
+@given(p=st.floats(0.05, 0.9), seed=seeds)
+def test_dropout_drops_a_share_p_and_scales_the_rest(p, seed):
+    n = 10_000
+    x = Tensor(np.ones(n), requires_grad=True)
+    y = ops.dropout(x, p, np.random.default_rng(seed))
+    kept = y.data != 0
+    assert abs(kept.sum() - n * (1 - p)) <= 6 * math.sqrt(n * p * (1 - p))  # six sigma
+    close(y.data[kept], np.full(kept.sum(), 1 / (1 - p)), "float64")
+    y.backward(np.full(n, 3.0))
+    assert ((x.grad != 0) == kept).all()
+    close(x.grad, 3 * y.data, "float64")
+
+
+def test_dropout_of_nothing_draws_nothing():
+    x = normal(3, 4)
+    assert (ops.dropout(Tensor(x), 0.0, None).data == x).all()
+
+
+def test_an_ignored_target_has_no_gradient():
+    logits = Tensor(normal(5, 7), requires_grad=True)
+    ops.cross_entropy(logits, np.array([3, 9, 0, 9, 6]), ignore_index=9).backward()
+    assert (np.abs(logits.grad).max(-1) > 0).tolist() == [True, False, True, False, True]
+
+
+@given(cuts=st.sets(st.integers(1, 11), max_size=4), seed=seeds)
+def test_the_losses_of_a_split_batch_add_up(cuts, seed):
+    """With `total`, also where a part counts nothing."""
+    z, rng = normal(12, 6, seed=seed), np.random.default_rng(seed)
+    targets = np.where(rng.random(12) < 0.5, -100, rng.integers(0, 6, 12))
+    targets[0], total = 2, int((targets != -100).sum()) + (targets[0] == -100)
+    whole = Tensor(z, requires_grad=True)
+    loss = ops.cross_entropy(whole, targets)
+    loss.backward()
+    edges = [0, *sorted(cuts), 12]
+    losses, grads = [], []
+    for start, stop in pairwise(edges):
+        part = Tensor(z[start:stop], requires_grad=True)
+        of_part = ops.cross_entropy(part, targets[start:stop], total=total)
+        of_part.backward()
+        losses.append(of_part.data)
+        grads.append(part.grad)
+    close(sum(losses), loss.data, "float64")
+    close(np.concatenate(grads), whole.grad, "float64")

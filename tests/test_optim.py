@@ -1,0 +1,253 @@
+"""minilm.optim: AdamW and SGD beside PyTorch's, flat memory, gradient clipping, the schedule."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import close
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilm import ops
+from minilm.optim import SGD, AdamW, FlatParameters, adamw, clip_grad_norm, cosine_schedule
+from minilm.tensor import Tensor
+
+SHAPES = [(5, 7), (7,), (2, 3, 4), (1,), (11, 2)]
+
+
+def leaves(dtype="float64", shapes=SHAPES, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Tensor(rng.standard_normal(s).astype(dtype), requires_grad=True) for s in shapes]
+
+
+def give(params, seed, scale=1.0):
+    """A random gradient for each, by way of `backward`."""
+    rng = np.random.default_rng(seed)
+    for p in params:
+        ops.mul(p, (scale * rng.standard_normal(p.shape)).astype(p.dtype)).sum().backward()
+
+
+def twins(params):
+    return [torch.nn.Parameter(torch.tensor(p.data.copy())) for p in params]
+
+
+def copy_grads(params, theirs):
+    for p, t in zip(params, theirs, strict=True):
+        t.grad = torch.tensor(p.grad.copy())
+
+
+def largest_gap(params, theirs):
+    gaps = [np.abs(p.data - t.detach().numpy()).max() for p, t in zip(params, theirs, strict=True)]
+    return max(gaps)
+
+
+@pytest.mark.parametrize("dtype, allowed", [("float64", 1e-12), ("float32", 5e-7)])
+@pytest.mark.parametrize("undecayed", [[], [1, 3], [0, 1, 2, 3, 4]])
+def test_adamw_is_pytorchs(dtype, allowed, undecayed):
+    params = leaves(dtype)
+    theirs = twins(params)
+    decayed = [t for i, t in enumerate(theirs) if i not in undecayed]
+    settings = dict(lr=1e-3, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.3)
+    ours = AdamW(params, **settings, undecayed=[params[i] for i in undecayed])
+    groups = [{"params": decayed}] if decayed else []
+    groups += [{"params": [theirs[i] for i in undecayed], "weight_decay": 0.0}] if undecayed else []
+    other = torch.optim.AdamW(groups, **settings)
+    for step in range(20):
+        ours.lr = 1e-3 / (1 + step % 3)
+        for group in other.param_groups:
+            group["lr"] = ours.lr
+        ours.zero_grad()
+        give(params, seed=step, scale=10.0 ** (step % 4 - 2))
+        copy_grads(params, theirs)
+        ours.step()
+        other.step()
+    assert ours.steps == 20
+    assert largest_gap(params, theirs) <= allowed
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_sgd_is_pytorchs(dtype):
+    params = leaves(dtype)
+    theirs = twins(params)
+    ours = SGD(params, lr=0.1, weight_decay=0.2)
+    other = torch.optim.SGD(theirs, lr=0.1, weight_decay=0.2)
+    for step in range(5):
+        ours.zero_grad()
+        give(params, seed=step)
+        copy_grads(params, theirs)
+        ours.step()
+        other.step()
+    for p, t in zip(params, theirs, strict=True):
+        close(p.data, t.detach().numpy(), dtype)
+
+
+def trained(monkeypatch, block, threads):
+    monkeypatch.setattr(adamw, "BLOCK", block)
+    params = leaves("float32")
+    optimizer = AdamW(params, weight_decay=0.1, undecayed=params[1:4], threads=threads)
+    for step in range(3):
+        optimizer.zero_grad()
+        give(params, seed=step)
+        optimizer.step()
+    return [optimizer.flat.data.copy(), optimizer.m, optimizer.v]
+
+
+@pytest.mark.parametrize("block, threads", [(1, 1), (3, 1), (8, 1), (3, 2), (1 << 16, 2)])
+def test_chunks_and_threads_leave_the_bits_alone(monkeypatch, block, threads):
+    whole, parts = trained(monkeypatch, 1 << 16, 1), trained(monkeypatch, block, threads)
+    assert all(np.array_equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 9))
+def test_chunks_cover_everything_once_and_never_mix_decayed_and_not(decayed, others, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adamw, "BLOCK", block)
+        chunks = adamw._chunks(decayed, decayed + others, on_cpu=True)
+    covered = [i for c in chunks for i in range(c.start, c.stop)]
+    assert covered == list(range(decayed + others))
+    assert all(c.stop <= decayed or c.start >= decayed for c in chunks)
+    assert all(c.stop - c.start <= 2 * block for c in chunks)
+
+
+def test_parameters_and_gradients_are_views_of_flat_memory():
+    params = leaves("float32")
+    before = [p.data.copy() for p in params]
+    give(params, seed=1)
+    flat = FlatParameters(params)
+    assert all(p.grad is None for p in params)
+    assert flat.data.size == flat.grad.size == sum(p.size for p in params)
+    give(params, seed=0)
+    for p, value in zip(params, before, strict=True):
+        assert np.array_equal(p.data, value)
+        assert np.shares_memory(p.data, flat.data) and np.shares_memory(p.grad, flat.grad)
+    flat.data[...] = 3
+    flat.grad[...] = 4
+    assert all((p.data == 3).all() and (p.grad == 4).all() for p in params)
+
+
+def test_the_first_gradient_overwrites_and_later_ones_add():
+    (x,) = leaves(shapes=[(3,)])
+    flat = FlatParameters([x])
+    flat.grad[...] = np.nan  # what an earlier step left
+    ops.mul(x, np.array([1.0, 2.0, 3.0])).sum().backward()
+    assert x.grad.tolist() == [1, 2, 3]
+    ops.mul(x, np.array([10.0, 10.0, 10.0])).sum().backward()
+    assert x.grad.tolist() == [11, 12, 13]
+    flat.zero_grad()
+    assert x.grad is None
+    ops.mul(x, np.array([5.0, 5.0, 5.0])).sum().backward()
+    assert x.grad.tolist() == flat.grad.tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("make", [AdamW, SGD])
+def test_a_parameter_without_gradient_counts_as_zero(make):
+    params = leaves()
+    absent, zero = make(params, weight_decay=0.1), make(others := leaves(), weight_decay=0.1)
+    for step in range(3):
+        for optimizer, both in ((absent, params), (zero, others)):
+            optimizer.zero_grad()
+            give(both[: 5 - step], seed=step)
+        for p in others[5 - step :]:
+            (p * 0.0).sum().backward()
+        absent.step()
+        zero.step()
+    assert np.array_equal(absent.flat.data, zero.flat.data)
+
+
+def test_shared_memory_keeps_values_and_stays_flat():
+    params = leaves("float32")
+    before = [p.data.copy() for p in params]
+    flat = FlatParameters(params)
+    flat.share()
+    assert all(np.array_equal(p.data, b) for p, b in zip(params, before, strict=True))
+    give(params, seed=0)
+    assert all(np.shares_memory(p.data, flat.data) for p in params)
+    assert all(np.shares_memory(p.grad, flat.grad) for p in params)
+
+
+@given(st.floats(0.1, 10), st.sampled_from(["float32", "float64"]))
+def test_clipping_is_pytorchs(share, dtype):
+    scale = 1e9  # beside which the 1e-6 that PyTorch adds to the norm is nothing
+    params = leaves(dtype)
+    give(params, seed=1, scale=scale)
+    params.append(Tensor(np.ones(3, dtype), requires_grad=True))  # without gradient
+    theirs = twins(params)
+    copy_grads(params[:-1], theirs[:-1])
+    limit = share * scale
+    norm = clip_grad_norm(params, limit)
+    expected = torch.nn.utils.clip_grad_norm_(theirs, limit)
+    close(norm, expected, dtype)
+    for p, t in zip(params[:-1], theirs[:-1], strict=True):
+        close(p.grad, t.grad, dtype)
+    assert params[-1].grad is None
+    close(clip_grad_norm(params, math.inf), min(norm, limit), dtype)
+
+
+@pytest.mark.parametrize("limit", [math.inf, 1e9])
+def test_a_gradient_below_the_limit_is_only_measured(limit):
+    params = leaves("float32")
+    give(params, seed=1)
+    before = [p.grad.copy() for p in params]
+    norm = clip_grad_norm(params, limit)
+    assert norm == pytest.approx(math.sqrt(sum((g.astype(float) ** 2).sum() for g in before)))
+    assert all(np.array_equal(p.grad, g) for p, g in zip(params, before, strict=True))
+
+
+def test_clipping_takes_no_gradients_and_zero_ones():
+    params = leaves()
+    assert clip_grad_norm(params, 1.0) == 0
+    give(params, seed=0, scale=0.0)
+    assert clip_grad_norm(params, 0.0) == 0
+
+
+@given(st.integers(0, 20), st.integers(1, 80), st.floats(1e-6, 1), st.floats(0, 1))
+def test_the_schedule_rises_to_lr_and_falls_to_min_lr(warmup, more, lr, share):
+    steps, least = warmup + more, share * lr
+    rates = [cosine_schedule(s, steps, lr, least, warmup) for s in range(steps + 3)]
+    assert rates[warmup] == pytest.approx(lr, rel=1e-12)
+    assert rates[steps:] == [least] * 3
+    assert rates[:warmup] == pytest.approx([lr * (s + 1) / (warmup + 1) for s in range(warmup)])
+    assert all(a >= b - 1e-15 for a, b in zip(rates[warmup:], rates[warmup + 1 :]))
+    half = cosine_schedule(warmup + more, warmup + 2 * more, lr, least, warmup)
+    assert half == pytest.approx((lr + least) / 2)
+
+
+def test_the_cosine_is_pytorchs():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=13, eta_min=0.02)
+    for step in range(13):
+        rate = theirs.get_last_lr()[0]
+        assert cosine_schedule(step, 13, 0.3, min_lr=0.02) == pytest.approx(rate, rel=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_what_flat_memory_refuses():
+    a, b = leaves(shapes=[(2,), (3,)])
+    with pytest.raises(ValueError, match="no parameters"):
+        FlatParameters([])
+    with pytest.raises(ValueError, match="twice"):
+        FlatParameters([a, b, a])
+    with pytest.raises(ValueError, match="requires_grad"):
+        FlatParameters([a, Tensor(np.ones(2))])
+    with pytest.raises(ValueError, match="requires_grad"):
+        FlatParameters([a, b * 2.0])
+    with pytest.raises(ValueError, match=r"one dtype.*float32.*float64"):
+        FlatParameters([a, *leaves("float32")])
+    before = a.data
+    with pytest.raises(ValueError):
+        FlatParameters([a, a])
+    assert a.data is before and a.on_grad is None
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [dict(lr=-1.0), dict(betas=(1.0, 0.9)), dict(betas=(0.9, -0.1)), dict(eps=-1e-8),
+     dict(weight_decay=-0.1)],
+)  # fmt: skip
+def test_adamw_refuses_bad_settings(bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"bad settings.*{name}="):
+        AdamW(leaves(), **bad)

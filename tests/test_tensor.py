@@ -1,0 +1,353 @@
+"""The engine: what `backward` adds up and in which shape, what a graph keeps alive, `checkpoint`,
+and threads that share parameters."""
+
+import gc
+import sys
+import threading
+import tracemalloc
+import weakref
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilm import ops
+from minilm.tensor import Tensor, checkpoint, current_rng, no_grad, op, randomness
+
+
+def leaf(*shape, dtype=np.float64, seed=0):
+    x = np.random.default_rng(seed).integers(-3, 4, shape)
+    return Tensor(x.astype(dtype), requires_grad=True)
+
+
+def test_a_tensor_used_three_times_adds_up():
+    x = leaf(3)
+    (x + x + x).backward(np.array([1.0, 10.0, 100.0]))
+    assert x.grad.tolist() == [3, 30, 300]
+
+
+def test_a_diamond_sends_its_gradient_on_once_it_is_whole():
+    x = Tensor(np.array(3.0), requires_grad=True)
+    y = x * x  # 9
+    left, right = y * 2.0, y * y
+    (left * right).backward()  # 2 x^6
+    assert x.grad == 12 * 3.0**5
+
+
+def test_a_graph_5000_ops_deep():
+    x = h = Tensor(np.ones(2), requires_grad=True)
+    for _ in range(5000):
+        h = h + x
+    h.backward(np.ones(2))
+    assert x.grad.tolist() == [5001, 5001]
+
+
+places = st.integers(0, 99)
+
+
+@given(st.lists(st.tuples(st.sampled_from("+-*"), places, places), max_size=9))
+def test_a_random_graph_of_polynomials(steps):
+    """Dual numbers (value, slope) need no graph and give the same; integers are exact."""
+    x = Tensor(np.array(2.0), requires_grad=True)
+    values, duals = [x, Tensor(np.array(3.0))], [(2, 1), (3, 0)]
+    for sign, i, j in steps:
+        i, j = i % len(values), j % len(values)
+        (a, da), (b, db) = duals[i], duals[j]
+        match sign:
+            case "+":
+                values.append(values[i] + values[j])
+                duals.append((a + b, da + db))
+            case "-":
+                values.append(values[i] - values[j])
+                duals.append((a - b, da - db))
+            case "*":
+                values.append(values[i] * values[j])
+                duals.append((a * b, da * b + a * db))
+        if abs(duals[-1][0]) > 1000:
+            break
+    y, (value, slope) = values[-1], duals[-1]
+    assert y.data == value
+    if y.requires_grad:
+        y.backward()
+        assert x.grad == slope
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (3, 1), (1, 4), (1, 1, 1), (2, 1, 4), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_the_gradient_of_a_broadcast_input_is_a_sum(shape, dtype):
+    x, dy = leaf(*shape, dtype=dtype), np.arange(24.0).reshape(2, 3, 4).astype(dtype)
+    (x + np.zeros((2, 3, 4), dtype)).backward(dy)
+    axes = tuple(i - 3 for i in range(3) if i < 3 - len(shape) or shape[i - 3] == 1)
+    expected = dy.astype(np.float64).sum(axes, keepdims=True).reshape(shape)
+    assert x.grad.dtype == dtype and x.grad.shape == shape
+    assert (x.grad == expected.astype(dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_16_bit_sums_count_past_their_precision(dtype):
+    """Adding 1 to 2048 (float16) or to 256 (bfloat16) changes nothing, so sums need float32."""
+    x, one = Tensor(np.ones((4096, 3), dtype), requires_grad=True), Tensor(np.ones(1, dtype), True)
+    assert x.sum(0).data.tolist() == [4096] * 3
+    (x[:, :1] * one).backward(np.ones((4096, 1), dtype))
+    assert one.grad == 4096
+    row = Tensor(np.ones((2, 1), dtype), requires_grad=True)
+    row[np.zeros(4096, int)].backward(np.ones((4096, 1), dtype))
+    assert row.grad.tolist() == [[4096], [0]]
+
+
+def test_gradients_of_several_graphs_add_up():
+    x = leaf(3)
+    (x * 2.0).sum().backward()
+    first = x.grad
+    (x * 5.0).sum().backward()
+    assert x.grad.tolist() == [7, 7, 7]
+    assert first.tolist() == [2, 2, 2]
+
+
+def test_the_gradient_is_not_the_array_that_was_passed_in():
+    x, y, dy = leaf(3), leaf(3), np.ones(3)
+    (x + y).backward(dy)
+    x.grad[:] = 9
+    assert dy.tolist() == y.grad.tolist() == [1, 1, 1]
+
+
+def test_a_graph_runs_backward_once():
+    y = (leaf(3) * 2.0).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="before; run it forward again"):
+        y.backward()
+
+
+def test_backward_says_what_it_needs():
+    with pytest.raises(ValueError, match=r"scalar, got \(3,\)"):
+        (leaf(3) * 2.0).backward()
+    with pytest.raises(ValueError, match=r"\(1, 3\), the tensor \(3,\)"):
+        (leaf(3) * 2.0).backward(np.ones((1, 3)))
+    with pytest.raises(ValueError, match="requires_grad"):
+        (Tensor(np.ones(3)) * 2.0).sum().backward()
+    with pytest.raises(TypeError, match="int64"):
+        Tensor(np.arange(3), requires_grad=True)
+
+
+def test_no_grad_builds_no_graph():
+    x = leaf(3)
+    with no_grad():
+        assert not (x * 2.0).requires_grad
+        with no_grad():
+            pass
+        assert not (x * 2.0).requires_grad
+    assert (x * 2.0).requires_grad
+    with pytest.raises(KeyError), no_grad():
+        raise KeyError
+    assert (x * 2.0).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_python_scalars_keep_the_dtype(dtype):
+    x = leaf(2, 3, dtype=dtype)
+    scalar = 1 - (2.5 / (0.5 + x * x) - 3) * -0.5 / 7
+    assert scalar.dtype == (-x).dtype == x.mean().dtype == dtype
+    scalar.sum().backward()
+    assert x.grad.dtype == dtype
+
+
+def test_an_array_beside_a_tensor_gives_a_tensor():
+    x, a = leaf(3), np.array([1.0, 2.0, 3.0])
+    for y in (a * x, a + x, a - x, a / (x * x + 1.0), x * a, np.float64(2) * x):
+        assert type(y) is Tensor and y.shape == (3,)
+    (a * x).backward(np.ones(3))
+    assert x.grad.tolist() == a.tolist()
+    m = leaf(3, 3)
+    assert type(np.eye(3) @ m) is Tensor
+
+
+def test_numbers_become_float32():
+    assert Tensor([1.0, 2.0]).dtype == np.float32
+    assert Tensor(np.ones(2)).dtype == np.float64
+    assert Tensor([1, 2]).dtype.kind == "i"
+
+
+def test_on_grad_takes_the_gradient():
+    x, y, taken = leaf(3), leaf(3), []
+    x.on_grad = taken.append
+    (x * 2.0 + x * 3.0 + y).sum().backward()
+    assert [g.tolist() for g in taken] == [[5, 5, 5]]  # once, when it is final
+    assert x.grad is None and y.grad.tolist() == [1, 1, 1]
+
+
+def test_an_op_with_a_vjp_for_each_input():
+    @op
+    def product(x, y):
+        return x * y, lambda dz: dz * y, lambda dz: dz * x
+
+    x, y = leaf(3), leaf(3, seed=1)
+    product(x, y).backward(np.ones(3))
+    assert (x.grad == y.data).all() and (y.grad == x.data).all()
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_frozen_weight_keeps_no_input_alive(trainable):
+    x, W = np.ones((4, 3)), Tensor(np.ones((2, 3)), requires_grad=trainable)
+    b, alive = Tensor(np.ones(2), requires_grad=True), weakref.ref(x)
+    y = ops.linear(x, W, b)
+    del x
+    assert y.requires_grad
+    assert (alive() is not None) == trainable
+
+
+def test_backward_lets_go_as_it_passes():
+    """When the first op's vjp runs, what the later op saved is gone, though y is still held."""
+    seen = []
+
+    @op
+    def watch(x):
+        def dx(dy):
+            seen.append(alive() is not None)
+            return dy
+        return x.copy(), dx
+
+    factor = np.full(3, 2.0)
+    alive = weakref.ref(factor)
+    y = watch(leaf(3)) * factor
+    del factor
+    assert alive() is not None
+    y.backward(np.ones(3))
+    assert seen == [False]
+
+
+def mlp(x, W, V):
+    return ops.linear(ops.dropout(ops.gelu(ops.linear(x, W)), 0.3, current_rng()), V)
+
+
+def gradients(run, nested=False):
+    """Loss and gradients of two MLPs with dropout, each under `run`; the next random number."""
+    rng = np.random.default_rng(7)
+    x, *Ws = (Tensor(np.random.default_rng(i).standard_normal(s, np.float32), requires_grad=True)
+              for i, s in enumerate([(5, 4), (8, 4), (4, 8), (8, 4), (4, 8)]))  # fmt: skip
+
+    def both(x):
+        h = run(lambda x: mlp(x, *Ws[:2]), x)
+        return run(lambda h, x: mlp(h, *Ws[2:]) + x * h, h, x)
+
+    with randomness(rng):
+        y = run(both, x) if nested else both(x)
+        loss = (y * y).sum()
+        loss.backward()
+    return [loss.data, x.grad, *(W.grad for W in Ws), rng.random()]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_checkpoint_is_the_plain_run_bit_for_bit(nested):
+    plain = gradients(lambda segment, *xs: segment(*xs))
+    for a, b in zip(gradients(checkpoint, nested), plain, strict=True):
+        assert a.tobytes() == b.tobytes() if isinstance(a, np.ndarray) else a == b
+
+
+def test_checkpoint_reaches_parameters_behind_inputs_that_need_no_gradient():
+    x, W = np.arange(6.0).reshape(2, 3), leaf(4, 3)
+    for frozen in (x, Tensor(x)):
+        W.grad = None
+        checkpoint(lambda x: ops.linear(x, W), frozen).backward(np.ones((2, 4)))
+        assert (W.grad == x.sum(0)).all()
+
+
+def test_checkpoint_takes_arrays_beside_tensors():
+    x, y, a = leaf(3), leaf(3, seed=1), np.array([1.0, 2.0, 3.0])
+    checkpoint(lambda x, a, y: x * a + y * y, x, a, y).backward(np.ones(3))
+    assert (x.grad == a).all() and (y.grad == 2 * y.data).all()
+
+
+def test_checkpoint_of_an_input_that_the_segment_does_not_use():
+    x, y = leaf(3), leaf(3)
+    checkpoint(lambda x, y: x * 2.0, x, y).backward(np.ones(3))
+    assert x.grad.tolist() == [2, 2, 2] and y.grad.tolist() == [0, 0, 0]
+
+
+def test_checkpoint_without_a_graph():
+    with no_grad():
+        assert not checkpoint(lambda x: x * 2.0, leaf(3)).requires_grad
+
+
+def test_checkpoint_keeps_only_the_inputs():
+    x, W = Tensor(np.ones((64, 256)), requires_grad=True), leaf(256, 256)
+
+    def kept(run):
+        def segment(h):
+            for _ in range(4):
+                h = ops.gelu(ops.linear(h, W))
+            return h
+
+        gc.collect()
+        tracemalloc.start()
+        y = run(segment, run(segment, x))
+        gc.collect()
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert y.requires_grad
+        return size / x.data.nbytes
+
+    assert kept(lambda segment, h: segment(h)) > 15  # a layer keeps its input and gelu's slope
+    assert kept(checkpoint) < 2.1  # the second input and the output
+
+
+def in_threads(*work):
+    """Run the functions at the same time; an exception in one of them is raised here."""
+    failures, start = [], threading.Barrier(len(work))
+
+    def guarded(fn):
+        try:
+            start.wait()
+            fn()
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=guarded, args=[fn]) for fn in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def test_threads_add_their_gradients_to_the_same_parameters():
+    """Small integers in float64 add up exactly in any order, so a lost update would show."""
+    W, rounds = leaf(40, 50), 100
+
+    def step(seed):
+        x = np.random.default_rng(seed).integers(-3, 4, (8, 50)).astype(np.float64)
+        ops.relu(ops.linear(x, W)).sum().backward()
+
+    for seed in range(2 * rounds):
+        step(seed)
+    expected, W.grad = W.grad, None
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        in_threads(*[lambda p=p: [step(2 * i + p) for i in range(rounds)] for p in (0, 1)])
+    finally:
+        sys.setswitchinterval(before)
+    assert (W.grad == expected).all()
+
+
+def test_no_grad_and_randomness_stay_in_their_thread():
+    x, inside, done = leaf(3), threading.Event(), threading.Event()
+
+    def without():
+        with no_grad(), randomness(np.random.default_rng(0)):
+            inside.set()
+            assert done.wait(10)
+            assert not (x * 2.0).requires_grad
+
+    def beside():
+        assert inside.wait(10)
+        try:
+            assert (x * 2.0).requires_grad
+            with pytest.raises(ValueError, match="dropout needs a generator"):
+                current_rng()
+        finally:
+            done.set()
+
+    in_threads(without, beside)
