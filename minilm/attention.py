@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens (queries), S tokens (keys), H heads, K key/value heads, D head width.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -70,7 +71,7 @@ def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S
     for b, t in _tiles(q, S):
         s = S - T + t.stop if causal else S
         P = (qg[b, :, :, t] * scale) @ kg[b, :, :, :s].swapaxes(-1, -2)  # scores (b, K, H/K, t, s)
-        if causal:
+        if causal and t.stop > t.start + 1:
             P[..., s - P.shape[-2] :] += _future(P.shape[-2], q.dtype, xp)
         if bias is not None:
             P += bias[b, :, :, t, :s]
@@ -118,6 +119,7 @@ def _tiles(q, S):
     ]  # fmt: skip
 
 
+@functools.lru_cache(64)
 def _future(t, dtype, xp):
     """-inf above the diagonal: (t, t)."""
     return xp.triu(xp.full((t, t), -xp.inf, dtype), 1)

@@ -20,7 +20,8 @@ BLOCK = 1 << 16  # elements of a block: three or four float32 temporaries fit a 
 
 def array_module(x):
     """numpy or cupy, whichever x belongs to."""
-    return np if isinstance(x, np.ndarray | np.generic) else sys.modules["cupy"]
+    on_cpu = type(x) is np.ndarray or isinstance(x, np.generic)
+    return np if on_cpu else sys.modules["cupy"]
 
 
 def to_device(array, device: str):
@@ -101,7 +102,7 @@ def matmul(a, b):
 
 def row_sum(x):
     """Sums over the last axis, kept: (..., C) -> (..., 1). A product with ones is BLAS's fastest."""
-    return (x @ array_module(x).ones(x.shape[-1], x.dtype))[..., None]
+    return (x @ ones(x.shape[-1], x.dtype, array_module(x)))[..., None]
 
 
 def row_dot(a, b):
@@ -114,7 +115,13 @@ def row_dot(a, b):
 def column_sum(x):
     """Sums over all axes but the last: (..., C) -> (C,)."""
     x = rows(wide(x))
-    return array_module(x).ones(len(x), x.dtype) @ x
+    return ones(len(x), x.dtype, array_module(x)) @ x
+
+
+@functools.lru_cache(64)
+def ones(n, dtype, xp):
+    """A vector of ones that everybody shares: not to be changed."""
+    return xp.ones(n, dtype)
 
 
 def scatter_add(ids, dy, n: int):

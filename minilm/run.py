@@ -84,22 +84,34 @@ class RunDirectory:
         checkpoint.save(self.path / "checkpoints", tensors, {"step": step})
 
     def restore(self, model: Module, optimizer: AdamW) -> int:
-        """Bring both to the last whole checkpoint, and the metrics with them; returns its step."""
-        tensors, state = checkpoint.load(self.path / "checkpoints")
+        """Bring both to the last whole checkpoint, and the metrics with them; returns its step.
+
+        Where none was saved yet both stay as they are, and the step is 0.
+        """
+        try:
+            tensors, state = checkpoint.load(self.path / "checkpoints")
+        except FileNotFoundError:
+            step = 0
+        else:
+            self._put_back(tensors, state["step"], model, optimizer)
+            step = state["step"]
+        kept = [r for r in self.records() if r["step"] <= step]
+        write_atomically(self.path / "metrics.jsonl",
+                         "".join(json.dumps(r) + "\n" for r in kept).encode())  # fmt: skip
+        return step
+
+    def _put_back(self, tensors, step, model, optimizer):
         places = _places(model, optimizer)
         own = {f"{kind}.{name}" for kind in "mv" for name in places}
         stored = {name for name in tensors if not name.startswith("model.")}
         if own != stored:
-            raise FormatError(self.path, f"the checkpoint's moments are of another model: {own ^ stored}")
+            differ = sorted(own ^ stored)
+            raise FormatError(self.path, f"the checkpoint's moments are of another model: {differ}")
         model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n not in own})
         m, v = (optimizer.flat.views(flat) for flat in (optimizer.m, optimizer.v))
         for name, i in places.items():
             m[i][...], v[i][...] = tensors[f"m.{name}"], tensors[f"v.{name}"]
-        optimizer.steps = state["step"]
-        kept = [r for r in self.records() if r["step"] <= state["step"]]
-        write_atomically(self.path / "metrics.jsonl",
-                         "".join(json.dumps(r) + "\n" for r in kept).encode())  # fmt: skip
-        return state["step"]
+        optimizer.steps = step
 
     def plot(self) -> Path | None:
         """Draw loss.png; None where matplotlib is missing."""

@@ -70,6 +70,8 @@ class Trainer:
         start, counted = time.perf_counter(), int((targets != IGNORED).sum())
         if counted == 0:
             raise ValueError(f"step {step}: every target is {IGNORED}; nothing to learn from")
+        if not 1 <= accumulate <= len(tokens):
+            raise ValueError(f"{accumulate} micro-batches cannot be made of {len(tokens)} rows")
         self.optimizer.zero_grad()
         loss = 0.0
         for i, rows in enumerate(np.array_split(np.arange(len(tokens)), accumulate)):
@@ -100,8 +102,7 @@ class Trainer:
     def _work(self, part):
         """A worker's share of a batch."""
         kind, seed, tokens, targets, total = part
-        if self.model.training != (kind == "train"):
-            self.model.train(kind == "train")
+        self.model.train(kind == "train")
         if kind == "evaluate":
             with no_grad():
                 logits = self.model(tokens)

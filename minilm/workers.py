@@ -11,11 +11,13 @@ costs a third of the step; they need fork (Linux). FlatParameters lie in memory 
 """
 
 import multiprocessing
+import os
 import signal
 import threading
 import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from threadpoolctl import threadpool_limits
 
@@ -34,14 +36,15 @@ class Workers:
         self.work, self.count, self.processes = work, count, processes
         self.sync = multiprocessing.get_context("fork") if processes else threading
         self.failed = self.sync.Event()
-        turns = [None, *(self.sync.Semaphore(0) for _ in range(count - 1)), None]
-        self.queues = [GradientQueue(*turns[w : w + 2], self.failed) for w in range(count)]
-        self.rank = threading.local()
-        for p in flat.params:
-            p.on_grad = lambda dy, receive=p.on_grad: self.queues[self.rank.value].put(receive, dy)
-        self.flat = flat
+        self.turns = [self.sync.Semaphore(0) for _ in range(count - 1)]
+        row = [None, *self.turns, None]
+        self.queues = [GradientQueue(*row[w : w + 2], self._broken) for w in range(count)]
+        self.rank, self.parent, self.flat = threading.local(), os.getpid(), flat
 
     def __enter__(self):
+        self.receivers = [p.on_grad for p in self.flat.params]
+        for p in self.flat.params:
+            p.on_grad = lambda dy, receive=p.on_grad: self.queues[self.rank.value].put(receive, dy)
         self.limits = threadpool_limits(1, "blas") if self.count > 1 else None
         if not self.processes:
             self.pool = ThreadPoolExecutor(max(1, self.count - 1))
@@ -64,6 +67,8 @@ class Workers:
                 child.join()
         else:
             self.pool.shutdown()
+        for p, receive in zip(self.flat.params, self.receivers):
+            p.on_grad = receive
         if self.limits:
             self.limits.restore_original_limits()
 
@@ -72,11 +77,15 @@ class Workers:
             raise ValueError(f"{len(parts)} parts for {self.count} workers")
         if self.failed.is_set():
             raise RuntimeError("a worker failed before; its gradients are lost")
+        for turn in self.turns:  # a run of fewer parts leaves some to a worker that had none
+            while turn.acquire(False):
+                pass
         if not self.processes:
             futures = [self.pool.submit(self._run, w, p) for w, p in enumerate(parts) if w]
             return [self._run(0, parts[0]), *(f.result() for f in futures)]
         for pipe, part in zip(self.pipes, parts[1:]):
-            pipe.send(part)
+            with suppress(BrokenPipeError):  # a dead child shows when its answer is due
+                pipe.send(part)
         results = [self._run(0, parts[0])]
         return results + [self._receive(w) for w in range(1, len(parts))]
 
@@ -86,9 +95,15 @@ class Workers:
             result = self.work(part)
             self.queues[rank].finish()
             return result
+        except GaveUp:
+            return None  # run raises the other worker's error
         except BaseException:
             self.failed.set()
             raise
+
+    def _broken(self):
+        """Has a worker failed, or, in a child, the parent died?"""
+        return self.failed.is_set() or self.parent not in (os.getpid(), os.getppid())
 
     def _serve(self, rank, pipe, parents_end):
         """A child's life: parts in, results out, until the pipe ends."""
@@ -119,15 +134,20 @@ class Workers:
         return result
 
 
+class GaveUp(Exception):
+    """A gradient's turn never came."""
+
+
 class GradientQueue:
     """The gradients of one worker on their way into the sum, each entering in its turn.
 
     before, after: semaphores that count the gradients which the worker before this one has
-    entered, and those that this one has; None at the ends of the row.
+    entered, and those that this one has; None at the ends of the row. broken() says when to stop
+    waiting.
     """
 
-    def __init__(self, before, after, failed):
-        self.before, self.after, self.failed = before, after, failed
+    def __init__(self, before, after, broken):
+        self.before, self.after, self.broken = before, after, broken
         self.waiting = deque()
 
     LIMIT = 1 << 24  # bytes that may wait
@@ -146,8 +166,8 @@ class GradientQueue:
         """Go on when no more than `limit` bytes wait."""
         while sum(dy.nbytes for _, dy in self.waiting) > limit:
             while not self.before.acquire(True, 0.1):
-                if self.failed.is_set():
-                    raise RuntimeError("another worker failed")
+                if self.broken():
+                    raise GaveUp
             self._enter()
 
     def _enter(self):

@@ -13,8 +13,8 @@ import numpy as np
 from minilm import ops, tensor
 from minilm.tensor import Tensor
 
-# The largest `error` of an op that computes in this dtype. 16-bit: four units in the last place, for
-# the arithmetic is float32 and only inputs and results are rounded, among them the result that
+# The largest `error` of an op that computes in this dtype. 16-bit: four units in the last place,
+# for the arithmetic is float32 and only inputs and results are rounded, among them the result that
 # attention's gradients start from. float32, float64: room for rounding to add up along the sums of
 # matrix products.
 TOLERANCE = {"float64": 1e-13, "float32": 5e-6, "bfloat16": 3e-2, "float16": 4e-3}

@@ -19,6 +19,7 @@ import tyro
 from tqdm import tqdm
 
 from minilm import data
+from minilm.files import FormatError
 from minilm.generate import generate
 from minilm.interop import huggingface
 from minilm.optim import AdamW, cosine_schedule
@@ -92,12 +93,19 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: folder in which the run gets a folder of its own.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
+    if min(settings.eval_every, settings.save_every) < 1:
+        raise ValueError("eval_every and save_every must be at least 1")
+    if not settings.corpus or not settings.prompt:
+        raise ValueError("corpus and prompt must not be empty")
     run = RunDirectory(resume) if resume else None
     s = stored_settings(run, settings) if run else settings
     corpora = [data.load_corpus(name) for name in s.corpus]
     described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
+    if run and run.describe()["corpora"] != described:
+        raise ValueError(f"{resume}: the text is not the one that this run was started on")
     parts = [data.split(corpus, s.validation) for corpus in corpora]
-    tokenizer = make_tokenizer(s, [text for training, _ in parts for text in training])
+    stored = run and data.load_tokenizer(run.path / "tokenizer.json")
+    tokenizer = stored or make_tokenizer(s, parts)
     streams = [data.pack(training, tokenizer) for training, _ in parts]
     weights = s.weights or [len(stream) for stream in streams]
     batches = data.Batches(streams, weights, s.batch, s.context, s.seed)
@@ -105,22 +113,20 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if s.family == "bert":
         batches = data.MaskedBatches(batches, tokenizer, s.seed)
         held_out = data.corrupt(held_out[0], np.random.default_rng(s.seed), tokenizer)
+    model = make_model(s, tokenizer.vocab_size)
     if run is None:
         run = RunDirectory.create(out, "pretrain", asdict(s), described)
         tokenizer.save(run.path / "tokenizer.json")
-    elif run.describe()["corpora"] != described:
-        raise ValueError(f"{resume}: the text is not the one that this run was started on")
-    pretrain(run, s, batches, held_out, tokenizer)
+    pretrain(run, s, model, batches, held_out, tokenizer)
 
 
-def pretrain(run: RunDirectory, s: Settings, batches, held_out, tokenizer):
+def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer):
     """Train, evaluate, sample and save until the last step or Ctrl-C."""
-    model = make_model(s, tokenizer.vocab_size)
     params, (cores, processes) = model.parameters(), default_workers()
     workers = s.workers or cores
     optimizer = AdamW(params, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay,
                       undecayed=[p for p in params if p.ndim < 2], threads=workers)  # fmt: skip
-    step = run.restore(model, optimizer) if (run.path / "checkpoints").exists() else 0
+    step = run.restore(model, optimizer)
     size = sum(p.size for p in params)
     print(f"{run.path}: {size:,} parameters, {workers} workers, from step {step}")
     show = partial(show_sample, run, model, tokenizer, s)
@@ -188,13 +194,15 @@ def fill_in(model, tokens, tokenizer, seed):
     return np.where(targets == data.IGNORED, tokens, guesses)
 
 
-def make_tokenizer(s: Settings, documents):
+def make_tokenizer(s: Settings, parts):
+    training = [text for documents, _ in parts for text in documents]
     if s.tokenizer == "bytes":
         return data.ByteTokenizer()
-    if s.tokenizer == "chars":
-        return data.CharTokenizer.train(documents)
+    if s.tokenizer == "chars":  # an alphabet must have every character that it will meet
+        held_out = [text for _, validation in parts for text in validation]
+        return data.CharTokenizer.train([s.prompt, *held_out, *training])
     if s.tokenizer == "bpe":
-        return data.BPETokenizer.train(documents, s.vocab_size)
+        return data.BPETokenizer.train(training, s.vocab_size)
     return data.load_tokenizer(s.tokenizer)
 
 
@@ -210,9 +218,11 @@ def make_model(s: Settings, vocab_size: int) -> Transformer:
 
 def stored_settings(run: RunDirectory, given: Settings) -> Settings:
     """The run's own settings; ValueError where the command line asks for others."""
-    stored = run.describe()["settings"]
+    stored, defaults = run.describe()["settings"], asdict(Settings())
+    if differ := sorted(defaults.keys() ^ set(stored)):
+        raise FormatError(run.path / "run.json", f"settings missing or unknown: {differ}")
     stored = Settings(**stored | {k: tuple(stored[k]) for k in ("corpus", "weights")})
-    defaults, asked, kept = asdict(Settings()), asdict(given), asdict(stored)
+    asked, kept = asdict(given), asdict(stored)
     changed = [f"{k} {asked[k]} (it has {kept[k]})" for k in kept if asked[k] not in (defaults[k], kept[k])]
     if changed:
         raise ValueError(f"{run.path} keeps its settings; asked for another " + ", ".join(changed))

@@ -10,6 +10,7 @@ import runpy
 import sys
 
 import generate as script
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -105,13 +106,14 @@ def test_a_context_of_one_token_is_enough():
     assert np.array_equal(generate(model, tokens, 5), plain(model, tokens, 5))
 
 
-def test_float16_and_float32_models_generate():
-    for dtype in ("float16", "float32"):
-        model = make("llama")
-        for _, t in list(model.named_tensors()):
-            t.__init__(t.data.astype(dtype))
-        found = generate(model, prompts(0, 2, 3), 2 * CONTEXT, temperature=0)
-        assert np.array_equal(found, plain(model, prompts(0, 2, 3), 2 * CONTEXT, temperature=0))
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16], ids=str)
+def test_smaller_dtypes_generate(dtype):
+    model, tokens = make("llama"), prompts(0, 2, 3)
+    for _, t in list(model.named_tensors()):
+        t.__init__(t.data.astype(dtype))
+    for settings in (dict(temperature=0), dict(top_k=9, top_p=0.9)):
+        found = generate(model, tokens, 2 * CONTEXT, **settings)
+        assert np.array_equal(found, plain(model, tokens, 2 * CONTEXT, **settings))
 
 
 # Sampling
@@ -314,9 +316,27 @@ def test_special_tokens_print_nothing(capsys):
     assert capsys.readouterr().out == "ab\n"
 
 
+class Words:
+    """A tokenizer whose words begin with a space, but for a text's first one; 0 is special."""
+
+    def decode(self, ids):
+        return "".join(["", " the", " cat"][id] for id in ids).removeprefix(" ")
+
+
+def test_a_word_keeps_the_space_in_front_of_it(capsys):
+    assert script.write(iter([2, 0, 1, 0, 0, 2]), Words(), [1]) == 6
+    assert capsys.readouterr().out == " cat the cat\n"
+
+
+def test_an_empty_prompt_starts_a_new_document(tmp_path, capsys):
+    model = save(tmp_path, ByteTokenizer())
+    script.main(tmp_path, "", 20, temperature=1.0, top_k=None, top_p=None)
+    ids = generate(model, [[ByteTokenizer.end]], 20)[0, 1:]
+    assert capsys.readouterr().out == ByteTokenizer().decode(ids) + "\n"
+
+
 @pytest.mark.parametrize("prompt", ["The ", ""])
 def test_the_script_stops_where_the_document_ends(tmp_path, capsys, prompt):
-    """An empty prompt starts from the end of another document."""
     model = save(tmp_path, ByteTokenizer(), tied=False)
     model.norm.weight.data[:], model.norm.bias.data[:] = 0, 1
     model.head.weight.data[:] = 0

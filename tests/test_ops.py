@@ -8,6 +8,7 @@ from itertools import pairwise
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from compare_torch import FAMILIES, train_ours, train_torch, training_error
 from conftest import close
 from hypothesis import given
@@ -174,8 +175,6 @@ def attention_inputs(draw):
 @given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
 def test_attention_is_pytorchs(inputs, block):
     """Tiles over rows and batch, every kind of mask, S > T, queries that see nothing."""
-    import torch
-
     (q, k, v), mask, causal = inputs
     T, S = q.shape[2], k.shape[2]
 

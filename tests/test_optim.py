@@ -155,17 +155,6 @@ def test_a_parameter_without_gradient_counts_as_zero(make):
     assert np.array_equal(absent.flat.data, zero.flat.data)
 
 
-def test_shared_memory_keeps_values_and_stays_flat():
-    params = leaves("float32")
-    before = [p.data.copy() for p in params]
-    flat = FlatParameters(params)
-    flat.share()
-    assert all(np.array_equal(p.data, b) for p, b in zip(params, before, strict=True))
-    give(params, seed=0)
-    assert all(np.shares_memory(p.data, flat.data) for p in params)
-    assert all(np.shares_memory(p.grad, flat.grad) for p in params)
-
-
 @given(st.floats(0.1, 10), st.sampled_from(["float32", "float64"]))
 def test_clipping_is_pytorchs(share, dtype):
     scale = 1e9  # beside which the 1e-6 that PyTorch adds to the norm is nothing

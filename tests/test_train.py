@@ -10,6 +10,7 @@ import os
 import random
 import select
 import signal
+import threading
 import time
 from contextlib import contextmanager
 
@@ -28,7 +29,7 @@ from minilm.run import RunDirectory
 from minilm.tensor import Tensor, op
 from minilm.train import Diverged, Trainer, default_workers, finish_on_interrupt, train
 from minilm.transformer import Config, Transformer
-from minilm.workers import Workers
+from minilm.workers import GaveUp, GradientQueue, Workers
 
 # Python 3.12 warns of every fork in a process that has threads, as BLAS does.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -219,7 +220,7 @@ def test_children_are_gone_at_the_end_even_from_amid_their_work():
 
 @pytest.mark.parametrize("parts", [[OK, OK, OK], [("sleep", 60), OK, OK]])
 def test_children_leave_when_their_parent_is_killed(parts):
-    """Idle, or waiting for the gradients of the parent. All hold a pipe open as long as they live."""
+    """Idle, or waiting for the parent's gradients. All hold a pipe open as long as they live."""
     end, held = os.pipe()
 
     def live():
@@ -269,6 +270,31 @@ def test_the_model_is_an_ordinary_one_again_afterwards(processes):
     assert task.x.grad.tolist() == [5, 5, 5]
 
 
+def test_a_full_queue_holds_its_worker_back(monkeypatch):
+    monkeypatch.setattr(GradientQueue, "LIMIT", 16)  # bytes, two gradients
+    turns, broken, entered = threading.Semaphore(0), threading.Event(), []
+    queue = GradientQueue(turns, None, broken.is_set)
+    sent = []
+
+    def work():
+        for i in range(6):
+            sent.append(i)
+            queue.put(lambda dy: entered.append(float(dy)), np.float64(i))
+        queue.finish()
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    time.sleep(0.1)
+    assert (sent, entered) == ([0, 1, 2], [])
+    turns.release(6)
+    worker.join(5)
+    assert entered == sent == [0, 1, 2, 3, 4, 5]
+    broken.set()
+    with pytest.raises(GaveUp):
+        work()
+    assert len(sent) == 9
+
+
 # Trainer
 
 
@@ -293,7 +319,7 @@ def test_a_split_batch_is_the_whole_batch(draw):
 def test_the_loss_is_the_mean_over_the_targets_that_count():
     tokens, targets = make_batch()
     model = make_model("float64")
-    expected, right, counted = by_hand(model, tokens, targets)
+    expected, _, counted = by_hand(model, tokens, targets)
     with Trainer(model, SGD(model.parameters(), lr=0.0), workers=2) as trainer:
         done = trainer.step(4, tokens, targets, lr=0.0, accumulate=2)
     close(done.loss, expected, "float64")
@@ -320,7 +346,7 @@ def test_nothing_to_learn_from_is_an_error():
     with Trainer(model, AdamW(model.parameters())) as trainer:
         with pytest.raises(ValueError, match="step 3: every target is -100"):
             trainer.step(3, tokens, np.full_like(targets, IGNORED))
-        with pytest.raises(ValueError, match="8 micro-batches .* 7 rows"):
+        with pytest.raises(ValueError, match=r"8 micro-batches .* 7 rows"):
             trainer.step(3, tokens, targets, accumulate=8)
         with pytest.raises(ValueError, match="0 micro-batches"):
             trainer.step(3, tokens, targets, accumulate=0)
@@ -343,6 +369,7 @@ class Poisoned(Module):
         return poisoned(self.inner(tokens) * self.loss, value=self.grad)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("where", ["loss", "grad"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -350,12 +377,12 @@ def test_a_step_that_is_not_finite_changes_nothing(value, where, workers):
     tokens, targets = make_batch()
     model = Poisoned()
     optimizer = AdamW(model.parameters())
-    with np.errstate(all="ignore"), Trainer(model, optimizer, workers) as trainer:
+    with Trainer(model, optimizer, workers) as trainer:
         for step in range(2):
             trainer.step(step, tokens, targets, lr=1e-3)
         before = [a.copy() for a in (optimizer.flat.data, optimizer.m, optimizer.v)]
         setattr(model, where, value)
-        with pytest.raises(Diverged, match="step 2: .*nan|step 2: .*inf"):
+        with pytest.raises(Diverged, match=r"step 2: .*(nan|inf)"):
             trainer.step(2, tokens, targets, lr=1e-2, clip=1.0)
         after = [optimizer.flat.data, optimizer.m, optimizer.v]
         assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
@@ -453,14 +480,19 @@ def test_no_worker_starts_before_its_model_is_in_the_right_mode():
 
 
 def test_ctrl_c_asks_first_and_interrupts_then():
-    before = signal.getsignal(signal.SIGINT)
-    with finish_on_interrupt() as interrupted:
-        assert not interrupted()
-        signal.raise_signal(signal.SIGINT)
-        assert interrupted()
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with finish_on_interrupt() as interrupted:
+            assert not interrupted()
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            assert interrupted()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        with finish_on_interrupt():
+            pass
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_default_workers_use_every_core():
@@ -614,10 +646,10 @@ def test_metrics_that_are_damaged_inside_are_an_error(tmp_path):
 
 def test_a_run_that_is_killed_again_and_again_ends_like_a_straight_one(tmp_path, straight):
     run, kills = new_run(tmp_path), 0
-    for _ in range(6):
+    for delay in [0.01, *(random.uniform(0.0, 0.15) for _ in range(5))]:
         child = fork.Process(target=go_on, args=(run, STEPS, 2, True))
         child.start()
-        child.join(random.uniform(0.0, 0.15))
+        child.join(delay)
         if child.exitcode is None:
             child.kill()
             kills += 1

@@ -1,0 +1,381 @@
+"""scripts/pretrain.py as its user meets it: what a run leaves behind, stopping and resuming, and
+one clear line for what is wrong."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pretrain
+import pytest
+from pretrain import Settings, main
+
+from minilm import checkpoint, data
+from minilm.interop import huggingface
+from minilm.run import RunDirectory
+from minilm.train import Diverged
+
+# Python 3.12 warns of every fork in a process that has threads, as BLAS does.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
+ROOT = Path(__file__).parents[1]
+SMALL = dict(layers=1, heads=2, width=8, context=8, batch=8, steps=6, warmup=2, eval_every=4,
+             save_every=4, sample=12, workers=1, lr=1e-2)  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of words."""
+    words = np.random.default_rng(0).choice(["The", "cat", "sat", "on", "a", "mat.\n"], 300)
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(words))
+    return file
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Without the curves, which take longer than the run."""
+    monkeypatch.setattr(RunDirectory, "plot", lambda run: None)
+
+
+def settings(text, **changes):
+    return Settings(**dict(corpus=(str(text),)) | SMALL | changes)
+
+
+def metrics(run):
+    """The records without what differs from run to run."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in RunDirectory(run).records()]
+
+
+def saved(run):
+    """Every bit of the last checkpoint, and its step."""
+    tensors, state = checkpoint.load(run / "checkpoints")
+    return {name: array.tobytes() for name, array in tensors.items()}, state["step"]
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def weights(run):
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+# What a run leaves behind
+
+
+@pytest.mark.parametrize(
+    "family, tokenizer, workers", [("gpt2", "bytes", 2), ("llama", "chars", 1), ("bert", "bpe", 1)]
+)
+def test_a_run_leaves_all_that_it_promises(tmp_path, text, capsys, family, tokenizer, workers):
+    s = settings(text, family=family, tokenizer=tokenizer, vocab_size=270, workers=workers)
+    main(s, tmp_path / "runs")
+    run = tmp_path / "runs" / "pretrain-1"
+    names = {"run.json", "metrics.jsonl", "samples.txt", "loss.png", "model", "checkpoints",
+             "tokenizer.json"}  # fmt: skip
+    assert {p.name for p in run.iterdir()} == names
+    assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+    described = RunDirectory(run).describe()
+    assert Settings(**described["settings"] | {"corpus": s.corpus, "weights": ()}) == s
+    corpus = data.load_corpus(text)
+    assert described["corpora"] == [
+        {"name": str(text), "sha256": corpus.sha256, "characters": corpus.characters}
+    ]
+
+    records = metrics(run)
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "validation_loss" in r] == [4, 6]
+    assert all(0 < r["loss"] < 8 and 0 <= r.get("validation_accuracy", 0) < 1 for r in records)
+    assert records[0]["lr"] == pytest.approx(1e-2 / 3) and records[2]["lr"] == 1e-2
+
+    samples = (run / "samples.txt").read_text()
+    assert samples.count("===") == 2
+    assert "=== after step 0\nThe" in samples and "=== after step 6\nThe" in samples
+    said = capsys.readouterr().out
+    assert "step 6: loss" in said and f"--model {run / 'model'}" in said
+
+    kept = data.load_tokenizer(run / "tokenizer.json")
+    assert type(kept).__name__ == {"bytes": "ByteTokenizer", "chars": "CharTokenizer",
+                                   "bpe": "BPETokenizer"}[tokenizer]  # fmt: skip
+    assert (run / "model" / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
+
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step-00000004", "step-00000006"]  # fmt: skip
+    tensors, state = checkpoint.load(run / "checkpoints")
+    trained = pretrain.make_model(s, kept.vocab_size)
+    trained.load_state_dict(
+        {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    )
+    loaded = huggingface.load_model(run / "model")
+    assert loaded.config == trained.config and state == {"step": 6}
+    tokens = kept.encode("The cat ")[None, :8]
+    assert np.array_equal(loaded.eval()(tokens).data, trained.eval()(tokens).data)
+
+
+def test_the_loss_falls(tmp_path, text, plain):
+    main(settings(text, steps=60, width=16), tmp_path)
+    losses = [r["loss"] for r in metrics(tmp_path / "pretrain-1")]
+    assert losses[0] > 5.3  # 258 bytes, all alike: 5.55 nats
+    assert np.mean(losses[-5:]) < 3.2
+
+
+def test_runs_do_not_overwrite_each_other_and_repeat_with_the_seed(tmp_path, text, plain):
+    for seed in (0, 0, 1):
+        main(settings(text, seed=seed, dropout=0.1), tmp_path)
+    first, again, other = (tmp_path / f"pretrain-{n}" for n in (1, 2, 3))
+    assert weights(first) == weights(again) != weights(other)
+    assert metrics(first) == metrics(again) != metrics(other)
+
+
+@pytest.mark.parametrize("given, shares", [((3.0, 1.0), [0.75]), ((), None)])
+def test_corpora_are_mixed_by_weight_or_by_size(tmp_path, text, monkeypatch, given, shares):
+    other = tmp_path / "other.txt"
+    other.write_text("0123456789 " * 60)
+    seen = {}
+    monkeypatch.setattr(pretrain, "pretrain", lambda run, s, m, batches, *_: seen.update(b=batches))
+    main(settings(text, corpus=(str(text), str(other)), weights=given), tmp_path / "runs")
+    sizes = [int(f.stat().st_size * 0.9) + 1 for f in (text, other)]  # an end after each text
+    found = seen["b"].borders
+    assert found == pytest.approx(shares or [sizes[0] / sum(sizes)], rel=1e-9)
+    described = RunDirectory(tmp_path / "runs" / "pretrain-1").describe()
+    assert [c["name"] for c in described["corpora"]] == [str(text), str(other)]
+    assert described["settings"]["weights"] == list(given)
+
+
+def test_characters_that_only_the_held_out_text_or_the_prompt_has_are_known(tmp_path, text, plain):
+    text.write_text(text.read_text() + "\N{SNOWMAN}")
+    main(settings(text, tokenizer="chars", prompt="\N{BLACK HEART SUIT}"), tmp_path)
+    alphabet = data.load_tokenizer(tmp_path / "pretrain-1" / "tokenizer.json").alphabet
+    assert {"\N{SNOWMAN}", "\N{BLACK HEART SUIT}"} < set(alphabet)
+
+
+# Stopping and resuming
+
+
+def interrupt_after(step, monkeypatch):
+    """Ctrl-C while that step's record is written."""
+    log = RunDirectory.log
+
+    def press(run, **record):
+        log(run, **record)
+        if record["step"] == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunDirectory, "log", press)
+
+
+@pytest.mark.parametrize("family, tokenizer, workers", [("gpt2", "bpe", 1), ("bert", "bytes", 2)])
+def test_a_stopped_and_resumed_run_ends_like_a_straight_one(
+    tmp_path, text, plain, monkeypatch, capsys, family, tokenizer, workers
+):
+    s = settings(text, family=family, tokenizer=tokenizer, vocab_size=270, workers=workers,
+                 dropout=0.2, accumulate=2, steps=7)  # fmt: skip
+    main(s, tmp_path / "straight")
+    straight = tmp_path / "straight" / "pretrain-1"
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        main(s, tmp_path / "runs")
+    run = tmp_path / "runs" / "pretrain-1"
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"stopped after step 3; go on with: --resume {run}"
+    assert saved(run)[1] == 3
+    assert metrics(run)[:2] == metrics(straight)[:2]
+
+    main(Settings(), tmp_path / "elsewhere", resume=run)
+    assert saved(run) == saved(straight) and saved(run)[1] == 7
+    assert weights(run) == weights(straight)
+    only_loss = [[{k: v for k, v in r.items() if "validation" not in k} for r in metrics(path)]
+                 for path in (run, straight)]  # fmt: skip
+    assert only_loss[0] == only_loss[1]
+    assert metrics(run)[3:] == metrics(straight)[3:]
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_crash_before_the_first_checkpoint_costs_no_more_than_the_steps(
+    tmp_path, text, plain, monkeypatch
+):
+    s = settings(text, save_every=4)
+    main(s, tmp_path / "straight")
+
+    def crash(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "save", crash)
+        with pytest.raises(OSError, match="no space left"):
+            main(s, tmp_path / "runs")
+    run, straight = tmp_path / "runs" / "pretrain-1", tmp_path / "straight" / "pretrain-1"
+    assert len(metrics(run)) == 4
+    main(Settings(), resume=run)
+    assert saved(run) == saved(straight)
+    assert metrics(run) == metrics(straight)
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(tmp_path, text, plain, capsys):
+    main(settings(text), tmp_path)
+    run = tmp_path / "pretrain-1"
+    before = contents(run)
+    capsys.readouterr()
+    main(Settings(), resume=run)
+    said = capsys.readouterr().out
+    assert "from step 6" in said and "write more" in said and "go on with" not in said
+    assert contents(run) == before
+
+
+@pytest.fixture
+def stopped(tmp_path, text, plain, monkeypatch):
+    """A run of which two steps are done."""
+    with monkeypatch.context() as patch:
+        interrupt_after(1, patch)
+        main(settings(text, tokenizer="chars"), tmp_path / "runs")
+    return tmp_path / "runs" / "pretrain-1"
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [(dict(lr=0.5), r"lr 0\.5 \(it has 0\.01\)"), (dict(family="llama"), "family llama"),
+     (dict(steps=9, width=16), "width 16.*, steps 9 "), (dict(corpus=("x",)), "corpus"),
+     (dict(weights=(1.0,)), "weights")],
+)  # fmt: skip
+def test_resuming_with_other_settings_is_refused(stopped, asked, said):
+    before = contents(stopped)
+    with pytest.raises(ValueError, match=f"pretrain-1 keeps its settings; .*{said}"):
+        main(Settings(**asked), resume=stopped)
+    assert contents(stopped) == before
+
+
+def test_resuming_takes_the_settings_that_the_run_has(stopped, text):
+    main(settings(text, tokenizer="chars"), resume=stopped)
+    assert saved(stopped)[1] == 6
+
+
+@pytest.mark.parametrize("new", ["other words " * 50, "few"])
+def test_resuming_on_other_text_is_refused(stopped, text, new):
+    before = contents(stopped)
+    text.write_text(new)
+    with pytest.raises(ValueError, match="the text is not the one that this run was started on"):
+        main(Settings(), resume=stopped)
+    assert contents(stopped) == before
+
+
+def test_resuming_keeps_the_tokenizer_when_its_file_has_changed(tmp_path, text, plain, monkeypatch):
+    ours = tmp_path / "tokenizer.json"
+    letters = "".join(sorted(set(text.read_text())))
+    data.CharTokenizer(letters).save(ours)
+    s = settings(text, tokenizer=str(ours))
+    with monkeypatch.context() as patch:
+        interrupt_after(1, patch)
+        main(s, tmp_path)
+    main(s, tmp_path)
+    data.CharTokenizer("".join(sorted(set(letters) - {"T"} | {"t", "z"}))).save(ours)
+    main(Settings(), resume=tmp_path / "pretrain-1")
+    assert weights(tmp_path / "pretrain-1") == weights(tmp_path / "pretrain-2")
+
+
+def test_resuming_from_damaged_files_is_an_error(stopped):
+    file = stopped / "run.json"
+    whole = json.loads(file.read_text())
+    fields = whole["settings"]
+    for changed in (fields | {"colour": "red"}, {k: v for k, v in fields.items() if k != "beta2"}):
+        file.write_text(json.dumps(whole | {"settings": changed}))
+        with pytest.raises(ValueError, match=r"run\.json: settings .*(colour|beta2)"):
+            main(Settings(), resume=stopped)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json: not valid JSON"):
+        main(Settings(), resume=stopped)
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    "content, changes, said",
+    [("", {}, "holds no text"), (" \n", {}, "holds no text"), ("a b", {}, "too short|too few"),
+     (b"\xff\xfe\xfa" * 99, {}, r"text\.txt: not UTF-8"),
+     (None, dict(corpus=("no",)), "'no' is no path"),
+     (None, dict(corpus=()), "corpus"), (None, dict(weights=(1.0, 2.0)), "expected 1 weights"),
+     (None, dict(tokenizer="no.json"), r"no\.json"), (None, dict(heads=3), "multiple of heads"),
+     (None, dict(validation=1.0), "validation"), (None, dict(eval_every=0), "eval_every"),
+     (None, dict(save_every=0), "save_every"), (None, dict(prompt=""), "prompt"),
+     (None, dict(tokenizer="bpe", vocab_size=9), "vocab_size"), (None, dict(batch=0), "batch")],
+)  # fmt: skip
+def test_bad_settings_are_errors_and_leave_no_folder(tmp_path, text, content, changes, said):
+    if content is not None:
+        text.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises((ValueError, OSError), match=said):
+        main(settings(text, **changes), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.run\.json"):
+        main(Settings(), resume=tmp_path / "nowhere")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_run_that_diverges_can_go_on_from_its_checkpoint(tmp_path, text, plain):
+    s = settings(text, lr=1e38, min_lr=1e38, warmup=0, save_every=1, eval_every=100, steps=50)
+    with pytest.raises(Diverged, match=r"step \d+: loss (nan|inf)|gradient norm (nan|inf)"):
+        main(s, tmp_path)
+    run = tmp_path / "pretrain-1"
+    assert saved(run)[1] == len(metrics(run)) >= 1
+
+
+def command(*arguments):
+    return [sys.executable, ROOT / "scripts" / "pretrain.py", *map(str, arguments)]
+
+
+def flags(s):
+    """The settings as a command line."""
+    changed = {k: v for k, v in dataclasses.asdict(s).items() if v != getattr(Settings(), k)}
+    words = []
+    for name, value in changed.items():
+        words += [f"--{name.replace('_', '-')}", *(value if type(value) is tuple else [value])]
+    return words
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+
+
+def test_the_command_line_ends_with_one_line_of_error(tmp_path):
+    words = ["--corpus", "no-such-corpus", "--out", tmp_path / "runs"]
+    ended = subprocess.run(command(*words), env=environment(), capture_output=True, text=True)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("pretrain.py: 'no-such-corpus' is no path and none of python-reference")
+    assert ended.stdout == ""
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, text, plain):
+    """The terminal sends it to every process of the group."""
+    s = settings(text, steps=400, eval_every=1000, save_every=1000, workers=2)
+    process = subprocess.Popen(
+        command(*flags(s), "--out", tmp_path), env=environment(), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    run = tmp_path / "pretrain-1"
+    try:
+        limit = time.monotonic() + 20
+        while not RunDirectory(run).records() and process.poll() is None:
+            assert time.monotonic() < limit, "it does not start"
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    done = metrics(run)[-1]["step"]
+    assert 1 <= done < 400
+    assert out.splitlines()[-1] == f"stopped after step {done}; go on with: --resume {run}"
+    assert saved(run)[1] == done and "validation_loss" in metrics(run)[-1]
+    main(Settings(), resume=run)
+    assert [r["step"] for r in metrics(run)] == list(range(1, 401))
+    assert saved(run)[1] == 400
