@@ -9,7 +9,8 @@ import math
 import numpy as np
 
 from minilm.backend import BLOCK, array_module, row_dot, row_sum, wide
-from minilm.tensor import once, op
+from minilm.graph import once
+from minilm.tensor import op
 
 
 @op
@@ -56,12 +57,11 @@ def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S
     each key/value head serves H / K query heads. A query that may see nothing gives zeros.
 
     Works on tiles of query rows; a causal tile leaves out the keys that none of its rows can see.
-    P is kept unnormalised, exp(scores - max): dividing y by its row sum l is cheaper than dividing P.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if k.shape != v.shape or k.shape != (B, K, S, D) or H % K or (causal and T > S):
         raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
-    xp, dtype, scale = array_module(q), q.dtype, 1 / math.sqrt(D)
+    xp, scale = array_module(q), 1 / math.sqrt(D)
     y = xp.empty_like(q)
     q, k, v = wide(q), wide(k), wide(v)
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them
@@ -70,16 +70,8 @@ def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S
     tiles = []
     for b, t in _tiles(q, S):
         s = S - T + t.stop if causal else S
-        P = (qg[b, :, :, t] * scale) @ kg[b, :, :, :s].swapaxes(-1, -2)  # scores (b, K, H/K, t, s)
-        if causal and t.stop > t.start + 1:
-            P[..., s - P.shape[-2] :] += _future(P.shape[-2], q.dtype, xp)
-        if bias is not None:
-            P += bias[b, :, :, t, :s]
-        top = P.max(-1, keepdims=True)
-        P -= top if bias is None else xp.maximum(top, xp.finfo(q.dtype).min)
-        xp.exp(P, out=P)
-        l = row_sum(P)
-        l = 1 / (l if bias is None else xp.maximum(l, 1))  # below 1 only where nothing is seen
+        scores = (qg[b, :, :, t] * scale) @ kg[b, :, :, :s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
+        P, l = _weights(scores, causal, None if bias is None else bias[b, :, :, t, :s], xp)
         yg[b, :, :, t] = P @ vg[b, :, :, :s] * l
         tiles.append((b, t, s, P, l))
 
@@ -104,6 +96,20 @@ def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S
     def dk(dy): return gradients(dy)[1]
     def dv(dy): return gradients(dy)[2]
     return y, dq, dk, dv
+
+
+def _weights(scores, causal, bias, xp):  # (..., t, s) -> (..., t, s), (..., t, 1)
+    """P and l, with softmax(scores) = P l: t * D products normalise P v, t * s would P itself."""
+    P, (t, s) = scores, scores.shape[-2:]
+    if causal and t > 1:
+        P[..., s - t :] += _future(t, P.dtype, xp)
+    if bias is not None:
+        P += bias
+    top = P.max(-1, keepdims=True)
+    P -= top if bias is None else xp.maximum(top, xp.finfo(P.dtype).min)
+    xp.exp(P, out=P)
+    l = row_sum(P)  # at least 1, but 0 where a row may see nothing
+    return P, 1 / (l if bias is None else xp.maximum(l, 1))
 
 
 def _tiles(q, S):

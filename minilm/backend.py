@@ -20,7 +20,7 @@ BLOCK = 1 << 16  # elements of a block: three or four float32 temporaries fit a 
 
 def array_module(x):
     """numpy or cupy, whichever x belongs to."""
-    on_cpu = type(x) is np.ndarray or isinstance(x, np.generic)
+    on_cpu = type(x) is np.ndarray or isinstance(x, (np.ndarray, np.generic))
     return np if on_cpu else sys.modules["cupy"]
 
 
@@ -39,7 +39,8 @@ def cupy():
     try:
         import cupy as cp
     except ImportError as error:
-        raise RuntimeError(f'device "cuda" needs CuPy: pip install "minilm[gpu]" ({error})') from None
+        message = f'device "cuda" needs CuPy: pip install "minilm[gpu]" ({error})'
+        raise RuntimeError(message) from None
     if not cp.is_available():
         raise RuntimeError('device "cuda" needs an NVIDIA GPU and its driver; CuPy finds none')
     return cp
@@ -101,7 +102,7 @@ def matmul(a, b):
 
 
 def row_sum(x):
-    """Sums over the last axis, kept: (..., C) -> (..., 1). A product with ones is BLAS's fastest."""
+    """Sums over the last axis, kept: (..., C) -> (..., 1). BLAS adds faster than np.sum."""
     return (x @ ones(x.shape[-1], x.dtype, array_module(x)))[..., None]
 
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from minilm import ops
 from minilm.backend import to_device
-from minilm.tensor import Tensor, current_rng
+from minilm.graph import current_rng
+from minilm.tensor import Tensor
 
 
 class Module:

@@ -50,7 +50,7 @@ def embedding(ids, W):  # integers (...), (V, C) -> (..., C)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"embedding: ids must be integers, got dtype {ids.dtype}")
     if ids.size and (ids.min() < 0 or ids.max() >= V):
-        raise ValueError(f"embedding: ids go from {ids.min()} to {ids.max()}, the table has {V} rows")
+        raise ValueError(f"embedding: ids from {ids.min()} to {ids.max()}, but {V} rows")
 
     def dW(dy): return scatter_add(ids.reshape(-1), rows(dy), V)
     return W[ids], None, dW
@@ -126,7 +126,7 @@ def log_softmax(x):  # over the last axis
 
 @op
 def layer_norm(x, g, b, eps=1e-5):  # (..., C), (C,), (C,) -> (..., C)
-    """(x - mean) / sqrt(var + eps) * g + b over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
+    """(x - mean) / sqrt(var + eps) * g + b over the last axis. Ba et al. 2016, arXiv:1607.06450."""
     C = x.shape[-1]
 
     def formula(x):
@@ -154,7 +154,7 @@ def layer_norm(x, g, b, eps=1e-5):  # (..., C), (C,), (C,) -> (..., C)
 
 @op
 def rms_norm(x, g, eps=1e-6):  # (..., C), (C,) -> (..., C)
-    """x / sqrt(mean(x^2) + eps) * g over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * g over the last axis. Zhang & Sennrich 2019, arXiv:1910.07467."""
     C = x.shape[-1]
 
     def formula(x):
@@ -195,7 +195,7 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):  # (..., V), 
     """Mean of -log softmax(logits)[target] over the targets that are not ignore_index.
 
     total: divide by this number of targets instead, so that the parts of a split batch add up to
-    the whole batch's loss. ValueError where targets are out of range, or when none is left to average.
+    the whole batch's loss. ValueError where a target is out of range or none is left to average.
     """
     V = logits.shape[-1]
     if logits.shape[:-1] != targets.shape:

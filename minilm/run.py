@@ -23,7 +23,7 @@ from minilm.optim import AdamW
 
 
 class RunDirectory:
-    """The folder of one run. `settings` are JSON-able and decide the run together with `corpora`."""
+    """The folder of one run. Its `settings` and `corpora`, which are JSON-able, decide the run."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -107,7 +107,8 @@ class RunDirectory:
         if own != stored:
             differ = sorted(own ^ stored)
             raise FormatError(self.path, f"the checkpoint's moments are of another model: {differ}")
-        model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n not in own})
+        state = {n.removeprefix("model."): t for n, t in tensors.items() if n not in own}
+        model.load_state_dict(state)
         m, v = (optimizer.flat.views(flat) for flat in (optimizer.m, optimizer.v))
         for name, i in places.items():
             m[i][...], v[i][...] = tensors[f"m.{name}"], tensors[f"v.{name}"]

@@ -1,4 +1,4 @@
-"""Reverse-mode automatic differentiation: tensors, the graph behind them, and `backward`.
+"""Reverse-mode automatic differentiation: tensors, and ops that know their gradients.
 
 A function and its gradients stand in one body. An op is a function of arrays that returns its
 value and one vjp (vector-Jacobian product) per input, named after that input's gradient:
@@ -17,24 +17,13 @@ data's dtype wins. There are no second derivatives. Threads may each run a graph
 parameters: what is not in the graph is thread-local.
 """
 
-import contextlib
 import functools
-import threading
 
 import numpy as np
 
-from minilm.backend import array_module, column_sum, matmul as _matmul, wide
-
-
-class Node:
-    """A vertex of the graph: how a tensor was made. It holds no value; only vjps keep arrays alive."""
-
-    __slots__ = ("dtype", "grad", "on_grad", "op", "parents", "shape", "vjps")
-
-    def __init__(self, like, parents=(), vjps=(), op="leaf"):
-        self.shape, self.dtype = like.shape, like.dtype
-        self.parents, self.vjps, self.op = parents, vjps, op
-        self.grad = self.on_grad = None
+from minilm.backend import array_module, wide
+from minilm.backend import matmul as product
+from minilm.graph import Node, backward, no_grad, once, randomness, thread
 
 
 class Tensor:
@@ -85,14 +74,14 @@ class Tensor:
         The graph is used up: saved arrays are let go as the walk passes them.
         """
         if self.node is None:
-            raise ValueError("backward() needs a tensor that depends on one with requires_grad=True")
+            raise ValueError("backward() needs a tensor made from one with requires_grad=True")
         if dy is None:
             if self.size != 1:
                 raise ValueError(f"backward() without a gradient needs a scalar, got {self.shape}")
             dy = array_module(self.data).ones_like(self.data)
         elif dy.shape != self.shape:
             raise ValueError(f"the gradient has shape {dy.shape}, the tensor {self.shape}")
-        _backward(self.node, dy)
+        backward(self.node, dy)
 
     def __repr__(self):
         made = f", from {self.node.op}" if self.node else ""
@@ -117,46 +106,8 @@ class Tensor:
     def mean(self): return sum_(self) * (1 / self.size)
 
 
-class _ThreadState(threading.local):
-    graph = True  # are graphs being built?
-    rng = None  # the generator that dropout draws from
-
-
-_thread = _ThreadState()
-
-
-@contextlib.contextmanager
-def no_grad():
-    """Inside, ops compute values only, in this thread."""
-    before, _thread.graph = _thread.graph, False
-    try:
-        yield
-    finally:
-        _thread.graph = before
-
-
-@contextlib.contextmanager
-def randomness(rng: np.random.Generator):
-    """Inside, dropout draws from rng, in this thread."""
-    before, _thread.rng = _thread.rng, rng
-    try:
-        yield
-    finally:
-        _thread.rng = before
-
-
-def current_rng() -> np.random.Generator:
-    """The generator set by `randomness`; ValueError where there is none."""
-    if _thread.rng is None:
-        raise ValueError(
-            "dropout needs a generator: run the step inside "
-            "`with randomness(np.random.default_rng(seed)):`, or call model.eval()"
-        )
-    return _thread.rng
-
-
 def op(fn):
-    """Lift fn(*arrays, **settings) -> (y, *vjps) to Tensors; the i-th vjp maps dL/dy to dL/d(input i)."""
+    """Lift fn(*arrays, **settings) -> (y, *vjps) to Tensors; vjp i maps dL/dy to dL/d(input i)."""
 
     @functools.wraps(fn)
     def apply(*inputs, **settings):
@@ -164,7 +115,7 @@ def op(fn):
         out = Tensor.__new__(Tensor)
         out.data, *vjps = fn(*arrays, **settings)
         out.node = None
-        if _thread.graph:
+        if thread.graph:
             kept = [(x.node, vjp) for x, vjp in zip(inputs, vjps) if type(x) is Tensor and x.node]
             if kept:
                 out.node = Node(out.data, *zip(*kept), fn.__name__)
@@ -173,28 +124,16 @@ def op(fn):
     return apply
 
 
-def once(fn):
-    """Share work between the vjps of one op: fn(dy) runs at the first call, later calls reuse it."""
-    result = []
-
-    def run(dy):
-        if not result:
-            result.append(fn(dy))
-        return result[0]
-
-    return run
-
-
 def checkpoint(segment, *inputs):
     """segment(*inputs), keeping nothing but the inputs: the backward pass runs it again.
 
     inputs: Tensors or plain arrays; segment returns one Tensor. Gradients equal the plain run's
     bit for bit, dropout included, and reach parameters inside the segment even when no input needs
-    one. Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
+    one. Source: Chen et al. 2016, arXiv:1604.06174.
     """
-    if not _thread.graph:
+    if not thread.graph:
         return segment(*inputs)
-    rng = _thread.rng
+    rng = thread.rng
     state = rng.bit_generator.state if rng else None
     with no_grad():
         y = segment(*inputs)
@@ -222,71 +161,6 @@ def checkpoint(segment, *inputs):
     out = Tensor(y.data)
     out.node = Node(y.data, parents, vjps, "checkpoint")
     return out
-
-
-_leaf_lock = threading.Lock()
-
-
-def _backward(root, dy):
-    grads, sums = {root: dy}, set()
-    for node in reversed(_parents_first(root)):
-        dy = grads.pop(node)
-        if node.op == "leaf":
-            _deposit(node, dy)
-            continue
-        if node.vjps is None:
-            raise RuntimeError(f"backward() went through this {node.op} before; run it forward again")
-        vjps, node.vjps = list(node.vjps), None
-        for i, parent in enumerate(node.parents):
-            dx = _unbroadcast(vjps[i](dy), parent)
-            vjps[i] = None
-            if parent not in grads:
-                grads[parent] = dx
-            elif parent in sums:  # an array made right here: nobody else holds it
-                grads[parent] += dx
-            else:
-                grads[parent] = grads[parent] + dx
-                sums.add(parent)
-        del dy, dx, vjps
-
-
-def _deposit(leaf, dy):
-    """A leaf's gradient is final here."""
-    if leaf.on_grad is not None:
-        leaf.on_grad(dy)
-        return
-    with _leaf_lock:
-        leaf.grad = dy.copy() if leaf.grad is None else leaf.grad + dy
-
-
-def _parents_first(root):
-    """The nodes below root in topological order, without recursion.
-
-    The first input's side comes first: a linear layer's weight then stands right before the layer,
-    and the walk back can deposit the weight's gradient before it goes on to the layer's input.
-    """
-    order, seen, stack = [], set(), [(root, False)]
-    while stack:
-        node, parents_done = stack.pop()
-        if parents_done:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack.extend((parent, False) for parent in reversed(node.parents))
-    return order
-
-
-def _unbroadcast(dx, node):
-    """The gradient in the shape and dtype of its input: the adjoint of broadcasting is summation."""
-    if dx.shape != node.shape:
-        if node.shape == dx.shape[-1:]:
-            dx = column_sum(dx)
-        else:
-            dx = wide(dx).sum(axis=tuple(range(dx.ndim - len(node.shape))))
-            ones = tuple(i for i, n in enumerate(node.shape) if n == 1 != dx.shape[i])
-            dx = dx.sum(axis=ones, keepdims=True)
-    return dx.astype(node.dtype, copy=False)
 
 
 def _alike(a, b):
@@ -327,9 +201,9 @@ def matmul(a, b):  # (..., I, K), (..., K, J) -> (..., I, J)
     if a.ndim < 2 or b.ndim < 2:
         raise ValueError(f"matmul needs at least two axes each, got shapes {a.shape} and {b.shape}")
 
-    def da(dy): return _matmul(dy, b.swapaxes(-1, -2))
-    def db(dy): return _matmul(a.swapaxes(-1, -2), dy)
-    return _matmul(a, b), da, db
+    def da(dy): return product(dy, b.swapaxes(-1, -2))
+    def db(dy): return product(a.swapaxes(-1, -2), dy)
+    return product(a, b), da, db
 
 
 @op

@@ -70,13 +70,14 @@ def main(rows: tuple[Literal["train", "generate", "memory", "growth"], ...] =
             compare(f"training step, {name}", "train", SHAPES[name], rounds, threads)
     for name in configs:
         if "generate" in rows:
-            compare(f"generation of 63 tokens, {name}", "generate", SHAPES[name], rounds, threads)
+            compare(f"63 tokens, {name}", "generate", SHAPES[name], rounds, threads)
     for name in configs:
         if "memory" in rows:
-            compare_memory(f"memory of a step, {name}", SHAPES[name], threads)
-            compare_memory(f"with checkpoints, {name}", replace(SHAPES[name], checkpoint=True), threads)
+            shape = SHAPES[name]
+            compare_memory(f"memory of a step, {name}", shape, threads)
+            compare_memory(f"with checkpoints, {name}", replace(shape, checkpoint=True), threads)
     if "growth" in rows:
-        short, long = (compare(f"training step, width 384, T = {s.context}", "train", s, rounds, threads)
+        short, long = (compare(f"step at T = {s.context}", "train", s, rounds, threads)
                        for s in GROWTH)  # fmt: skip
         growth = [b / a for a, b in zip(short, long)]
         print(f"| growth of the step from T = 256 to 1024 | x{growth[0]:.3f} | x{growth[1]:.3f} | "
@@ -86,7 +87,8 @@ def main(rows: tuple[Literal["train", "generate", "memory", "growth"], ...] =
 def compare(title, job, shape, rounds, threads) -> tuple[float, float]:
     """Time PyTorch and us in turn; prints a row, returns the median seconds of both."""
     times = [], []
-    with Contender(torch_side, job, shape) as theirs, Contender(our_side, job, shape, threads) as ours:
+    with (Contender(torch_side, job, shape) as theirs,
+          Contender(our_side, job, shape, threads) as ours):  # fmt: skip
         for turn in range(rounds + 2):
             pair = theirs.run(), ours.run()
             if turn >= 2:  # the first two turns warm up
@@ -102,7 +104,8 @@ def compare(title, job, shape, rounds, threads) -> tuple[float, float]:
 
 def compare_memory(title, shape, threads):
     """Peak memory of a step above weights and Adam's state, gradients included."""
-    with Contender(torch_side, "memory", shape) as theirs, Contender(our_side, "memory", shape, threads) as ours:
+    with (Contender(torch_side, "memory", shape) as theirs,
+          Contender(our_side, "memory", shape, threads) as ours):  # fmt: skip
         a, b = theirs.run(), ours.run()
     print(f"| {title} | {a:.0f} MiB | {b:.0f} MiB | {b / a:.2f} of PyTorch's | |", flush=True)
 
@@ -160,7 +163,8 @@ def our_side(job, shape, threads):
     from minilm.train import Trainer
     from minilm.transformer import Config, Transformer
 
-    model = Transformer(Config.gpt2(shape.vocab, shape.context, shape.layers, shape.heads, shape.width))
+    s = shape
+    model = Transformer(Config.gpt2(s.vocab, s.context, s.layers, s.heads, s.width))
     if job == "generate":
         tune_allocator()
         yield from timed(lambda: draw(stream(model.eval(), [[0]], temperature=0)))

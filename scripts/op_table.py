@@ -130,7 +130,8 @@ def attention_rows(F):
         return [normal(r, B, 2, T, 2 * C)], [np.cos(a), np.sin(a)]
 
     def qkv(r, B, T, C, K=2, more=0):
-        return [normal(r, B, 4, T, C), normal(r, B, K, T + more, C), normal(r, B, K, T + more, C)]
+        shapes = (B, 4, T, C), (B, K, T + more, C), (B, K, T + more, C)
+        return [r.uniform(-1, 1, shape) for shape in shapes]  # dk is of third order in their size
 
     def padded(r, B, T, C):  # True may be seen; here and there a whole row sees nothing
         return qkv(r, B, T, C, K=4), [r.random((B, 1, 1, T)) < 0.7]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
     {"backend", "cuda", "files"},
-    {"tensor", "ops", "attention"},
+    {"graph", "tensor", "ops", "attention"},
     {"nn", "transformer", "generate"},
     {"quantize", "peft", "distill", "optim"},
     {"data", "interop"},
@@ -27,6 +27,8 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
     ("cuda", "backend"),
+    ("tensor", "graph"),
+    ("attention", "graph"),
     ("ops", "tensor"),
     ("ops", "attention"),
     ("attention", "tensor"),

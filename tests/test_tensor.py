@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import ops
-from minilm.tensor import Tensor, checkpoint, current_rng, no_grad, op, randomness
+from minilm.graph import current_rng
+from minilm.tensor import Tensor, checkpoint, no_grad, op, randomness
 
 
 def leaf(*shape, dtype=np.float64, seed=0):

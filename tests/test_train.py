@@ -355,25 +355,30 @@ def test_nothing_to_learn_from_is_an_error():
 
 
 @op
-def poisoned(x, value):
-    return x, lambda dy: dy * value
+def poisoned(x, logit, grad):
+    y = x.copy()
+    y[..., 1] += logit
+    return y, lambda dy: dy * grad
 
 
 class Poisoned(Module):
     """A model that goes wrong on demand, forwards or backwards."""
 
     def __init__(self):
-        self.inner, self.loss, self.grad = make_model(), 1.0, 1.0
+        self.inner, self.logit, self.grad = make_model(), 0.0, 1.0
 
     def forward(self, tokens):
-        return poisoned(self.inner(tokens) * self.loss, value=self.grad)
+        return poisoned(self.inner(tokens), logit=self.logit, grad=self.grad)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("where", ["loss", "grad"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_changes_nothing(value, where, workers):
+@pytest.mark.parametrize(
+    "where, value, said",
+    [("logit", math.nan, "loss nan"), ("logit", -math.inf, "loss inf"),
+     ("grad", math.nan, r"loss \d.*norm nan"), ("grad", 1e30, r"loss \d.*norm inf")],
+)  # fmt: skip
+def test_a_step_that_is_not_finite_changes_nothing(where, value, said, workers):
     tokens, targets = make_batch()
     model = Poisoned()
     optimizer = AdamW(model.parameters())
@@ -381,14 +386,28 @@ def test_a_step_that_is_not_finite_changes_nothing(value, where, workers):
         for step in range(2):
             trainer.step(step, tokens, targets, lr=1e-3)
         before = [a.copy() for a in (optimizer.flat.data, optimizer.m, optimizer.v)]
+        good = getattr(model, where)
         setattr(model, where, value)
-        with pytest.raises(Diverged, match=r"step 2: .*(nan|inf)"):
+        with pytest.raises(Diverged, match=f"step 2: {said}"):
             trainer.step(2, tokens, targets, lr=1e-2, clip=1.0)
         after = [optimizer.flat.data, optimizer.m, optimizer.v]
         assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
         assert (optimizer.steps, optimizer.lr) == (2, 1e-3)
-        setattr(model, where, 1.0)
+        setattr(model, where, good)
         assert math.isfinite(trainer.step(2, tokens, targets).norm)
+
+
+def test_train_hands_everything_to_the_steps():
+    class Recorder:
+        def step(self, step, tokens, targets, lr, clip, accumulate):
+            return step, tokens, targets, lr, clip, accumulate
+
+    batches = {step: (f"tokens {step}", f"targets {step}") for step in range(5)}
+    steps = list(train(Recorder(), batches, 4, lambda step: step / 10, 2, 3.0, 5))
+    assert steps == [
+        (2, "tokens 2", "targets 2", 0.2, 3.0, 5),
+        (3, "tokens 3", "targets 3", 0.3, 3.0, 5),
+    ]
 
 
 def by_hand(model, tokens, targets):
@@ -619,6 +638,18 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, changes, said):
     model, optimizer = make_run(**changes)
     before = outcome(run, model, optimizer)
     with pytest.raises(ValueError, match=said):
+        run.restore(model, optimizer)
+    assert outcome(run, model, optimizer) == before
+
+
+def test_a_checkpoint_of_other_trainable_parameters_is_refused(tmp_path):
+    run = new_run(tmp_path)
+    go_on(run, 2)
+    model = make_model(dropout=0.2)
+    model.embed.weight.node = None
+    optimizer = AdamW(model.parameters())
+    before = outcome(run, model, optimizer)
+    with pytest.raises(FormatError, match=r"moments .*\['m\.embed\.weight', 'v\.embed\.weight'\]"):
         run.restore(model, optimizer)
     assert outcome(run, model, optimizer) == before
 

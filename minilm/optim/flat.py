@@ -41,7 +41,7 @@ class FlatParameters:
         self.zero_grad()
 
     def zeros(self):
-        """A new buffer of the same size, dtype and device; on a CPU processes share it after a fork."""
+        """A new buffer like .data; on a CPU in memory that processes share after a fork."""
         size, xp, dtype = int(self.ends[-1]), array_module(self.like), self.like.dtype
         if xp is not np:
             return xp.zeros(size, dtype)
@@ -76,7 +76,7 @@ def _receiver(param, view, lock):
 
 
 def clip_grad_norm(params: list[Tensor], max_norm: float) -> float:
-    """Scale the gradients so that their global L2 norm is at most max_norm; returns the norm before.
+    """Scale the gradients to a global L2 norm of at most max_norm; returns the norm before.
 
     With max_norm=inf it only measures. Pascanu et al. 2013, arXiv:1211.5063.
     """

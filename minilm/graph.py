@@ -1,0 +1,140 @@
+"""The graph behind the tensors, and the walk back through it.
+
+A node says how a tensor was made: from which nodes, and with which vjps (vector-Jacobian products),
+functions that turn the gradient of its output into that of one input. `backward` visits the nodes
+from the output to the leaves and adds up what arrives at each.
+"""
+
+import contextlib
+import threading
+
+import numpy as np
+
+from minilm.backend import column_sum, wide
+
+
+class Node:
+    """How a tensor was made. It holds no value: only its vjps keep arrays alive."""
+
+    __slots__ = ("dtype", "grad", "on_grad", "op", "parents", "shape", "vjps")
+
+    def __init__(self, like, parents=(), vjps=(), op="leaf"):
+        self.shape, self.dtype = like.shape, like.dtype
+        self.parents, self.vjps, self.op = parents, vjps, op
+        self.grad = self.on_grad = None
+
+
+_leaf_lock = threading.Lock()
+
+
+def backward(root: Node, dy):
+    """Add dy d(root)/d(leaf) into every leaf below root. Each vjp runs once and is let go."""
+    grads, sums = {root: dy}, set()
+    for node in reversed(_parents_first(root)):
+        dy = grads.pop(node)
+        if node.op == "leaf":
+            _deposit(node, dy)
+            continue
+        if node.vjps is None:
+            raise RuntimeError(f"backward() used up this {node.op} before; run it forward again")
+        vjps, node.vjps = list(node.vjps), None
+        for i, parent in enumerate(node.parents):
+            dx = _unbroadcast(vjps[i](dy), parent)
+            vjps[i] = None
+            if parent not in grads:
+                grads[parent] = dx
+            elif parent in sums:  # an array made right here: nobody else holds it
+                grads[parent] += dx
+            else:
+                grads[parent] = grads[parent] + dx
+                sums.add(parent)
+        del dy, dx, vjps
+
+
+def _deposit(leaf, dy):
+    """A leaf's gradient is final here."""
+    if leaf.on_grad is not None:
+        leaf.on_grad(dy)
+        return
+    with _leaf_lock:
+        leaf.grad = dy.copy() if leaf.grad is None else leaf.grad + dy
+
+
+def _parents_first(root):
+    """The nodes below root in topological order, without recursion.
+
+    The first input's side comes first: a linear layer's weight then stands right before the layer,
+    and the walk back can deposit the weight's gradient before it goes on to the layer's input.
+    """
+    order, seen, stack = [], set(), [(root, False)]
+    while stack:
+        node, parents_done = stack.pop()
+        if parents_done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((parent, False) for parent in reversed(node.parents))
+    return order
+
+
+def _unbroadcast(dx, node):
+    """dx in the shape and dtype of its input: the adjoint of broadcasting is summation."""
+    if dx.shape != node.shape:
+        if node.shape == dx.shape[-1:]:
+            dx = column_sum(dx)
+        else:
+            dx = wide(dx).sum(axis=tuple(range(dx.ndim - len(node.shape))))
+            ones = tuple(i for i, n in enumerate(node.shape) if n == 1 != dx.shape[i])
+            dx = dx.sum(axis=ones, keepdims=True)
+    return dx.astype(node.dtype, copy=False)
+
+
+def once(fn):
+    """Share work between the vjps of one op: fn(dy) runs once, later calls get the same result."""
+    result = []
+
+    def run(dy):
+        if not result:
+            result.append(fn(dy))
+        return result[0]
+
+    return run
+
+
+class ThreadState(threading.local):
+    graph = True  # are graphs being built?
+    rng = None  # the generator that dropout draws from
+
+
+thread = ThreadState()
+
+
+@contextlib.contextmanager
+def no_grad():
+    """Inside, ops compute values only, in this thread."""
+    before, thread.graph = thread.graph, False
+    try:
+        yield
+    finally:
+        thread.graph = before
+
+
+@contextlib.contextmanager
+def randomness(rng: np.random.Generator):
+    """Inside, dropout draws from rng, in this thread."""
+    before, thread.rng = thread.rng, rng
+    try:
+        yield
+    finally:
+        thread.rng = before
+
+
+def current_rng() -> np.random.Generator:
+    """The generator set by `randomness`; ValueError where there is none."""
+    if thread.rng is None:
+        raise ValueError(
+            "dropout needs a generator: run the step inside "
+            "`with randomness(np.random.default_rng(seed)):`, or call model.eval()"
+        )
+    return thread.rng
