@@ -133,8 +133,9 @@ class RunDirectory:
 
 def versions() -> dict:
     """What else decides the bits of a run."""
-    blas = [f"{i['internal_api']} {i['version']}, {i.get('architecture')}, {i['num_threads']} threads"
-            for i in threadpool_info() if i["user_api"] == "blas"]  # fmt: skip
+    told = ("internal_api", "version", "architecture", "num_threads")
+    blas = [{key: library.get(key) for key in told}
+            for library in threadpool_info() if library["user_api"] == "blas"]  # fmt: skip
     return {"minilm": minilm.__version__, "python": platform.python_version(),
             "numpy": np.__version__, "ml_dtypes": ml_dtypes.__version__,
             "platform": platform.platform(), "blas": blas}  # fmt: skip

@@ -18,7 +18,6 @@ import numpy as np
 
 from minilm import ops
 from minilm.backend import tune_allocator
-from minilm.optim import clip_grad_norm
 from minilm.tensor import no_grad, randomness
 from minilm.workers import Workers
 
@@ -26,7 +25,7 @@ IGNORED = -100
 
 
 class Diverged(ArithmeticError):
-    """A loss or a gradient that is not a finite number; the parameters are those before the step."""
+    """A loss or a gradient that is not a finite number; the step left the parameters alone."""
 
 
 @dataclass(frozen=True)
@@ -72,26 +71,28 @@ class Trainer:
             raise ValueError(f"step {step}: every target is {IGNORED}; nothing to learn from")
         if not 1 <= accumulate <= len(tokens):
             raise ValueError(f"{accumulate} micro-batches cannot be made of {len(tokens)} rows")
-        self.optimizer.zero_grad()
+        opt = self.optimizer
+        opt.zero_grad()
         loss = 0.0
         for i, rows in enumerate(np.array_split(np.arange(len(tokens)), accumulate)):
             # The 1 keeps dropout's stream apart from the batches' (seed, step).
-            parts = [("train", (self.seed, step, 1, i, w), tokens[r], targets[r], counted)
+            parts = [("gradients", (self.seed, step, 1, i, w), tokens[r], targets[r], counted)
                      for w, r in enumerate(self._split(rows))]  # fmt: skip
             loss += sum(self.workers.run(parts))
-        norm = clip_grad_norm(self.optimizer.flat.params, clip) if math.isfinite(loss) else math.nan
-        if not math.isfinite(norm):
+        opt.flat.complete()
+        norm = math.sqrt(sum(self._everywhere("squares")))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}; nothing was updated")
-        self.optimizer.lr = self.optimizer.lr if lr is None else lr
-        self.optimizer.step()
-        return Step(step + 1, loss, norm, self.optimizer.lr, counted, time.perf_counter() - start)
+        opt.lr, opt.steps = opt.lr if lr is None else lr, opt.steps + 1
+        self._everywhere("update", opt.steps, opt.lr, min(1.0, clip / norm) if norm else 1.0)
+        return Step(step + 1, loss, norm, opt.lr, counted, time.perf_counter() - start)
 
     def evaluate(self, tokens, targets, batch: int = 32) -> tuple[float, float]:
         """(mean loss, share of targets predicted rightly) over all rows, without dropout."""
         totals = np.zeros(2)
         for i in range(0, len(tokens), batch):
             rows = np.arange(i, min(i + batch, len(tokens)))
-            parts = [("evaluate", None, tokens[r], targets[r], 1) for r in self._split(rows)]
+            parts = [("evaluate", tokens[r], targets[r]) for r in self._split(rows)]
             totals += np.sum(self.workers.run(parts), axis=0)
         loss, right = totals / max(1, (targets != IGNORED).sum())
         return float(loss), float(right)
@@ -99,24 +100,42 @@ class Trainer:
     def _split(self, rows):
         return [part for part in np.array_split(rows, self.workers.count) if len(part)]
 
+    def _everywhere(self, job, *args):
+        """A job on the whole flat buffers, each worker on a slice of its own."""
+        size, n = self.optimizer.flat.data.size, self.workers.count
+        slices = [slice(size * w // n, size * (w + 1) // n) for w in range(n)]
+        return self.workers.run([(job, part, *args) for part in slices])
+
     def _work(self, part):
-        """A worker's share of a batch."""
-        kind, seed, tokens, targets, total = part
-        self.model.train(kind == "train")
-        if kind == "evaluate":
-            with no_grad():
-                logits = self.model(tokens)
-                loss = ops.cross_entropy(logits, targets, total=total)
-            return float(loss.data), int((logits.data.argmax(-1) == targets).sum())
+        """What a worker is told: the job's name and its arguments."""
+        job, *args = part
+        return getattr(self, f"_{job}")(*args)
+
+    def _gradients(self, seed, tokens, targets, total):
+        self.model.train()
         with randomness(np.random.default_rng(seed)):
             loss = ops.cross_entropy(self.model(tokens), targets, total=total)
         loss.backward()
         return float(loss.data)
 
+    def _evaluate(self, tokens, targets):
+        self.model.eval()
+        with no_grad():
+            logits = self.model(tokens)
+            loss = ops.cross_entropy(logits, targets, total=1)
+        return float(loss.data), int((logits.data.argmax(-1) == targets).sum())
+
+    def _squares(self, part):
+        grad = self.optimizer.flat.grad[part]
+        return float(grad @ grad)
+
+    def _update(self, part, *args):
+        self.optimizer.update(part, *args)
+
 
 def train(trainer: Trainer, batches, steps: int, schedule, start: int = 0, clip: float = 1.0,
           accumulate: int = 1) -> Iterator[Step]:  # fmt: skip
-    """Steps start .. steps - 1, each yielded when it is done; schedule(step) is its learning rate."""
+    """Steps start .. steps - 1, yielded when done; schedule(step) is a step's learning rate."""
     for step in range(start, steps):
         yield trainer.step(step, *batches[step], schedule(step), clip, accumulate)
 
@@ -129,7 +148,7 @@ def default_workers() -> tuple[int, bool]:
 
 @contextmanager
 def finish_on_interrupt():
-    """Inside, a first Ctrl-C only makes the yielded function return True; a second one interrupts."""
+    """A first Ctrl-C only makes the yielded function return True; a second one interrupts."""
     pressed = []
 
     def press(number, frame):

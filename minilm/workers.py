@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 
 
 class Workers:
-    """`run(parts)` calls work(part) for each part on a worker of its own; returns the results in order.
+    """`run(parts)` calls work(part) for each part on a worker of its own: results in order.
 
     flat: the FlatParameters into which the backward passes inside `work` add their gradients.
     work: a function of one part, which must travel through a pipe with processes=True.

@@ -171,7 +171,7 @@ def our_side(job, shape, threads):
     model.checkpoint_every = shape.every
     params = model.parameters()
     optimizer = AdamW(params, 1e-3, (0.9, 0.95), weight_decay=0.1,
-                      undecayed=[p for p in params if p.ndim < 2], threads=CORES)  # fmt: skip
+                      undecayed=[p for p in params if p.ndim < 2])  # fmt: skip
     trainer = Trainer(model, optimizer, CORES, processes=not threads)
     work = trainer.workers.work
     trainer.workers.work = lambda part: trim() if part == "trim" else work(part)

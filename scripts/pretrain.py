@@ -125,7 +125,7 @@ def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer
     params, (cores, processes) = model.parameters(), default_workers()
     workers = s.workers or cores
     optimizer = AdamW(params, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay,
-                      undecayed=[p for p in params if p.ndim < 2], threads=workers)  # fmt: skip
+                      undecayed=[p for p in params if p.ndim < 2])  # fmt: skip
     step = run.restore(model, optimizer)
     size = sum(p.size for p in params)
     print(f"{run.path}: {size:,} parameters, {workers} workers, from step {step}")
@@ -141,7 +141,8 @@ def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer
         for done in train(trainer, batches, s.steps, schedule, step, s.clip, s.accumulate):
             step, last = done.step, done.step == s.steps or interrupted()
             bar.update()
-            bar.set_postfix_str(f"loss {done.loss:.3f}, {done.targets / done.seconds:,.0f} tokens/s")
+            speed = done.targets / done.seconds
+            bar.set_postfix_str(f"loss {done.loss:.3f}, {speed:,.0f} tokens/s")
             validation = {}
             if step % s.eval_every == 0 or last:
                 validation = evaluate(trainer, held_out, every=1 if last else 4)
@@ -223,7 +224,8 @@ def stored_settings(run: RunDirectory, given: Settings) -> Settings:
         raise FormatError(run.path / "run.json", f"settings missing or unknown: {differ}")
     stored = Settings(**stored | {k: tuple(stored[k]) for k in ("corpus", "weights")})
     asked, kept = asdict(given), asdict(stored)
-    changed = [f"{k} {asked[k]} (it has {kept[k]})" for k in kept if asked[k] not in (defaults[k], kept[k])]
+    changed = [f"{k} {asked[k]} (it has {kept[k]})" for k in kept
+               if asked[k] not in (defaults[k], kept[k])]  # fmt: skip
     if changed:
         raise ValueError(f"{run.path} keeps its settings; asked for another " + ", ".join(changed))
     return stored

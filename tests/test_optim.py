@@ -1,5 +1,6 @@
 """minilm.optim: AdamW and SGD beside PyTorch's, flat memory, gradient clipping, the schedule."""
 
+import itertools
 import math
 
 import numpy as np
@@ -82,32 +83,55 @@ def test_sgd_is_pytorchs(dtype):
         close(p.data, t.detach().numpy(), dtype)
 
 
-def trained(monkeypatch, block, threads):
-    monkeypatch.setattr(adamw, "BLOCK", block)
+def trained(make, block, borders=()):
+    """All bits after three steps, each made in parts between these borders."""
     params = leaves("float32")
-    optimizer = AdamW(params, weight_decay=0.1, undecayed=params[1:4], threads=threads)
-    for step in range(3):
-        optimizer.zero_grad()
-        give(params, seed=step)
-        optimizer.step()
-    return [optimizer.flat.data.copy(), optimizer.m, optimizer.v]
+    optimizer = make(params)
+    size = optimizer.flat.data.size
+    cuts = [0, *sorted(borders), size]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adamw, "BLOCK", block)
+        for step in range(1, 4):
+            optimizer.zero_grad()
+            give(params, seed=step)
+            if not borders:
+                optimizer.step()
+            for start, stop in zip(cuts[:-1], cuts[1:]) if borders else ():
+                optimizer.update(slice(start, stop), step, optimizer.lr)
+    return [optimizer.flat.data, *(getattr(optimizer, name, 0) for name in "mv")]
 
 
-@pytest.mark.parametrize("block, threads", [(1, 1), (3, 1), (8, 1), (3, 2), (1 << 16, 2)])
-def test_chunks_and_threads_leave_the_bits_alone(monkeypatch, block, threads):
-    whole, parts = trained(monkeypatch, 1 << 16, 1), trained(monkeypatch, block, threads)
+def decaying(params):
+    return AdamW(params, weight_decay=0.1, undecayed=params[1:4])
+
+
+@given(st.sampled_from([decaying, SGD]), st.sampled_from([1, 3, 8, 1 << 16]),
+       st.lists(st.integers(0, 89), max_size=4))  # fmt: skip
+def test_parts_and_chunks_leave_the_bits_alone(make, block, borders):
+    assert sum(math.prod(s) for s in SHAPES) == 89
+    whole, parts = trained(make, 1 << 16), trained(make, block, borders)
     assert all(np.array_equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
-@given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 9))
-def test_chunks_cover_everything_once_and_never_mix_decayed_and_not(decayed, others, block):
+@pytest.mark.parametrize("make", [decaying, SGD])
+def test_an_update_scales_the_gradient(make):
+    scaled, plain = (make(leaves()) for _ in "12")
+    give(scaled.flat.params, seed=0, scale=8.0)
+    give(plain.flat.params, seed=0, scale=2.0)
+    scaled.update(slice(0, 89), 1, 0.1, scale=0.25)
+    plain.update(slice(0, 89), 1, 0.1)
+    assert np.array_equal(scaled.flat.data, plain.flat.data)
+
+
+@given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50), st.integers(1, 9))
+def test_chunks_cover_a_part_once_and_never_mix_decayed_and_not(decayed, start, length, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adamw, "BLOCK", block)
-        chunks = adamw._chunks(decayed, decayed + others, on_cpu=True)
+        chunks = adamw._chunks(slice(start, start + length), decayed, np)
     covered = [i for c in chunks for i in range(c.start, c.stop)]
-    assert covered == list(range(decayed + others))
+    assert covered == list(range(start, start + length))
     assert all(c.stop <= decayed or c.start >= decayed for c in chunks)
-    assert all(c.stop - c.start <= 2 * block for c in chunks)
+    assert all(c.stop - c.start <= block for c in chunks)
 
 
 def test_parameters_and_gradients_are_views_of_flat_memory():
@@ -240,3 +264,10 @@ def test_adamw_refuses_bad_settings(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"bad settings.*{name}="):
         AdamW(leaves(), **bad)
+
+
+@pytest.mark.parametrize("bad", [dict(lr=-1.0), dict(weight_decay=-0.1)])
+def test_sgd_refuses_bad_settings(bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"bad settings.*{name}="):
+        SGD(leaves(), **bad)

@@ -18,7 +18,7 @@ from pretrain import Settings, main
 from minilm import checkpoint, data
 from minilm.interop import huggingface
 from minilm.run import RunDirectory
-from minilm.train import Diverged
+from minilm.train import Diverged, Trainer
 
 # Python 3.12 warns of every fork in a process that has threads, as BLAS does.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -92,6 +92,9 @@ def test_a_run_leaves_all_that_it_promises(tmp_path, text, capsys, family, token
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in records if "validation_loss" in r] == [4, 6]
     assert all(0 < r["loss"] < 8 and 0 <= r.get("validation_accuracy", 0) < 1 for r in records)
+    everywhere = 8 * 8  # batch * context
+    assert all((0 < r["targets"] < 32) if family == "bert" else r["targets"] == everywhere
+               for r in records)  # fmt: skip
     assert records[0]["lr"] == pytest.approx(1e-2 / 3) and records[2]["lr"] == 1e-2
 
     samples = (run / "samples.txt").read_text()
@@ -131,6 +134,48 @@ def test_runs_do_not_overwrite_each_other_and_repeat_with_the_seed(tmp_path, tex
     first, again, other = (tmp_path / f"pretrain-{n}" for n in (1, 2, 3))
     assert weights(first) == weights(again) != weights(other)
     assert metrics(first) == metrics(again) != metrics(other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(lr=2e-2), dict(min_lr=1e-3), dict(warmup=0), dict(beta2=0.9), dict(weight_decay=0.5),
+     dict(clip=0.1), dict(dropout=0.1), dict(accumulate=2), dict(batch=7), dict(seed=1)],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_every_setting_counts(tmp_path, text, plain, change):
+    for s in (settings(text, steps=4), settings(text, steps=4, **change)):
+        main(s, tmp_path)
+    assert weights(tmp_path / "pretrain-1") != weights(tmp_path / "pretrain-2")
+
+
+def test_workers_are_as_asked_for(tmp_path, text, plain, monkeypatch):
+    seen = []
+
+    class Spy(Trainer):
+        def __init__(self, model, optimizer, workers, processes, seed):
+            seen.append((workers, processes, seed))
+            super().__init__(model, optimizer, workers, processes, seed)
+
+    monkeypatch.setattr(pretrain, "Trainer", Spy)
+    monkeypatch.setattr(pretrain, "default_workers", lambda: (2, True))
+    for change in (dict(workers=0), dict(workers=1, threads=True), dict(workers=0, seed=5)):
+        main(settings(text, steps=1, **{"workers": 0} | change), tmp_path)
+    assert seen == [(2, True, 0), (1, False, 0), (2, True, 5)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_a_model_is_of_the_family_size_and_seed_asked_for(text, family):
+    sizes = dict(layers=2, heads=3, width=24, context=5, dropout=0.3)
+
+    def make(seed):
+        return pretrain.make_model(settings(text, seed=seed, family=family, **sizes), 11)
+
+    model = make(0)
+    c = model.config
+    assert sizes.items() < dataclasses.asdict(c).items() and c.vocab_size == 11
+    assert c.causal == (family != "bert") and c.norm == ("rms" if family == "llama" else "layer")
+    assert np.array_equal(model.embed.weight.data, make(0).embed.weight.data)
+    assert not np.array_equal(model.embed.weight.data, make(1).embed.weight.data)
 
 
 @pytest.mark.parametrize("given, shares", [((3.0, 1.0), [0.75]), ((), None)])
@@ -359,6 +404,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, text, pl
     process = subprocess.Popen(
         command(*flags(s), "--out", tmp_path), env=environment(), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     run = tmp_path / "pretrain-1"
     try:

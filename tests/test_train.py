@@ -444,24 +444,21 @@ def test_evaluation_is_a_plain_loop_without_dropout(workers, processes):
 @pytest.mark.parametrize("processes", KINDS)
 def test_dropout_differs_between_steps_and_workers_and_repeats_with_the_seed(processes):
     row = make_batch(rows=1, counted=1.0)
-    batch = [np.repeat(a, 4, axis=0) for a in row]
 
-    def losses(seed, dropout):
-        """Of each worker, in two steps of two micro-batches; all see the same row."""
-        model, found = make_model(dropout=dropout), []
-        trainer = Trainer(model, SGD(model.parameters(), lr=0.0), 2, processes, seed)
-        run = trainer.workers.run
-        trainer.workers.run = lambda parts: found.append(run(parts)) or found[-1]
+    def loss(copies, workers=1, accumulate=1, step=0, seed=0, dropout=0.3):
+        """Of copies of one row; it is that of the row alone where all copies are dropped alike."""
+        model = make_model(dropout=dropout)
+        batch = [np.repeat(a, copies, axis=0) for a in row]
+        trainer = Trainer(model, SGD(model.parameters(), lr=0.0), workers, processes, seed)
         with within(10), trainer:
-            for step in range(2):
-                trainer.step(step, *batch, accumulate=2)
-        return [loss for losses in found for loss in losses]
+            return trainer.step(step, *batch, accumulate=accumulate).loss
 
-    assert len(set(losses(0, dropout=0.0))) == 1
-    drawn = losses(0, dropout=0.3)
-    assert len(set(drawn)) == 8
-    assert losses(0, dropout=0.3) == drawn
-    assert not set(losses(1, dropout=0.3)) & set(drawn)
+    ways = [dict(copies=1), dict(copies=1, step=1), dict(copies=1, seed=1), dict(copies=2),
+            dict(copies=2, workers=2), dict(copies=2, accumulate=2)]  # fmt: skip
+    drawn = [loss(**way) for way in ways]
+    assert len(set(drawn)) == len(ways)
+    assert [loss(**way) for way in ways] == drawn
+    assert np.ptp([loss(**way, dropout=0.0) for way in ways]) < 1e-6 < min(np.diff(sorted(drawn)))
 
 
 class Slow(Module):
@@ -477,25 +474,25 @@ class Slow(Module):
         self.mode = mode
 
 
-class SlowModel(Module):
+class Probe(Module):
+    """Notes the mode in which it is run."""
+
     def __init__(self):
-        self.slow, self.drop, self.inner = Slow(), Dropout(0.9), make_model()
+        self.slow, self.drop, self.inner, self.modes = Slow(), Dropout(0.5), make_model(), set()
 
     def forward(self, tokens):
-        return self.drop(self.inner(tokens))
+        self.modes.add(self.drop.training)
+        return self.inner(tokens)
 
 
 def test_no_worker_starts_before_its_model_is_in_the_right_mode():
-    tokens, targets = (np.repeat(a, 2, axis=0) for a in make_batch(rows=1, counted=1.0))
-    model = SlowModel()
-    plain = model.eval()(tokens[:1])
-    plain = float(ops.cross_entropy(plain, targets[:1]).data)
-    with within(5), Trainer(model, SGD(model.parameters(), lr=0.0), 2) as trainer:
-        run, found = trainer.workers.run, []
-        trainer.workers.run = lambda parts: found.append(run(parts)) or found[-1]
-        trainer.step(0, tokens, targets)
-        assert not any(2 * loss == pytest.approx(plain, rel=1e-3) for loss in found[0])
-        assert trainer.evaluate(tokens, targets)[0] == pytest.approx(plain, rel=1e-5)
+    model = Probe()
+    with within(5), Trainer(model, SGD(model.parameters(), lr=0.0), 3) as trainer:
+        for _ in range(2):
+            for run, mode in ((trainer.evaluate, False), (lambda *b: trainer.step(0, *b), True)):
+                model.modes.clear()
+                run(*make_batch())
+                assert model.modes == {mode}
 
 
 def test_ctrl_c_asks_first_and_interrupts_then():
