@@ -21,7 +21,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from minilm import data, ops
+from minilm import data
 from minilm.files import FormatError
 from minilm.nn import Dropout, Module
 from minilm.optim import SGD, AdamW, FlatParameters, cosine_schedule
@@ -395,6 +395,28 @@ def test_a_step_that_is_not_finite_changes_nothing(where, value, said, workers):
         assert (optimizer.steps, optimizer.lr) == (2, 1e-3)
         setattr(model, where, good)
         assert math.isfinite(trainer.step(2, tokens, targets).norm)
+
+
+class Gated(Module):
+    """A model with a parameter that it does not always use."""
+
+    def __init__(self):
+        self.inner, self.gate, self.closed = make_model("float64"), Tensor(np.ones(1), True), False
+
+    def forward(self, tokens):
+        return self.inner(tokens) if self.closed else self.inner(tokens) * self.gate
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_parameter_that_a_step_does_not_use_stays(workers):
+    model = Gated()
+    with Trainer(model, SGD(model.parameters(), lr=0.1), workers) as trainer:
+        trainer.step(0, *make_batch())
+        after, model.closed = model.gate.data.copy(), True
+        norm = trainer.step(1, *make_batch()).norm
+    squares = sum((p.grad**2).sum() for p in model.inner.parameters())
+    assert after != 1 and model.gate.data == after
+    close(norm, math.sqrt(squares), "float64")
 
 
 def test_train_hands_everything_to_the_steps():
