@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from minilm.backend import array_module, to_device
+from minilm.decode import decode, decodes
 from minilm.tensor import no_grad
 from minilm.transformer import Transformer
 
@@ -68,6 +69,9 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
         raise ValueError(f"tokens must be integers (B, T >= 1), got {tokens.dtype} {tokens.shape}")
+    if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
+        raise ValueError(f"tokens from {tokens.min()} to {tokens.max()}, but the table has "
+                         f"{model.config.vocab_size} rows")  # fmt: skip
     if not model.config.causal:
         raise ValueError("only a causal model generates; this one sees both sides")
     k_fits, p_fits = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1
@@ -82,7 +86,10 @@ def _drawn(model, tokens, rng, *settings):
         if cache.length + new.shape[1] > context:  # of the window, every position has changed
             cache, new = Cache(model, len(tokens)), tokens[:, -context:]
         with no_grad():
-            logits = model.head(model.hidden(new, cache=cache)[:, -1]).data
+            if new.shape == (1, 1) and decodes(model):
+                logits = decode(model, new[0, 0], cache)[None]
+            else:
+                logits = model.head(model.hidden(new, cache=cache)[:, -1]).data
         drawn = sample(to_device(logits, "cpu"), rng, *settings)
         yield drawn
         new = drawn[:, None]

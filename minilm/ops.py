@@ -50,7 +50,7 @@ def embedding(ids, W):  # integers (...), (V, C) -> (..., C)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"embedding: ids must be integers, got dtype {ids.dtype}")
     if ids.size and (ids.min() < 0 or ids.max() >= V):
-        raise ValueError(f"embedding: ids from {ids.min()} to {ids.max()}, but {V} rows")
+        raise ValueError(f"ids from {ids.min()} to {ids.max()}, but the table has {V} rows")
 
     def dW(dy): return scatter_add(ids.reshape(-1), rows(dy), V)
     return W[ids], None, dW
@@ -91,10 +91,20 @@ def gelu(x, approximate="none"):
 
     def tanh(x):
         x = wide(x)
-        xx = x * x
-        cdf = 0.5 + 0.5 * array_module(x).tanh(x * (k0 + k0 * k1 * xx))
+        slope = x * x
+        u = slope * (k0 * k1)
+        u += k0
+        u *= x
+        cdf = array_module(x).tanh(u, out=u)
+        cdf *= 0.5
+        cdf += 0.5
         y = x * cdf
-        return y, cdf + y * (1 - cdf) * (2 * k0 + 6 * k0 * k1 * xx)
+        slope *= 6 * k0 * k1  # slope = cdf + y (1 - cdf) du/dx * 2
+        slope += 2 * k0
+        slope *= y
+        slope *= 1 - cdf
+        slope += cdf
+        return y, slope
 
     y, slope = by_rows(exact if approximate == "none" else tanh, x)
     return y.astype(x.dtype, copy=False), lambda dy: dy * slope

@@ -123,10 +123,14 @@ class MLP(Module):
         self.down = Linear(c.hidden, c.width, rng, c.bias, std=residual_std(c))
 
     def forward(self, x):
+        return self.down(self.hidden(x))
+
+    def hidden(self, x):
+        """What `down` sees: (..., hidden)."""
         if self.activation == "swiglu":
-            return self.down(ops.silu(self.gate(x)) * self.up(x))
+            return ops.silu(self.gate(x)) * self.up(x)
         form = "tanh" if self.activation == "gelu_tanh" else "none"
-        return self.down(ops.gelu(self.up(x), approximate=form))
+        return ops.gelu(self.up(x), approximate=form)
 
 
 class Block(Module):

@@ -147,12 +147,15 @@ def draw(tokens):
         pass
 
 
-def timed(step):
-    """Seconds of one call after another."""
+def timed(step, at_least=0.25):
+    """Mean seconds of a call, over and over; each time over calls that fill `at_least` seconds."""
+    start, count = time.perf_counter(), 0
     while True:
-        start = time.perf_counter()
         step()
-        yield time.perf_counter() - start
+        count += 1
+        if (seconds := time.perf_counter() - start) >= at_least:
+            yield seconds / count
+            start, count = time.perf_counter(), 0
 
 
 def our_side(job, shape, threads):

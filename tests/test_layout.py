@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"backend", "cuda", "files"},
     {"graph", "tensor", "ops", "attention"},
-    {"nn", "transformer", "generate"},
+    {"nn", "transformer", "decode", "generate"},
     {"quantize", "peft", "distill", "optim"},
     {"data", "interop"},
     {"train", "run", "checkpoint", "workers"},
@@ -34,6 +34,9 @@ WITHIN = {  # the arrows inside a floor
     ("attention", "tensor"),
     ("transformer", "nn"),
     ("generate", "transformer"),
+    ("generate", "decode"),
+    ("decode", "nn"),
+    ("decode", "transformer"),
     ("peft", "quantize"),
     ("train", "workers"),
     ("run", "checkpoint"),

@@ -1,0 +1,96 @@
+"""One token through the transformer as vectors: the model once more, in plain NumPy.
+
+Generation runs the model on a single row, (1, 1, C). There the arithmetic is nothing and every call
+counts, so this says the same in few calls on 1-D arrays (np.add.reduce is x.sum() at half the
+price), without graph, batch or tiles. It equals `model(token, cache=cache)` up to rounding.
+Modules that are not plain, such as adapted layers, are called as they are.
+
+Shapes: C width, H heads, K key/value heads, D head width, S tokens so far, V vocabulary.
+"""
+
+import math
+
+import numpy as np
+
+from minilm.nn import LayerNorm, Linear, RMSNorm
+from minilm.tensor import Tensor
+from minilm.transformer import Transformer, rotary_tables
+
+
+def decodes(model: Transformer) -> bool:
+    """Can `decode` run this model? It needs a pre-norm decoder in float32 or float64 on the CPU."""
+    c, W = model.config, model.embed.weight.data
+    plain = c.causal and c.norm_first and c.head == "linear" and not c.segments
+    return plain and isinstance(W, np.ndarray) and W.dtype in (np.float32, np.float64)
+
+
+def decode(model: Transformer, token: int, cache) -> np.ndarray:
+    """Logits (V,) of the token after `token`, whose keys and values enter the cache."""
+    c, place, x = model.config, cache.length, model.embed.weight.data[token]
+    angles = None
+    if model.position:
+        x = x + model.position.weight.data[place]
+    else:
+        angles = [t[0] for t in rotary_tables(c, np.arange(place, place + 1), x.dtype)]
+    for block, kept in zip(model.blocks, cache.layers):
+        x = x + attend(block.attention, norm(block.norm1, x), angles, kept)
+        x = x + linear(block.mlp.down, hidden(block.mlp, norm(block.norm2, x)))
+    return linear(model.head, norm(model.norm, x))
+
+
+def attend(m, x, angles, kept):  # (C,) -> (C,)
+    """Attention of the newest token to all tokens so far."""
+    q = linear(m.q, x).reshape(m.kv_heads, m.heads // m.kv_heads, -1)  # (K, H/K, D)
+    k, v = (linear(w, x).reshape(m.kv_heads, 1, -1) for w in (m.k, m.v))  # (K, 1, D)
+    if angles is not None:
+        q, k = turn(q, *angles), turn(k, *angles)
+    k, v = kept.append(k[None], v[None])  # (1, K, S, D)
+    P = (q * (1 / math.sqrt(q.shape[-1]))) @ k[0].swapaxes(-1, -2)  # (K, H/K, S)
+    P -= np.maximum.reduce(P, -1, keepdims=True)
+    np.exp(P, out=P)
+    y = P @ v[0]
+    y /= np.add.reduce(P, -1, keepdims=True)
+    return linear(m.o, y.reshape(-1))
+
+
+def turn(x, cos, sin):
+    """Rotary positions on (..., D)."""
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def hidden(m, x):  # (C,) -> (hidden,)
+    """The MLP up to `down`: gelu(up(x)), or what the module says."""
+    if m.activation != "gelu_tanh":
+        return m.hidden(Tensor(x)).data
+    h = linear(m.up, x)
+    u = h * h
+    u *= 0.044715 * math.sqrt(2 / math.pi)
+    u += math.sqrt(2 / math.pi)
+    u *= h
+    np.tanh(u, out=u)
+    u += 1
+    u *= h
+    u *= 0.5
+    return u
+
+
+def norm(m, x):  # (C,) -> (C,)
+    if type(m) is LayerNorm:
+        x = x - np.add.reduce(x) / x.size
+    elif type(m) is not RMSNorm:
+        return m(Tensor(x)).data
+    y = x * (1 / math.sqrt(x @ x / x.size + m.eps))
+    y *= m.weight.data
+    if type(m) is LayerNorm:
+        y += m.bias.data
+    return y
+
+
+def linear(m, x):  # (I,) -> (O,)
+    if type(m) is not Linear:
+        return m(Tensor(x)).data
+    y = m.weight.data @ x
+    if m.bias is not None:
+        y += m.bias.data
+    return y
