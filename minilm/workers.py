@@ -42,6 +42,7 @@ class Workers:
         self.rank, self.parent, self.flat = threading.local(), os.getpid(), flat
 
     def __enter__(self):
+        self.pipes, self.children = [], []
         self.receivers = [p.on_grad for p in self.flat.params]
         for p in self.flat.params:
             p.on_grad = lambda dy, receive=p.on_grad: self.queues[self.rank.value].put(receive, dy)
@@ -49,7 +50,6 @@ class Workers:
         if not self.processes:
             self.pool = ThreadPoolExecutor(max(1, self.count - 1))
             return self
-        self.pipes, self.children = [], []
         for rank in range(1, self.count):
             ours, theirs = self.sync.Pipe()
             child = self.sync.Process(target=self._serve, args=(rank, theirs, ours), daemon=True)

@@ -185,10 +185,11 @@ def our_side(job, shape, threads):
         step()
         step()
         trainer.workers.run(["trim"] * CORES)
-        pids = ["self"] + [child.pid for child in getattr(trainer.workers, "children", [])]
-        extra = sum(unshared(pid) for pid in pids[1:])  # what a worker process costs by being there
+        children = [child.pid for child in trainer.workers.children]
         gradients = optimizer.flat.grad.nbytes / 2**20  # ours stay in memory between steps
-        yield gradients + extra + growth_of_memory(pids, step)
+        # What a worker process costs by being there, without its share of Adam's m and v.
+        extra = sum(unshared(pid) - 2 * gradients / CORES for pid in children)
+        yield gradients + extra + growth_of_memory(["self", *children], step)
 
 
 def torch_side(job, shape):
