@@ -29,7 +29,8 @@ class Module:
                 yield from value.named_modules(path)
             elif isinstance(value, list):
                 for i, child in enumerate(value):
-                    yield from child.named_modules(f"{path}.{i}")
+                    if isinstance(child, Module):
+                        yield from child.named_modules(f"{path}.{i}")
 
     def named_tensors(self):
         """(path, tensor) of every tensor once, frozen or not; a shared one under its first path."""
@@ -90,6 +91,12 @@ class Module:
         """No tensor below requires a gradient any more."""
         for _, t in self.named_tensors():
             t.node = None
+        return self
+
+    def astype(self, dtype):
+        """Convert every tensor; gradients start anew, so do it before making an optimizer."""
+        for _, t in self.named_tensors():
+            t.__init__(t.data.astype(dtype), t.requires_grad)
         return self
 
     def to(self, device: str):

@@ -48,13 +48,14 @@ class Shape:
 
 
 SHAPES = {"S": Shape(4, 4, 128, 64, 12, 256), "M": Shape(6, 6, 384, 256, 8, 512),
-          "L": Shape(12, 12, 768, 256, 2, 4096)}  # fmt: skip
+          "L": Shape(12, 12, 768, 256, 2, 4096),
+          "nanoGPT": Shape(4, 4, 128, 64, 12, 67)}  # its recipe for a CPU  # fmt: skip
 GROWTH = Shape(6, 6, 384, 256, 8, 512), Shape(6, 6, 384, 1024, 2, 512)
 
 
 def main(rows: tuple[Literal["train", "generate", "memory", "growth"], ...] =
          ("train", "generate", "memory", "growth"),
-         configs: tuple[Literal["S", "M", "L"], ...] = ("S", "M", "L"), rounds: int = 15,
+         configs: tuple[Literal["S", "M", "L", "nanoGPT"], ...] = ("S", "M", "L"), rounds: int = 15,
          threads: bool = False):  # fmt: skip
     """Print the table of ratios.
 

@@ -82,9 +82,8 @@ def start(config, dtype):
     """A model in `dtype`, its weights moved so far that norms and biases matter."""
     model, rng = Transformer(config, seed=0), np.random.default_rng(0)
     for _, t in model.named_tensors():
-        moved = t.data + 0.1 * rng.standard_normal(t.shape, dtype=np.float32)
-        t.__init__(moved.astype(dtype), requires_grad=True)
-    return model
+        t.data += 0.1 * rng.standard_normal(t.shape, dtype=np.float32)
+    return model.astype(dtype)
 
 
 def batches(config, steps):

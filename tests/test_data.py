@@ -21,6 +21,8 @@ from minilm.data import (
     ByteTokenizer,
     CharTokenizer,
     Corpus,
+    MaskedBatches,
+    corrupt,
     load_corpus,
     load_tokenizer,
     mask_tokens,
@@ -590,3 +592,24 @@ def test_masking_repeats_with_its_generator_and_obeys_the_rate():
 def test_masking_refuses_nonsense(fields, message):
     with pytest.raises(ValueError, match=message):
         mask_tokens(np.arange(4), np.random.default_rng(0), **fields)
+
+
+def test_masked_batches_are_the_batches_corrupted_and_repeat():
+    tokenizer = ByteTokenizer()
+    plain = Batches([pack(PROSE, tokenizer)], [1], batch=4, length=100, seed=3)
+    masked = MaskedBatches(plain, tokenizer, seed=3)
+    (inputs, targets), (tokens, _) = masked[7], plain[7]
+    hidden = targets != -100
+    assert 0.05 < hidden.mean() < 0.3 and tokenizer.mask in inputs
+    assert (targets[hidden] == tokens[hidden]).all() and (inputs[~hidden] == tokens[~hidden]).all()
+    assert not hidden[tokens == tokenizer.end].any()
+    again = MaskedBatches(plain, tokenizer, seed=3)
+    assert all(np.array_equal(a, b) for a, b in zip(masked[7], again[7], strict=True))
+    assert not np.array_equal(masked[7][0] != tokens, masked[8][0] != plain[8][0])
+
+
+def test_a_tokenizer_without_a_mask_cannot_corrupt():
+    tokenizer = ByteTokenizer()
+    tokenizer.mask = None
+    with pytest.raises(ValueError, match="no mask token"):
+        corrupt(np.arange(5), np.random.default_rng(0), tokenizer)

@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm.data import BPETokenizer, ByteTokenizer, CharTokenizer
-from minilm.generate import generate, sample, stream
+from minilm.decode import decode, decodes
+from minilm.generate import Cache, generate, sample, stream
 from minilm.interop import huggingface
 from minilm.nn import Module
-from minilm.tensor import Tensor
+from minilm.tensor import Tensor, no_grad
 from minilm.transformer import Config, Transformer
 
 V, CONTEXT = 13, 6
@@ -109,8 +110,7 @@ def test_a_context_of_one_token_is_enough():
 @pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16], ids=str)
 def test_smaller_dtypes_generate(dtype):
     model, tokens = make("llama"), prompts(0, 2, 3)
-    for _, t in list(model.named_tensors()):
-        t.__init__(t.data.astype(dtype))
+    model.astype(dtype)
     for settings in (dict(temperature=0), dict(top_k=9, top_p=0.9)):
         found = generate(model, tokens, 2 * CONTEXT, **settings)
         assert np.array_equal(found, plain(model, tokens, 2 * CONTEXT, **settings))
@@ -198,6 +198,32 @@ def test_the_mode_is_what_it_was(training):
     with pytest.raises(ValueError, match="table has 13 rows"):
         generate(model, [[V]], 4)
     assert {m.training for _, m in model.named_modules()} == {training}
+
+
+@families
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_token_as_vectors_equals_the_model(family, dtype):
+    """decode() after a prompt, token by token, with a plain layer, a foreign one and a norm."""
+    model = make(family).astype(dtype)
+    for swapped in (None, "blocks.1.attention.v", "blocks.0.mlp.down", "blocks.1.norm2", "head"):
+        if swapped:
+            model.replace(swapped, Spy(dict(model.named_modules())[swapped]))
+        tokens = prompts(0, 1, CONTEXT)
+        cache, tolerance = Cache(model, 1), 1e-5 if dtype == "float32" else 1e-12
+        with no_grad():
+            expected = model(tokens).data[0]
+            model.hidden(tokens[:, :2], cache=cache)
+            for t in range(2, CONTEXT):
+                assert decodes(model) and cache.length == t
+                logits = decode(model, tokens[0, t], cache)
+                assert logits.dtype == dtype
+                assert abs(logits - expected[t]).max() < tolerance * abs(expected[t]).max()
+
+
+def test_what_decode_leaves_to_the_model():
+    assert not decodes(make("gpt2").astype("float16"))
+    assert not decodes(make("gpt2", norm_first=False))
+    assert not decodes(make("gpt2", segments=2))
 
 
 class Spy(Module):

@@ -61,9 +61,8 @@ def make_model(dtype="float32", dropout=0.0, **changes):
     model = Transformer(Config.gpt2(**SHAPE | changes, dropout=dropout), seed=0)
     rng = np.random.default_rng(1)
     for _, t in model.named_tensors():
-        moved = t.data + 0.2 * rng.standard_normal(t.shape, dtype=np.float32)
-        t.__init__(moved.astype(dtype), requires_grad=True)
-    return model
+        t.data += 0.2 * rng.standard_normal(t.shape, dtype=np.float32)
+    return model.astype(dtype)
 
 
 def make_batch(rows=7, seed=0, counted=0.6):
