@@ -16,7 +16,7 @@ from pathlib import Path
 import tyro
 
 from minilm.backend import tune_allocator
-from minilm.data import Tokenizer, load_tokenizer
+from minilm.data import Tokenizer, load_tokenizer, printable
 from minilm.generate import stream
 from minilm.interop import huggingface
 
@@ -75,9 +75,9 @@ def write(ids: Iterable[int], tokenizer: Tokenizer, before: list[int]) -> int:
         count += 1
         piece = text()
         if piece and not piece.endswith("\ufffd"):  # what an incomplete character decodes to
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
             before, new = new, []
-    print(text())
+    print(printable(text()))
     return count
 
 

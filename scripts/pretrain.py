@@ -55,7 +55,7 @@ class Settings:
     """rows in a step"""
     accumulate: int = 1
     """micro-batches, one after another, in which a step's rows are run"""
-    steps: int = 1300
+    steps: int = 1200
     lr: float = 5e-3
     """learning rate after the warmup; from there it falls as a cosine"""
     min_lr: float = 3e-4
@@ -184,7 +184,7 @@ def show_sample(run, model, tokenizer, s: Settings, step: int):
     else:
         tokens = tokenizer.encode(s.prompt)[None, : s.context]
         text = tokenizer.decode(fill_in(model, tokens, tokenizer, s.seed)[0])
-    tqdm.write(f"--- after step {step}\n{text}\n---")
+    tqdm.write(f"--- after step {step}\n{data.printable(text)}\n---")
     run.write_sample(step, text)
 
 

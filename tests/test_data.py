@@ -27,6 +27,7 @@ from minilm.data import (
     load_tokenizer,
     mask_tokens,
     pack,
+    printable,
     rows,
     split,
 )
@@ -613,3 +614,7 @@ def test_a_tokenizer_without_a_mask_cannot_corrupt():
     tokenizer.mask = None
     with pytest.raises(ValueError, match="no mask token"):
         corrupt(np.arange(5), np.random.default_rng(0), tokenizer)
+
+
+def test_printable_keeps_text_and_hides_what_would_steer_a_terminal():
+    assert printable("naïve 数学 😀\tx\n\x1b[2Jy\x07\r\x9b") == "naïve 数学 😀\tx\n�[2Jy���"

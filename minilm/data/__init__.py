@@ -16,6 +16,7 @@ from minilm.data.tokenizers import (
     CharTokenizer,
     Tokenizer,
     load_tokenizer,
+    printable,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "load_tokenizer",
     "mask_tokens",
     "pack",
+    "printable",
     "rows",
     "split",
 ]

@@ -149,6 +149,11 @@ class BPETokenizer:
 Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
 
 
+def printable(text: str) -> str:
+    """The text as a terminal may show it: control characters become U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Read a tokenizer.json: one that `save` wrote, or one in Hugging Face's format.
 
