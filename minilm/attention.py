@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from minilm.backend import BLOCK, array_module, row_dot, row_sum, wide
+from minilm.backend import BLOCK, array_module, one_dtype, row_dot, row_sum, wide
 from minilm.graph import once
 from minilm.tensor import op
 
@@ -61,6 +61,7 @@ def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if k.shape != v.shape or k.shape != (B, K, S, D) or H % K or (causal and T > S):
         raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
+    one_dtype("attention", q=q, k=k, v=v)
     xp, scale = array_module(q), 1 / math.sqrt(D)
     y = xp.empty_like(q)
     q, k, v = wide(q), wide(k), wide(v)

@@ -61,6 +61,14 @@ def tune_allocator():
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def one_dtype(op: str, **arrays):
+    """TypeError where the arrays differ in dtype: a product would quietly change its precision."""
+    first, *others = arrays.values()
+    if any(a.dtype != first.dtype for a in others):
+        found = ", ".join(f"{name} {a.dtype}" for name, a in arrays.items())
+        raise TypeError(f"{op} needs one dtype, got {found}")
+
+
 def by_rows(formula, *arrays):
     """formula(*arrays), an array or a tuple of arrays, computed in blocks of rows on the CPU.
 

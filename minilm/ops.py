@@ -13,6 +13,7 @@ from minilm.backend import (
     array_module,
     by_rows,
     erf,
+    one_dtype,
     row_dot,
     row_sum,
     rows,
@@ -33,6 +34,7 @@ __all__ = [
 def linear(x, W, b=None):  # (..., I), (O, I), (O,) -> (..., O)
     if x.shape[-1] != W.shape[1]:
         raise ValueError(f"linear: x has {x.shape[-1]} features, W {W.shape} takes {W.shape[1]}")
+    one_dtype("linear", x=x, W=W)
     lead = x.shape[:-1]
 
     def dx(dy): return product(rows(dy), W).reshape(*lead, -1)

@@ -21,7 +21,7 @@ import functools
 
 import numpy as np
 
-from minilm.backend import array_module, wide
+from minilm.backend import array_module, one_dtype, wide
 from minilm.backend import matmul as product
 from minilm.graph import Node, backward, no_grad, once, randomness, thread
 
@@ -200,6 +200,7 @@ def div(a, b):
 def matmul(a, b):  # (..., I, K), (..., K, J) -> (..., I, J)
     if a.ndim < 2 or b.ndim < 2:
         raise ValueError(f"matmul needs at least two axes each, got shapes {a.shape} and {b.shape}")
+    one_dtype("matmul", a=a, b=b)
 
     def da(dy): return product(dy, b.swapaxes(-1, -2))
     def db(dy): return product(a.swapaxes(-1, -2), dy)

@@ -124,6 +124,9 @@ BAD = {
     "embedding: too large": (lambda: ops.embedding(i(4), f(3, 4)), ValueError, "to 3.* 3 rows"),
     "linear": (lambda: ops.linear(f(2, 3), f(5, 4)), ValueError, "3 features.*4"),
     "matmul": (lambda: ops.matmul(f(3), f(3, 2)), ValueError, r"\(3,\)"),
+    "linear: dtypes": (lambda: ops.linear(f(2, 3), single(5, 3)), TypeError, "x float64, W float32"),
+    "matmul: dtypes": (lambda: ops.matmul(single(2, 3), f(3, 2)), TypeError, "b float64"),
+    "attention: dtypes": (lambda: attend(k=single(2, 4, 5, 6)), TypeError, "k float32, v float64"),
     "gelu": (lambda: ops.gelu(f(3), approximate="erf"), ValueError, "'erf'"),
     "split_heads": (lambda: ops.split_heads(f(2, 3, 7), 2), ValueError, "7.* 2 heads"),
     "dropout: 1": (lambda: ops.dropout(f(3), 1.0, np.random.default_rng()), ValueError, "1.0"),
@@ -145,6 +148,10 @@ BAD = {
     "cosine_embedding": (lambda: ops.cosine_embedding(f(2, 3), f(1, 3)), ValueError, r"\(1, 3\)"),
     "mse": (lambda: ops.mse(f(2, 3), f(3)), ValueError, r"\(3,\)"),
 }
+
+
+def single(*shape):
+    return normal(*shape).astype(np.float32)
 
 
 def attend(q=None, k=None, v=None, **settings):
