@@ -17,6 +17,7 @@ data's dtype wins. There are no second derivatives. Threads may each run a graph
 parameters: what is not in the graph is thread-local.
 """
 
+import copy
 import functools
 
 import numpy as np
@@ -133,18 +134,14 @@ def checkpoint(segment, *inputs):
     """
     if not thread.graph:
         return segment(*inputs)
-    rng = thread.rng
-    state = rng.bit_generator.state if rng else None
+    rng = copy.deepcopy(thread.rng)  # will draw the same dropout again
     with no_grad():
         y = segment(*inputs)
 
     @once
     def run_again(dy):
         again = [Tensor(x.data, bool(x.node)) if type(x) is Tensor else x for x in inputs]
-        replay = type(rng)(type(rng.bit_generator)()) if rng else None
-        if rng:
-            replay.bit_generator.state = state
-        with randomness(replay):
+        with randomness(rng):
             z = segment(*again)
         if z.node:
             z.backward(dy)
