@@ -64,21 +64,21 @@ def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S
     one_dtype("attention", q=q, k=k, v=v)
     xp, scale = array_module(q), 1 / math.sqrt(D)
     y = xp.empty_like(q)
-    q, k, v = wide(q), wide(k), wide(v)
+    q, k, v = wide(q) * scale, wide(k), wide(v)
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them
     qg, yg, kg, vg = q.reshape(grouped), y.reshape(grouped), k[:, :, None], v[:, :, None]
     bias = None if mask is None else _bias(mask, (B, H, T, S), q.dtype).reshape(*grouped[:4], S)
     tiles = []
     for b, t in _tiles(q, S):
         s = S - T + t.stop if causal else S
-        scores = (qg[b, :, :, t] * scale) @ kg[b, :, :, :s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
+        scores = qg[b, :, :, t] @ kg[b, :, :, :s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
         P, l = _weights(scores, causal, None if bias is None else bias[b, :, :, t, :s], xp)
         yg[b, :, :, t] = P @ vg[b, :, :, :s] * l
         tiles.append((b, t, s, P, l))
 
     @once
     def gradients(dy):
-        """dV = P^T dy;  dS = P (dy V^T - <dy, y>);  dQ = dS K / sqrt(D);  dK = dS^T Q / sqrt(D)."""
+        """dV = P^T dy;  dS = P (dy V^T - <dy, y>);  dK = dS^T Q / sqrt(D);  dQ = dS K / sqrt(D)."""
         dq, dk, dv = xp.empty_like(q), xp.empty_like(k), xp.empty_like(v)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
         while tiles:  # from the last, whose keys are all of them, so that it can write dk and dv
@@ -88,9 +88,9 @@ def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S
             dS -= row_dot(g, yg[b, :, :, t])
             dS *= P
             _into(dv[b, :, :s], P.swapaxes(-1, -2) @ g, t.stop == T)
-            dS *= scale
             _into(dk[b, :, :s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
             dqg[b, :, :, t] = dS @ kg[b, :, :, :s]
+        dq *= scale  # q holds it already
         return dq, dk, dv
 
     def dq(dy): return gradients(dy)[0]
@@ -119,7 +119,7 @@ def _tiles(q, S):
     if array_module(q) is not np:
         return [(slice(0, B), slice(0, T))]
     t = min(T, 64)
-    b = max(1, 2 * BLOCK // (H * t * S))
+    b = max(1, BLOCK // (H * t * S))
     return [
         (slice(i, min(i + b, B)), slice(j, min(j + t, T)))
         for i in range(0, B, b) for j in range(0, T, t)

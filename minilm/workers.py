@@ -3,8 +3,8 @@
 Each worker runs forward and backward on its part of the batch, with BLAS at one thread; all add to
 the one gradient buffer. The order of the additions is fixed, so the bits of the sum are the same
 every time, and the same for threads and processes: the k-th gradient of worker w goes in after the
-k-th of worker w - 1. A gradient that comes early waits in its worker's queue, and the worker goes
-on until the queue is full.
+k-th of worker w - 1 (their graphs are alike, so both are of one parameter). A gradient that comes
+early waits in its worker's queue, and the worker goes on until the queue is full.
 
 Threads run everywhere. Processes do not wait for the interpreter's lock, which on small models
 costs a third of the step; they need fork (Linux). FlatParameters lie in memory that a fork shares.
@@ -146,11 +146,11 @@ class GradientQueue:
     waiting.
     """
 
+    LIMIT = 1 << 24  # bytes that may wait
+
     def __init__(self, before, after, broken):
         self.before, self.after, self.broken = before, after, broken
         self.waiting = deque()
-
-    LIMIT = 1 << 24  # bytes that may wait
 
     def put(self, receive, dy):
         self.waiting.append((receive, dy))
