@@ -33,11 +33,11 @@ class FlatParameters:
         if len(dtypes) > 1:
             raise ValueError(f"the parameters must share one dtype, got {sorted(dtypes)}")
         self.ends, self.like = np.cumsum([p.size for p in self.params]), self.params[0].data
-        self.data, self.grad, lock = self.zeros(), self.zeros(), threading.Lock()
+        self.data, self.grad = self.zeros(), self.zeros()
         for p, data, grad in zip(self.params, self.views(self.data), self.views(self.grad)):
             data[...] = p.data
             p.data = data
-            p.on_grad = _receiver(p, grad, lock)
+            p.on_grad = _receiver(p, grad)
         self.zero_grad()
 
     def zeros(self):
@@ -63,7 +63,9 @@ class FlatParameters:
                 grad[...] = 0
 
 
-def _receiver(param, view, lock):
+def _receiver(param, view):
+    lock = threading.Lock()  # threads may bring gradients of one parameter at once
+
     def receive(dy):
         with lock:
             if param.grad is None:
