@@ -123,7 +123,7 @@ def _tiles(q, S):
     return [
         (slice(i, min(i + b, B)), slice(j, min(j + t, T)))
         for i in range(0, B, b) for j in range(0, T, t)
-    ]  # fmt: skip
+    ]
 
 
 @functools.lru_cache(64)

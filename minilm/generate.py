@@ -40,7 +40,7 @@ class LayerCache:
 
 def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None,
-             seed: int = 0) -> np.ndarray:  # fmt: skip
+             seed: int = 0) -> np.ndarray:
     """tokens (B, T) and max_new_tokens sampled after them: integers (B, T + max_new_tokens).
 
     The settings are those of `stream`. The model's dropout is off meanwhile.
@@ -58,7 +58,7 @@ def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float
 
 
 def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | None = None,
-           top_p: float | None = None, seed: int = 0) -> Iterator[np.ndarray]:  # fmt: skip
+           top_p: float | None = None, seed: int = 0) -> Iterator[np.ndarray]:
     """Sample token after token without end, each (B,), to follow the prompts tokens (B, T).
 
     temperature divides the logits; 0 takes the likeliest token. top_k samples among the k
@@ -71,7 +71,7 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
         raise ValueError(f"tokens must be integers (B, T >= 1), got {tokens.dtype} {tokens.shape}")
     if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
         raise ValueError(f"tokens from {tokens.min()} to {tokens.max()}, but the table has "
-                         f"{model.config.vocab_size} rows")  # fmt: skip
+                         f"{model.config.vocab_size} rows")
     if not model.config.causal:
         raise ValueError("only a causal model generates; this one sees both sides")
     k_fits, p_fits = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1

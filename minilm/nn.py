@@ -71,7 +71,7 @@ class Module:
         own = dict(self.named_tensors())
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         wrong = [f"{k} is {state[k].shape}, expected {own[k].shape}"
-                 for k in own.keys() & state.keys() if state[k].shape != own[k].shape]  # fmt: skip
+                 for k in own.keys() & state.keys() if state[k].shape != own[k].shape]
         if missing or unexpected or wrong:
             raise ValueError(f"state does not fit: {missing=}, {unexpected=}, misshapen={wrong}")
         for name, t in own.items():

@@ -27,7 +27,7 @@ __all__ = [
     "add", "attention", "cosine_embedding", "cross_entropy", "dropout", "embedding", "gelu",
     "kl_divergence", "layer_norm", "linear", "log_softmax", "matmul", "merge_heads", "mse", "mul",
     "relu", "rms_norm", "rotary", "silu", "softmax", "split_heads",
-]  # fmt: skip
+]
 
 
 @op

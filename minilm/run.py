@@ -97,7 +97,7 @@ class RunDirectory:
             step = state["step"]
         kept = [r for r in self.records() if r["step"] <= step]
         write_atomically(self.path / "metrics.jsonl",
-                         "".join(json.dumps(r) + "\n" for r in kept).encode())  # fmt: skip
+                         "".join(json.dumps(r) + "\n" for r in kept).encode())
         return step
 
     def _put_back(self, tensors, step, model, optimizer):
@@ -135,10 +135,10 @@ def versions() -> dict:
     """What else decides the bits of a run."""
     told = ("internal_api", "version", "architecture", "num_threads")
     blas = [{key: library.get(key) for key in told}
-            for library in threadpool_info() if library["user_api"] == "blas"]  # fmt: skip
+            for library in threadpool_info() if library["user_api"] == "blas"]
     return {"minilm": minilm.__version__, "python": platform.python_version(),
             "numpy": np.__version__, "ml_dtypes": ml_dtypes.__version__,
-            "platform": platform.platform(), "blas": blas}  # fmt: skip
+            "platform": platform.platform(), "blas": blas}
 
 
 def _places(model, optimizer):

@@ -61,7 +61,7 @@ class Trainer:
         self.workers.__exit__(*error)
 
     def step(self, step: int, tokens, targets, lr: float | None = None, clip: float = math.inf,
-             accumulate: int = 1) -> Step:  # fmt: skip
+             accumulate: int = 1) -> Step:
         """One update from one batch, run as `accumulate` micro-batches one after another.
 
         clip: the largest global gradient norm. Diverged when the loss or the norm is not finite.
@@ -77,7 +77,7 @@ class Trainer:
         for i, rows in enumerate(np.array_split(np.arange(len(tokens)), accumulate)):
             # The 1 keeps dropout's stream apart from the batches' (seed, step).
             parts = [("gradients", (self.seed, step, 1, i, w), tokens[r], targets[r], counted)
-                     for w, r in enumerate(self._split(rows))]  # fmt: skip
+                     for w, r in enumerate(self._split(rows))]
             loss += sum(self.workers.run(parts))
         opt.flat.complete()
         norm = math.sqrt(sum(self._everywhere("squares")))
@@ -134,7 +134,7 @@ class Trainer:
 
 
 def train(trainer: Trainer, batches, steps: int, schedule, start: int = 0, clip: float = 1.0,
-          accumulate: int = 1) -> Iterator[Step]:  # fmt: skip
+          accumulate: int = 1) -> Iterator[Step]:
     """Steps start .. steps - 1, yielded when done; schedule(step) is a step's learning rate."""
     for step in range(start, steps):
         yield trainer.step(step, *batches[step], schedule(step), clip, accumulate)

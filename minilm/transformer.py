@@ -50,7 +50,7 @@ class Config:
     def __post_init__(self):
         choices = {"norm": ("layer", "rms"), "positions": ("learned", "rotary"),
                    "activation": ("gelu_tanh", "gelu", "swiglu"),
-                   "head": ("linear", "masked")}  # fmt: skip
+                   "head": ("linear", "masked")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -62,16 +62,16 @@ class Config:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.width % self.heads or self.heads % self.kv_heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}, "
-                             f"and that of kv_heads {self.kv_heads}")  # fmt: skip
+                             f"and that of kv_heads {self.kv_heads}")
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise ValueError("rotary positions need an even head width, "
-                             f"got {self.width // self.heads}")  # fmt: skip
+                             f"got {self.width // self.heads}")
 
     @classmethod
     def gpt2(cls, vocab_size, context, layers, heads, width, **changes):
         """GPT-2 (Radford et al. 2019)."""
         return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
-                          width=width, hidden=4 * width, kv_heads=heads) | changes)  # fmt: skip
+                          width=width, hidden=4 * width, kv_heads=heads) | changes)
 
     @classmethod
     def llama(cls, vocab_size, context, layers, heads, width, hidden, kv_heads=None, **changes):
@@ -79,7 +79,7 @@ class Config:
         return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
                           width=width, hidden=hidden, kv_heads=kv_heads or heads, norm="rms",
                           norm_eps=1e-6, positions="rotary", activation="swiglu", tied=False,
-                          bias=False) | changes)  # fmt: skip
+                          bias=False) | changes)
 
     @classmethod
     def bert(cls, vocab_size, context, layers, heads, width, hidden, segments=2, **changes):
@@ -87,7 +87,7 @@ class Config:
         return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
                           width=width, hidden=hidden, kv_heads=heads, norm_first=False,
                           norm_eps=1e-12, activation="gelu", causal=False, head="masked",
-                          segments=segments) | changes)  # fmt: skip
+                          segments=segments) | changes)
 
 
 class Attention(Module):

@@ -49,14 +49,14 @@ class Shape:
 
 SHAPES = {"S": Shape(4, 4, 128, 64, 12, 256), "M": Shape(6, 6, 384, 256, 8, 512),
           "L": Shape(12, 12, 768, 256, 2, 4096),
-          "nanoGPT": Shape(4, 4, 128, 64, 12, 67)}  # its recipe for a CPU  # fmt: skip
+          "nanoGPT": Shape(4, 4, 128, 64, 12, 67)}  # its recipe for a CPU
 GROWTH = Shape(6, 6, 384, 256, 8, 512), Shape(6, 6, 384, 1024, 2, 512)
 
 
 def main(rows: tuple[Literal["train", "generate", "memory", "growth"], ...] =
          ("train", "generate", "memory", "growth"),
          configs: tuple[Literal["S", "M", "L", "nanoGPT"], ...] = ("S", "M", "L"), rounds: int = 15,
-         threads: bool = False):  # fmt: skip
+         threads: bool = False):
     """Print the table of ratios.
 
     Args:
@@ -79,17 +79,17 @@ def main(rows: tuple[Literal["train", "generate", "memory", "growth"], ...] =
             compare_memory(f"with checkpoints, {name}", replace(shape, checkpoint=True), threads)
     if "growth" in rows:
         short, long = (compare(f"step at T = {s.context}", "train", s, rounds, threads)
-                       for s in GROWTH)  # fmt: skip
+                       for s in GROWTH)
         growth = [b / a for a, b in zip(short, long)]
         print(f"| growth of the step from T = 256 to 1024 | x{growth[0]:.3f} | x{growth[1]:.3f} | "
-              f"{growth[1] / growth[0]:.3f} of PyTorch's | |")  # fmt: skip
+              f"{growth[1] / growth[0]:.3f} of PyTorch's | |")
 
 
 def compare(title, job, shape, rounds, threads) -> tuple[float, float]:
     """Time PyTorch and us in turn; prints a row, returns the median seconds of both."""
     times = [], []
     with (Contender(torch_side, job, shape) as theirs,
-          Contender(our_side, job, shape, threads) as ours):  # fmt: skip
+          Contender(our_side, job, shape, threads) as ours):
         for turn in range(rounds + 2):
             pair = theirs.run(), ours.run()
             if turn >= 2:  # the first two turns warm up
@@ -99,14 +99,14 @@ def compare(title, job, shape, rounds, threads) -> tuple[float, float]:
     a, b = (statistics.median(t) for t in times)
     print(f"| {title} | {1e3 * a:.2f} ms ({1e3 * min(times[0]):.2f} - {1e3 * max(times[0]):.2f}) "
           f"| {1e3 * b:.2f} ms ({1e3 * min(times[1]):.2f} - {1e3 * max(times[1]):.2f}) "
-          f"| {a / b:.2f} | {min(ratios):.2f} - {max(ratios):.2f} |", flush=True)  # fmt: skip
+          f"| {a / b:.2f} | {min(ratios):.2f} - {max(ratios):.2f} |", flush=True)
     return a, b
 
 
 def compare_memory(title, shape, threads):
     """Peak memory of a step above weights and Adam's state, gradients included."""
     with (Contender(torch_side, "memory", shape) as theirs,
-          Contender(our_side, "memory", shape, threads) as ours):  # fmt: skip
+          Contender(our_side, "memory", shape, threads) as ours):
         a, b = theirs.run(), ours.run()
     print(f"| {title} | {a:.0f} MiB | {b:.0f} MiB | {b / a:.2f} of PyTorch's | |", flush=True)
 
@@ -175,7 +175,7 @@ def our_side(job, shape, threads):
     model.checkpoint_every = shape.every
     params = model.parameters()
     optimizer = AdamW(params, 1e-3, (0.9, 0.95), weight_decay=0.1,
-                      undecayed=[p for p in params if p.ndim < 2])  # fmt: skip
+                      undecayed=[p for p in params if p.ndim < 2])
     trainer = Trainer(model, optimizer, CORES, processes=not threads)
     work = trainer.workers.work
     trainer.workers.work = lambda part: trim() if part == "trim" else work(part)
@@ -206,7 +206,7 @@ def torch_side(job, shape):
             yield from timed(lambda: draw(torch_stream(model, shape)))
     params = list(model.parameters())
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
     tokens, targets = map(torch.from_numpy, shape.tokens())
 
@@ -244,7 +244,7 @@ def torch_gpt(shape):
         def forward(self, x, cache=None, past=0):
             B, T, _ = x.shape
             q, k, v = (t.view(B, T, H, C // H).transpose(1, 2)
-                       for t in self.qkv(self.norm1(x)).split(C, dim=2))  # fmt: skip
+                       for t in self.qkv(self.norm1(x)).split(C, dim=2))
             if cache is not None:
                 cache[0][:, :, past : past + T], cache[1][:, :, past : past + T] = k, v
                 k, v = (t[:, :, : past + T] for t in cache)

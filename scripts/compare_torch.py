@@ -175,10 +175,10 @@ def norm(c, p, name, x):
 def attention(c, p, block, x, seen, cos, sin):
     name = f"{block}.attention"
     q, k, v = (linear(p, f"{name}.{n}", x).unflatten(-1, (-1, c.width // c.heads)).transpose(1, 2)
-               for n in "qkv")  # fmt: skip
+               for n in "qkv")
     if c.positions == "rotary":
         q, k = (y * cos + torch.cat([-y2, y1], -1) * sin
-                for y in (q, k) for y1, y2 in [y.chunk(2, -1)])  # fmt: skip
+                for y in (q, k) for y1, y2 in [y.chunk(2, -1)])
     y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=c.causal, enable_gqa=True)
     return linear(p, f"{name}.o", y.transpose(1, 2).flatten(2))
 

@@ -23,7 +23,7 @@ from minilm.interop import huggingface
 
 def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
          temperature: float = 0.8, top_k: int | None = 40, top_p: float | None = 0.95,
-         seed: int = 0):  # fmt: skip
+         seed: int = 0):
     """Let a trained model write.
 
     Args:

@@ -80,7 +80,7 @@ def tensor_rows():
         Row("sum_ axis", lambda x: x.sum(1), lambda x: x.sum(1), one),
         Row("sum_ axes kept", lambda x: x.sum((0, -1), keepdims=True),
             lambda x: x.sum((0, -1), keepdim=True), one),
-    ]  # fmt: skip
+    ]
 
 
 def layer_rows(F):
@@ -115,7 +115,7 @@ def layer_rows(F):
         Row("split_heads", lambda x: ops.split_heads(x, 3),
             lambda x: x.unflatten(-1, (3, -1)).transpose(1, 2), joined),
         Row("merge_heads", ops.merge_heads, lambda x: x.transpose(1, 2).flatten(2), split),
-    ]  # fmt: skip
+    ]
 
 
 def attention_rows(F):
@@ -152,7 +152,7 @@ def attention_rows(F):
         Row("attention additive mask, causal",
             lambda q, k, v, m: ops.attention(q, k, v, mask=m, causal=True),
             lambda q, k, v, m: sdpa(q, k, v, m, causal=True), biased),
-    ]  # fmt: skip
+    ]
 
 
 def loss_rows(F):
@@ -163,7 +163,7 @@ def loss_rows(F):
 
     def pair(r, B, T, C): return [apart(r, B, T, C), apart(r, B, T, C)], []
     def kl(s, t): return F.kl_div(*(F.log_softmax(x / 2, -1).flatten(0, 1) for x in (s, t)),
-                                  reduction="batchmean", log_target=True)  # fmt: skip
+                                  reduction="batchmean", log_target=True)
     return [
         Row("cross_entropy", ops.cross_entropy,
             lambda z, t: F.cross_entropy(z.flatten(0, 1), t.flatten()), labels),
@@ -171,7 +171,7 @@ def loss_rows(F):
         Row("cosine_embedding", ops.cosine_embedding,
             lambda x, y: (1 - F.cosine_similarity(x, y, -1)).mean(), pair),
         Row("mse", ops.mse, F.mse_loss, pair),
-    ]  # fmt: skip
+    ]
 
 
 def normal(rng, *shape): return rng.standard_normal(shape)

@@ -85,7 +85,7 @@ class Settings:
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
-         out: Path = Path("runs"), resume: Path | None = None):  # fmt: skip
+         out: Path = Path("runs"), resume: Path | None = None):
     """Train a small language model.
 
     Args:
@@ -125,7 +125,7 @@ def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer
     """Train, evaluate, sample and save until the last step or Ctrl-C."""
     params, (_, processes) = model.parameters(), default_workers()
     optimizer = AdamW(params, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay,
-                      undecayed=[p for p in params if p.ndim < 2])  # fmt: skip
+                      undecayed=[p for p in params if p.ndim < 2])
     step = run.restore(model, optimizer)
     size = sum(p.size for p in params)
     print(f"{run.path}: {size:,} parameters, {s.workers} workers, from step {step}")
@@ -147,7 +147,7 @@ def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer
             if step % s.eval_every == 0 or step == s.steps:
                 validation = evaluate(trainer, held_out, every=1 if step == s.steps else 4)
                 bar.write(f"step {step}: held out: loss {validation['validation_loss']:.4f}, "
-                          f"next token right {validation['validation_accuracy']:.1%}")  # fmt: skip
+                          f"next token right {validation['validation_accuracy']:.1%}")
             run.log(**asdict(done), **validation)
             if step % s.save_every == 0 or last:
                 run.save(step, model, optimizer)
@@ -210,7 +210,7 @@ def make_tokenizer(s: Settings, parts):
 
 def make_model(s: Settings, vocab_size: int) -> Transformer:
     shape = dict(vocab_size=vocab_size, context=s.context, layers=s.layers, heads=s.heads,
-                 width=s.width, dropout=s.dropout)  # fmt: skip
+                 width=s.width, dropout=s.dropout)
     if s.family == "gpt2":
         return Transformer(Config.gpt2(**shape), s.seed)
     if s.family == "llama":  # SwiGLU has three matrices: 8/3 of the width gives two of four's size
@@ -226,7 +226,7 @@ def stored_settings(run: RunDirectory, given: Settings) -> Settings:
     stored = Settings(**stored | {k: tuple(stored[k]) for k in ("corpus", "weights")})
     asked, kept = asdict(given), asdict(stored)
     changed = [f"{k} {asked[k]} (it has {kept[k]})" for k in kept
-               if asked[k] not in (defaults[k], kept[k])]  # fmt: skip
+               if asked[k] not in (defaults[k], kept[k])]
     if changed:
         raise ValueError(f"{run.path} keeps its settings; asked for another " + ", ".join(changed))
     return stored

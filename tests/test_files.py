@@ -213,7 +213,7 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-)  # fmt: skip
+)
 
 
 @given(value=json_values)
@@ -238,7 +238,7 @@ def test_what_json_cannot_hold_leaves_no_file(tmp_path, value):
     "text",
     [b"", b"{", b'"\xff"', b"[1,]", b"NaN", b"[-Infinity]", b'{"a":1,"a":2}', b"[" * 100_000,
      b"{} {}", b"1" * 5000, b"\xef\xbb\xbf{}"],
-)  # fmt: skip
+)
 def test_malformed_json_is_refused(tmp_path, text):
     (tmp_path / "j").write_bytes(text)
     with pytest.raises(FormatError, match=re.escape(f"{tmp_path / 'j'}: ")):

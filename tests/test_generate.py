@@ -32,7 +32,7 @@ CONFIGS = {
 families = pytest.mark.parametrize("family", CONFIGS)
 seeds = st.integers(0, 2**32 - 1)
 SETTINGS = [dict(temperature=0), dict(), dict(temperature=0.7, top_k=5), dict(top_p=0.8),
-            dict(temperature=1.5, top_k=7, top_p=0.9)]  # fmt: skip
+            dict(temperature=1.5, top_k=7, top_p=0.9)]
 
 
 def make(family, **changes):
@@ -131,7 +131,7 @@ def test_temperature_0_and_top_k_1_take_the_likeliest(z, seed):
 
 
 @given(z=logits_rows, seed=seeds, temperature=st.floats(0.1, 5), k=st.none() | st.integers(1, 15),
-       p=st.none() | st.floats(0.01, 1))  # fmt: skip
+       p=st.none() | st.floats(0.01, 1))
 def test_only_the_allowed_are_drawn(z, seed, temperature, k, p):
     """Tokens as likely as the k-th are among the k likeliest too."""
     z = np.array(z)
@@ -151,7 +151,7 @@ def test_only_the_allowed_are_drawn(z, seed, temperature, k, p):
     (None, None, {0, 1, 2, 3}), (9, 1.0, {0, 1, 2, 3}), (2, None, {1, 3}), (3, None, {0, 1, 3}),
     (None, 0.49, {1}), (None, 0.51, {1, 3}), (None, 0.79, {1, 3}), (None, 0.81, {1, 3, 0}),
     (None, 0.96, {0, 1, 2, 3}), (3, 0.52, {1}), (3, 0.53, {1, 3}),
-])  # fmt: skip
+])
 def test_the_fewest_that_reach_p_stay(k, p, expected):
     """All of them, wherever they are in the vocabulary; top_p counts among what top_k left."""
     z = np.log(np.array([[0.15, 0.5, 0.05, 0.3]] * 500))
@@ -259,7 +259,7 @@ def test_no_graph_is_built_and_only_inside():
     ([[1]], dict(top_k=0), "top_k=0"),
     ([[1]], dict(top_p=0.0), "top_p=0.0"),
     ([[1]], dict(top_p=1.5), "top_p=1.5"),
-])  # fmt: skip
+])
 def test_bad_settings(tokens, settings, given):
     with pytest.raises(ValueError) as error:
         generate(model_of("gpt2"), tokens, **dict(max_new_tokens=0) | settings)
@@ -312,7 +312,7 @@ def test_the_script_passes_its_settings_on(tmp_path, capsys):
 @pytest.mark.parametrize("tokenizer", [
     ByteTokenizer(), CharTokenizer("".join(sorted(set("naïve 数学 😀")))),
     BPETokenizer.train(["naïve 数学 😀 the cat"], 300),
-], ids=lambda t: type(t).__name__)  # fmt: skip
+], ids=lambda t: type(t).__name__)
 def test_characters_come_whole_and_at_once(tokenizer, monkeypatch):
     """Each piece is printed with the token that completes it, and the pieces are the text."""
     text, pieces = "naïve 数学 😀 ", []

@@ -493,7 +493,7 @@ def test_a_failed_save_leaves_no_model(saved, tmp_path, monkeypatch):
 
 
 VALUES = [None, True, False, 0, -1, 1, 2, 3, 10**5, 10**400, 0.5, 1e308, "", "gelu", "\ud800", [],
-          {}, [1], {"a": 1}, {"rope_type": {}}, {"rope_theta": "x"}]  # fmt: skip
+          {}, [1], {"a": 1}, {"rope_type": {}}, {"rope_theta": "x"}]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "bert", "distilbert"])
@@ -566,7 +566,7 @@ def peer():
 
 
 LLAMA = dict(vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-             num_attention_heads=4, max_position_embeddings=11)  # fmt: skip
+             num_attention_heads=4, max_position_embeddings=11)
 GPT2 = dict(vocab_size=23, n_embd=16, n_layer=2, n_head=4, n_positions=11)
 PEERS = {  # (architecture, its config)
     "gpt2": ("GPT2", "LMHeadModel", GPT2),

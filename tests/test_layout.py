@@ -46,7 +46,7 @@ NARROWER = {"data": {"files"}, "optim": {"backend", "tensor", "attention", "ops"
 REQUIRED = {"numpy", "ml_dtypes", "safetensors", "threadpoolctl", "tqdm", "tyro"}
 LATE = {
     "bitsandbytes", "cupy", "cupyx", "matplotlib", "peft", "tokenizers", "torch", "transformers",
-}  # fmt: skip
+}
 
 PUBLIC = {  # what other programs rely on
     "tensor": "Tensor Tensor.backward no_grad checkpoint op",
@@ -139,7 +139,7 @@ def test_the_arrows_inside_a_floor_make_no_circle():
 def test_only_required_packages_are_imported_early(path):
     third_party = {
         module.split(".")[0] for module in imports(at_import(tree(path)))
-    } - sys.stdlib_module_names  # fmt: skip
+    } - sys.stdlib_module_names
     assert third_party <= REQUIRED | {"minilm"}
     if name(path).startswith("data"):
         assert third_party <= {"numpy", "minilm"}
@@ -171,7 +171,7 @@ def test_importing_every_module_loads_no_optional_package():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
 
 

@@ -106,7 +106,7 @@ def decaying(params):
 
 
 @given(st.sampled_from([decaying, SGD]), st.sampled_from([1, 3, 8, 1 << 16]),
-       st.lists(st.integers(0, 89), max_size=4))  # fmt: skip
+       st.lists(st.integers(0, 89), max_size=4))
 def test_parts_and_chunks_leave_the_bits_alone(make, block, borders):
     assert sum(math.prod(s) for s in SHAPES) == 89
     whole, parts = trained(make, 1 << 16), trained(make, block, borders)
@@ -259,7 +259,7 @@ def test_what_flat_memory_refuses():
     "bad",
     [dict(lr=-1.0), dict(betas=(1.0, 0.9)), dict(betas=(0.9, -0.1)), dict(eps=-1e-8),
      dict(weight_decay=-0.1)],
-)  # fmt: skip
+)
 def test_adamw_refuses_bad_settings(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"bad settings.*{name}="):

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(layers=1, heads=2, width=8, context=8, batch=8, steps=6, warmup=2, eval_every=4,
-             save_every=4, sample=12, workers=1, lr=1e-2, prompt="The ")  # fmt: skip
+             save_every=4, sample=12, workers=1, lr=1e-2, prompt="The ")
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_run_leaves_all_that_it_promises(tmp_path, text, capsys, family, token
     main(s, tmp_path / "runs")
     run = tmp_path / "runs" / "pretrain-1"
     names = {"run.json", "metrics.jsonl", "samples.txt", "loss.png", "model", "checkpoints",
-             "tokenizer.json"}  # fmt: skip
+             "tokenizer.json"}
     assert {p.name for p in run.iterdir()} == names
     assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -94,7 +94,7 @@ def test_a_run_leaves_all_that_it_promises(tmp_path, text, capsys, family, token
     assert all(0 < r["loss"] < 8 and 0 <= r.get("validation_accuracy", 0) < 1 for r in records)
     everywhere = 8 * 8  # batch * context
     assert all((0 < r["targets"] < 32) if family == "bert" else r["targets"] == everywhere
-               for r in records)  # fmt: skip
+               for r in records)
     assert records[0]["lr"] == pytest.approx(1e-2 / 3) and records[2]["lr"] == 1e-2
 
     samples = (run / "samples.txt").read_text()
@@ -105,11 +105,11 @@ def test_a_run_leaves_all_that_it_promises(tmp_path, text, capsys, family, token
 
     kept = data.load_tokenizer(run / "tokenizer.json")
     assert type(kept).__name__ == {"bytes": "ByteTokenizer", "chars": "CharTokenizer",
-                                   "bpe": "BPETokenizer"}[tokenizer]  # fmt: skip
+                                   "bpe": "BPETokenizer"}[tokenizer]
     assert (run / "model" / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
 
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
-        "step-00000004", "step-00000006"]  # fmt: skip
+        "step-00000004", "step-00000006"]
     tensors, state = checkpoint.load(run / "checkpoints")
     trained = pretrain.make_model(s, kept.vocab_size)
     trained.load_state_dict(
@@ -141,7 +141,7 @@ def test_runs_do_not_overwrite_each_other_and_repeat_with_the_seed(tmp_path, tex
     [dict(lr=2e-2), dict(min_lr=1e-3), dict(warmup=0), dict(beta2=0.9), dict(weight_decay=0.5),
      dict(clip=0.1), dict(dropout=0.1), dict(accumulate=2), dict(batch=7), dict(seed=1)],
     ids=lambda change: next(iter(change)),
-)  # fmt: skip
+)
 def test_every_setting_counts(tmp_path, text, plain, change):
     for s in (settings(text, steps=4), settings(text, steps=4, **change)):
         main(s, tmp_path)
@@ -220,7 +220,7 @@ def test_a_stopped_and_resumed_run_ends_like_a_straight_one(
     tmp_path, text, plain, monkeypatch, capsys, family, tokenizer, workers
 ):
     s = settings(text, family=family, tokenizer=tokenizer, vocab_size=270, workers=workers,
-                 dropout=0.2, accumulate=2, steps=7)  # fmt: skip
+                 dropout=0.2, accumulate=2, steps=7)
     main(s, tmp_path / "straight")
     straight = tmp_path / "straight" / "pretrain-1"
     with monkeypatch.context() as patch:
@@ -236,7 +236,7 @@ def test_a_stopped_and_resumed_run_ends_like_a_straight_one(
     assert saved(run) == saved(straight) and saved(run)[1] == 7
     assert weights(run) == weights(straight)
     only_loss = [[{k: v for k, v in r.items() if "validation" not in k} for r in metrics(path)]
-                 for path in (run, straight)]  # fmt: skip
+                 for path in (run, straight)]
     assert only_loss[0] == only_loss[1]
     assert metrics(run)[3:] == metrics(straight)[3:]
     assert not (tmp_path / "elsewhere").exists()
@@ -287,7 +287,7 @@ def stopped(tmp_path, text, plain, monkeypatch):
     [(dict(lr=0.5), r"lr 0\.5 \(it has 0\.01\)"), (dict(family="llama"), "family llama"),
      (dict(steps=9, width=16), "width 16.*, steps 9 "), (dict(corpus=("x",)), "corpus"),
      (dict(weights=(1.0,)), "weights")],
-)  # fmt: skip
+)
 def test_resuming_with_other_settings_is_refused(stopped, asked, said):
     before = contents(stopped)
     with pytest.raises(ValueError, match=f"pretrain-1 keeps its settings; .*{said}"):
@@ -349,7 +349,7 @@ def test_resuming_from_damaged_files_is_an_error(stopped):
      (None, dict(validation=1.0), "validation"), (None, dict(eval_every=0), "eval_every"),
      (None, dict(save_every=0), "save_every"), (None, dict(prompt=""), "prompt"),
      (None, dict(tokenizer="bpe", vocab_size=9), "vocab_size"), (None, dict(batch=0), "batch")],
-)  # fmt: skip
+)
 def test_bad_settings_are_errors_and_leave_no_folder(tmp_path, text, content, changes, said):
     if content is not None:
         text.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -405,7 +405,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, text, pl
         command(*flags(s), "--out", tmp_path), env=environment(), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     run = tmp_path / "pretrain-1"
     try:
         limit = time.monotonic() + 20

@@ -249,7 +249,7 @@ def gradients(run, nested=False):
     """Loss and gradients of two MLPs with dropout, each under `run`; the next random number."""
     rng = np.random.default_rng(7)
     x, *Ws = (Tensor(np.random.default_rng(i).standard_normal(s, np.float32), requires_grad=True)
-              for i, s in enumerate([(5, 4), (8, 4), (4, 8), (8, 4), (4, 8)]))  # fmt: skip
+              for i, s in enumerate([(5, 4), (8, 4), (4, 8), (8, 4), (4, 8)]))
 
     def both(x):
         h = run(lambda x: mlp(x, *Ws[:2]), x)

@@ -84,7 +84,7 @@ def delay_gradients(flat):
 
 
 def gradient(dtype="float32", workers=1, processes=False, accumulate=1, batch=None, steps=1,
-             checkpoint_every=0, dropout=0.0, delays=False):  # fmt: skip
+             checkpoint_every=0, dropout=0.0, delays=False):
     """(loss, flat gradient) of the last of some steps that change nothing."""
     model = make_model(dtype, dropout)
     model.checkpoint_every = checkpoint_every
@@ -376,7 +376,7 @@ class Poisoned(Module):
     "where, value, said",
     [("logit", math.nan, "loss nan"), ("logit", -math.inf, "loss inf"),
      ("grad", math.nan, r"loss \d.*norm nan"), ("grad", 1e30, r"loss \d.*norm inf")],
-)  # fmt: skip
+)
 def test_a_step_that_is_not_finite_changes_nothing(where, value, said, workers):
     tokens, targets = make_batch()
     model = Poisoned()
@@ -475,7 +475,7 @@ def test_dropout_differs_between_steps_and_workers_and_repeats_with_the_seed(pro
             return trainer.step(step, *batch, accumulate=accumulate).loss
 
     ways = [dict(copies=1), dict(copies=1, step=1), dict(copies=1, seed=1), dict(copies=2),
-            dict(copies=2, workers=2), dict(copies=2, accumulate=2)]  # fmt: skip
+            dict(copies=2, workers=2), dict(copies=2, accumulate=2)]
     drawn = [loss(**way) for way in ways]
     assert len(set(drawn)) == len(ways)
     assert [loss(**way) for way in ways] == drawn
@@ -649,7 +649,7 @@ def test_no_whole_checkpoint_is_an_error_and_changes_nothing(tmp_path, file):
     [(dict(layers=1), r"blocks\.1\.mlp\.up\.weight"), (dict(layers=3), r"blocks\.2\.norm1\.bias"),
      (dict(width=4), r"embed\.weight is \(13, 8\), expected \(13, 4\)"),
      (dict(vocab_size=14), r"embed\.weight is \(13, 8\)"), (dict(tied=False), r"head\.weight")],
-)  # fmt: skip
+)
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, changes, said):
     run = new_run(tmp_path)
     go_on(run, 3)

@@ -281,7 +281,7 @@ def test_state_goes_from_one_model_to_another(family):
     ({"norm.scale": np.ones(8)}, "unexpected=['norm.scale']"),
     ({"norm.bias": np.ones(9)}, "norm.bias is (9,), expected (8,)"),
     ({"norm.bias": np.ones(())}, "norm.bias is (), expected (8,)"),
-])  # fmt: skip
+])
 def test_a_state_that_does_not_fit_changes_nothing(wrong, message):
     model = make("gpt2")
     before = {name: array.copy() for name, array in model.state_dict().items()}
@@ -301,13 +301,13 @@ def test_replace_swaps_one_module(path):
     after = dict(model.named_modules())
     assert after[path] is new
     assert all(after.get(name) is module for name, module in before.items()
-               if name != path and not name.startswith(f"{path}."))  # fmt: skip
+               if name != path and not name.startswith(f"{path}."))
 
 
 @pytest.mark.parametrize("path", [
     "", "nope", "blocks", "blocks.3", "blocks.-1", "blocks.x.mlp", "blocks.0.mlp.nope",
     "blocks.0.mlp.activation", "embed.weight", "nope.q",
-])  # fmt: skip
+])
 def test_replace_needs_a_module_there(path):
     model = make("gpt2")
     before = dict(model.named_modules())
@@ -407,7 +407,7 @@ def test_cuda_without_cupy_is_one_sentence(monkeypatch):
     (np.zeros((1, 2, 3), int), ["integers (B, T)", "(1, 2, 3)"]),
     (np.zeros((1, CONTEXT + 1), int), [f"1 to {CONTEXT}", f"got {CONTEXT + 1}"]),
     (np.zeros((1, 0), int), [f"1 to {CONTEXT}", "got 0"]),
-])  # fmt: skip
+])
 @families
 def test_bad_tokens(family, tokens, given):
     with pytest.raises(ValueError) as error:
@@ -434,7 +434,7 @@ def test_a_mask_has_the_shape_of_tokens(shape):
     (dict(dropout=-0.1), ["dropout", "[0, 1)", "-0.1"]),
     *((dict([(size, n)]), [size, "positive", str(n)]) for n in (0, -2)
       for size in ("vocab_size", "context", "layers", "heads", "width", "hidden", "kv_heads")),
-])  # fmt: skip
+])
 def test_bad_configs(changes, given):
     with pytest.raises(ValueError) as error:
         dataclasses.replace(CONFIGS["gpt2"], **changes)

@@ -9,7 +9,7 @@ from minilm.transformer import Config
 FIELDS = {"vocab_size": "vocab_size", "context": "max_position_embeddings",
           "layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size",
           "hidden": "intermediate_size", "activation": "hidden_act",
-          "tied": "tie_word_embeddings"}  # fmt: skip
+          "tied": "tie_word_embeddings"}
 
 
 class Family(NamedTuple):
@@ -45,7 +45,7 @@ GPT2 = Family(
     only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     respell={r"^(?=(wte|wpe|ln_f|h\.\d+)\.)": "transformer."},
     ignored=("transformer.h.{i}.attn.bias", "transformer.h.{i}.attn.masked_bias"),
-)  # fmt: skip
+)
 
 LLAMA = Family(
     "LlamaForCausalLM",
@@ -61,7 +61,7 @@ LLAMA = Family(
      "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"},
     only={"partial_rotary_factor": 1.0},
     ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
-)  # fmt: skip
+)
 
 MISTRAL = LLAMA._replace(
     architecture="MistralForCausalLM", absent={"num_key_value_heads": 8, "sliding_window": 4096}
@@ -86,7 +86,7 @@ BERT = Family(
     copies={"cls.predictions.bias": "cls.predictions.decoder.bias"},
     ignored=("bert.embeddings.position_ids", "bert.pooler.dense.weight", "bert.pooler.dense.bias",
              "cls.seq_relationship.weight", "cls.seq_relationship.bias"),
-)  # fmt: skip
+)
 
 DISTILBERT = Family(
     "DistilBertForMaskedLM",
@@ -103,7 +103,7 @@ DISTILBERT = Family(
      "attention.v": "attention.v_lin", "attention.o": "attention.out_lin", "norm1": "sa_layer_norm",
      "mlp.up": "ffn.lin1", "mlp.down": "ffn.lin2", "norm2": "output_layer_norm"},
     ignored=("distilbert.embeddings.position_ids",),
-)  # fmt: skip
+)
 
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "bert": BERT,
-            "distilbert": DISTILBERT}  # fmt: skip
+            "distilbert": DISTILBERT}

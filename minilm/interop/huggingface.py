@@ -44,7 +44,7 @@ def load_model(
     numbers, held = _fewest_numbers(config), sum(a.size for a in arrays.values())
     if numbers > 2 * held + 10**6:  # a damaged size must not ask for all the memory there is
         raise FormatError(path / "config.json", f"describes a model of at least {numbers} numbers, "
-                          f"but {file.name} holds {held}")  # fmt: skip
+                          f"but {file.name} holds {held}")
     model = Transformer(replace(config, dropout=dropout))
     places = _places(model, family)
     _check(file, arrays, places)
@@ -63,7 +63,7 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
     """
     c, path = model.config, Path(path)
     family = (LLAMA if c.positions == "rotary" else GPT2 if c.head == "linear"
-              else BERT if c.segments else DISTILBERT)  # fmt: skip
+              else BERT if c.segments else DISTILBERT)
     raw = _describe(family, c)
     raw["dtype"] = raw["torch_dtype"] = model.embed.weight.dtype.name  # the latter before version 5
     if differences := _parts(model) ^ _parts(Transformer(c)):
@@ -236,7 +236,7 @@ def _check(file, arrays, places):
         if found != expected or dtype.name not in FLOATS:
             wrong.append(f"{key} is {dtype} {found}, expected float {expected}")
     problems = {"missing keys: ": places.keys() - arrays.keys(),
-                "unexpected keys: ": arrays.keys() - places.keys(), "": wrong}  # fmt: skip
+                "unexpected keys: ": arrays.keys() - places.keys(), "": wrong}
     if text := "; ".join(kind + _some(names) for kind, names in problems.items() if names):
         raise FormatError(file, text)
 

@@ -49,7 +49,7 @@ class AdamW:
     """
 
     def __init__(self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.01, undecayed=()):  # fmt: skip
+                 weight_decay: float = 0.01, undecayed=()):
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError(f"bad settings: {lr=}, {betas=}, {eps=}, {weight_decay=}")
         params, without = list(params), {id(p) for p in undecayed}
@@ -75,7 +75,7 @@ class AdamW:
             g = f.grad[chunk] if scale == 1 else f.grad[chunk] * scale
             decay = self.weight_decay if chunk.stop <= self.decayed else 0.0
             adamw(f.data[chunk], g, self.m[chunk], self.v[chunk], t, lr, *self.betas, self.eps,
-                  decay)  # fmt: skip
+                  decay)
 
 
 def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):

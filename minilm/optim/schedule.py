@@ -4,7 +4,7 @@ import math
 
 
 def cosine_schedule(step: int, steps: int, lr: float, min_lr: float = 0.0,
-                    warmup: int = 0) -> float:  # fmt: skip
+                    warmup: int = 0) -> float:
     """Linear warmup to lr over `warmup` steps, then half a cosine down to min_lr at `steps`.
 
     Loshchilov & Hutter 2017, arXiv:1608.03983, eq. (5), without restarts.
