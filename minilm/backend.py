@@ -3,9 +3,8 @@
 An array decides by itself where work on it runs: code asks `array_module(x)` for the module's
 functions and uses operators and methods elsewhere. CuPy is imported here only, and only when used.
 
-On a CPU the cost of a plain formula is memory traffic: every operator reads and writes whole
-arrays. `by_rows` runs the same formula on blocks of rows that fit the cache, so that formulas can
-stay as the textbook has them.
+On a CPU every operator of a plain formula writes a new array. `by_rows` runs the formula on blocks
+of rows, which bounds these temporaries, so that formulas can stay as the textbook has them.
 """
 
 import ctypes

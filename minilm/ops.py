@@ -126,14 +126,15 @@ def softmax(x):  # over the last axis
 
 @op
 def log_softmax(x):  # over the last axis
-    def formula(x):
-        z = wide(x) - x.max(-1, keepdims=True)
-        xp = array_module(z)
-        return z - xp.log(row_sum(xp.exp(z)))
-
-    y = by_rows(formula, x)
+    y = by_rows(_log_softmax, x)
     def dx(dy): return dy - array_module(y).exp(y) * row_sum(wide(dy))
     return y.astype(x.dtype, copy=False), dx
+
+
+def _log_softmax(x):
+    z = wide(x) - x.max(-1, keepdims=True)
+    xp = array_module(z)
+    return z - xp.log(row_sum(xp.exp(z)))
 
 
 @op
@@ -222,9 +223,9 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):  # (..., V), 
         raise ValueError(f"cross_entropy: targets from {t.min()} to {t.max()}, {V} classes")
 
     def formula(z, t):
-        xp, i = array_module(z), np.arange(len(t))
+        xp = array_module(z)
         z = wide(z) - z.max(-1, keepdims=True)
-        zt = z[i, t[:, 0]]
+        zt = z[xp.arange(len(t)), t[:, 0]]
         p = xp.exp(z, out=z)
         l = row_sum(p)
         p /= l
@@ -233,7 +234,7 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):  # (..., V), 
     p, losses = by_rows(formula, z, t[:, None])
 
     def dlogits(dy):  # (p - onehot(target)) / n
-        p[np.arange(len(t)), t] -= 1
+        p[array_module(p).arange(len(t)), t] -= 1
         p[...] *= (counted * (dy / n)).astype(p.dtype)[:, None]
         return p.reshape(lead)
     return (losses * counted).sum() / n, dlogits, None
@@ -248,13 +249,7 @@ def kl_divergence(student, teacher, temperature=1.0):  # logits (..., V), (..., 
     if student.shape != teacher.shape:
         raise ValueError(f"kl_divergence: student {student.shape}, teacher {teacher.shape}")
     xp, n = array_module(student), student.size // student.shape[-1]
-
-    def log_softmax(x):
-        z = wide(x) / temperature
-        z -= z.max(-1, keepdims=True)
-        return z - xp.log(row_sum(xp.exp(z)))
-
-    log_q, log_p = log_softmax(student), log_softmax(teacher)
+    log_q, log_p = (_log_softmax(wide(x) / temperature) for x in (student, teacher))
     p, gap = xp.exp(log_p), log_p - log_q
     per_row = row_dot(p, gap)
 

@@ -5,8 +5,8 @@
 
 Each contender runs in a process of its own; they are woken in turn, A B A B ..., so that a change
 of the machine's speed meets both. A ratio is PyTorch's median time over ours (above 1: we are
-faster), with the lowest and highest ratio of neighbouring turns. PyTorch is written well: fused
-AdamW, scaled_dot_product_attention, as many threads as there are cores. Needs the extra `test`.
+faster), with the lowest and highest ratio of neighbouring turns. Both use two cores. PyTorch is
+written well: fused AdamW, scaled_dot_product_attention. Needs the extra `test`.
 """
 
 import ctypes

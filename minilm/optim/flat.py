@@ -32,7 +32,7 @@ class FlatParameters:
         dtypes = {str(p.dtype) for p in self.params}
         if len(dtypes) > 1:
             raise ValueError(f"the parameters must share one dtype, got {sorted(dtypes)}")
-        self.ends, self.like = np.cumsum([p.size for p in self.params]), self.params[0].data
+        self.ends = np.cumsum([p.size for p in self.params])
         self.data, self.grad = self.zeros(), self.zeros()
         for p, data, grad in zip(self.params, self.views(self.data), self.views(self.grad)):
             data[...] = p.data
@@ -42,7 +42,8 @@ class FlatParameters:
 
     def zeros(self):
         """A new buffer like .data; on a CPU in memory that processes share after a fork."""
-        size, xp, dtype = int(self.ends[-1]), array_module(self.like), self.like.dtype
+        like = self.params[0].data
+        size, xp, dtype = int(self.ends[-1]), array_module(like), like.dtype
         if xp is not np:
             return xp.zeros(size, dtype)
         return np.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype)
