@@ -1,7 +1,8 @@
 """Modules: objects that hold parameters and call ops.
 
 A parameter is an attribute that is a Tensor; a submodule is an attribute that is a Module, or a
-list of Modules. Methods of adaptation swap modules with `replace`; they never subclass a model.
+list or dict of Modules. Methods of adaptation swap modules with `replace`; they never subclass a
+model.
 """
 
 import numpy as np
@@ -20,17 +21,21 @@ class Module:
     def __call__(self, *args, **kwargs):
         return self.forward(*args, **kwargs)
 
+    def children(self):
+        """(name, module) of the modules right below; in a list or dict it is "list.0", "dict.k"."""
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, (list, dict)):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                yield from ((f"{name}.{k}", child) for k, child in items
+                            if isinstance(child, Module))
+
     def named_modules(self, prefix=""):
         """(path, module) of this module and all below it; its own path is ""."""
         yield prefix, self
-        for name, value in vars(self).items():
-            path = f"{prefix}.{name}" if prefix else name
-            if isinstance(value, Module):
-                yield from value.named_modules(path)
-            elif isinstance(value, list):
-                for i, child in enumerate(value):
-                    if isinstance(child, Module):
-                        yield from child.named_modules(f"{path}.{i}")
+        for name, child in self.children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
 
     def named_tensors(self):
         """(path, tensor) of every tensor once, frozen or not; a shared one under its first path."""
@@ -56,9 +61,10 @@ class Module:
         *parents, name = path.split(".")
         owner = self
         for part in parents:
-            owner = owner[int(part)] if isinstance(owner, list) else getattr(owner, part)
-        if isinstance(owner, list):
-            owner[int(name)] = module
+            owner = owner[_key(owner, part)] if isinstance(owner, (list, dict)) else (
+                getattr(owner, part))
+        if isinstance(owner, (list, dict)):
+            owner[_key(owner, name)] = module
         else:
             setattr(owner, name, module)
 
@@ -95,8 +101,11 @@ class Module:
 
     def astype(self, dtype):
         """Convert every tensor; gradients start anew, so do it before making an optimizer."""
-        for _, t in self.named_tensors():
-            t.__init__(t.data.astype(dtype), t.requires_grad)
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                value.__init__(value.data.astype(dtype), value.requires_grad)
+        for _, child in self.children():
+            child.astype(dtype)
         return self
 
     def to(self, device: str):
@@ -112,6 +121,13 @@ class Linear(Module):
     def __init__(self, inputs, outputs, rng, bias=True, std=0.02):
         self.weight = normal(rng, (outputs, inputs), std)
         self.bias = parameter(np.zeros(outputs)) if bias else None
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None):
+        """A layer of the given tensors."""
+        layer = cls.__new__(cls)
+        layer.weight, layer.bias = weight, bias
+        return layer
 
     def forward(self, x):  # (..., I) -> (..., O)
         return ops.linear(x, self.weight, self.bias)
@@ -152,6 +168,10 @@ class Dropout(Module):
 
     def forward(self, x):
         return ops.dropout(x, self.p, current_rng()) if self.training and self.p else x
+
+
+def _key(owner, name):
+    return int(name) if isinstance(owner, list) else name
 
 
 def parameter(data) -> Tensor:

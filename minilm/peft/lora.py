@@ -1,0 +1,272 @@
+"""LoRA: a frozen weight plus a trained update of low rank.
+
+Hu et al. 2021, arXiv:2106.09685, section 4.1, for W0 (O, I), A (r, I), B (O, r):
+
+    h = W0 x + (alpha / r) B A x                                              (3)
+
+A starts normal and B at zero, so training starts from the model as it is; W0 gets no gradient. Only
+A and B are trained, r (I + O) numbers instead of I O. Kalajdzievski 2023, arXiv:2312.03732, shows
+that alpha / sqrt(r) keeps the update's size at any rank (rslora).
+
+    add_lora        put an adapter on chosen layers, and freeze everything else
+    use_adapter     which of several named adapters acts, or none
+    merge_lora      h = (W0 + (alpha / r) B A) x, one product again; unmerge_lora takes it back
+    unload_lora     plain layers again, merged ones with their update
+    requantize_lora merged weights back into the base's codes, and how much of the update survives
+
+The paper leaves open how wide A is drawn: here N(0, 1/I), so that A x is of x's size.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from minilm.backend import array_module, one_dtype, rows
+from minilm.backend import matmul as product
+from minilm.graph import once
+from minilm.nn import Dropout, Linear, Module
+from minilm.quantize.linear import QuantizedLinear, quantize_weight
+from minilm.tensor import Tensor, op
+
+
+@op
+def add_low_rank(y, x, A, B, scale):  # (..., O), (..., I), (r, I), (O, r) -> (..., O)
+    """y + scale x A^T B^T, for y = x W0^T: eq. (3) with rows for columns."""
+    one_dtype("add_low_rank", y=y, x=x, A=A, B=B)
+    lead, scale = x.shape[:-1], x.dtype.type(scale)
+    h = product(rows(x), A.T) * scale  # (N, r)
+
+    @once
+    def dh(dy): return product(rows(dy), B) * scale  # before A: (N, r)
+    def dx(dy): return product(dh(dy), A).reshape(*lead, -1)
+    def dA(dy): return product(dh(dy).T, rows(x))
+    def dB(dy): return product(rows(dy).T, h)
+    z = product(h, B.T)
+    z += rows(y)
+    return z.reshape(*lead, -1), lambda dy: dy, dx, dA, dB
+
+
+class Adapter(Module):
+    """One layer's A (r, I) and B (O, r), and how they act."""
+
+    def __init__(self, A, B, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or not len(A):
+            raise ValueError(f"A must be (r, I) and B (O, r), got {A.shape} and {B.shape}")
+        self.A, self.B = Tensor(A, requires_grad=True), Tensor(B, requires_grad=True)
+        self.r, self.alpha, self.rslora, self.drop = len(A), alpha, rslora, Dropout(dropout)
+        self.scale = alpha / (math.sqrt(self.r) if rslora else self.r)
+        self.resting = None  # the nodes of A and B while another adapter acts
+
+    def forward(self, y, x):
+        return add_low_rank(y, self.drop(x), self.A, self.B, scale=self.scale)
+
+    def update(self):
+        """(alpha / r) B A: (O, I)."""
+        return product(self.B.data, self.A.data) * self.B.dtype.type(self.scale)
+
+    def activate(self, active: bool):
+        """An adapter that does not act needs no gradients, but keeps its place in an optimizer."""
+        if not active and self.A.node:
+            self.resting = self.A.node, self.B.node
+            self.A.node = self.B.node = None
+        elif active and self.resting:
+            (self.A.node, self.B.node), self.resting = self.resting, None
+
+
+class LoRALinear(Module):
+    """A frozen linear layer, plain or quantized, and its adapters by name."""
+
+    def __init__(self, base: Linear | QuantizedLinear):
+        self.base, self.adapters, self.active, self.merged = base, {}, None, None
+
+    def forward(self, x):
+        if self.merged:
+            return self.merged(x)
+        y, adapter = self.base(x), self.adapters.get(self.active)
+        return adapter(y, x) if adapter else y
+
+    def use(self, name):
+        self.active = name
+        for other, adapter in self.adapters.items():
+            adapter.activate(other == name)
+
+    def merge(self):
+        W0 = self.base.weight
+        W0 = W0.data if isinstance(W0, Tensor) else W0.dequantize()
+        update = self.adapters[self.active].update()
+        self.merged = Linear.of(Tensor((W0 + update).astype(update.dtype)), self.base.bias)
+
+
+def add_lora(model: Module, r: int, alpha: float, targets=("q", "v"), dropout: float = 0.0,
+             rslora: bool = False, name: str = "default", seed: int = 0) -> Module:
+    """Freeze the model, and put an adapter of rank r on each target; returns the model.
+
+    targets: last parts of layers' paths, such as "q", "mlp.up" or "blocks.0.attention.q", or
+    "all-linear" for all but the head. A second adapter needs another name; the newest one acts.
+    ValueError for targets that match nothing, r < 1 or above a layer's size, a name that is taken,
+    and while another adapter is merged; the model is then as it was.
+    """
+    layers = _chosen(model, targets)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    for path, layer in layers.items():
+        O, I = _base(layer).weight.shape
+        if not 1 <= r <= min(I, O):
+            raise ValueError(f"r must be 1 to {min(I, O)}, the size of {path} {O, I}; got {r}")
+    like = next(t.data for _, t in model.named_tensors() if t.dtype.kind in "fV")
+    xp, rng, adapters = array_module(like), np.random.default_rng(seed), {}
+    for path, layer in layers.items():
+        O, I = _base(layer).weight.shape
+        A = rng.standard_normal((r, I), dtype=np.float32) / math.sqrt(I)
+        A, B = (xp.asarray(a, like.dtype) for a in (A, np.zeros((O, r))))
+        adapters[path] = Adapter(A, B, alpha, dropout, rslora)
+    return insert_adapters(model, name, adapters)
+
+
+def insert_adapters(model: Module, name: str, adapters: dict[str, Adapter]) -> Module:
+    """Freeze the model, and put each adapter on the layer at its path, under one name.
+
+    ValueError where a path has no linear layer, or one of another size, and as in add_lora.
+    """
+    if not name or "." in name:
+        raise ValueError(f"an adapter's name must be a word without dots, got {name!r}")
+    layers = adaptable_layers(model)
+    if taken := [path for path, m in lora_layers(model).items() if name in m.adapters]:
+        raise ValueError(f"there is an adapter {name!r} already, on {taken[0]} and others")
+    _refuse_merged(model, "adding an adapter")
+    for path, adapter in adapters.items():
+        if path not in layers:
+            raise ValueError(f"{path} is no linear layer of this model")
+        has, fits = _base(layers[path]).weight.shape, (len(adapter.B.data), adapter.A.shape[1])
+        if fits != has:
+            raise ValueError(f"the adapter of {path} is for a weight {fits}, which is {has} here")
+    use_adapter(model, None)
+    model.freeze()
+    for path, adapter in adapters.items():
+        if type(layers[path]) is not LoRALinear:
+            layers[path] = LoRALinear(layers[path])
+            model.replace(path, layers[path])
+        layers[path].adapters[name] = adapter
+    return use_adapter(model, name)
+
+
+def use_adapter(model: Module, name: str | None) -> Module:
+    """Let the adapter of this name act from now on, in place; None: the base alone."""
+    layers = lora_layers(model)
+    names = {n for layer in layers.values() for n in layer.adapters}
+    if name is not None and name not in names:
+        raise ValueError(f"there is no adapter {name!r}, only {sorted(names)}")
+    _refuse_merged(model, "another adapter can act")
+    for layer in layers.values():
+        layer.use(name)
+    return model
+
+
+def merge_lora(model: Module) -> Module:
+    """Add the acting adapter's update into the weights: the same function, one product a layer.
+
+    A quantized base is dequantized for it. The base is kept, so that unmerge_lora is exact.
+    """
+    _refuse_merged(model, "merging again")
+    layers = [m for m in lora_layers(model).values() if m.active in m.adapters]
+    if not layers:
+        raise ValueError("no adapter acts on this model: there is nothing to merge")
+    for layer in layers:
+        layer.merge()
+    return model
+
+
+def unmerge_lora(model: Module) -> Module:
+    """Undo merge_lora: the base's weights bit for bit, and the adapter beside them."""
+    for layer in _merged_layers(model).values():
+        layer.merged = None
+    return model
+
+
+def unload_lora(model: Module) -> Module:
+    """Replace the layers by plain ones: merged where an adapter was merged, else the base."""
+    for path, layer in lora_layers(model).items():
+        model.replace(path, layer.merged or layer.base)
+    return model
+
+
+class Survival(NamedTuple):
+    """What is left of an update D after the codes took it up as D'."""
+
+    kept: float  # <D', D> / <D, D>: 1 all of it, 0 nothing
+    error: float  # |D' - D| / |D|: above 1 there is more noise than update
+
+
+def requantize_lora(model: Module) -> dict[str, Survival]:
+    """Quantize merged weights as their bases are, and leave plain quantized layers: lossy.
+
+    An update is small beside the gaps between codes, so much of it is rounded away; all adapters of
+    these layers are gone. Returns, by path, what survived. ValueError where nothing is merged or a
+    merged base is not quantized.
+    """
+    layers = _merged_layers(model)
+    if plain := [path for path, m in layers.items() if type(m.base) is not QuantizedLinear]:
+        raise ValueError(f"the base of {plain[0]} is not quantized")
+    return {path: _requantize(model, path, layer) for path, layer in layers.items()}
+
+
+def _requantize(model, path, layer):
+    base, old, D = layer.base, layer.base.weight, layer.adapters[layer.active].update()
+    if hasattr(old, "codebook"):
+        form = "int8" if old.c2.dtype == np.int8 else old.c1 is not None
+        new = quantize_weight(layer.merged.weight.data, old.codebook, form, old.block_size)
+    else:
+        new = quantize_weight(layer.merged.weight.data, "int8")
+    model.replace(path, QuantizedLinear(new, base.bias, base.compute_dtype, base.threshold))
+    found, size = new.dequantize() - old.dequantize(), float((D * D).sum())
+    noise = float(((found - D) ** 2).sum())
+    return Survival(float((found * D).sum()) / size, math.sqrt(noise / size)) if size else (
+        Survival(1.0, 0.0))
+
+
+def lora_layers(model: Module) -> dict[str, LoRALinear]:
+    """path -> layer that has adapters."""
+    return {path: m for path, m in model.named_modules() if type(m) is LoRALinear}
+
+
+def adaptable_layers(model: Module) -> dict[str, Module]:
+    """path -> layer that can have adapters, or has: the linear ones, plain or quantized."""
+    adapted = lora_layers(model)
+    inside = tuple(f"{path}." for path in adapted)
+    return {path: m for path, m in model.named_modules() if path in adapted
+            or (type(m) in (Linear, QuantizedLinear) and not path.startswith(inside))}
+
+
+def trainable_parameters(model: Module) -> list[Tensor]:
+    """What an optimizer should get: after add_lora, A and B of the acting adapter."""
+    return model.parameters()
+
+
+def _chosen(model, targets):
+    layers = adaptable_layers(model)
+    if targets == "all-linear":
+        return {path: m for path, m in layers.items() if "head" not in path.split(".")}
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    def fits(path, target): return f".{path}".endswith(f".{target}")
+    wrong = [t for t in targets if not any(fits(path, t) for path in layers)]
+    if wrong or not targets:
+        names = sorted({path.rpartition(".")[2] for path in layers})
+        raise ValueError(f"targets {wrong} match no layer; there are {names} and 'all-linear'")
+    return {path: m for path, m in layers.items() if any(fits(path, t) for t in targets)}
+
+
+def _base(layer):
+    return layer.base if type(layer) is LoRALinear else layer
+
+
+def _merged_layers(model):
+    layers = {path: m for path, m in lora_layers(model).items() if m.merged}
+    if not layers:
+        raise ValueError("nothing is merged in this model")
+    return layers
+
+
+def _refuse_merged(model, verb):
+    if any(m.merged for m in lora_layers(model).values()):
+        raise ValueError(f"an adapter is merged: call unmerge_lora before {verb}")

@@ -1,0 +1,111 @@
+"""8-bit integers: absmax quantization, and LLM.int8()'s product of two quantized matrices.
+
+Dettmers, Lewis, Belkada & Zettlemoyer 2022, arXiv:2208.07339. A group of numbers shares one
+constant c, by which its largest magnitude becomes 127:
+
+    X_i8 = round(127 / absmax(X) X) = round(c X)                              (1)
+    dequant(c, X_i8) = X_i8 / c                                               (2)
+
+One large number makes all others of its group coarse. Transformers have such outliers, in a few
+features h of many rows; LLM.int8() keeps those features O in 16 bits and the rest in 8:
+
+    C ~ sum_{h in O} X_f16^h W_f16^h + S sum_{h not in O} X_i8^h W_i8^h       (3)
+
+where S = 1 / (c_x c_w) has one constant for each row of X and each output of W. (The paper numbers
+these 1, 3 and 8.)
+
+Shapes: N rows, I in, O out. W is (O, I), as everywhere here; the paper's is its transpose.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minilm.backend import array_module, matmul, rows, wide
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Codes int8 in the shape of the data, absmax float32 in the shape that goes with them."""
+
+    codes: np.ndarray
+    absmax: np.ndarray
+
+    shape = property(lambda self: self.codes.shape)
+    nbytes = property(lambda self: self.codes.nbytes + self.absmax.nbytes)
+
+    @property
+    def c(self):
+        """The constants 127 / absmax of eq. (1); infinite for a group of zeros."""
+        with np.errstate(divide="ignore"):
+            return 127 / self.absmax
+
+    def dequantize(self, dtype="float32"):
+        """X_i8 / c in float32, then rounded to dtype."""
+        x = self.codes * (self.absmax * np.float32(1 / 127))  # eq. (2)
+        return x.astype(dtype, copy=False)
+
+
+def quantize_int8(x, axis=None) -> Int8:
+    """Absmax quantization of floats x to codes from -127 to 127, ties to even.
+
+    axis: what shares a constant, as in NumPy's reductions: None the whole tensor, -1 (of a matrix)
+    each row, 0 each column. ValueError where x is not finite.
+    """
+    x = finite(x, "quantize_int8")
+    absmax = array_module(x).abs(x).max(axis, keepdims=axis is not None, initial=0)
+    return Int8(_codes(x, absmax), absmax)
+
+
+def int8_matmul_outliers(x, W, threshold: float = 6.0):
+    """x W^T as LLM.int8() computes it: (..., I), (O, I) -> (..., O) in x's dtype.
+
+    A feature with any |x| >= threshold is an outlier and multiplied in 16 bits: threshold 0 makes
+    all of them outliers, infinity none. W: floats, or an Int8 quantized by row, whose outlier
+    columns are dequantized then. 16 bits are x's own dtype where that has 16, else float16.
+    """
+    quantized = W if isinstance(W, Int8) else quantize_int8(W, axis=-1)
+    x16 = finite(rows(x), "int8_matmul_outliers", dtype=None)
+    x16 = x16 if x16.dtype.itemsize == 2 else x16.astype(np.float16)
+    xp, x32 = array_module(x16), wide(x16)
+    outlier = xp.abs(x32) >= threshold
+    O = outlier.any(0)  # (I,)
+    absmax = xp.where(outlier, 0, xp.abs(x32)).max(-1, keepdims=True, initial=0)
+    x8 = _codes(xp.where(O, 0, x32), absmax)
+    S = absmax * quantized.absmax.T * np.float32(1 / 127**2)
+    y = S * integer_product(x8, quantized.codes)
+    if O.any():
+        columns = Int8(W.codes[:, O], W.absmax).dequantize() if W is quantized else W[:, O]
+        y += wide(matmul(x16[:, O], columns.astype(x16.dtype).T))  # eq. (3)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def integer_product(a, b):
+    """a b^T of int8 matrices as float32: (N, K), (M, K) -> (N, M), each partial sum exact.
+
+    BLAS knows no integers, but float32 holds them up to 2^24: products of codes <= 127 are exact
+    when summed over 1024 features, and float64 adds up the parts.
+    """
+    if a.shape[1] <= 1024:
+        return a.astype(np.float32) @ b.astype(np.float32).T
+    parts = range(0, a.shape[1], 1024)
+    total = sum(integer_product(a[:, k : k + 1024], b[:, k : k + 1024]).astype(np.float64)
+                for k in parts)
+    return total.astype(np.float32)
+
+
+def finite(x, name: str, dtype=np.float32):
+    """x as floats of dtype (None: its own); TypeError for no floats, ValueError for nan or inf."""
+    x = x if hasattr(x, "dtype") else np.asarray(x, np.float32)
+    if x.dtype.kind not in "fV":
+        raise TypeError(f"{name} needs floating-point numbers, got dtype {x.dtype}")
+    wrong = x.size - int(array_module(x).isfinite(x).sum())
+    if wrong:
+        raise ValueError(f"{name} needs finite numbers, but {wrong} of {x.size} are nan or inf")
+    return x if dtype is None else x.astype(dtype, copy=False)
+
+
+def _codes(x, absmax):
+    """round(127 / absmax x), and zero where absmax is."""
+    c = 127 / array_module(x).where(absmax > 0, absmax, np.inf)
+    return array_module(x).rint(x * c.astype(np.float32)).astype(np.int8)  # eq. (1)

@@ -1,0 +1,115 @@
+"""Linear layers that hold only codes and constants, and a model made of them.
+
+QLoRA (Dettmers et al. 2023, arXiv:2305.14314), section 3, for W of NF4 and an adapter L1, L2:
+
+    Y = X doubleDequant(c1, c2, W^NF4) + X L1 L2                              (5)
+
+The weight exists in the compute dtype only while it is used: the forward pass makes it and lets it
+go, and so does the backward pass, which needs dY dequant(W) for dX. A frozen W has no gradient.
+The second term is minilm/peft/lora.py's.
+"""
+
+from dataclasses import fields, replace
+
+import numpy as np
+
+from minilm.backend import matmul as product
+from minilm.backend import rows
+from minilm.nn import Linear, Module
+from minilm.quantize.fourbit import FourBit, quantize_4bit
+from minilm.quantize.int8 import Int8, finite, int8_matmul_outliers, quantize_int8
+from minilm.tensor import Tensor, op
+
+KINDS = ("nf4", "fp4", "nf3", "nf2", "int4", "int3", "int2", "int8", "llm.int8")
+COMPUTE = ("float32", "bfloat16", "float16", "float64")
+
+
+@op
+def quantized_linear(x, W, b=None, compute_dtype=None, threshold=None):  # (..., I) -> (..., O)
+    """x dequant(W)^T + b, for W a FourBit or Int8 (O, I); the result has x's dtype.
+
+    compute_dtype: of x and W in the product; by default x's. threshold: multiply as LLM.int8()
+    does, with this threshold of outliers, rather than dequantize (the backward pass always does).
+    """
+    if x.shape[-1] != W.shape[1]:
+        raise ValueError(f"x has {x.shape[-1]} features, the quantized W {W.shape} takes "
+                         f"{W.shape[1]}")
+    shape, dtype = x.shape, x.dtype
+    inner = dtype if compute_dtype is None else compute_dtype
+
+    def dx(dy):  # the weight is made once more, rather than kept since the forward pass
+        dy = rows(dy).astype(inner, copy=False)
+        return product(dy, W.dequantize(inner)).astype(dtype, copy=False).reshape(shape)
+
+    if threshold is None:
+        y = product(rows(x).astype(inner, copy=False), W.dequantize(inner).T)  # eq. (5)
+    else:
+        y = int8_matmul_outliers(rows(x), W, threshold)
+    y = y.astype(dtype, copy=False).reshape(*shape[:-1], -1)
+    if b is not None:
+        y += b
+    return y, dx, None, lambda dy: dy
+
+
+class QuantizedLinear(Module):
+    """x dequant(W)^T + b. The arrays of W are frozen tensors, so that they move and are saved."""
+
+    def __init__(self, weight: FourBit | Int8, bias: Tensor | None = None, compute_dtype=None,
+                 threshold=None):
+        arrays = {f.name: getattr(weight, f.name) for f in fields(weight)}
+        arrays = {name: a for name, a in arrays.items() if hasattr(a, "dtype")}
+        for name, array in arrays.items():
+            setattr(self, name, Tensor(array))
+        self.form, self.arrays = replace(weight, **dict.fromkeys(arrays)), tuple(arrays)
+        self.bias, self.compute_dtype, self.threshold = bias, compute_dtype, threshold
+
+    @property
+    def weight(self) -> FourBit | Int8:
+        """The quantized weight (O, I)."""
+        return replace(self.form, **{name: getattr(self, name).data for name in self.arrays})
+
+    def forward(self, x):
+        return quantized_linear(x, self.weight, self.bias, compute_dtype=self.compute_dtype,
+                                threshold=self.threshold)
+
+    def astype(self, dtype):
+        """Convert the bias; the codes mean nothing in another dtype."""
+        if self.bias is not None:
+            self.bias.__init__(self.bias.data.astype(dtype), self.bias.requires_grad)
+        return self
+
+
+def quantize_model(model: Module, kind: str = "nf4", double_quant: bool | str = True,
+                   compute_dtype=None, skip=("head",), block_size: int = 64) -> Module:
+    """Replace every Linear of the model by a QuantizedLinear; returns the model.
+
+    kind: a codebook of fourbit.py, "int8" (one constant an output) or "llm.int8" (the same, and
+    products in 8 bits with outliers apart). compute_dtype: of the products, by default that of
+    what comes in. skip: names in a layer's path that keep it as it is. double_quant and block_size
+    as in quantize_4bit. ValueError where a weight is not finite or nothing is left to quantize;
+    the model is then as it was.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if compute_dtype is not None and str(np.dtype(compute_dtype)) not in COMPUTE:
+        raise ValueError(f"compute_dtype must be one of {COMPUTE}, got {compute_dtype!r}")
+    skip = {skip} if isinstance(skip, str) else set(skip)
+    layers = {path: m for path, m in model.named_modules()
+              if type(m) is Linear and not skip & {path, *path.split(".")}}
+    if not layers:
+        raise ValueError(f"there is no Linear to quantize outside of {sorted(skip)}")
+    quantize_weight(np.zeros((1, 1), np.float32), kind, double_quant, block_size)
+    for path, layer in layers.items():
+        finite(layer.weight.data, path, dtype=None)
+    for path, layer in layers.items():
+        weight = quantize_weight(layer.weight.data, kind, double_quant, block_size)
+        threshold = 6.0 if kind == "llm.int8" else None
+        model.replace(path, QuantizedLinear(weight, layer.bias, compute_dtype, threshold))
+    return model
+
+
+def quantize_weight(W, kind: str, double_quant: bool | str = True, block_size: int = 64):
+    """W (O, I) as a layer of this kind holds it."""
+    if kind in ("int8", "llm.int8"):
+        return quantize_int8(W, axis=-1)
+    return quantize_4bit(W, kind, block_size, double_quant)
