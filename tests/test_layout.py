@@ -57,8 +57,8 @@ PUBLIC = {  # what other programs rely on
     "Transformer.to",
     "generate": "generate",
     "optim": "AdamW SGD clip_grad_norm cosine_schedule",
-    "quantize": "quantize_int8 Int8 int8_matmul_outliers quantize_4bit FourBit FourBit.absmax "
-    "FourBit.nbytes FourBit.dequantize QuantizedLinear quantize_model",
+    "quantize": "quantize_int8 Int8 Int8.dequantize int8_matmul_outliers quantize_4bit FourBit "
+    "FourBit.dequantize QuantizedLinear quantize_model",
     "peft": "add_lora use_adapter merge_lora unmerge_lora unload_lora requantize_lora "
     "trainable_parameters",
     "interop.huggingface": "load_model save_model",

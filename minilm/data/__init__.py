@@ -1,4 +1,4 @@
-"""From text to batches: corpora, tokenizers, streams of token ids."""
+"""From text to batches: corpora, tokenizers, streams of token ids, instructions and tasks."""
 
 from minilm.data.batches import (
     IGNORED,
@@ -10,6 +10,15 @@ from minilm.data.batches import (
     rows,
 )
 from minilm.data.corpora import Corpus, load_corpus, split
+from minilm.data.instructions import (
+    InstructionBatches,
+    Record,
+    encode,
+    load_records,
+    prompt,
+    save_records,
+)
+from minilm.data.tasks import TASKS, make_tasks, score
 from minilm.data.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
@@ -21,19 +30,28 @@ from minilm.data.tokenizers import (
 
 __all__ = [
     "IGNORED",
+    "TASKS",
     "BPETokenizer",
     "Batches",
     "ByteTokenizer",
     "CharTokenizer",
     "Corpus",
+    "InstructionBatches",
     "MaskedBatches",
+    "Record",
     "Tokenizer",
     "corrupt",
+    "encode",
     "load_corpus",
+    "load_records",
     "load_tokenizer",
+    "make_tasks",
     "mask_tokens",
     "pack",
     "printable",
+    "prompt",
     "rows",
+    "save_records",
+    "score",
     "split",
 ]
