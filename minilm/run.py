@@ -9,6 +9,7 @@
 
 import json
 import platform
+from dataclasses import asdict
 from pathlib import Path
 
 import ml_dtypes
@@ -52,6 +53,22 @@ class RunDirectory:
                 raise FormatError(self.path / "run.json", f"the field {field!r} is missing")
         return run
 
+    def settings(self, given):
+        """The run's own settings, a dataclass like `given`.
+
+        ValueError where one is given that differs from its default and from the run's own.
+        """
+        stored, defaults, asked = self.describe()["settings"], asdict(type(given)()), asdict(given)
+        if differ := sorted(defaults.keys() ^ set(stored)):
+            raise FormatError(self.path / "run.json", f"settings missing or unknown: {differ}")
+        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        changed = [f"{k} {asked[k]} (it has {kept[k]})" for k in kept
+                   if asked[k] not in (defaults[k], kept[k])]
+        if changed:
+            raise ValueError(f"{self.path} keeps its settings; asked for another "
+                             + ", ".join(changed))
+        return type(given)(**kept)
+
     def log(self, **record):
         """Add a line to metrics.jsonl."""
         with open(self.path / "metrics.jsonl", "a") as file:
@@ -76,8 +93,8 @@ class RunDirectory:
             file.write(f"=== after step {step}\n{text}\n\n")
 
     def save(self, step: int, model: Module, optimizer: AdamW):
-        """A checkpoint of the model's tensors and the optimizer's moments, by parameter name."""
-        tensors = {f"model.{name}": array for name, array in model.state_dict().items()}
+        """A checkpoint of the parameters that train and the optimizer's moments, by name."""
+        tensors = {f"model.{name}": p.data for name, p in model.named_parameters()}
         m, v = (optimizer.flat.views(flat) for flat in (optimizer.m, optimizer.v))
         for name, i in _places(model, optimizer).items():
             tensors[f"m.{name}"], tensors[f"v.{name}"] = m[i], v[i]
@@ -86,7 +103,7 @@ class RunDirectory:
     def restore(self, model: Module, optimizer: AdamW) -> int:
         """Bring both to the last whole checkpoint, and the metrics with them; returns its step.
 
-        Where none was saved yet both stay as they are, and the step is 0.
+        Frozen tensors stay as they are, and where no checkpoint is yet, all do: the step is 0.
         """
         try:
             tensors, state = checkpoint.load(self.path / "checkpoints")
@@ -108,7 +125,7 @@ class RunDirectory:
             differ = sorted(own ^ stored)
             raise FormatError(self.path, f"the checkpoint's moments are of another model: {differ}")
         state = {n.removeprefix("model."): t for n, t in tensors.items() if n not in own}
-        model.load_state_dict(state)
+        model.load_state_dict(model.state_dict() | state)
         m, v = (optimizer.flat.views(flat) for flat in (optimizer.m, optimizer.v))
         for name, i in places.items():
             m[i][...], v[i][...] = tensors[f"m.{name}"], tensors[f"v.{name}"]

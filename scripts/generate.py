@@ -18,16 +18,18 @@ import tyro
 from minilm.backend import tune_allocator
 from minilm.data import Tokenizer, load_tokenizer, printable
 from minilm.generate import stream
-from minilm.interop import huggingface
+from minilm.interop import huggingface, peft
+from minilm.peft import merge_lora
 
 
-def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
-         temperature: float = 0.8, top_k: int | None = 40, top_p: float | None = 0.95,
-         seed: int = 0):
+def main(model: Path | None = None, adapter: Path | None = None, prompt: str = "The ",
+         tokens: int = 300, temperature: float = 0.8, top_k: int | None = 40,
+         top_p: float | None = 0.95, seed: int = 0):
     """Let a trained model write.
 
     Args:
         model: Hugging Face folder with a tokenizer.json; by default the newest runs/*/model.
+        adapter: PEFT folder of a LoRA adapter for it.
         prompt: what to go on from; an empty one starts a new document.
         tokens: how many to sample; fewer where the model ends the document.
         temperature: 1 as the model was trained, less for likelier text, 0 for the likeliest tokens.
@@ -40,6 +42,8 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
     tune_allocator()
     folder = model or newest_model(Path("runs"))
     transformer = huggingface.load_model(folder).eval()
+    if adapter:
+        merge_lora(peft.load_adapter(transformer, adapter))
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     before = tokenizer.encode(prompt).tolist() or [tokenizer.end]
     drawn = stream(transformer, [before], temperature, top_k, top_p, seed)
@@ -51,12 +55,13 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
     print(f"{count} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
 
 
-def newest_model(runs: Path) -> Path:
-    """The model that was saved last in one of the folders of `runs`."""
+def newest_model(runs: Path, run: str = "*") -> Path:
+    """The model that was saved last in one of the folders of `runs` whose names match `run`."""
     # save_model writes config.json last, so only whole models are found.
-    configs = sorted(runs.glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
+    found = runs.glob(f"{run}/model/config.json")
+    configs = sorted(found, key=lambda path: path.stat().st_mtime)
     if not configs:
-        raise ValueError(f"no model in {runs}/*/model: run pretrain.py first, or give --model")
+        raise ValueError(f"no model in {runs}/{run}/model: run pretrain.py first, or give --model")
     return configs[-1].parent
 
 

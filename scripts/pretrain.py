@@ -19,7 +19,6 @@ import tyro
 from tqdm import tqdm
 
 from minilm import data
-from minilm.files import FormatError
 from minilm.generate import generate
 from minilm.interop import huggingface
 from minilm.optim import AdamW, cosine_schedule
@@ -98,7 +97,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if not settings.corpus or not settings.prompt:
         raise ValueError("corpus and prompt must not be empty")
     run = RunDirectory(resume) if resume else None
-    s = stored_settings(run, settings) if run else settings
+    s = run.settings(settings) if run else settings
     corpora = [data.load_corpus(name) for name in s.corpus]
     described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
     if run and run.describe()["corpora"] != described:
@@ -216,20 +215,6 @@ def make_model(s: Settings, vocab_size: int) -> Transformer:
     if s.family == "llama":  # SwiGLU has three matrices: 8/3 of the width gives two of four's size
         return Transformer(Config.llama(**shape, hidden=8 * s.width // 3), s.seed)
     return Transformer(Config.bert(**shape, hidden=4 * s.width), s.seed)
-
-
-def stored_settings(run: RunDirectory, given: Settings) -> Settings:
-    """The run's own settings; ValueError where the command line asks for others."""
-    stored, defaults = run.describe()["settings"], asdict(Settings())
-    if differ := sorted(defaults.keys() ^ set(stored)):
-        raise FormatError(run.path / "run.json", f"settings missing or unknown: {differ}")
-    stored = Settings(**stored | {k: tuple(stored[k]) for k in ("corpus", "weights")})
-    asked, kept = asdict(given), asdict(stored)
-    changed = [f"{k} {asked[k]} (it has {kept[k]})" for k in kept
-               if asked[k] not in (defaults[k], kept[k])]
-    if changed:
-        raise ValueError(f"{run.path} keeps its settings; asked for another " + ", ".join(changed))
-    return stored
 
 
 if __name__ == "__main__":

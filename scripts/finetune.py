@@ -1,0 +1,269 @@
+"""Teach a trained model to follow instructions: all of it, or adapters on a frozen base.
+
+    python scripts/finetune.py                      # LoRA on the newest model, about two minutes
+    python scripts/finetune.py --method qlora       # the same on a base of 4 bits
+    python scripts/finetune.py --method full --model runs/pretrain-1/model
+    python scripts/finetune.py --data mine.jsonl    # records of instruction, context, output
+
+Without a file the model learns five small tasks on words and numbers. Prints the share of held-out
+records that it answers rightly before and after, some answers, and what it still knows: its loss on
+the text that it was trained on. Leaves a run directory with the adapter as a PEFT folder, or, with
+--method full, the model as a Hugging Face folder.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import tyro
+from generate import newest_model
+from tqdm import tqdm
+
+from minilm import data
+from minilm.files import sha256
+from minilm.generate import stream
+from minilm.interop import huggingface, peft
+from minilm.optim import AdamW, cosine_schedule
+from minilm.peft import add_lora, trainable_parameters
+from minilm.quantize import quantize_model
+from minilm.run import RunDirectory
+from minilm.train import Diverged, Trainer, default_workers, finish_on_interrupt, train
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run."""
+
+    method: Literal["full", "lora", "qlora"] = "lora"
+    """train every weight; adapters of low rank; or adapters on a base of few bits"""
+    model: str = ""
+    """Hugging Face folder with a tokenizer.json; by default the newest runs/*/model"""
+    data: tuple[str, ...] = ("reverse", "upper", "sort", "last", "add")
+    """tasks (these, triangle, table, sql), or the path of a JSONL file"""
+    train: int = 2000
+    """records of each task to train on"""
+    test: int = 100
+    """records of each task, or of the file, that are held out"""
+    known: tuple[str, ...] = ("python-reference",)
+    """corpora whose held-out tenth shows what the model still knows"""
+    r: int = 8
+    """rank of the adapters"""
+    alpha: float = 16.0
+    """the update is scaled by alpha / r"""
+    rslora: bool = False
+    """scale it by alpha / sqrt(r) instead"""
+    targets: tuple[str, ...] = ("all-linear",)
+    """layers that get an adapter, among q k v o gate up down"""
+    dropout: float = 0.0
+    """of what the adapters see"""
+    kind: str = "nf4"
+    """how qlora's base is quantized: nf4, fp4, nf3, nf2, int4, int3, int2, int8"""
+    batch: int = 32
+    """records in a step"""
+    steps: int = 1000
+    lr: float = 0.0
+    """learning rate after the warmup, falling as a cosine; 0 means the method's own"""
+    warmup: int = 50
+    """steps of linear warmup"""
+    clip: float = 1.0
+    """largest global norm of the gradient"""
+    eval_every: int = 250
+    """steps between losses on the held-out records"""
+    save_every: int = 250
+    """steps between checkpoints"""
+    seed: int = 0
+    """of records, adapters, batches and dropout"""
+    workers: int = 0
+    """cores to use; 0 means all"""
+    threads: bool = False
+    """use threads rather than processes as workers"""
+
+
+class Method(NamedTuple):
+    lr: float
+    prepare: Callable  # (model, settings) -> the model, ready to train
+
+
+def everything(model, s: Settings):
+    return model
+
+
+def adapters(model, s: Settings):
+    targets = s.targets[0] if s.targets == ("all-linear",) else s.targets
+    return add_lora(model, s.r, s.alpha, targets, s.dropout, s.rslora, seed=s.seed)
+
+
+def adapters_on_codes(model, s: Settings):
+    return adapters(quantize_model(model, s.kind), s)
+
+
+METHODS = {
+    "full": Method(1e-3, everything),
+    "lora": Method(5e-3, adapters),
+    "qlora": Method(5e-3, adapters_on_codes),
+}
+
+
+def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
+         out: Path = Path("runs"), resume: Path | None = None):
+    """Teach a trained model to follow instructions.
+
+    Args:
+        settings: what decides the run.
+        out: folder in which the run gets a folder of its own.
+        resume: folder of a run to go on with, bit for bit, under its own settings.
+    """
+    if min(settings.eval_every, settings.save_every, settings.test) < 1:
+        raise ValueError("eval_every, save_every and test must be at least 1")
+    run = RunDirectory(resume) if resume else None
+    s = run.settings(settings) if run else settings
+    folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
+    s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr,
+                workers=s.workers or default_workers()[0])
+    tokenizer = data.load_tokenizer(folder / "tokenizer.json")
+    records = load_data(s)
+    described = [{"name": name, "sha256": digest} for name, digest in fingerprints(s, records)]
+    if run and run.describe()["corpora"] != described:
+        raise ValueError(f"{resume}: the model or the data are not those this run was started on")
+    model = METHODS[s.method].prepare(huggingface.load_model(folder), s)
+    batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed)
+    known = held_out_text(s, tokenizer, model.config.context)
+    if run is None:
+        run = RunDirectory.create(out, f"finetune-{s.method}", asdict(s), described)
+    finetune(run, s, model, tokenizer, records[1], batches, known)
+
+
+def finetune(run, s: Settings, model, tokenizer, test, batches, known):
+    """Train, and say what the model can do and still knows before and after."""
+    params = trainable_parameters(model)
+    optimizer = AdamW(params, s.lr, weight_decay=0.0)
+    asked = data.encode(test, tokenizer)
+    schedule = partial(cosine_schedule, steps=s.steps, lr=s.lr, warmup=s.warmup)
+    step = run.restore(model, optimizer)
+    print(f"{run.path}: {s.method} on {s.model}, {sum(p.size for p in params):,} trainable "
+          f"parameters, {s.workers} workers, from step {step}")
+    with (
+        Trainer(model, optimizer, s.workers, default_workers()[1] and not s.threads, s.seed) as t,
+        finish_on_interrupt() as interrupted,
+        tqdm(total=s.steps, initial=step, unit="step", disable=None) as bar,
+    ):
+        examine = partial(examined, t, model, tokenizer, test, asked, known)
+        if not run.records():
+            run.log(**examine(step))
+        for done in train(t, batches, s.steps, schedule, step, s.clip):
+            step, last = done.step, done.step == s.steps or interrupted()
+            bar.update()
+            bar.set_postfix_str(f"loss {done.loss:.3f}")
+            if step % s.eval_every == 0:
+                bar.write(f"step {step}: held out: loss {t.evaluate(*asked)[0]:.4f}")
+            run.log(**asdict(done))
+            if step % s.save_every == 0 or last:
+                run.save(step, model, optimizer)
+            if last:
+                break
+        if step == s.steps:
+            run.log(**examine(step))
+    finish(run, model, tokenizer, s, step)
+
+
+def examined(trainer, model, tokenizer, test, asked, known, step: int) -> dict:
+    """Share of records answered rightly by task, losses; prints some answers."""
+    said = answers(model, test, tokenizer)
+    right = {}
+    for record, answer in zip(test, said):
+        right.setdefault(record.task or "records", []).append(data.score(record, answer))
+    examples = {record.task: (record, answer) for record, answer in zip(test, said)}
+    for record, answer in examples.values():
+        shown = data.prompt(record).replace("\n", " ") + data.printable(answer)
+        tqdm.write(f"step {step}: {shown[:100]}")
+    known = {name: trainer.evaluate(*rows)[0] for name, rows in known.items()}
+    return {"step": step, "right": {task: float(np.mean(r)) for task, r in right.items()},
+            "loss_held_out": trainer.evaluate(*asked)[0], "loss_known": known}
+
+
+def answers(model, records, tokenizer) -> list[str]:
+    """What the model writes after each prompt, the likeliest token each time, until its end."""
+    prompts = [tokenizer.encode(data.prompt(record)) for record in records]
+    longest = max(len(tokenizer.encode(record.output)) for record in records) + 1
+    found = {}
+    for size in sorted({len(prompt) for prompt in prompts}):  # rows of one length make a batch
+        rows = [i for i, prompt in enumerate(prompts) if len(prompt) == size]
+        ended, drawn = np.zeros(len(rows), bool), []
+        for ids in islice(stream(model.eval(), [prompts[i] for i in rows], 0), longest):
+            drawn.append(ids)
+            ended |= ids == tokenizer.end
+            if ended.all():
+                break
+        for i, ids in zip(rows, np.transpose(drawn)):
+            end = np.flatnonzero(ids == tokenizer.end)
+            found[i] = tokenizer.decode(ids[: end[0]] if len(end) else ids)
+    return [found[i] for i in range(len(records))]
+
+
+def finish(run, model, tokenizer, s: Settings, step: int):
+    """Save what was learned, print the score before and after, and say where all of it is."""
+    if s.method == "full":
+        huggingface.save_model(model, run.path / "model")
+        tokenizer.save(run.path / "model" / "tokenizer.json")
+        use = f"--model {run.path / 'model'}"
+    else:
+        peft.save_adapter(model, run.path / "adapter")
+        use = f"--model {s.model} --adapter {run.path / 'adapter'}"
+    if step < s.steps:
+        print(f"stopped after step {step}; go on with: --resume {run.path}")
+        return
+    print_scores(run.records()[0], run.records()[-1])
+    print(f'ask it: python scripts/generate.py {use} --temperature 0 --prompt "..."')
+
+
+def print_scores(before: dict, after: dict):
+    """The table of what `examined` found."""
+    print(f"\n{'':24}{'before':>8}{'after':>8}")
+    rows = [(f"{task}: right", before["right"][task], right)
+            for task, right in after["right"].items()]
+    if len(rows) > 1:
+        rows.append(("all: right", *(float(np.mean(list(r["right"].values())))
+                                     for r in (before, after))))
+    for title, a, b in rows:
+        print(f"{title:24}{a:>8.1%}{b:>8.1%}")
+    print(f"{'held out: loss':24}{before['loss_held_out']:>8.3f}{after['loss_held_out']:>8.3f}")
+    for name, loss in after["loss_known"].items():
+        print(f"{name + ': loss':24}{before['loss_known'][name]:>8.3f}{loss:>8.3f}")
+
+
+def load_data(s: Settings):
+    """(records to train on, those held out), made up or from a file, whose first are held out."""
+    if len(s.data) == 1 and s.data[0] not in data.TASKS:
+        records = data.load_records(s.data[0])
+        if len(records) <= s.test:
+            raise ValueError(f"{s.data[0]} has {len(records)} records, {s.test} to be held out")
+        return records[s.test :], records[: s.test]
+    return data.make_tasks(s.data, s.train, s.test, s.seed)
+
+
+def held_out_text(s: Settings, tokenizer, context: int) -> dict:
+    """Rows of each known corpus's held-out tenth, as in pretrain.py: name -> (tokens, targets)."""
+    parts = {name: data.split(data.load_corpus(name), 0.1)[1] for name in s.known}
+    return {name: data.rows(data.pack(part, tokenizer), context) for name, part in parts.items()}
+
+
+def fingerprints(s: Settings, records):
+    """(name, SHA-256) of what a resumed run must find as it was: the model's files and the data."""
+    for file in sorted(Path(s.model).glob("*.safetensors")):
+        yield file.name, sha256(file)
+    yield " ".join(s.data), hashlib.sha256(repr(records).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError, ImportError, Diverged) as error:
+        sys.exit(f"finetune.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped before the first step")
