@@ -1,0 +1,194 @@
+"""Small tasks made up from a seed, to teach a model instructions and to count what it gets right.
+
+    reverse, upper, sort    a word: "Reverse", "abc" -> "cba"
+    last                    some words: the last of them
+    add                     a sum of two numbers below 100
+    triangle                the area, as a sentence
+    table                   a table of a restaurant: a sentence, one of four that are right
+    sql                     a question about CITIES: the query that finds the answer
+
+The first five take at most 40 bytes, prompt and end included. Queries can be written in many ways,
+so sql is scored by running them.
+"""
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import closing
+
+import numpy as np
+
+from minilm.data.instructions import Record, prompt
+
+CITIES = (  # cities(name, country, population)
+    ("Berlin", "Germany", 3_700_000),
+    ("Hamburg", "Germany", 1_900_000),
+    ("Munich", "Germany", 1_500_000),
+    ("Paris", "France", 2_100_000),
+    ("Marseille", "France", 900_000),
+    ("Lyon", "France", 500_000),
+    ("Rome", "Italy", 2_800_000),
+    ("Milan", "Italy", 1_400_000),
+)
+
+NAMES = (
+    "Aromi", "Blue Door", "Corner House", "Dune", "Elm Tree", "Fig", "Gusto", "Harvest",
+    "Inn", "Juniper", "Kiosk", "Laurel", "Mill", "North Star", "Olive", "Pepper",
+)
+FOODS = ("Chinese", "French", "Greek", "Indian", "Italian", "Japanese", "Mexican", "Thai")
+PRICES = ("cheap", "fair", "high-priced")
+AREAS = ("city centre", "harbour", "old town", "riverside")
+SENTENCES = (
+    "{name} serves {price} {food} food in the {area}.",
+    "{name} is a {price} {food} restaurant in the {area}.",
+    "In the {area}, {name} offers {price} {food} food.",
+    "For {price} {food} food in the {area}, go to {name}.",
+)
+
+# SQL that is run for a score: what it may call, how long it may be, how many steps it may take.
+FUNCTIONS = {"avg", "count", "max", "min", "sum"}
+CHARACTERS, STEPS = 1000, 10_000
+
+
+def make_tasks(
+    names: Iterable[str], train: int, test: int, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """(train, test) records of each named task, task after task; no two with the same prompt.
+
+    A task's records do not depend on what other tasks are made. ValueError for a name that is not
+    in TASKS, and where a task does not give so many records.
+    """
+    if train < 0 or test < 0:
+        raise ValueError(f"train and test must not be negative, got {train} and {test}")
+    made = [_distinct(name, train + test, seed) for name in dict.fromkeys(names)]
+    return (
+        [record for records in made for record in records[:train]],
+        [record for records in made for record in records[train:]],
+    )
+
+
+def score(record: Record, answer: str) -> bool:
+    """Whether the answer is the record's output or one of its references, to the letter.
+
+    Task "sql": whether it finds what the output finds in CITIES, in the same order where the output
+    has ORDER BY. It must be a single SELECT with no other inside; all else is wrong, whatever it
+    would do. A wrong query may happen to find the right rows. ValueError where the output is no
+    such query.
+    """
+    if record.task != "sql":
+        return answer in (record.output, *record.references)
+    expected, found = _find(record.output), _find(answer)
+    if expected is None:
+        raise ValueError(f"the output must be a query on cities, got {record.output!r:.200}")
+    if found is None or "ORDER BY" in record.output.upper():
+        return found == expected
+    return Counter(found) == Counter(expected)
+
+
+def reverse(rng: np.random.Generator) -> Record:
+    word = _word(rng, 3, 8)
+    return Record("Reverse", word, word[::-1], task="reverse")
+
+
+def upper(rng: np.random.Generator) -> Record:
+    word = _word(rng, 3, 8)
+    return Record("Upper", word, word.upper(), task="upper")
+
+
+def sort(rng: np.random.Generator) -> Record:
+    word = _word(rng, 3, 8)
+    return Record("Sort", word, "".join(sorted(word)), task="sort")
+
+
+def last(rng: np.random.Generator) -> Record:
+    words = [_word(rng, 2, 4) for _ in range(rng.integers(2, 5))]
+    return Record("Last word", " ".join(words), words[-1], task="last")
+
+
+def add(rng: np.random.Generator) -> Record:
+    a, b = rng.integers(100, size=2)
+    return Record("Add", f"{a}+{b}", f"{a + b}", task="add")
+
+
+def triangle(rng: np.random.Generator) -> Record:
+    """Half the product of base and height, 1 to 50 cm each."""
+    base, height = rng.integers(1, 51, size=2)
+    return Record(
+        "Calculate the area of the triangle",
+        f"Base: {base}cm; Height: {height}cm",
+        f"The area of the triangle is {base * height / 2:g} cm^2",
+        task="triangle",
+    )
+
+
+def table(rng: np.random.Generator) -> Record:
+    """One of SENTENCES; the others are its references."""
+    columns = {"name": NAMES, "food": FOODS, "price": PRICES, "area": AREAS}
+    row = {column: values[rng.integers(len(values))] for column, values in columns.items()}
+    sentences = [sentence.format(**row) for sentence in rng.permutation(SENTENCES)]
+    context = " | ".join(f"{column}: {value}" for column, value in row.items())
+    return Record("Describe", context, sentences[0], tuple(sentences[1:]), task="table")
+
+
+def sql(rng: np.random.Generator) -> Record:
+    """A question about one of CITIES; about how many people, it is one of those found."""
+    name, country, population = CITIES[rng.integers(len(CITIES))]
+    least = 10_000 * rng.integers(1, population // 10_000)
+    place, also = [("", ""), (f" in {country}", f" AND country = '{country}'")][rng.integers(2)]
+    found = f"FROM cities WHERE population > {least}{also}"
+    more = f"cities{place} have more than {least} people?"
+    questions = [
+        (f"Which {more}", f"SELECT name {found}"),
+        (f"Which {more} Largest first.", f"SELECT name {found} ORDER BY population DESC"),
+        (f"How many {more}", f"SELECT COUNT(*) {found}"),
+        (f"Where is {name}?", f"SELECT country FROM cities WHERE name = '{name}'"),
+    ]
+    question, query = questions[rng.integers(len(questions))]
+    return Record("SQL", question, query, task="sql")
+
+
+TASKS = {task.__name__: task for task in (reverse, upper, sort, last, add, triangle, table, sql)}
+
+
+def _word(rng, least, most):
+    letters = rng.integers(ord("a"), ord("z") + 1, rng.integers(least, most + 1), np.uint8)
+    return letters.tobytes().decode()
+
+
+def _distinct(name, count, seed):
+    """`count` records of a task, no two with the same prompt."""
+    if name not in TASKS:
+        raise ValueError(f"{name!r} is none of the tasks {', '.join(TASKS)}")
+    rng, found, misses = np.random.default_rng([seed, *name.encode()]), {}, 0
+    while len(found) < count:
+        record = TASKS[name](rng)
+        misses = misses + 1 if prompt(record) in found else 0
+        if misses > 1000 + 10 * len(found):  # none of equal chance is left, but for e^-10
+            raise ValueError(f"task {name!r} gave {len(found)} distinct records, not {count}")
+        found.setdefault(prompt(record), record)
+    return list(found.values())
+
+
+def _find(query: str) -> list[tuple] | None:
+    """The rows that a query finds in cities; None where it is not one SELECT, or takes long."""
+    # Nested queries are refused because SQLite copies them into each other: a few words can make
+    # a query of gigabytes before its first step.
+    if query.upper().count("SELECT") != 1:
+        return None
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.execute("CREATE TABLE cities (name, country, population)")
+        database.executemany("INSERT INTO cities VALUES (?, ?, ?)", CITIES)
+        database.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, CHARACTERS)
+        database.set_authorizer(_allow)
+        database.set_progress_handler(lambda: True, STEPS)
+        try:
+            return database.execute(query).fetchall()
+        except (sqlite3.Error, sqlite3.Warning, ValueError):
+            return None
+
+
+def _allow(action, _, function, *place):
+    """Reading, and calling one of FUNCTIONS; nothing that writes, opens a file or loads code."""
+    reads = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ)
+    calls = action == sqlite3.SQLITE_FUNCTION and function in FUNCTIONS
+    return sqlite3.SQLITE_OK if reads or calls else sqlite3.SQLITE_DENY

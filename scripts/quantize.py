@@ -1,0 +1,141 @@
+"""What quantization costs: errors of each datatype, and the perplexity of a quantized model.
+
+    python scripts/quantize.py                      # with the newest model under runs/
+    python scripts/quantize.py --model runs/pretrain-1/model
+
+Prints three tables: the error of datatypes and block sizes on normal numbers, the same on the
+model's own weights, and the model's perplexity on held-out text with its weights in each datatype.
+Draws the codebooks over the histogram of the weights (needs the extra `plots`).
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+from generate import newest_model
+from tqdm import tqdm
+
+from minilm import data, ops
+from minilm.backend import tune_allocator
+from minilm.interop import huggingface
+from minilm.nn import Linear
+from minilm.quantize import quantize_4bit, quantize_int8, quantize_model
+from minilm.quantize.fourbit import levels
+from minilm.tensor import no_grad
+
+KINDS = ("nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2")
+
+
+def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128, 256, 4096),
+         corpus: str = "python-reference", out: Path = Path("runs/codebooks.png")):
+    """What quantization costs.
+
+    Args:
+        model: Hugging Face folder with a tokenizer.json; by default the newest runs/pretrain-*.
+        block_sizes: numbers that share a constant.
+        corpus: text whose held-out tenth the perplexity is of; as for pretrain.py.
+        out: the picture.
+    """
+    tune_allocator()
+    folder = model or newest_model(Path("runs"), "pretrain-*")
+    loaded = huggingface.load_model(folder)
+    weights = [m.weight.data for path, m in loaded.named_modules()
+               if type(m) is Linear and path != "head"]
+    tokenizer = data.load_tokenizer(folder / "tokenizer.json")
+    normal = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
+    print("normal numbers")
+    print_errors([normal], block_sizes)
+    print("\n(bitsandbytes publishes for nf4, blocks of 64: mean |error| 0.0728, "
+          "mean |error / x| 0.2033)")
+    print(f"\nthe weights of {folder}, but for the head")
+    print_errors(weights, block_sizes)
+    text = data.split(data.load_corpus(corpus), 0.1)[1]
+    rows = data.rows(data.pack(text, tokenizer), loaded.config.context)
+    print(f"\nthe model on the held-out tenth of {corpus}")
+    print_perplexities(folder, rows)
+    if drawn := draw_codebooks(weights, out):
+        print(f"\nthe codebooks over the weights: {drawn}")
+
+
+def print_errors(arrays, block_sizes):
+    """Errors of all arrays together, by datatype and block size, without double quantization."""
+    print(f"{'datatype':10}{'block':>6}{'bits':>7}{'mean |e|':>11}{'mean |e/x|':>12}"
+          f"{'|e| / |x|':>11}")
+    for kind in KINDS:
+        for size in block_sizes:
+            quantized = [quantize_4bit(x, kind, size, double_quant=False) for x in arrays]
+            print_error(kind, size, arrays, quantized)
+    print_error("int8", "row", arrays, [quantize_int8(x, axis=-1) for x in arrays])
+
+
+def print_error(kind, size, arrays, quantized):
+    x = np.concatenate([a.ravel() for a in arrays]).astype(np.float64)
+    e = np.abs(np.concatenate([q.dequantize().ravel() for q in quantized]) - x)
+    bits = 8 * sum(q.nbytes for q in quantized) / x.size
+    relative = np.mean(e / (np.abs(x) + 1e-8))
+    print(f"{kind:10}{size:>6}{bits:>7.3f}{e.mean():>11.5f}{relative:>12.4f}"
+          f"{np.linalg.norm(e) / np.linalg.norm(x):>11.5f}")
+
+
+def print_perplexities(folder, rows):
+    """The model's loss on rows of text and its exponential, with its weights in each datatype."""
+    plans = [("float32", None, False), ("int8, a constant a row", "int8", False),
+             ("LLM.int8()", "llm.int8", False)]
+    plans += [(kind, kind, False) for kind in KINDS]
+    plans += [("nf4 + double", "nf4", True), ("nf4 + double, int8", "nf4", "int8")]
+    results = []
+    for title, kind, double_quant in tqdm(plans, unit="datatype", leave=False, disable=None):
+        model = huggingface.load_model(folder)
+        if kind:
+            quantize_model(model, kind, double_quant)
+        held = sum(t.data.nbytes for name, t in model.named_tensors() if "head" not in name)
+        results.append((title, held, loss_of(model, *rows)))
+    base = results[0]
+    print(f"{'weights':24}{'MB':>7}{'loss':>9}{'perplexity':>12}{'rise':>8}")
+    for title, size, loss in results:
+        print(f"{title:24}{size / 1e6:>7.2f}{loss:>9.4f}{math.exp(loss):>12.4f}"
+              f"{math.expm1(loss - base[2]):>8.2%}")
+
+
+def loss_of(model, tokens, targets, batch: int = 32) -> float:
+    """Mean loss over the targets that count."""
+    total = 0.0
+    with no_grad():
+        for i in range(0, len(tokens), batch):
+            logits = model.eval()(tokens[i : i + batch])
+            total += float(ops.cross_entropy(logits, targets[i : i + batch], total=1).data)
+    return total / int((targets != data.IGNORED).sum())
+
+
+def draw_codebooks(weights, path: Path) -> Path | None:
+    """The levels of three codebooks over the weights, each divided by its block's constant."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('\nfor a picture: pip install "minilm[plots]"')
+        return None
+    flat = np.concatenate([w.ravel() for w in weights]).astype(np.float32)
+    blocks = flat[: flat.size // 64 * 64].reshape(-1, 64)
+    scaled = (blocks / np.abs(blocks).max(-1, keepdims=True)).ravel()
+    kinds = ("nf4", "fp4", "int4")
+    axes = (figure := Figure(figsize=(6, 4.5), layout="constrained")).subplots(
+        len(kinds), sharex=True)
+    for axis, kind in zip(axes, kinds):
+        axis.hist(scaled, 201, range=(-1, 1), density=True, color="lightgray")
+        axis.vlines(levels(kind), 0, axis.get_ylim()[1], linewidth=1)
+        axis.set(ylabel=kind, yticks=[])
+    axes[-1].set_xlabel("weight / largest of its block")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"quantize.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

@@ -1,0 +1,524 @@
+"""Checks instruction data: records and their files, rows and batches, the made-up tasks, scores.
+
+Laws are drawn with hypothesis: rows decode to the records, an epoch has each record once, train and
+test share no prompt. Files are mutated and may raise FormatError only; queries that write, call or
+never end are wrong answers, and quickly.
+"""
+
+import re
+import sqlite3
+import time
+from collections import Counter
+from itertools import chain, islice
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilm.data import (
+    IGNORED,
+    TASKS,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    InstructionBatches,
+    Record,
+    encode,
+    load_records,
+    make_tasks,
+    prompt,
+    save_records,
+    score,
+)
+from minilm.data.tasks import CITIES
+from minilm.files import FormatError
+
+BYTES = ByteTokenizer()
+words = st.text(min_size=1, max_size=12)
+records = st.builds(
+    Record, words, st.text(max_size=12), words, st.lists(words, max_size=2).map(tuple), st.text()
+)
+seeds = st.integers(0, 2**63)
+
+
+# Records and their files
+
+
+def test_the_prompt_leaves_an_empty_context_out():
+    assert prompt(Record("Reverse", "abc", "cba")) == "Reverse\nabc\n-> "
+    assert prompt(Record("Say hello", "", "hello")) == "Say hello\n-> "
+
+
+@pytest.mark.parametrize(
+    "fields, kind, message",
+    [
+        ({"instruction": 1}, TypeError, "instruction: expected str, got int"),
+        ({"output": b"a"}, TypeError, "output: expected str, got bytes"),
+        ({"context": None}, TypeError, "context: expected str, got NoneType"),
+        ({"task": 3}, TypeError, "task: expected str, got int"),
+        ({"references": "ab"}, TypeError, "references: expected a tuple, got str"),
+        ({"references": ("a", 1)}, TypeError, "references: expected str, got int"),
+        ({"instruction": ""}, ValueError, "instruction: the text is empty"),
+        ({"output": ""}, ValueError, "output: the text is empty"),
+        ({"references": ("a", "")}, ValueError, "references: the text is empty"),
+        ({"context": "\ud800"}, ValueError, "context: .*surrogates"),
+    ],
+)
+def test_a_record_holds_text(fields, kind, message):
+    with pytest.raises(kind, match=message):
+        Record(**{"instruction": "i", "context": "c", "output": "o"} | fields)
+
+
+def test_a_file_is_an_object_a_line(tmp_path):
+    path = tmp_path / "records.jsonl"
+    found = [
+        Record("Café", "", "a\n\u2028b"),
+        Record("i", "c", "o", ("p",), "t"),
+    ]
+    save_records(path, found)
+    assert path.read_text(encoding="utf-8").split("\n") == [
+        '{"instruction": "Café", "output": "a\\n\u2028b"}',
+        '{"instruction": "i", "context": "c", "output": "o", "references": ["p"], "task": "t"}',
+        "",
+    ]
+    assert load_records(path) == found
+    path.write_bytes(b'{"output":"o","instruction":"i","context":"","references":[]}\r\n')
+    assert load_records(path) == [Record("i", "", "o")]
+
+
+@given(st.lists(records, min_size=1, max_size=4))
+def test_what_is_saved_is_loaded(tmp_path_factory, found):
+    path = tmp_path_factory.getbasetemp() / "saved.jsonl"
+    save_records(path, found)
+    assert load_records(path) == found
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_saved_and_loaded(tmp_path, name):
+    train, test = make_tasks([name], 20, 5, seed=0)
+    save_records(tmp_path / "r.jsonl", train + test)
+    assert load_records(tmp_path / "r.jsonl") == train + test
+
+
+def test_nothing_is_saved_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no record"):
+        save_records(tmp_path / "r.jsonl", [])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError):
+        load_records(tmp_path / "r.jsonl")
+
+
+GOOD = '{"instruction": "i", "output": "o"}'
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("", "Expecting value"),
+        ("{", "Expecting property name"),
+        (GOOD + GOOD, "Extra data"),
+        (b"\xff", "can't decode"),
+        (b"\xef\xbb\xbf" + GOOD.encode(), "BOM"),
+        (GOOD.encode("utf-16"), "can't decode"),
+        ("[" * 100_000, "(recursion|overflow)"),
+        ("9" * 5000, "digits"),
+        ("[]", "expected an object, got list"),
+        ("null", "expected an object, got NoneType"),
+        ('"i"', "expected an object, got str"),
+        ("{}", "instruction: the field is missing"),
+        ('{"instruction": "i"}', "output: the field is missing"),
+        ('{"output": "o"}', "instruction: the field is missing"),
+        ('{"instruction": "i", "output": "o", "input": ""}', "'input': the field is unknown"),
+        ('{"instruction": "i", "output": "o", "output": "p"}', "'output': .* appears twice"),
+        ('{"instruction": "i", "output": ""}', "output: the text is empty"),
+        ('{"instruction": "i", "output": NaN}', "output: expected str, got float"),
+        ('{"instruction": {"a": "b"}, "output": "o"}', "instruction: expected str"),
+        ('{"instruction": "i", "output": "\\ud800"}', "output: .*surrogates"),
+        ('{"instruction": "i", "output": "o", "context": null}', "context: expected str"),
+        ('{"instruction": "i", "output": "o", "references": "ab"}', "references: expected a list"),
+        ('{"instruction": "i", "output": "o", "references": {"a": "b"}}', "references: expected a"),
+        ('{"instruction": "i", "output": "o", "references": [1]}', "references: expected str"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, message):
+    path = tmp_path / "records.jsonl"
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(GOOD.encode() + b"\n" + line + b"\n" + GOOD.encode())
+    with pytest.raises(FormatError, match=rf"(?s)records\.jsonl: line 2: .*{message}"):
+        load_records(path)
+
+
+def test_a_file_has_a_record(tmp_path):
+    (tmp_path / "r.jsonl").write_bytes(b"")
+    with pytest.raises(FormatError, match=r"r\.jsonl: holds no record"):
+        load_records(tmp_path / "r.jsonl")
+
+
+@given(data=st.data())
+def test_mutated_files_raise_format_errors_only(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "mutated.jsonl"
+    save_records(path, make_tasks(["table", "sql"], 2, 0, seed=0)[0])
+    content = path.read_bytes()
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content)))
+        cut = data.draw(st.sampled_from([0, 1, 2, 20]))
+        patch = st.sampled_from([b"", b"null", b"-1", b"\n", b'"', b"[[", b"\\ud800"]) | st.binary()
+        content = content[:at] + data.draw(patch) + content[at + cut :]
+    path.write_bytes(content)
+    try:
+        found = load_records(path)
+    except FormatError:
+        return
+    save_records(path, found)
+    assert load_records(path) == found
+
+
+# Rows and batches
+
+
+def test_targets_are_the_output_and_the_end():
+    tokens, targets = encode([Record("Up", "a", "AB"), Record("I", "", "o")], BYTES)
+    no = IGNORED
+    assert tokens.tolist() == [[*b"Up\na\n-> AB"], [*b"I\n-> o", 0, 0, 0, 0]]
+    assert targets.tolist() == [[no] * 7 + [*b"AB", 256], [no] * 4 + [*b"o", 256] + [no] * 4]
+    assert no == -100
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    pytest.importorskip("tokenizers")
+    return BPETokenizer.train([prompt(record) for record in make_tasks(TASKS, 20, 0, 0)[0]], 400)
+
+
+@given(found=st.lists(records, min_size=1, max_size=5), spare=st.integers(0, 9))
+def test_rows_decode_to_their_records(found, spare):
+    check_rows(found, BYTES, spare)
+    check_rows(found, CharTokenizer.train([prompt(r) + r.output for r in found]), spare)
+
+
+@given(seed=seeds, spare=st.integers(0, 9))
+def test_rows_of_tasks_decode_to_their_records(bpe, seed, spare):
+    check_rows(make_tasks(TASKS, 2, 1, seed)[0], bpe, spare)
+
+
+def check_rows(found, tokenizer, spare):
+    length = encode(found, tokenizer)[0].shape[1]  # what the longest takes
+    tokens, targets = encode(found, tokenizer, length + spare)
+    assert tokens.dtype == targets.dtype == np.int32
+    assert tokens.shape == targets.shape == (len(found), length + spare)
+    for record, row, wanted in zip(found, tokens, targets):
+        (places,) = np.nonzero(wanted != IGNORED)
+        first, last = places[0], places[-1]
+        np.testing.assert_array_equal(places, np.arange(first, last + 1))
+        assert tokenizer.decode(row[: first + 1]) == prompt(record)
+        assert wanted[first:last].tolist() == tokenizer.encode(record.output).tolist()
+        assert wanted[last] == tokenizer.end
+        np.testing.assert_array_equal(wanted[first:last], row[first + 1 : last + 1])
+        assert not row[last + 1 :].any()
+    assert (targets[:, length - 1] != IGNORED).any() and (targets[:, length:] == IGNORED).all()
+
+
+def test_a_record_that_does_not_fit_is_named():
+    found = [Record("I", "", "ab"), Record("I", "", "abcd"), Record("I", "", "a")]
+    assert encode(found, BYTES, 9)[0].shape == (3, 9)
+    with pytest.raises(ValueError, match=r"record 1 takes 9 tokens, the length is 8: .*'abcd'"):
+        encode(found, BYTES, 8)
+    with pytest.raises(ValueError, match="record 1 takes 9 tokens, the length is 0"):
+        InstructionBatches(found, BYTES, 2, 0, seed=0)
+    with pytest.raises(ValueError, match="no record"):
+        encode([], BYTES)
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+        InstructionBatches(found, BYTES, 0, 9, seed=0)
+
+
+def numbered(size):
+    """Records whose output is their number, as a character; the number tells a row's record."""
+    return [Record("I", "", chr(33 + number)) for number in range(size)]
+
+
+def drawn(tokens):
+    return (tokens[:, 5] - 33).tolist()
+
+
+@given(size=st.integers(1, 30), batch=st.integers(1, 40), seed=seeds)
+def test_an_epoch_has_each_record_once(size, batch, seed):
+    batches = InstructionBatches(numbered(size), BYTES, batch, None, seed)
+    steps = list(islice(batches, -(-3 * size // batch)))
+    for tokens, targets in steps:
+        assert tokens.shape == targets.shape == (batch, 6)
+        assert drawn(tokens) == (targets[:, 4] - 33).tolist()
+    order = list(chain.from_iterable(drawn(tokens) for tokens, _ in steps))
+    for epoch in range(3):
+        assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+def test_every_epoch_and_seed_has_an_order_of_its_own():
+    batches = [InstructionBatches(numbered(20), BYTES, 20, None, seed) for seed in range(3)]
+    orders = {tuple(drawn(each[epoch][0])) for each in batches for epoch in range(5)}
+    assert len(orders) == 15
+    first = np.array([drawn(batches[0][epoch][0]) for epoch in range(300)])
+    counts = np.bincount(first[:, 0], minlength=20)  # who comes first: 15 times each on average
+    assert counts.min() > 0 and counts.max() < 40
+
+
+def test_a_step_depends_on_seed_and_step_only():
+    found = make_tasks(["reverse", "sort"], 15, 0, seed=0)[0]
+    forward = list(islice(InstructionBatches(found, BYTES, 7, 40, seed=3), 12))
+    resumed = InstructionBatches(found, BYTES, 7, 40, seed=3)
+    for step in (11, 4, 0, 10**6, 5):
+        again = resumed[step]
+        if step < 12:
+            np.testing.assert_array_equal(again, forward[step])
+    assert resumed[4][0].shape == (7, 40)
+
+
+def test_the_draw_of_a_seed_never_changes():
+    batches = InstructionBatches(numbered(5), BYTES, 4, None, seed=1)
+    assert [drawn(batches[step][0]) for step in range(3)] == [
+        [2, 0, 3, 4],
+        [1, 1, 3, 4],
+        [2, 0, 3, 2],
+    ]
+
+
+# Tasks
+
+
+def letters(record):
+    assert re.fullmatch("[a-z]{3,8}", record.context)
+    return record.context
+
+
+def sum_of(record):
+    a, b = re.fullmatch(r"(\d{1,2})\+(\d{1,2})", record.context).groups()
+    return str(int(a) + int(b))
+
+
+def last_word(record):
+    assert re.fullmatch("[a-z]{2,4}( [a-z]{2,4}){1,3}", record.context)
+    return record.context.split(" ")[-1]
+
+
+def area(record):
+    base, height = re.fullmatch(r"Base: (\d+)cm; Height: (\d+)cm", record.context).groups()
+    doubled = int(base) * int(height)
+    return f"The area of the triangle is {doubled // 2}{'.5' * (doubled % 2)} cm^2"
+
+
+ANSWERS = {
+    "reverse": ("Reverse", lambda record: "".join(reversed(letters(record)))),
+    "upper": ("Upper", lambda record: letters(record).swapcase()),
+    "sort": ("Sort", lambda record: "".join(sorted(letters(record)))),
+    "last": ("Last word", last_word),
+    "add": ("Add", sum_of),
+    "triangle": ("Calculate the area of the triangle", area),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_outputs_are_what_the_instruction_asks(name):
+    instruction, answer = ANSWERS[name]
+    for record in make_tasks([name], 300, 0, seed=0)[0]:
+        assert record == Record(instruction, record.context, answer(record), task=name)
+        if name != "triangle":
+            assert len((prompt(record) + record.output).encode()) + 1 <= 40
+
+
+def test_every_sentence_tells_the_whole_table():
+    found = make_tasks(["table"], 300, 0, seed=0)[0]
+    for record in found:
+        cells = [cell.split(": ") for cell in record.context.split(" | ")]
+        assert [name for name, _ in cells] == ["name", "food", "price", "area"]
+        sentences = {record.output, *record.references}
+        assert len(sentences) == 4 and len(record.references) == 3
+        assert all(value in sentence for sentence in sentences for _, value in cells)
+        assert all(score(record, sentence) for sentence in sentences)
+    verbs = Counter(re.search("serves|is a|offers|go to", record.output)[0] for record in found)
+    assert len(verbs) == 4 and min(verbs.values()) > 40  # of 300: each may be the output
+
+
+def answer_of(question):
+    """What a question about the cities asks for, found without SQL."""
+    if match := re.fullmatch(r"Where is (\w+)\?", question):
+        return [(country,) for name, country, _ in CITIES if name == match[1]]
+    pattern = r"(Which|How many) cities(?: in (\w+))? have more than (\d+) people\?( Largest.*)?"
+    asked, place, least, order = re.fullmatch(pattern, question).groups()
+    found = [row for row in CITIES if row[2] > int(least) and place in (None, row[1])]
+    assert found, "a question with an empty answer"
+    if asked == "How many":
+        return [(len(found),)]
+    return [row[:1] for row in sorted(found, key=lambda row: -row[2] if order else 0)]
+
+
+def test_queries_find_the_answer():
+    database = sqlite3.connect(":memory:")
+    database.execute("CREATE TABLE cities (name, country, population)")
+    database.executemany("INSERT INTO cities VALUES (?, ?, ?)", CITIES)
+    found = make_tasks(["sql"], 300, 0, seed=0)[0]
+    for record in found:
+        assert database.execute(record.output).fetchall() == answer_of(record.context)
+    database.close()
+    assert Counter(record.output.split(" FROM")[0] for record in found).keys() == {
+        "SELECT name", "SELECT COUNT(*)", "SELECT country",
+    }
+
+
+@given(train=st.integers(0, 30), test=st.integers(0, 30), seed=seeds)
+def test_no_test_prompt_is_trained_on(train, test, seed):
+    parts = make_tasks(TASKS, train, test, seed)
+    for part, count in zip(parts, (train, test)):
+        assert [record.task for record in part] == [name for name in TASKS for _ in range(count)]
+    prompts = [prompt(record) for part in parts for record in part]
+    assert len(set(prompts)) == len(prompts)
+    assert make_tasks(TASKS, train, test, seed) == parts
+
+
+def test_records_of_a_task_depend_on_the_seed_only():
+    both = make_tasks(["sort", "add"], 10, 5, seed=1)
+    assert make_tasks(["add"], 10, 5, seed=1) == (both[0][10:], both[1][5:])
+    assert make_tasks(["add", "add"], 10, 5, seed=1) == make_tasks(["add"], 10, 5, seed=1)
+    contexts = {r.context for seed in range(5) for r in make_tasks(["reverse"], 10, 0, seed)[0]}
+    assert len(contexts) == 50
+
+
+def test_the_records_of_a_seed_never_change():
+    train, test = make_tasks(["last", "add"], 2, 1, seed=1)
+    assert [(r.context, r.output) for r in train + test] == [
+        ("eask wuu", "wuu"),
+        ("bv xbln", "xbln"),
+        ("97+7", "104"),
+        ("71+61", "132"),
+        ("umzo lty lh", "lh"),
+        ("24+62", "86"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "names, train, test, message",
+    [
+        (["add", "ad"], 1, 1, "'ad' is none of the tasks reverse, upper, sort, last, add, tri"),
+        (["triangle"], 2500, 1, "task 'triangle' gave 2500 distinct records, not 2501"),
+        (["add"], -1, 5, "must not be negative, got -1 and 5"),
+        (["add"], 5, -1, "must not be negative, got 5 and -1"),
+    ],
+)
+def test_tasks_that_cannot_be_made_are_refused(names, train, test, message):
+    with pytest.raises(ValueError, match=message):
+        make_tasks(names, train, test, seed=0)
+
+
+def test_all_records_of_a_task_can_be_had():
+    train, test = make_tasks(["triangle"], 2000, 500, seed=0)
+    assert len({record.context for record in train + test}) == 2500
+
+
+# Scores
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_only_the_right_answer_scores(name):
+    found = make_tasks([name], 60, 0, seed=2)[0]
+    for record in found:
+        assert score(record, record.output) is True
+        for wrong in ("", record.output + "x", record.output[1:], "x" + record.output):
+            assert score(record, wrong) is False
+    others = [score(found[0], r.output) for r in found[1:] if r.output != found[0].output]
+    assert not all(others) and (name == "sql" or not any(others))
+
+
+def test_a_reference_is_right_too():
+    record = Record("i", "", "a", ("b", "c d"))
+    answers = ["a", "b", "c d", "c", "A", "a ", ""]
+    assert [answer for answer in answers if score(record, answer)] == ["a", "b", "c d"]
+
+
+NAMES = "SELECT name FROM cities WHERE country = 'France'"
+SORTED = "SELECT name FROM cities WHERE country = 'France' order by population"
+MOST = "SELECT MAX(population) FROM cities"
+NESTED = "SELECT x+x+x+x AS x FROM (" * 10 + "SELECT population AS x FROM cities" + ")" * 10
+
+
+@pytest.mark.parametrize(
+    "output, answer, right",
+    [
+        (NAMES, "select NAME from Cities where 'France' = country;", True),
+        (NAMES, NAMES + " ORDER BY name", True),
+        (NAMES, "SELECT name FROM cities WHERE population IN (2100000, 900000, 500000) -- ", True),
+        (NAMES, "SELECT name, country FROM cities WHERE country = 'France'", False),
+        (NAMES, NAMES + " LIMIT 2", False),
+        (NAMES, NAMES.replace("WHERE", "JOIN (VALUES (1), (2)) WHERE"), False),  # each row twice
+        (NAMES, NAMES.replace("France", "Italy"), False),
+        (SORTED, SORTED, True),
+        (SORTED, SORTED + " DESC", False),
+        (SORTED, NAMES + " ORDER BY name DESC", False),
+        (MOST, "SELECT population FROM cities ORDER BY population DESC LIMIT 1", True),
+        (MOST, "SELECT 3700000.0", True),
+        (MOST, "SELECT '3700000'", False),
+    ],
+)
+def test_a_query_is_right_where_it_finds_the_same(output, answer, right):
+    assert score(Record("SQL", "q", output, task="sql"), answer) is right
+
+
+MANY = ", ".join(f"cities c{i}" for i in range(6))
+
+
+@pytest.mark.parametrize(
+    "output, answer",  # the answers find what the outputs find, if they may run
+    [
+        (NAMES, NAMES + "; SELECT 1"),
+        (NAMES, NAMES + "; DROP TABLE cities"),
+        (NAMES, "DELETE FROM cities WHERE country = 'France' RETURNING name"),
+        (NAMES, "UPDATE cities SET name = name WHERE country = 'France' RETURNING name"),
+        (NAMES, "INSERT INTO cities " + NAMES.replace("name", "name, 1, 2") + " RETURNING name"),
+        (NAMES, NAMES.replace("name", "printf('%s', name)")),
+        (NAMES, NAMES.replace("country = ", "country LIKE ")),
+        (NAMES, f"SELECT * FROM ({NAMES})"),
+        (NAMES, f"WITH n AS ({NAMES}) SELECT * FROM n"),
+        (NAMES, NAMES + " " * 1000),
+        (MOST, f"SELECT MAX(c0.population) FROM {MANY}"),
+    ],
+)
+def test_a_query_that_may_not_run_is_wrong(output, answer):
+    assert score(Record("SQL", "q", output, task="sql"), answer) is False
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "", " ", ";", "-- SELECT", "no query", "SELECT", "SELECT nothing FROM cities", "SELECT 1\0",
+        "SELECT '\ud800'", "SELECT CAST(x'ff' AS TEXT)", "SELECT zeroblob(1000000000)",
+        "SELECT load_extension('SELECT')", "PRAGMA user_version", "ATTACH 'SELECT' AS a", "VACUUM",
+        "VACUUM INTO 'SELECT'", "BEGIN", "SELECT sum(population << 40) FROM cities", "(" * 10**6,
+        "SELECT " + "(" * 900, "SELECT " + "-" * 900, "SELECT * FROM pragma_database_list",
+        "SELECT * FROM " + ", ".join(f"cities c{i}" for i in range(60)), NESTED,
+        "WITH RECURSIVE n(x) AS (VALUES (1) UNION ALL SELECT x + 1 FROM n) SELECT * FROM n",
+        "SELECT COUNT(*) FROM " + MANY + ", " + MANY.replace("c", "d").replace("dities", "cities"),
+    ],
+)
+def test_hostile_answers_are_wrong_at_once(answer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = time.perf_counter()
+    assert score(Record("SQL", "q", MOST, task="sql"), answer) is False
+    assert time.perf_counter() - start < 0.5
+    assert not list(tmp_path.iterdir())
+
+
+SQL = "SELECT FROM WHERE ORDER BY GROUP COUNT(*) name cities population * , ( ) = > 'x' 1 ; -- NULL"
+
+
+@given(st.text() | st.lists(st.sampled_from(SQL.split()), max_size=12).map(" ".join))
+def test_no_answer_raises(answer):
+    assert score(Record("SQL", "q", MOST, task="sql"), answer) in (True, False)
+
+
+def test_saying_nothing_is_not_finding_nothing():
+    nothing = Record("SQL", "q", "SELECT name FROM cities WHERE country = 'Spain'", task="sql")
+    answers = ["", ";", "-- none", "SELECT name FROM cities WHERE name = 'Madrid'"]
+    assert [score(nothing, answer) for answer in answers] == [False, False, False, True]
+
+
+def test_an_output_that_is_no_query_is_refused():
+    with pytest.raises(ValueError, match="must be a query on cities, got 'SELECT a FROM b'"):
+        score(Record("SQL", "q", "SELECT a FROM b", task="sql"), "SELECT 1")
