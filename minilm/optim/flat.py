@@ -55,7 +55,8 @@ class FlatParameters:
     def zero_grad(self):
         """Forget the gradients; nothing is written until new ones arrive."""
         for p in self.params:
-            p.grad = None
+            if p.node:  # an adapter that rests has none
+                p.grad = None
 
     def complete(self):
         """Zeros where no gradient arrived, so that .grad is whole."""

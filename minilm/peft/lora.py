@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilm.backend import array_module, one_dtype, rows
+from minilm.backend import array_module, one_dtype, rows, wide
 from minilm.backend import matmul as product
 from minilm.graph import once
 from minilm.nn import Dropout, Linear, Module
@@ -53,6 +53,8 @@ class Adapter(Module):
     def __init__(self, A, B, alpha: float, dropout: float = 0.0, rslora: bool = False):
         if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or not len(A):
             raise ValueError(f"A must be (r, I) and B (O, r), got {A.shape} and {B.shape}")
+        if not math.isfinite(alpha) or not 0 <= dropout < 1:
+            raise ValueError(f"alpha must be finite, dropout in [0, 1); got {alpha=}, {dropout=}")
         self.A, self.B = Tensor(A, requires_grad=True), Tensor(B, requires_grad=True)
         self.r, self.alpha, self.rslora, self.drop = len(A), alpha, rslora, Dropout(dropout)
         self.scale = alpha / (math.sqrt(self.r) if rslora else self.r)
@@ -72,6 +74,14 @@ class Adapter(Module):
             self.A.node = self.B.node = None
         elif active and self.resting:
             (self.A.node, self.B.node), self.resting = self.resting, None
+
+    def astype(self, dtype):
+        """Convert A and B; gradients start anew, those of an adapter that rests included."""
+        acts = self.resting is None
+        self.activate(True)
+        super().astype(dtype)
+        self.activate(acts)
+        return self
 
 
 class LoRALinear(Module):
@@ -108,11 +118,9 @@ def add_lora(model: Module, r: int, alpha: float, targets=("q", "v"), dropout: f
     and while another adapter is merged; the model is then as it was.
     """
     layers = _chosen(model, targets)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     for path, layer in layers.items():
         O, I = _base(layer).weight.shape
-        if not 1 <= r <= min(I, O):
+        if not isinstance(r, (int, np.integer)) or not 1 <= r <= min(I, O):
             raise ValueError(f"r must be 1 to {min(I, O)}, the size of {path} {O, I}; got {r}")
     like = next(t.data for _, t in model.named_tensors() if t.dtype.kind in "fV")
     xp, rng, adapters = array_module(like), np.random.default_rng(seed), {}
@@ -129,12 +137,14 @@ def insert_adapters(model: Module, name: str, adapters: dict[str, Adapter]) -> M
 
     ValueError where a path has no linear layer, or one of another size, and as in add_lora.
     """
-    if not name or "." in name:
+    if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"an adapter's name must be a word without dots, got {name!r}")
     layers = adaptable_layers(model)
     if taken := [path for path, m in lora_layers(model).items() if name in m.adapters]:
         raise ValueError(f"there is an adapter {name!r} already, on {taken[0]} and others")
     _refuse_merged(model, "adding an adapter")
+    if not adapters:
+        raise ValueError(f"there are no adapters to insert as {name!r}")
     for path, adapter in adapters.items():
         if path not in layers:
             raise ValueError(f"{path} is no linear layer of this model")
@@ -148,6 +158,7 @@ def insert_adapters(model: Module, name: str, adapters: dict[str, Adapter]) -> M
             layers[path] = LoRALinear(layers[path])
             model.replace(path, layers[path])
         layers[path].adapters[name] = adapter
+        layers[path].train(model.training)  # modules are made in training mode
     return use_adapter(model, name)
 
 
@@ -208,21 +219,25 @@ def requantize_lora(model: Module) -> dict[str, Survival]:
     layers = _merged_layers(model)
     if plain := [path for path, m in layers.items() if type(m.base) is not QuantizedLinear]:
         raise ValueError(f"the base of {plain[0]} is not quantized")
-    return {path: _requantize(model, path, layer) for path, layer in layers.items()}
+    done = {path: _requantized(layer) for path, layer in layers.items()}
+    for path, (new, _) in done.items():
+        model.replace(path, new)
+    return {path: survival for path, (_, survival) in done.items()}
 
 
-def _requantize(model, path, layer):
-    base, old, D = layer.base, layer.base.weight, layer.adapters[layer.active].update()
+def _requantized(layer):
+    """The merged layer in its base's codes, and what survived."""
+    base, old, D = layer.base, layer.base.weight, wide(layer.adapters[layer.active].update())
     if hasattr(old, "codebook"):
         form = "int8" if old.c2.dtype == np.int8 else old.c1 is not None
         new = quantize_weight(layer.merged.weight.data, old.codebook, form, old.block_size)
     else:
         new = quantize_weight(layer.merged.weight.data, "int8")
-    model.replace(path, QuantizedLinear(new, base.bias, base.compute_dtype, base.threshold))
     found, size = new.dequantize() - old.dequantize(), float((D * D).sum())
     noise = float(((found - D) ** 2).sum())
-    return Survival(float((found * D).sum()) / size, math.sqrt(noise / size)) if size else (
+    survival = Survival(float((found * D).sum()) / size, math.sqrt(noise / size)) if size else (
         Survival(1.0, 0.0))
+    return QuantizedLinear(new, base.bias, base.compute_dtype, base.threshold), survival
 
 
 def lora_layers(model: Module) -> dict[str, LoRALinear]:
@@ -231,11 +246,14 @@ def lora_layers(model: Module) -> dict[str, LoRALinear]:
 
 
 def adaptable_layers(model: Module) -> dict[str, Module]:
-    """path -> layer that can have adapters, or has: the linear ones, plain or quantized."""
+    """path -> layer that can have adapters, or has: the linear ones, plain or quantized.
+
+    Not the model itself, where that is one: it could not be replaced in its own place.
+    """
     adapted = lora_layers(model)
     inside = tuple(f"{path}." for path in adapted)
     return {path: m for path, m in model.named_modules() if path in adapted
-            or (type(m) in (Linear, QuantizedLinear) and not path.startswith(inside))}
+            or (path and type(m) in (Linear, QuantizedLinear) and not path.startswith(inside))}
 
 
 def trainable_parameters(model: Module) -> list[Tensor]:
@@ -246,7 +264,10 @@ def trainable_parameters(model: Module) -> list[Tensor]:
 def _chosen(model, targets):
     layers = adaptable_layers(model)
     if targets == "all-linear":
-        return {path: m for path, m in layers.items() if "head" not in path.split(".")}
+        layers = {path: m for path, m in layers.items() if "head" not in path.split(".")}
+        if not layers:
+            raise ValueError("there is no linear layer outside of the head")
+        return layers
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     def fits(path, target): return f".{path}".endswith(f".{target}")
     wrong = [t for t in targets if not any(fits(path, t) for path in layers)]
