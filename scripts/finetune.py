@@ -133,17 +133,20 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         raise ValueError(f"{resume}: the model or the data are not those this run was started on")
     model = METHODS[s.method].prepare(huggingface.load_model(folder), s)
     batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed)
-    known = held_out_text(s, tokenizer, model.config.context)
+    asked, context = data.encode(records[1], tokenizer), model.config.context
+    longest = max(batches.tokens.shape[1], asked[0].shape[1])
+    if longest > context:
+        raise ValueError(f"a record takes {longest} tokens, but the model's context is {context}")
+    known = held_out_text(s, tokenizer, context)
     if run is None:
         run = RunDirectory.create(out, f"finetune-{s.method}", asdict(s), described)
-    finetune(run, s, model, tokenizer, records[1], batches, known)
+    finetune(run, s, model, tokenizer, batches, records[1], asked, known)
 
 
-def finetune(run, s: Settings, model, tokenizer, test, batches, known):
+def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
     """Train, and say what the model can do and still knows before and after."""
     params = trainable_parameters(model)
     optimizer = AdamW(params, s.lr, weight_decay=0.0)
-    asked = data.encode(test, tokenizer)
     schedule = partial(cosine_schedule, steps=s.steps, lr=s.lr, warmup=s.warmup)
     step = run.restore(model, optimizer)
     print(f"{run.path}: {s.method} on {s.model}, {sum(p.size for p in params):,} trainable "

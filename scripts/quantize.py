@@ -3,9 +3,9 @@
     python scripts/quantize.py                      # with the newest model under runs/
     python scripts/quantize.py --model runs/pretrain-1/model
 
-Prints three tables: the error of datatypes and block sizes on normal numbers, the same on the
-model's own weights, and the model's perplexity on held-out text with its weights in each datatype.
-Draws the codebooks over the histogram of the weights (needs the extra `plots`).
+Prints the lectures' worked examples, and three tables: the error of datatypes and block sizes on
+normal numbers, the same on the model's own weights, and the model's perplexity on held-out text
+with its weights in each datatype. Draws the codebooks over the histogram of the weights (needs the extra `plots`).
 """
 
 import math
@@ -45,7 +45,8 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
                if type(m) is Linear and path != "head"]
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     normal = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
-    print("normal numbers")
+    print_examples()
+    print("\nnormal numbers")
     print_errors([normal], block_sizes)
     print("\n(bitsandbytes publishes for nf4, blocks of 64: mean |error| 0.0728, "
           "mean |error / x| 0.2033)")
@@ -57,6 +58,27 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     print_perplexities(folder, rows)
     if drawn := draw_codebooks(weights, out):
         print(f"\nthe codebooks over the weights: {drawn}")
+
+
+def print_examples():
+    """What the lectures work out by hand; 1.5 c = 18.68 and 5.6 c = 69.73 are 18 and 69 there."""
+    x = np.array([1.5, 2.3, 3.7, 4.1, 5.6, 6.8, 7.9, 8.4, 9.2, 10.2])
+    quantized = quantize_int8(x)
+    print(f"absmax: x {x}\n  c = {quantized.c:.4f}, codes {quantized.codes}"
+          f"\n  back {np.round(quantized.dequantize(), 2)}")
+    W = np.array([[-0.7, -0.3, 0.0, -0.4, 0.3], [-1.0, 0.2, 0.7, 1.7, -0.9],
+                  [-0.1, -1.5, -0.1, 0.8, 0.5], [1.2, -1.7, -0.9, -0.3, 0.7],
+                  [0.4, 0.1, -1.4, 2.2, -1.1]], np.float32)
+    by_row = quantize_int8(W, axis=-1)
+    constants = quantize_int8(by_row.absmax)
+    print(f"a 5 x 5 matrix with a constant a row, and these in 8 bits: {W.nbytes} bytes -> "
+          f"{by_row.codes.nbytes} + {constants.codes.nbytes} + {constants.absmax.nbytes} = "
+          f"{by_row.codes.nbytes + constants.nbytes}\n{by_row.codes}")
+    one, two = (quantize_4bit(np.ones((1024, 1024), np.float32), double_quant=d)
+                for d in (False, True))
+    bits = [8 * q.nbytes / 1024**2 - 4 for q in (one, two)]
+    print(f"constants of blocks of 64: {bits[0]:.3f} bits a weight -> {bits[1]:.3f}; of 65 billion "
+          f"weights {65 / 8 * (bits[0] - bits[1]):.2f} GB less")
 
 
 def print_errors(arrays, block_sizes):

@@ -62,6 +62,8 @@ PUBLIC = {  # what other programs rely on
     "peft": "add_lora use_adapter merge_lora unmerge_lora unload_lora requantize_lora "
     "trainable_parameters",
     "interop.huggingface": "load_model save_model",
+    "interop.peft": "load_adapter save_adapter",
+    "interop.bitsandbytes": "load_4bit save_4bit load_model save_model",
     "checkpoint": "save load",
 }
 

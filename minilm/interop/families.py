@@ -28,6 +28,22 @@ class Family(NamedTuple):
     copies: dict = {}  # key -> another key of the same tensor; both are written
     ignored: tuple = ()  # keys that play no part in the logits
 
+    def names(self, layers: int) -> dict[str, str]:
+        """{path of a module of ours: theirs} for a model of so many layers."""
+        names = dict(self.modules)
+        for i in range(layers):
+            for ours, theirs in self.block.items():
+                names[f"blocks.{i}.{ours}"] = self.layer.format(i=i) + theirs
+        return names
+
+    def joined(self, layers: int, paths) -> dict[str, list[str]]:
+        """{a module of theirs: those of our paths that are joined there, in their order}."""
+        joined = {}
+        for ours, theirs in self.names(layers).items():
+            if ours in paths:
+                joined.setdefault(theirs, []).append(ours)
+        return joined
+
 
 GPT2 = Family(
     "GPT2LMHeadModel",

@@ -20,7 +20,7 @@ from minilm.transformer import Config, Transformer
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 OPTIONAL = ("n_inner", "num_key_value_heads")  # the sizes that may be null or absent
-ONLY = {"add_cross_attention": False, "is_encoder_decoder": False, "quantization_config": None}
+ONLY = {"add_cross_attention": False, "is_encoder_decoder": False}
 
 
 def load_model(
@@ -31,28 +31,9 @@ def load_model(
     Reads one file or shards, today's keys or older ones. Raises FileNotFoundError, or FormatError
     naming the field or the keys, where a file is damaged or says what Transformer cannot express.
     """
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype must be one of {FLOATS}, got {dtype!r}")
     path = Path(path)
-    raw = read_json(path / "config.json")
-    try:
-        family, config = _parse(raw)
-    except ValueError as error:
-        raise FormatError(path / "config.json", str(error)) from None
-    file, arrays = _read_arrays(path)
-    arrays = _normalised(file, arrays, family, config)
-    numbers, held = _fewest_numbers(config), sum(a.size for a in arrays.values())
-    if numbers > 2 * held + 10**6:  # a damaged size must not ask for all the memory there is
-        raise FormatError(path / "config.json", f"describes a model of at least {numbers} numbers, "
-                          f"but {file.name} holds {held}")
-    model = Transformer(replace(config, dropout=dropout))
-    places = _places(model, family)
-    _check(file, arrays, places)
-    for key, tensors in places.items():
-        ends = np.cumsum([len(t) for t in tensors])
-        for tensor, part in zip(tensors, np.split(_turned(key, arrays[key]), ends[:-1])):
-            tensor.__init__(part.astype(dtype, order="C"), requires_grad=True)  # keeps ties
-    return model
+    family, config = parse(path, read_json(path / "config.json"))
+    return build(family, replace(config, dropout=dropout), *read_arrays(path), dtype)
 
 
 def save_model(model: Transformer, path: str | os.PathLike) -> None:
@@ -61,17 +42,66 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
     config.json comes last, so a part of a folder does not load. A model that no family expresses,
     or that has other modules than its Config says, is a ValueError before anything is written.
     """
-    c, path = model.config, Path(path)
+    family, raw = describe(model)
+    require_parts(model, Transformer(model.config))
+    write_folder(path, raw, arrays_of(model, family))
+
+
+def parse(folder: Path, raw) -> tuple[Family, Config]:
+    """What the folder's config.json describes; FormatError where Transformer cannot express it."""
+    try:
+        return _parse(raw)
+    except ValueError as error:
+        raise FormatError(folder / "config.json", str(error)) from None
+
+
+def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) -> Transformer:
+    """The model of the arrays that were read from file, each cast to dtype."""
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {FLOATS}, got {dtype!r}")
+    arrays = _normalised(file, arrays, family, config)
+    numbers, held = _fewest_numbers(config), sum(a.size for a in arrays.values())
+    if numbers > 2 * held + 10**6:  # a damaged size must not ask for all the memory there is
+        raise FormatError(file.with_name("config.json"), "describes a model of at least "
+                          f"{numbers} numbers, but {file.name} holds {held}")
+    model = Transformer(config)
+    places = _places(model, family)
+    check(file, arrays, _shapes(places))
+    for key, tensors in places.items():
+        ends = np.cumsum([len(t) for t in tensors])
+        for tensor, part in zip(tensors, np.split(turned(key, arrays[key]), ends[:-1])):
+            tensor.__init__(part.astype(dtype, order="C"), requires_grad=True)  # keeps ties
+    return model
+
+
+def describe(model: Transformer) -> tuple[Family, dict]:
+    """The model's family and its config.json; ValueError where no family expresses its Config."""
+    c = model.config
     family = (LLAMA if c.positions == "rotary" else GPT2 if c.head == "linear"
               else BERT if c.segments else DISTILBERT)
     raw = _describe(family, c)
     raw["dtype"] = raw["torch_dtype"] = model.embed.weight.dtype.name  # the latter before version 5
-    if differences := _parts(model) ^ _parts(Transformer(c)):
+    return family, raw
+
+
+def require_parts(model, expected):
+    """ValueError where the modules of one model, or their shapes, are not those of the other."""
+    if differences := _parts(model) ^ _parts(expected):
         raise ValueError(f"not the modules of Transformer(config); differing: {_some(differences)}")
+
+
+def arrays_of(model, family: Family) -> dict:
+    """{their key: array} of the model's weights and biases."""
     arrays = {}
     for key, tensors in _places(model, family).items():
-        arrays[key] = _turned(key, np.concatenate([to_device(t.data, "cpu") for t in tensors]))
-    arrays |= {copy: arrays[key] for copy, key in family.copies.items()}
+        if key.endswith((".weight", ".bias")):  # and not what a quantized weight is made of
+            arrays[key] = turned(key, np.concatenate([to_device(t.data, "cpu") for t in tensors]))
+    return arrays | {copy: arrays[key] for copy, key in family.copies.items()}
+
+
+def write_folder(path, raw, arrays):
+    """config.json and model.safetensors."""
+    path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").unlink(missing_ok=True)
     write_tensors(path / "model.safetensors", arrays, {"format": "pt"})
@@ -87,6 +117,8 @@ def _parse(raw) -> tuple[Family, Config]:
     raw = family.absent | raw
     for field, value in (ONLY | family.only).items():
         _require(raw.get(field, value) == value, raw, field, repr(value))
+    plain = raw.get("quantization_config") is None
+    _require(plain, raw, "quantization_config", "null; minilm.interop.bitsandbytes reads 4 bits")
     values, types = {}, {field.name: field.type for field in fields(Config)}
     for ours, theirs in family.fields.items():
         null = theirs in OPTIONAL and raw.get(theirs) is None
@@ -169,23 +201,19 @@ def _parts(model) -> set:
 
 def _places(model, family: Family) -> dict:
     """{their key: [the Tensors that are joined there]}."""
-    modules = dict(family.modules)
-    for i in range(model.config.layers):
-        for ours, theirs in family.block.items():
-            modules[f"blocks.{i}.{ours}"] = family.layer.format(i=i) + theirs
-    places = {}
+    names, places = family.names(model.config.layers), {}
     for name, tensor in model.named_tensors():
         module, _, kind = name.rpartition(".")
-        places.setdefault(f"{modules[module]}.{kind}", []).append(tensor)
+        places.setdefault(f"{names[module]}.{kind}", []).append(tensor)
     return places
 
 
-def _turned(key, array):
+def turned(key, array):
     """GPT-2's Conv1D modules, all named c_*, hold W as (I, O)."""
     return array.T if ".c_" in key else array
 
 
-def _read_arrays(folder) -> tuple[Path, dict]:
+def read_arrays(folder) -> tuple[Path, dict]:
     """The arrays of model.safetensors or of the shards that an index names, and that file."""
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if file.exists() or not index.exists():
@@ -226,17 +254,22 @@ def _normalised(file, arrays, family: Family, c: Config) -> dict:
     return plain
 
 
-def _check(file, arrays, places):
+def _shapes(places) -> dict:
+    """{their key: the shape it has there}."""
+    shapes = {}
+    for key, tensors in places.items():
+        shape = (sum(len(t) for t in tensors), *tensors[0].shape[1:])
+        shapes[key] = shape[::-1] if ".c_" in key else shape
+    return shapes
+
+
+def check(file: Path, arrays: dict, shapes: dict):
     """FormatError naming the keys that are missing, unexpected, or of a wrong shape or dtype."""
-    wrong = []
-    for key in places.keys() & arrays.keys():
-        rows, rest = sum(len(t) for t in places[key]), places[key][0].shape[1:]
-        expected = (rows, *rest)[::-1] if ".c_" in key else (rows, *rest)
-        found, dtype = arrays[key].shape, arrays[key].dtype
-        if found != expected or dtype.name not in FLOATS:
-            wrong.append(f"{key} is {dtype} {found}, expected float {expected}")
-    problems = {"missing keys: ": places.keys() - arrays.keys(),
-                "unexpected keys: ": arrays.keys() - places.keys(), "": wrong}
+    wrong = [f"{key} is {arrays[key].dtype} {arrays[key].shape}, expected float {shapes[key]}"
+             for key in shapes.keys() & arrays.keys()
+             if arrays[key].shape != shapes[key] or arrays[key].dtype.name not in FLOATS]
+    problems = {"missing keys: ": shapes.keys() - arrays.keys(),
+                "unexpected keys: ": arrays.keys() - shapes.keys(), "": wrong}
     if text := "; ".join(kind + _some(names) for kind, names in problems.items() if names):
         raise FormatError(file, text)
 

@@ -1,0 +1,238 @@
+"""scripts/finetune.py as its user meets it: what each method trains and leaves behind, stopping and
+resuming, the answers it counts, and one clear line for what is wrong."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import finetune
+import numpy as np
+import pytest
+from finetune import METHODS, Settings, answers, main
+
+from minilm import checkpoint, data
+from minilm.generate import generate
+from minilm.interop import huggingface, peft
+from minilm.peft.lora import lora_layers
+from minilm.quantize import QuantizedLinear
+from minilm.run import RunDirectory
+from minilm.train import Trainer
+from minilm.transformer import Config, Transformer
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
+ROOT = Path(__file__).parents[1]
+METHOD_NAMES = tuple(METHODS)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The folder of an untrained model, and a text that it may know."""
+    model = Transformer(Config.gpt2(258, 40, layers=2, heads=2, width=16), seed=1)
+    folder = tmp_path / "base"
+    huggingface.save_model(model, folder)
+    data.ByteTokenizer().save(folder / "tokenizer.json")
+    (tmp_path / "text.txt").write_text("A cat sat on a mat. " * 40)
+    return folder
+
+
+def settings(base, **changes):
+    small = dict(model=str(base), known=(str(base.parent / "text.txt"),), train=20, test=3, r=2,
+                 alpha=4.0, batch=8, steps=6, warmup=2, eval_every=4, save_every=4, workers=1)
+    return Settings(**small | changes)
+
+
+def metrics(run):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in RunDirectory(run).records()]
+
+
+def learned(run):
+    """Bytes of what a run has learned."""
+    found = [p for p in run.rglob("*.safetensors") if "checkpoints" not in p.parts]
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in found}
+
+
+# What a run leaves behind
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, method):
+    main(settings(base, method=method), tmp_path / "runs")
+    run = tmp_path / "runs" / f"finetune-{method}-1"
+    said = capsys.readouterr().out
+    trained = {"full": sum(p.size for p in huggingface.load_model(base).parameters())}
+    # q, k, v and o take and give 16 numbers, up and down 16 and 64: r (I + O) each, two blocks
+    adapters = 2 * 2 * (4 * (16 + 16) + 2 * (16 + 64))
+    assert f"{trained.get(method, adapters):,} trainable parameters" in said
+    tasks = ["reverse", "upper", "sort", "last", "add"]
+    rows = [line.split(":")[0] for line in said.split("before")[1].splitlines()[1:] if ":" in line]
+    assert rows[:8] == [*tasks, "all", "held out", str(base.parent / "text.txt")]
+
+    before, *steps, after = metrics(run)
+    assert [r["step"] for r in (before, *steps, after)] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert list(before["right"]) == tasks == list(after["right"])
+    assert after["loss_held_out"] < before["loss_held_out"]
+    assert before["loss_known"] != after["loss_known"]
+
+    tensors, state = checkpoint.load(run / "checkpoints")
+    names = {n.removeprefix("model.") for n in tensors if n.startswith("model.")}
+    if method == "full":
+        model = huggingface.load_model(run / "model")
+        assert names == set(model.state_dict()) and state == {"step": 6}
+        assert all((tensors[f"model.{n}"] == t).all() for n, t in model.state_dict().items())
+        assert (run / "model" / "tokenizer.json").exists()
+    else:  # the base is not saved again
+        assert len(names) == 2 * 12 and all(n.endswith((".A", ".B")) for n in names)
+        model = peft.load_adapter(huggingface.load_model(base), run / "adapter")
+        for path, layer in lora_layers(model).items():
+            adapter = layer.adapters["default"]
+            assert (adapter.update() != 0).any() and adapter.r in (2, 6)
+            kept = f"model.{path}.adapters.default.B"
+            if adapter.r == 2:
+                assert (adapter.B.data == tensors[kept]).all()
+
+
+def test_qlora_trains_on_a_quantized_base(base):
+    model = METHODS["qlora"].prepare(huggingface.load_model(base), settings(base, kind="fp4"))
+    layers = lora_layers(model)
+    assert len(layers) == 12 and all(type(m.base) is QuantizedLinear for m in layers.values())
+    assert {m.base.weight.codebook for m in layers.values()} == {"fp4"}
+
+
+def test_targets_and_scaling_reach_the_adapters(base):
+    s = settings(base, targets=("q", "down"), rslora=True, dropout=0.25)
+    layers = lora_layers(METHODS["lora"].prepare(huggingface.load_model(base), s))
+    assert sorted({path.rpartition(".")[2] for path in layers}) == ["down", "q"]
+    adapter = layers["blocks.0.mlp.down"].adapters["default"]
+    assert adapter.scale == 4 / 2**0.5 and adapter.drop.p == 0.25
+
+
+def test_a_run_repeats_with_its_seed(tmp_path, base):
+    for seed in (0, 0, 1):
+        main(settings(base, seed=seed, dropout=0.1), tmp_path)
+    first, again, other = (tmp_path / f"finetune-lora-{n}" for n in (1, 2, 3))
+    assert learned(first) == learned(again) != learned(other)
+    assert metrics(first) == metrics(again) != metrics(other)
+
+
+def test_a_file_of_records_is_split_and_learned(tmp_path, base, capsys):
+    records = [data.Record("Say", f"{i}", "yes" if i % 2 else "no") for i in range(30)]
+    data.save_records(tmp_path / "mine.jsonl", records)
+    s = settings(base, data=(str(tmp_path / "mine.jsonl"),), steps=2)
+    training, test = finetune.load_data(s)
+    assert test == records[:3] and training == records[3:]
+    main(s, tmp_path)
+    assert "records: right" in capsys.readouterr().out
+
+
+# Answers
+
+
+def test_answers_are_what_the_model_generates_up_to_its_end(base):
+    model, tokenizer = huggingface.load_model(base), data.ByteTokenizer()
+    records, _ = data.make_tasks(["upper", "last"], 4, 0, 0)
+    model.head.weight.data[data.ByteTokenizer.end] = 0
+    longest = max(len(r.output) for r in records) + 1
+    found = answers(model, records, tokenizer)
+    for record, answer in zip(records, found):
+        prompt = tokenizer.encode(data.prompt(record))[None]
+        ids = generate(model, prompt, longest, temperature=0)[0, prompt.shape[1]:].tolist()
+        end = ids.index(tokenizer.end) if tokenizer.end in ids else None
+        assert answer == tokenizer.decode(ids[:end])
+
+
+def test_an_answer_stops_at_the_end_token(base, monkeypatch):
+    tokenizer = data.ByteTokenizer()
+    ids = iter(tokenizer.encode("ab").tolist() + [tokenizer.end] + tokenizer.encode("cd").tolist())
+    monkeypatch.setattr(finetune, "stream", lambda *a: (np.array([i]) for i in ids))
+    record = data.Record("Say", "", "abcdef")
+    assert answers(huggingface.load_model(base), [record], tokenizer) == ["ab"]
+
+
+# Stopping and resuming
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, base, monkeypatch, method):
+    s = settings(base, method=method, dropout=0.0 if method == "full" else 0.1)
+    main(s, tmp_path / "a")
+    whole, step = tmp_path / "a" / f"finetune-{method}-1", Trainer.step
+
+    def fails(trainer, number, *rest):
+        if number == 5:
+            raise MemoryError("no room")
+        return step(trainer, number, *rest)
+
+    with monkeypatch.context() as m:
+        m.setattr(Trainer, "step", fails)
+        with pytest.raises(MemoryError):
+            main(s, tmp_path / "b")
+    stopped = tmp_path / "b" / f"finetune-{method}-1"
+    assert not learned(stopped)
+    main(resume=stopped)
+    assert learned(stopped) == learned(whole) and metrics(stopped) == metrics(whole)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, base):
+    s = settings(base)
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(s).items()
+             if k in ("model", "train", "test", "batch", "workers", "r")]
+    command = [sys.executable, ROOT / "scripts" / "finetune.py", *flags, "--steps", "100000",
+               "--known", s.known[0], "--out", str(tmp_path)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run = tmp_path / "finetune-lora-1"
+    for _ in range(300):
+        if (run / "metrics.jsonl").exists() and len(RunDirectory(run).records()) > 3:
+            break
+        time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == 0 and f"go on with: --resume {run}" in out
+    _, state = checkpoint.load(run / "checkpoints")
+    assert state["step"] == metrics(run)[-1]["step"] and (run / "adapter").exists()
+
+
+# What is wrong is said in one line
+
+
+def refused(tmp_path, *arguments):
+    command = [sys.executable, ROOT / "scripts" / "finetune.py", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_without_a_model_it_says_how_to_get_one(tmp_path):
+    assert "run pretrain.py first, or give --model" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(r=99), "r must be 1 to 16"),
+    (dict(targets=("x",)), "match no layer"),
+    (dict(method="qlora", kind="int5"), "kind must be one of"),
+    (dict(data=("reverse", "juggle")), "'juggle' is none of the tasks"),
+    (dict(test=0), "must be at least 1"),
+    (dict(data=("sql",)), "a record takes 1.. tokens, but the model's context is 40"),
+])
+def test_bad_settings_are_refused_before_a_run_is_made(tmp_path, base, change, words):
+    with pytest.raises(ValueError, match=words):
+        main(settings(base, **change), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_resumed_run_wants_its_own_model_and_data(tmp_path, base):
+    main(settings(base, steps=2), tmp_path)
+    run = tmp_path / "finetune-lora-1"
+    with pytest.raises(ValueError, match="keeps its settings"):
+        main(settings(base, steps=4), resume=run)
+    model = huggingface.load_model(base)
+    model.embed.weight.data[0] += 1
+    huggingface.save_model(model, base)
+    with pytest.raises(ValueError, match="not those this run was started on"):
+        main(resume=run)

@@ -1,0 +1,60 @@
+"""scripts/quantize.py as its user meets it: the tables' numbers, the picture, and what is wrong."""
+
+import re
+
+import numpy as np
+import pytest
+import quantize
+
+from minilm import data
+from minilm.interop import huggingface
+from minilm.transformer import Config, Transformer
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The folder of an untrained model whose every number counts, and a text."""
+    made = Transformer(Config.gpt2(258, 16, layers=1, heads=2, width=64), seed=1)
+    rng = np.random.default_rng(0)
+    for _, t in made.named_tensors():
+        t.data += rng.normal(0, 0.15, t.shape).astype(np.float32)
+    huggingface.save_model(made, tmp_path / "model")
+    data.ByteTokenizer().save(tmp_path / "model" / "tokenizer.json")
+    (tmp_path / "text.txt").write_text("A cat sat on a mat. " * 100)
+    return tmp_path / "model"
+
+
+def test_the_tables_and_the_picture(tmp_path, model, capsys):
+    picture = tmp_path / "new" / "codebooks.png"
+    quantize.main(model, (64,), str(tmp_path / "text.txt"), picture)
+    said = capsys.readouterr().out
+    assert "c = 12.4510, codes [ 19  29  46  51  70  85  98 105 115 127]" in said
+    assert "100 bytes -> 25 + 5 + 4 = 34" in said
+    assert "0.500 bits a weight -> 0.127; of 65 billion weights 3.03 GB less" in said
+
+    normal, own = (dict(re.findall(r"^(\w+) +(?:64|row) +([\d. ]+)$", part, re.M))
+                   for part in said.split("the weights of")[:2])
+    assert list(normal) == ["nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2", "int8"] == list(own)
+    bits, mean, relative, _ = map(float, normal["nf4"].split())
+    assert bits == 4.5 and abs(mean - 0.0728) < 1e-4 and abs(relative - 0.2033) < 5e-4
+
+    loss = {title.strip(): float(value) for title, value in re.findall(
+        r"^(.{24}) +[\d.]+ +([\d.]+) +[\d.]+ +-?[\d.]+%$", said, re.M)}
+    assert len(loss) == 12
+    tokens, targets = data.rows(data.pack(data.split(
+        data.load_corpus(str(tmp_path / "text.txt")), 0.1)[1], data.ByteTokenizer()), 16)
+    z = huggingface.load_model(model).eval()(tokens).data.astype(np.float64)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    counted = targets != data.IGNORED
+    right = np.take_along_axis(p, np.where(counted, targets, 0)[..., None], -1)[..., 0]
+    assert loss["float32"] == pytest.approx(-np.log(right[counted]).mean(), abs=1e-4)
+    assert abs(loss["int8, a constant a row"] - loss["float32"]) < (
+        abs(loss["nf2"] - loss["float32"]))
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_a_model_it_says_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"run pretrain.py first, or give --model"):
+        quantize.main()
