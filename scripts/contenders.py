@@ -139,13 +139,10 @@ def torch_side(job, shape):
     yield growth_of_memory(["self"], step)
 
 
-def torch_gpt(shape, fused=True):
-    """GPT-2 in PyTorch, with our initialisation's scale; q, k and v in one layer or apart."""
-    import torch
+def torch_block(C, H, fused):
+    """A block of width C with H heads; q, k and v in one layer or apart."""
     from torch import nn
     from torch.nn import functional as F
-
-    C, H = shape.width, shape.heads
 
     class Block(nn.Module):
         def __init__(self):
@@ -169,11 +166,22 @@ def torch_gpt(shape, fused=True):
             x = x + self.o(y.transpose(1, 2).reshape(B, T, C))
             return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
+    return Block()
+
+
+def torch_gpt(shape, fused=True):
+    """GPT-2 in PyTorch, with our initialisation's scale."""
+    import torch
+    from torch import nn
+
+    C = shape.width
+
     class GPT(nn.Module):
         def __init__(self):
             super().__init__()
             self.embed, self.position = nn.Embedding(shape.vocab, C), nn.Embedding(shape.context, C)
-            self.blocks = nn.ModuleList(Block() for _ in range(shape.layers))
+            self.blocks = nn.ModuleList(
+                torch_block(C, shape.heads, fused) for _ in range(shape.layers))
             self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, shape.vocab, bias=False)
             self.head.weight = self.embed.weight
             for p in self.parameters():

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minilm import ops, tensor
+from minilm.peft.lora import add_low_rank
+from minilm.quantize.linear import quantize_weight, quantized_linear
 from minilm.tensor import Tensor
 
 # The largest `error` of an op that computes in this dtype. 16-bit: four units in the last place,
@@ -55,7 +57,7 @@ class Row(NamedTuple):
 def table() -> list[Row]:
     """Every differentiable function beside PyTorch's."""
     F = import_torch().nn.functional
-    return [*tensor_rows(), *layer_rows(F), *attention_rows(F), *loss_rows(F)]
+    return [*tensor_rows(), *layer_rows(F), *attention_rows(F), *loss_rows(F), *adapted_rows(F)]
 
 
 def tensor_rows():
@@ -171,6 +173,27 @@ def loss_rows(F):
         Row("cosine_embedding", ops.cosine_embedding,
             lambda x, y: (1 - F.cosine_similarity(x, y, -1)).mean(), pair),
         Row("mse", ops.mse, F.mse_loss, pair),
+    ]
+
+
+def adapted_rows(F):
+    torch = import_torch()
+
+    def dequantized(W, kind):
+        return torch.tensor(quantize_weight(W.numpy(), kind).dequantize()).to(W.dtype)
+
+    def frozen(r, B, T, C): return [normal(r, B, T, C), normal(r, 7)], [normal(r, 7, C)]
+    def without_bias(variables, others): return variables[:1], others
+    def low_rank(r, B, T, C):
+        return [normal(r, B, T, 7), normal(r, B, T, C), normal(r, 2, C), normal(r, 7, 2)], []
+    return [
+        Row("quantized_linear", lambda x, b, W: quantized_linear(x, quantize_weight(W, "nf4"), b),
+            lambda x, b, W: F.linear(x, dequantized(W, "nf4"), b), frozen),
+        Row("quantized_linear int8, without bias",
+            lambda x, W: quantized_linear(x, quantize_weight(W, "int8")),
+            lambda x, W: F.linear(x, dequantized(W, "int8")), lambda *a: without_bias(*frozen(*a))),
+        Row("add_low_rank", lambda *inputs: add_low_rank(*inputs, scale=0.5),
+            lambda y, x, A, B: y + 0.5 * x @ A.T @ B.T, low_rank),
     ]
 
 

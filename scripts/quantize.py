@@ -5,7 +5,8 @@
 
 Prints the lectures' worked examples, and three tables: the error of datatypes and block sizes on
 normal numbers, the same on the model's own weights, and the model's perplexity on held-out text
-with its weights in each datatype. Draws the codebooks over the histogram of the weights (needs the extra `plots`).
+with its weights in each datatype. Draws the codebooks over the histogram of the weights (needs the
+extra `plots`).
 """
 
 import math

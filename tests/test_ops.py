@@ -2,7 +2,9 @@
 then what single ops promise: bad input, attention's masks and tiles, erf, dropout, cross-entropy.
 """
 
+import importlib
 import math
+import pkgutil
 from itertools import pairwise
 
 import ml_dtypes
@@ -15,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_table import TOLERANCE, cast, error, op_error, run_ours, run_torch, table, weights
 
+import minilm
 from minilm import attention, backend, ops, tensor
 from minilm.tensor import Tensor
 
@@ -37,9 +40,12 @@ def normal(*shape, seed=0):
 
 def test_every_op_has_a_row():
     lifted = tensor.add.__code__  # what @op returns
-    arithmetic = {n for n, f in vars(tensor).items() if getattr(f, "__code__", None) is lifted}
-    assert {"add", "getitem", "sum_"} <= arithmetic
-    assert arithmetic | set(ops.__all__) == {row.name.split()[0] for row in table()}
+    modules = [importlib.import_module(module.name)
+               for module in pkgutil.walk_packages(minilm.__path__, "minilm.")]
+    found = {f.__name__ for module in modules for f in vars(module).values()
+             if getattr(f, "__code__", None) is lifted}
+    assert {"add", "getitem", "sum_", "quantized_linear", "add_low_rank"} <= found
+    assert found | set(ops.__all__) == {row.name.split()[0] for row in table()}
 
 
 @every_row

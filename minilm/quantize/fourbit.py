@@ -138,8 +138,8 @@ def quantize_4bit(x, codebook: str = "nf4", block_size: int = 64,
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
     if double_quant not in (False, True, *DOUBLE):
         raise ValueError(f"double_quant must be a bool or one of {DOUBLE}, got {double_quant!r}")
-    xp, shape = array_module(x), x.shape
-    x = finite(x, "quantize_4bit").reshape(-1)
+    x = finite(x, "quantize_4bit")
+    xp, shape, x = array_module(x), x.shape, x.reshape(-1)
     whole = x.size // block_size * block_size
     step = BLOCK if xp is np else max(whole, 1)
     parts = [_quantize_blocks(x[i : min(i + step, whole)].reshape(-1, block_size), codebook)
@@ -192,7 +192,8 @@ def _look_up(packed, name, out):
     """Write the levels that packed codes stand for into out."""
     xp, k = array_module(packed), bits_of(name)
     if 8 % k:
-        codes = xp.unpackbits(packed).reshape(-1, k) @ (1 << xp.arange(k - 1, -1, -1))
+        places = 1 << xp.arange(k - 1, -1, -1, dtype=np.uint8)
+        codes = xp.unpackbits(packed).reshape(-1, k) @ places
         out[...] = xp.asarray(levels(name))[codes]
     elif xp is np:  # "clip" lets take write into out without a copy
         _levels_of_bytes(name).take(packed, axis=0, out=out.reshape(-1, 8 // k), mode="clip")
@@ -228,10 +229,10 @@ def double_quantize(x: FourBit, form: bool | str = True, offset=None) -> FourBit
 
 def _nearest_dynamic(x, c1):  # (groups, 256), (groups, 1) -> (groups, 256) uint8
     """Nearest codes of the dynamic map. As in bitsandbytes on the CPU, x / c1 is first rounded to
-    65536 steps between -1 and 1, and a group of zeros gets code 0."""
-    xp, values = array_module(x), dynamic_map()
-    s = xp.clip(x * (1 / xp.where(c1 > 0, c1, np.inf)), -1, 1)
-    s[c1[:, 0] == 0] = -1
+    65536 steps between -1 and 1, and a group gets code 0 where 1 / c1 would be infinite."""
+    xp, values, dead = array_module(x), dynamic_map(), c1 < 3e-39
+    s = xp.clip(x * (1 / xp.where(dead, np.inf, c1)), -1, 1)
+    s[dead[:, 0]] = -1
     step = (((s + 1) * np.float32(0.5)).astype(np.float64) * 65535 + 0.5).astype(np.float32)
     s = (xp.trunc(step).astype(np.float64) * (2 / 65535) - 1).astype(np.float32)
     return xp.searchsorted(xp.asarray((values[1:] + values[:-1]) / 2), s).astype(np.uint8)

@@ -19,6 +19,7 @@ Shapes: N rows, I in, O out. W is (O, I), as everywhere here; the paper's is its
 
 from dataclasses import dataclass
 
+import ml_dtypes  # noqa: F401  makes "bfloat16" the name of a dtype
 import numpy as np
 
 from minilm.backend import array_module, matmul, rows, wide
@@ -37,7 +38,7 @@ class Int8:
     @property
     def c(self):
         """The constants 127 / absmax of eq. (1); infinite for a group of zeros."""
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             return 127 / self.absmax
 
     def dequantize(self, dtype="float32"):
@@ -63,21 +64,27 @@ def int8_matmul_outliers(x, W, threshold: float = 6.0):
     A feature with any |x| >= threshold is an outlier and multiplied in 16 bits: threshold 0 makes
     all of them outliers, infinity none. W: floats, or an Int8 quantized by row, whose outlier
     columns are dequantized then. 16 bits are x's own dtype where that has 16, else float16.
+
+    ValueError where x in 16 bits or W is not finite, where x and W differ in I, and for an Int8
+    quantized otherwise.
     """
     quantized = W if isinstance(W, Int8) else quantize_int8(W, axis=-1)
-    x16 = finite(rows(x), "int8_matmul_outliers", dtype=None)
-    x16 = x16 if x16.dtype.itemsize == 2 else x16.astype(np.float16)
+    O, I = quantized.shape
+    if x.shape[-1] != I or quantized.absmax.shape != (O, 1):
+        raise ValueError(f"int8_matmul_outliers needs x (..., I) and W (O, I) with absmax (O, 1), "
+                         f"got {x.shape}, {(O, I)} and {quantized.absmax.shape}")
+    x16 = finite(rows(x), "int8_matmul_outliers", x.dtype if x.dtype.itemsize == 2 else np.float16)
     xp, x32 = array_module(x16), wide(x16)
     outlier = xp.abs(x32) >= threshold
-    O = outlier.any(0)  # (I,)
+    h = outlier.any(0)  # the features in O: (I,)
     absmax = xp.where(outlier, 0, xp.abs(x32)).max(-1, keepdims=True, initial=0)
-    x8 = _codes(xp.where(O, 0, x32), absmax)
+    x8 = _codes(xp.where(h, 0, x32), absmax)
     S = absmax * quantized.absmax.T * np.float32(1 / 127**2)
     y = S * integer_product(x8, quantized.codes)
-    if O.any():
-        columns = Int8(W.codes[:, O], W.absmax).dequantize() if W is quantized else W[:, O]
-        y += wide(matmul(x16[:, O], columns.astype(x16.dtype).T))  # eq. (3)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    if h.any():
+        columns = Int8(W.codes[:, h], W.absmax).dequantize() if W is quantized else W[:, h]
+        y += wide(matmul(x16[:, h], columns.astype(x16.dtype).T))  # eq. (3)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], O)
 
 
 def integer_product(a, b):
@@ -95,17 +102,20 @@ def integer_product(a, b):
 
 
 def finite(x, name: str, dtype=np.float32):
-    """x as floats of dtype (None: its own); TypeError for no floats, ValueError for nan or inf."""
+    """x as floats of dtype; TypeError for no floats, ValueError for nan, inf or what becomes it."""
     x = x if hasattr(x, "dtype") else np.asarray(x, np.float32)
     if x.dtype.kind not in "fV":
         raise TypeError(f"{name} needs floating-point numbers, got dtype {x.dtype}")
+    with np.errstate(over="ignore"):
+        x = x.astype(dtype, copy=False)
     wrong = x.size - int(array_module(x).isfinite(x).sum())
     if wrong:
-        raise ValueError(f"{name} needs finite numbers, but {wrong} of {x.size} are nan or inf")
-    return x if dtype is None else x.astype(dtype, copy=False)
+        raise ValueError(f"{name} needs numbers that are finite in {x.dtype}, but {wrong} of "
+                         f"{x.size} are not")
+    return x
 
 
 def _codes(x, absmax):
-    """round(127 / absmax x), and zero where absmax is."""
-    c = 127 / array_module(x).where(absmax > 0, absmax, np.inf)
+    """round(127 / absmax x), and zero where absmax is, or so small that c overflows."""
+    c = 127 / array_module(x).where(absmax > 1e-36, absmax, np.inf)
     return array_module(x).rint(x * c.astype(np.float32)).astype(np.int8)  # eq. (1)

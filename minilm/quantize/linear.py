@@ -85,22 +85,23 @@ def quantize_model(model: Module, kind: str = "nf4", double_quant: bool | str = 
 
     kind: a codebook of fourbit.py, "int8" (one constant an output) or "llm.int8" (the same, and
     products in 8 bits with outliers apart). compute_dtype: of the products, by default that of
-    what comes in. skip: names in a layer's path that keep it as it is. double_quant and block_size
-    as in quantize_4bit. ValueError where a weight is not finite or nothing is left to quantize;
-    the model is then as it was.
+    what comes in. skip: what keeps a layer as it is when it stands in its path, such as "head",
+    "attention.q" or "blocks.0". double_quant and block_size as in quantize_4bit. ValueError where
+    a weight is not finite or nothing is left to quantize; the model is then as it was.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     if compute_dtype is not None and str(np.dtype(compute_dtype)) not in COMPUTE:
         raise ValueError(f"compute_dtype must be one of {COMPUTE}, got {compute_dtype!r}")
-    skip = {skip} if isinstance(skip, str) else set(skip)
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    def skipped(path): return any(f".{part}." in f".{path}." for part in skip)
     layers = {path: m for path, m in model.named_modules()
-              if type(m) is Linear and not skip & {path, *path.split(".")}}
+              if type(m) is Linear and not skipped(path)}
     if not layers:
-        raise ValueError(f"there is no Linear to quantize outside of {sorted(skip)}")
+        raise ValueError(f"there is no Linear to quantize outside of {skip}")
     quantize_weight(np.zeros((1, 1), np.float32), kind, double_quant, block_size)
     for path, layer in layers.items():
-        finite(layer.weight.data, path, dtype=None)
+        finite(layer.weight.data, path)
     for path, layer in layers.items():
         weight = quantize_weight(layer.weight.data, kind, double_quant, block_size)
         threshold = 6.0 if kind == "llm.int8" else None
