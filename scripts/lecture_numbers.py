@@ -1,0 +1,147 @@
+"""The lectures' arithmetic of memory and of trainable parameters, by formulas.
+
+`python scripts/plan_memory.py --lectures` prints it. GB is 10^9 bytes. Where a slide rounds or
+estimates in its own way, the docstring says so; the slides' numbers stand in
+tests/test_plan_memory.py.
+"""
+
+import math
+from typing import NamedTuple
+
+from memory_of_step import Step, parameters, plan, trainable
+
+from minilm.transformer import Config
+
+RANKS = (1, 2, 8, 16, 512, 1024, 8192)
+GPT3 = Config.gpt2(50257, 2048, layers=96, heads=96, width=12288)  # Brown et al. 2020, table 2.1
+
+
+class Bytes(NamedTuple):
+    """What a run takes, part by part."""
+
+    weights: float
+    optimizer: float
+    gradients: float
+    activations: float = 0.0
+
+    total = property(sum)
+
+
+def full_float32(parameters: float) -> Bytes:
+    """Full fine-tuning in float32, 20 bytes a parameter ("Computational challenges").
+
+    The 4 bytes of activations are the slide's own estimate: they grow with the batch and its
+    length, not with the parameters alone. `memory_of_step` counts them.
+    """
+    return Bytes(4 * parameters, 8 * parameters, 4 * parameters, 4 * parameters)
+
+
+def full_16bit(parameters: float) -> Bytes:
+    """Full fine-tuning in 16 bits, 12 bytes a parameter.
+
+    The slide draws a base model in FP16 and an optimizer state in FP32, "10B -> 120GB". Our
+    reading: weights 2, gradients 2, AdamW's two states 8; nothing is left for activations. The same
+    12 bytes are "more than 780 GB" for 65B (Dettmers et al. 2023, arXiv:2305.14314, section 1).
+    """
+    return Bytes(2 * parameters, 8 * parameters, 2 * parameters)
+
+
+def lora_16bit(parameters: float, trained: float) -> Bytes:
+    """LoRA in 16 bits: 2 bytes a frozen parameter, and `full_16bit` for those trained.
+
+    The slide says "10B -> ~40GB". The base is 20 GB of it; adapters of 1 % with gradients and
+    states add 1.2 GB. The other 19 GB, nearly half, are the slide's approximation: room for
+    activations, which no count of parameters gives. `memory_of_step` finds as much for one row of
+    1400 tokens in a GPT of that size (32 layers of width 5120) without checkpoints.
+    """
+    adapters = full_16bit(trained)
+    return adapters._replace(weights=2 * parameters + adapters.weights)
+
+
+def llama(layers: int, width: int, hidden: int) -> Config:
+    """LLaMA (Touvron et al. 2023, arXiv:2302.13971, table 2): heads of 128, 32000 tokens."""
+    return Config.llama(32000, 2048, layers, width // 128, width, hidden)
+
+
+LLAMAS = {"7B": llama(32, 4096, 11008), "13B": llama(40, 5120, 13824),
+          "33B": llama(60, 6656, 17920), "65B": llama(80, 8192, 22016)}
+
+
+def qlora(config: Config, r: int = 64, batch: int = 1, T: int = 512, paged: bool = True) -> Bytes:
+    """QLoRA as Guanaco was trained: "65B on a 48 GB GPU", "33B on 24 GB".
+
+    NF4 with double quantization is 4.127 bits a weight; embeddings, norms and head stay in 16 bits,
+    as do adapters on every linear layer and their gradients; each block runs under a checkpoint.
+    AdamW's float32 states are paged: they count as 0 here, for they can wait in the host's memory
+    while activations are at their highest. The slide's 41, 21, 10 and 5 GB are published
+    measurements, which this is near to and need not meet.
+    """
+    p = plan(Step(config, "qlora", batch, T, r, "all-linear", "bfloat16", 1, "cuda"))
+    return Bytes(p.weights + p.adapters, 0 if paged else p.optimizer, p.gradients, p.activations)
+
+
+def one_layer_trainable(parameters: float, r: int) -> float:
+    """LoRA's parameters if the whole model were one square layer: A (r, C) and B (C, r), C^2 = N.
+
+    "This is a generalization considering an LLM of one layer." Rounded to nearest by `short` this
+    is the slide's table, but for four entries that the slide rounds down: 334K (rank 2, 7B), 270M
+    (512, 70B), 233M (1024, 13B) and 1.8B (8192, 13B).
+    """
+    return 2 * r * math.sqrt(parameters)
+
+
+def short(n: float) -> str:
+    """A count as the slide prints it: whole thousands or millions, billions with one digit."""
+    if n >= 1e9:
+        return f"{n / 1e9:.1f}".removesuffix(".0") + "B"
+    return f"{n / 1e6:.0f}M" if n >= 1e6 else f"{n / 1e3:.0f}K"
+
+
+def lora_trainable(config: Config, r: int, targets=("q", "v")) -> int:
+    """LoRA's parameters of a real model; GPT-3's 4.7M and 37.7M are r = 1 and 8 on q and v
+    (Hu et al. 2021, arXiv:2106.09685, table 4)."""
+    return trainable(Step(config, "lora", 1, 1, r, targets))
+
+
+def layer_share(O: int, I: int, r: int) -> tuple[int, int, int, float]:
+    """Numbers in W (O, I), A (r, I), B (O, r), and the share of W's that A and B are together.
+
+    The slide's "W 590k; A, B 12k; 95 % less" counts A and B 12k each; exact is 95.8 % less.
+    """
+    return O * I, r * I, O * r, r * (O + I) / (O * I)
+
+
+def print_lectures():
+    """Every table, with the formulas' numbers."""
+    rows = [["full, float32", *Bytes._fields, "total"]]
+    rows += [[f"Llama-2 {n:g}B", *map(gb, (*full_float32(n * 1e9), full_float32(n * 1e9).total))]
+             for n in (7, 13, 70)]
+    show(rows)
+    base, adapters = 10e9, 1e8
+    show([["16 bits", "total"], ["full, 10B", gb(full_16bit(base).total)],
+          ["LoRA, 10B, 1 % trained", gb(lora_16bit(base, adapters).total)],
+          ["full, 65B", gb(full_16bit(65e9).total)]])
+    rows = [["QLoRA, r = 64", "parameters", *Bytes._fields, "total"]]
+    for name, config in LLAMAS.items():
+        found = qlora(config)
+        rows.append([f"LLaMA {name}", short(parameters(config)), *map(gb, (*found, found.total))])
+    show(rows)
+    sizes = (7e9, 13e9, 70e9, 180e9)
+    show([["LoRA, one layer", *map(short, sizes)]] +
+         [[f"rank {r}", *(short(one_layer_trainable(n, r)) for n in sizes)] for r in RANKS])
+    show([["GPT-3, q and v", "trained"]] +
+         [[f"rank {r}", f"{lora_trainable(GPT3, r) / 1e6:.1f}M"] for r in (1, 8)])
+    W, A, B, share = layer_share(768, 768, 16)
+    show([["768 x 768, rank 16", "W", "A", "B", "A and B"],
+          ["", f"{W:,}", f"{A:,}", f"{B:,}", f"{share:.1%}"]])
+
+
+def gb(n: float) -> str:
+    return f"{n / 1e9:,.1f} GB"
+
+
+def show(rows: list[list[str]]):
+    """Print rows in columns, and an empty line."""
+    for first, *rest in rows:
+        print(f"{first:24}" + "".join(f"{cell:>13}" for cell in rest))
+    print()

@@ -1,0 +1,314 @@
+"""Bytes of a training step of minilm.transformer, from shapes alone.
+
+Weights, adapters, gradients and AdamW's states are counted from the shapes of the tensors.
+Activations are what is alive besides them at the highest moment of the step. Each part of the
+model is an `Op` that says what its vjps keep until the backward pass has passed them, and what is
+alive for a moment while it runs; `peak` puts them in a row. For float32 on a CPU this predicts what
+`plan_memory.py --check` measures, but for Python's own objects, about 0.1 MB. For 16 bits and on a
+GPU, where ops work on whole arrays, it counts the same arrays; that is not measured.
+
+Letters: B batch, T tokens, N = B T rows, C width, H heads, D head width, V vocabulary, I in, O out,
+r rank. All else is in bytes.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+from minilm.backend import BLOCK
+from minilm.quantize.fourbit import GROUP
+from minilm.transformer import Config
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Plan(NamedTuple):
+    """Bytes of a training step."""
+
+    weights: int  # the model's own, quantized or not
+    adapters: int
+    gradients: int
+    optimizer: int  # AdamW's m and v, in float32
+    activations: int  # all else at the highest moment
+
+    total = property(sum)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step: forward, cross-entropy, backward, AdamW. There is no dropout.
+
+    targets: as in add_lora, in every block. qlora: NF4 in blocks of 64, double quantization.
+    ValueError for what the engine would refuse.
+    """
+
+    config: Config
+    method: str  # full, lora or qlora
+    batch: int
+    T: int
+    r: int = 8
+    targets: tuple[str, ...] | str = ("q", "v")
+    dtype: str = "float32"
+    checkpoint_every: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self):
+        choices = {"method": ("full", "lora", "qlora"), "dtype": tuple(BYTES),
+                   "device": ("cpu", "cuda")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.batch < 1 or self.checkpoint_every < 0:
+            raise ValueError(f"batch must be at least 1 and checkpoint_every at least 0, got "
+                             f"{self.batch} and {self.checkpoint_every}")
+        if not 1 <= self.T <= self.config.context:
+            raise ValueError(f"context must be 1 to {self.config.context} tokens, got {self.T}")
+        if self.method == "full":
+            return
+        largest = min(min(linear_layers(self.config)[path]) for path in self.adapted)
+        if not 1 <= self.r <= largest:
+            raise ValueError(f"rank must be 1 to {largest}, a layer's size; got {self.r}")
+
+    @property
+    def adapted(self) -> set[str]:
+        """Paths within a block of the layers that have an adapter."""
+        paths = set(linear_layers(self.config))
+        if self.method == "full":
+            return set()
+        if self.targets == "all-linear":
+            return paths
+        def fits(path, target): return f".{path}".endswith(f".{target}")
+        wrong = [t for t in self.targets if not any(fits(p, t) for p in paths)]
+        if wrong or not self.targets:
+            raise ValueError(f"targets {wrong} match no layer of a block; there are "
+                             f"{sorted(paths)} and 'all-linear'")
+        return {p for p in paths if any(fits(p, t) for t in self.targets)}
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number."""
+        return BYTES[self.dtype]
+
+    def array(self, features: int, wide: bool = False) -> int:
+        """An array (N, features). wide: in float32, as ops keep what sums and exponentials need."""
+        return self.batch * self.T * features * (4 if wide else self.size)
+
+    def keeps(self, *paths: str) -> bool:
+        """Does one of these layers keep its input, for dW or dA?"""
+        return self.method == "full" or not self.adapted.isdisjoint(paths)
+
+    def weight(self, path: str) -> int:
+        """What stands beside a layer's dx: its dW, or its weight while it is dequantized."""
+        O, I = linear_layers(self.config)[path]
+        if self.method == "full":
+            return O * I * self.size
+        # Beside it, what is looked up: on a CPU in blocks, by an int64 for every two codes.
+        looked_up = O * I if self.device == "cuda" else min(O * I, BLOCK)
+        return 4 * (O * I + looked_up) if self.method == "qlora" else 0
+
+    def low_rank(self, *paths: str) -> int:
+        """What the adapters of these layers keep: h = x A^T, (N, r) each."""
+        return len(self.adapted & set(paths)) * self.array(self.r)
+
+    def temporaries(self, size: int, whole: int, blocks: int) -> int:
+        """Of a formula by_rows: so many arrays, or, on a CPU and of large ones, so many blocks."""
+        if self.device == "cuda" or size <= 8 * BLOCK:
+            return whole * size
+        return blocks * 4 * BLOCK
+
+
+def linear_layers(c: Config) -> dict[str, tuple[int, int]]:
+    """The linear layers of a block: path -> (O, I)."""
+    C, K = c.width, c.width // c.heads * c.kv_heads
+    gate = {"mlp.gate": (c.hidden, C)} if c.activation == "swiglu" else {}
+    return {"attention.q": (C, C), "attention.k": (K, C), "attention.v": (K, C),
+            "attention.o": (C, C), **gate, "mlp.up": (c.hidden, C), "mlp.down": (C, c.hidden)}
+
+
+def parameters(c: Config) -> int:
+    """Numbers in a model, each shared tensor once."""
+    masked, layers = c.head == "masked", linear_layers(c).values()
+    block = sum(O * I + O * c.bias for O, I in layers)
+    rows = c.vocab_size * (1 if c.tied else 2) + c.segments
+    rows += c.context if c.positions == "learned" else 0
+    head = c.width * c.width + c.width + c.vocab_size if masked else 0
+    norms = (2 * c.layers + 1 + masked) * (2 if c.norm == "layer" else 1)
+    return c.layers * block + c.width * (rows + norms) + head
+
+
+def trainable(s: Step) -> int:
+    """Numbers that the step changes."""
+    if s.method == "full":
+        return parameters(s.config)
+    layers = linear_layers(s.config)
+    return s.config.layers * s.r * sum(sum(layers[path]) for path in s.adapted)
+
+
+def plan(s: Step) -> Plan:
+    """How the memory of a step is made up."""
+    trained = trainable(s)
+    adapters = 0 if s.method == "full" else trained * s.size
+    return Plan(weights(s), adapters, trained * s.size, trained * 8, peak(step(s)))
+
+
+def weights(s: Step) -> int:
+    """The model's own weights."""
+    numbers = parameters(s.config)
+    if s.method != "qlora":
+        return numbers * s.size
+    sizes = [O * I for O, I in linear_layers(s.config).values()]
+    rest = numbers - s.config.layers * sum(sizes)  # embeddings, norms, biases, the head
+    return s.config.layers * sum(map(nf4, sizes)) + rest * s.size
+
+
+def nf4(n: int, block_size: int = 64) -> int:
+    """n numbers as a FourBit with double quantization: 4.127 bits each, where n is large."""
+    blocks = math.ceil(n / block_size)  # codes; c2, 8 bits each; c1 and their offset, float32
+    return math.ceil(n / 2) + blocks + 4 * math.ceil(blocks / GROUP) + 4
+
+
+class Op(NamedTuple):
+    """A part of the model, in the order of the forward pass."""
+
+    saved: int  # what its vjps keep until they have run
+    forward: int  # alive while it runs, besides what was saved before
+    backward: int  # alive while its vjps run, besides what is saved by it and before
+
+
+def peak(ops: Iterable[Op]) -> int:
+    """The highest moment: the backward pass finds at an op what the forward pass left there."""
+    saved = highest = 0
+    for op in ops:
+        highest = max(highest, saved + op.forward)
+        saved += op.saved
+        highest = max(highest, saved + op.backward)
+    return highest
+
+
+def step(s: Step) -> list[Op]:
+    """All of a training step.
+
+    Of the gradients, that of the residual stream is counted in each op; that of a tied embedding
+    lives from the head down to the embedding.
+    """
+    c, full = s.config, s.method == "full"
+    x, table = s.array(c.width), c.vocab_size * c.width * s.size
+    held = table if full and c.tied else 0
+    # AdamW's u, one block, comes when all else is gone. The embedding sorts the rows of dy and adds
+    # them up; then, if it is tied, the head's part is added.
+    ops = [Op(0, 4 * min(trainable(s), BLOCK), 0),
+           Op(0, 3 * x, 3 * x + (3 if c.tied else 1) * table if full else 0)]
+    if not c.norm_first:
+        ops.append(norm(s, 0, full))
+    ops += [Op(op.saved, op.forward, op.backward + held) for op in blocks(s)]
+    if c.norm_first:
+        ops.append(norm(s, x, True))
+    return [*ops, head(s)]
+
+
+def blocks(s: Step) -> list[Op]:
+    """All blocks, or all segments under a checkpoint, which save their input x.
+
+    The functions that run the blocks hold the embedding's output and a block's input, which are one
+    for the first block. A segment that runs again holds the input, which its first block's saved.
+    With the norm after the residual, both are saved in any case.
+    """
+    c, k, x = s.config, s.checkpoint_every, s.array(s.config.width)
+    alive = [(i % k > 0 if k else min(i + 1, 2)) * x * c.norm_first for i in range(c.layers)]
+    # Through frozen embeddings no gradient flows.
+    each = [block(s, alive[i], flows=i > 0 or s.method == "full") for i in range(c.layers)]
+    if not k:
+        return list(chain(*each))
+    parts = [chain(*each[i : i + k]) for i in range(0, c.layers, k)]
+    # The first run, without a graph, needs less than the second. Where the norm comes first, the
+    # gradient dy is alive beside the second; else its place is taken by the input, saved twice.
+    return [Op(x, 0, x * c.norm_first + peak(part)) for part in parts]
+
+
+def block(s: Step, alive: int, flows: bool) -> list[Op]:
+    """Attention and MLP and their norms. alive: what outer functions hold. flows: does a gradient
+    flow to the block's input?"""
+    attend = attention(s, alive, flows)
+    flowed, flows = flows, flows or any(path.startswith("attention.") for path in s.adapted)
+    if not s.config.norm_first:
+        return [attend, norm(s, alive, flows), mlp(s, alive, flows), norm(s, alive, True)]
+    alive2 = alive + s.array(s.config.width)  # the block's input is held beside the sum after it
+    return [norm(s, alive, flowed), attend, norm(s, alive2, flows), mlp(s, alive2, flows)]
+
+
+def norm(s: Step, alive: int, flows: bool) -> Op:
+    """layer_norm keeps xhat and rstd for dx; g and b need no more. What it returns is kept by the
+    layer that takes it, if that is trained."""
+    x, xhat, rstd = (s.array(n, wide) for n, wide in
+                     ((s.config.width, False), (s.config.width, True), (1, True)))
+    # forward: xhat, y, xhat g.  backward: of the residual, dy, dx, and dx's temporary or their sum
+    return Op(flows * (xhat + rstd), alive + 3 * xhat, 3 * x + xhat)
+
+
+def attention(s: Step, alive: int, flows: bool) -> Op:
+    """q, k, v, softmax(q k^T) v, and o.
+
+    Saved: the input, for the dW or dA of q, k, v; q scaled, k, v; the result y, which also is the
+    input of o; each tile's P (b, H, t, s) and l (b, H, t, 1).
+    """
+    c, names = s.config, ("attention.q", "attention.k", "attention.v")
+    x, kv = s.array(c.width), s.array(c.width // c.heads * c.kv_heads, wide=True)
+    graph = flows or bool(s.adapted & set(names))
+    entry = s.keeps(*names) * x
+    P, tile = probabilities(s)
+    own = s.array(c.width, wide=True) + 2 * kv + P + s.array(c.heads, wide=True)
+    result = x if graph or s.keeps("attention.o") else 0
+    saved = entry + s.low_rank(*names, "attention.o") + graph * own + result
+    # forward: the input, q before it was scaled, and in the end what o returns
+    forward = alive + 4 * x + own + s.low_rank(*names)
+    # backward: of the residual, dy, and either o's weight or dq, dk, dv and what a tile needs
+    return Op(saved, forward, 2 * x + max(s.weight("attention.o"), x + 2 * kv + tile))
+
+
+def probabilities(s: Step) -> tuple[int, int]:
+    """Bytes of P over all tiles, and of one tile's dS (b, H, t, T), g (b, H, t, D) and P^T g."""
+    B, T, H, D = s.batch, s.T, s.config.heads, s.config.width // s.config.heads
+    b, t, area = B, T, T * T
+    if s.device == "cpu":
+        t = min(T, 64)
+        b = min(B, max(1, BLOCK // (H * t * T)))
+        if s.config.causal:  # a tile leaves out the keys that none of its queries can see
+            area = sum(min(t, T - i) * min(i + t, T) for i in range(0, T, t))
+    return 4 * B * H * area, 4 * b * H * (t * T + t * D + T * D)
+
+
+def mlp(s: Step, alive: int, flows: bool) -> Op:
+    """down(gelu(up(x))), or down(silu(gate(x)) up(x)).
+
+    Saved: the input, for up and gate; the activation's slope; with SwiGLU both factors of the
+    product; what down sees, if down is trained.
+    """
+    c, ups = s.config, ("mlp.up", "mlp.gate")
+    x, h, slope = s.array(c.width), s.array(c.hidden), s.array(c.hidden, wide=True)
+    graph = flows or bool(s.adapted & set(ups))
+    entry, seen = s.keeps(*ups) * x, s.keeps("mlp.down") * h
+    factors = 2 * h if c.activation == "swiglu" else 0
+    saved = entry + graph * (slope + factors) + seen + s.low_rank(*ups, "mlp.down")
+    # forward: what comes in, then the formula of the activation: its argument, slope and value,
+    # and temporaries; or the product and down's result, beside the weight where it is quantized
+    whole = {"gelu_tanh": 2, "gelu": 6, "swiglu": 2}[c.activation]
+    formula = h + 2 * slope + s.temporaries(slope, whole, blocks=whole + 4)
+    weight = s.weight("mlp.down")
+    down = factors + slope + h + x + (weight if s.method == "qlora" else 0)
+    # backward: of the residual; and down's dx beside its weight, or, when what down saw is gone,
+    # the activation's dy and dx (of the product, each dx comes when a factor goes)
+    return Op(saved, alive + x + max(formula, down), x + max(h + weight, 2 * h - seen))
+
+
+def head(s: Step) -> Op:
+    """The last linear layer and the loss, which keeps p = softmax(logits) and turns it into
+    dlogits in place."""
+    c, full = s.config, s.method == "full"
+    x, logits = s.array(c.width), s.array(c.vocab_size)
+    p = s.array(c.vocab_size, wide=True)
+    transform = x + 2 * s.array(c.width, wide=True) if c.head == "masked" else 0
+    table = full * c.vocab_size * c.width * s.size
+    forward = x + transform + logits + p + s.temporaries(p, 0, blocks=2)
+    return Op(full * x + transform + p, forward, x + table)

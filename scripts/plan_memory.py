@@ -1,0 +1,190 @@
+"""Say before a run how much memory it takes, and whether that fits.
+
+    python scripts/plan_memory.py --model runs/pretrain-1/model --batch 16
+    python scripts/plan_memory.py --family llama --layers 80 --width 8192 --hidden 22016 \\
+        --vocab-size 32000 --context 512 --dtype bfloat16 --checkpoint-every 1 --rank 64 \\
+        --targets all-linear --device cuda --card 48
+    python scripts/plan_memory.py --check           # predicted and measured side by side
+    python scripts/plan_memory.py --lectures        # the arithmetic of the lectures
+
+Prints, for each method, the bytes of weights, adapters, gradients, optimizer states, and of
+activations: all else that is alive at the highest moment of a training step. They follow from
+the shapes and from what each op keeps for its backward pass (scripts/memory_of_step.py).
+"""
+
+import sys
+import tracemalloc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from lecture_numbers import print_lectures
+from memory_of_step import Plan, Step, parameters, plan, trainable
+
+from minilm import ops
+from minilm.files import read_json
+from minilm.interop import huggingface
+from minilm.optim import AdamW
+from minilm.peft import add_lora
+from minilm.quantize import quantize_model
+from minilm.transformer import Config, Transformer
+
+Method = Literal["full", "lora", "qlora"]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """A model that is in no folder."""
+
+    family: Literal["gpt2", "llama", "bert"] = "gpt2"
+    layers: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    """by default one for every 64 of the width"""
+    kv_heads: int | None = None
+    """llama's key and value heads; by default as many as heads"""
+    hidden: int | None = None
+    """width of the MLP; by default 4 times the width, for llama 8/3 of it"""
+    vocab_size: int = 50257
+
+
+def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name="")] = Widths(),
+         method: tuple[Method, ...] = ("full", "lora", "qlora"), batch: int = 1,
+         context: int | None = None, rank: int = 8, targets: tuple[str, ...] = ("q", "v"),
+         dtype: Literal["float32", "bfloat16", "float16"] = "float32", checkpoint_every: int = 0,
+         device: Literal["cpu", "cuda"] = "cpu", card: float | None = None, check: bool = False,
+         lectures: bool = False):
+    """Say how much memory a training run takes.
+
+    Args:
+        model: folder with a config.json of GPT-2, Llama, Mistral, BERT or DistilBERT; its weights
+            need not be there. Without it, give at least layers and width.
+        widths: of a model that is in no folder.
+        method: full trains every weight, lora adapters, qlora adapters on weights in NF4 with
+            double quantization.
+        batch: rows in a step.
+        context: tokens in a row; by default as many as the folder's model takes, else 1024.
+        rank: of the adapters.
+        targets: layers that get adapters, such as q v mlp.up, or all-linear.
+        dtype: of weights, adapters and gradients; AdamW's two states are always float32.
+        checkpoint_every: run so many blocks under a checkpoint; 0 keeps every activation.
+        device: cuda works on whole arrays where cpu works on blocks that fit its cache.
+        card: memory in GB (10^9 bytes) that the run should fit in.
+        check: measure a step of small models, and print how far the prediction is off.
+        lectures: print the lectures' numbers by these formulas.
+    """
+    if check or lectures:
+        (print_check if check else print_lectures)()
+        return
+    if card is not None and not card > 0:
+        raise ValueError(f"card must be a positive number of GB, got {card}")
+    if not method:
+        raise ValueError("method must be some of full, lora and qlora, got none")
+    length = 1024 if context is None else context
+    config = read_config(model, widths) if model else make_config(widths, length)
+    chosen = "all-linear" if targets == ("all-linear",) else targets
+    length = config.context if context is None else context
+    steps = [Step(config, m, batch, length, rank, chosen, dtype, checkpoint_every, device)
+             for m in method]
+    print(f"{parameters(config):,} parameters, {batch} x {length} tokens, {dtype} on {device}")
+    print_table(steps, [plan(step) for step in steps], card)
+
+
+def print_table(steps: list[Step], plans: list[Plan], card: float | None):
+    """One column a method, one line a kind of memory."""
+    lines = {"": [step.method for step in steps],
+             "trained": [f"{trainable(step):,}" for step in steps]}
+    for kind in (*Plan._fields, "total"):
+        lines[kind] = [amount(getattr(p, kind)) for p in plans]
+    if card:
+        over = [p.total - card * 1e9 for p in plans]
+        lines[f"{card:g} GB"] = ["fits" if n <= 0 else f"short of {amount(n)}" for n in over]
+    width = max(len(cell) for cells in lines.values() for cell in cells) + 2
+    for kind, cells in lines.items():
+        print(f"{kind:12}" + "".join(cell.rjust(width) for cell in cells))
+
+
+def amount(n: float) -> str:
+    """Bytes for people: 10^6 are a MB, 10^9 a GB."""
+    return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.2f} MB"
+
+
+def read_config(folder: Path, widths: Widths) -> Config:
+    """The Config of a Hugging Face folder; its weights are not looked at."""
+    if widths != Widths():
+        raise ValueError(f"give either a model's folder or its widths, got both {folder} and "
+                         "--family, --layers, --width, ...")
+    return huggingface.parse(folder, read_json(folder / "config.json"))[1]
+
+
+def make_config(w: Widths, context: int) -> Config:
+    """The Config of a model of these widths."""
+    if w.layers is None or w.width is None:
+        raise ValueError(f"give --model, or --layers and --width; got layers {w.layers}, "
+                         f"width {w.width}")
+    shape = dict(vocab_size=w.vocab_size, context=context, layers=w.layers, width=w.width,
+                 heads=max(1, w.width // 64) if w.heads is None else w.heads)
+    if w.family == "llama":
+        hidden = 8 * w.width // 3 if w.hidden is None else w.hidden
+        return Config.llama(**shape, hidden=hidden, kv_heads=w.kv_heads)
+    if w.kv_heads is not None:
+        raise ValueError(f"kv_heads is for llama only, got {w.kv_heads} for {w.family}")
+    hidden = 4 * w.width if w.hidden is None else w.hidden
+    return (Config.gpt2 if w.family == "gpt2" else Config.bert)(**shape, hidden=hidden)
+
+
+SIZES = {"S": (Config.gpt2(256, 64, 4, 4, 128), 12), "M": (Config.gpt2(512, 256, 6, 6, 384), 8),
+         "wide vocabulary": (Config.gpt2(1024, 128, 4, 8, 256), 8)}
+METHODS = (("full", ("q", "v")), ("lora", ("q", "v")), ("lora", "all-linear"),
+           ("qlora", ("q", "v")), ("qlora", "all-linear"))
+
+
+def print_check():
+    """Predicted and measured bytes of a step, for three sizes and five ways to train them."""
+    print(f"{'size':17}{'method':8}{'targets':12}{'predicted':>13}{'measured':>13}{'error':>8}")
+    for name, (config, batch) in SIZES.items():
+        for method, targets in METHODS:
+            step = Step(config, method, batch, config.context, targets=targets)
+            predicted, found = plan(step).total, measured(step)
+            on = "" if method == "full" else targets if type(targets) is str else " ".join(targets)
+            print(f"{name:17}{method:8}{on:12}{predicted / 1e6:10.2f} MB{found / 1e6:10.2f} MB"
+                  f"{predicted / found - 1:8.1%}", flush=True)
+
+
+def measured(step: Step) -> int:
+    """Bytes at the highest moment of a training step, the second one, on the CPU.
+
+    tracemalloc sees what NumPy allocates. It does not see AdamW's four flat buffers, which are
+    mapped and so are added; the frozen weights are ordinary arrays.
+    """
+    rng = np.random.default_rng(0)
+    shape = 2, step.batch, step.T
+    tracemalloc.start()
+    try:
+        tokens, targets = rng.integers(0, step.config.vocab_size, shape)
+        model = Transformer(step.config)
+        model.checkpoint_every = step.checkpoint_every
+        if step.method == "qlora":
+            quantize_model(model)
+        if step.method != "full":
+            add_lora(model, step.r, 2 * step.r, step.targets)
+        optimizer = AdamW(model.parameters())
+        for _ in range(2):
+            tracemalloc.reset_peak()
+            optimizer.zero_grad()
+            ops.cross_entropy(model(tokens), targets).backward()
+            optimizer.step()
+        flat = optimizer.flat
+        mapped = sum(a.nbytes for a in (flat.data, flat.grad, optimizer.m, optimizer.v))
+        return tracemalloc.get_traced_memory()[1] + mapped
+    finally:
+        tracemalloc.stop()
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError) as error:
+        sys.exit(f"plan_memory.py: {error}")

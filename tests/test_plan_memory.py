@@ -1,0 +1,369 @@
+"""scripts/plan_memory.py: bytes counted against a model's own arrays, the peak of a training step
+against what tracemalloc sees, the lectures' numbers, and the command line."""
+
+import sys
+
+import lecture_numbers as lectures
+import numpy as np
+import plan_memory
+import pytest
+import tyro
+from memory_of_step import Plan, Step, nf4, parameters, plan, probabilities, trainable
+from plan_memory import METHODS, Widths, amount, main, make_config, measured
+from threadpoolctl import threadpool_limits
+
+from minilm.backend import BLOCK
+from minilm.files import FormatError
+from minilm.interop import huggingface
+from minilm.optim import AdamW
+from minilm.peft import add_lora
+from minilm.quantize import quantize_4bit, quantize_model
+from minilm.transformer import Config, Transformer
+
+GPT2 = Config.gpt2(256, 64, layers=3, heads=4, width=128)
+LLAMA = Config.llama(300, 32, layers=3, heads=4, width=96, hidden=258, kv_heads=2)
+BERT = Config.bert(300, 64, layers=2, heads=4, width=96, hidden=300)
+FAMILIES = [GPT2, LLAMA, BERT, Config.bert(90, 16, 1, 2, 12, 20, segments=0),
+            Config.gpt2(90, 16, 1, 2, 12, hidden=20, tied=False)]
+GB = 1e9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """BLAS's threads wait for each other where tests run side by side."""
+    with threadpool_limits(1, "blas"):
+        yield
+
+
+def trained_model(step):
+    """The model as its method makes it."""
+    model = Transformer(step.config)
+    if step.method == "qlora":
+        quantize_model(model)
+    if step.method != "full":
+        add_lora(model, step.r, 2 * step.r, step.targets)
+    return model
+
+
+# What follows from the shapes
+
+
+@pytest.mark.parametrize("config", FAMILIES)
+def test_parameters_are_those_of_the_model(config):
+    assert parameters(config) == sum(p.size for p in Transformer(config).parameters())
+
+
+@pytest.mark.parametrize("config", FAMILIES)
+@pytest.mark.parametrize("method, targets", [
+    *METHODS, ("lora", ("mlp.up", "o")), ("qlora", ("attention.k", "down"))])
+def test_all_but_activations_is_exact(config, method, targets):
+    step = Step(config, method, 1, 4, r=3, targets=targets)
+    found, model = plan(step), trained_model(step)
+    arrays = sum(t.data.nbytes for _, t in model.named_tensors())
+    optimizer = AdamW(model.parameters())
+    flat = optimizer.flat
+    assert found.weights + found.adapters == arrays
+    assert found.adapters == (0 if method == "full" else flat.data.nbytes)
+    assert found.gradients == flat.grad.nbytes
+    assert found.optimizer == optimizer.m.nbytes + optimizer.v.nbytes
+    assert trainable(step) == flat.data.size
+    assert found.total == sum(found)
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 127, 16384, 16385, 3 * 16384 + 129])
+def test_nf4_is_what_quantizing_gives(n):
+    assert nf4(n) == quantize_4bit(np.linspace(-1, 1, n, dtype=np.float32)).nbytes
+
+
+def test_nf4_is_4_127_bits_a_weight():
+    assert 8 * nf4(10**9) / 10**9 == pytest.approx(4.127, abs=5e-4)
+
+
+def test_sixteen_bits_halve_the_weights_but_not_the_optimizer():
+    full = plan(Step(GPT2, "lora", 2, 16))
+    half = plan(Step(GPT2, "lora", 2, 16, dtype="bfloat16"))
+    assert [2 * n for n in half[:3]] == list(full[:3]) and half.optimizer == full.optimizer
+    assert full.activations / 2 < half.activations < full.activations
+
+
+# What a step is measured to take
+
+
+def check(step):
+    """All but the activations is exact, so these are what the prediction may be off by. It leaves
+    out Python's own objects and never adds."""
+    predicted, found = plan(step), measured(step)
+    rest = found - sum(predicted[:4])
+    assert 0.97 < predicted.activations / rest < 1.01, f"{predicted.activations} for {rest}"
+
+
+@pytest.mark.parametrize("method, targets", METHODS)
+@pytest.mark.parametrize("config, batch", [
+    (GPT2, 6), (Config.gpt2(512, 128, 2, 3, 192), 8), (Config.gpt2(2048, 80, 2, 2, 64), 4)],
+    ids=["small", "in blocks", "wide vocabulary"])
+def test_the_predicted_peak_is_the_measured_one(config, batch, method, targets):
+    check(Step(config, method, batch, config.context, targets=targets))
+
+
+@pytest.mark.parametrize("method, targets", METHODS)
+@pytest.mark.parametrize("config", [LLAMA, BERT], ids=["llama", "bert"])
+def test_it_is_so_for_the_other_families(config, method, targets):
+    check(Step(config, method, 16, 32, targets=targets))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("config", [GPT2, BERT], ids=["norm first", "norm last"])
+def test_it_is_so_under_checkpoints(config, every):
+    check(Step(config, "full", 8, 64, checkpoint_every=every))
+    check(Step(config, "lora", 8, 64, checkpoint_every=every))
+
+
+HIGHEST = {  # where else the highest moment may lie
+    "attention": (Config.gpt2(64, 128, 1, 2, 64, hidden=16), "full", 20),
+    "attention's backward pass": (Config.gpt2(64, 512, 1, 4, 32, hidden=8), "full", 1),
+    "the product of SwiGLU": (Config.llama(64, 128, 1, 2, 64, hidden=800), "lora", 16),
+    "the formula of SwiGLU": (Config.llama(64, 64, 1, 2, 64, hidden=200), "lora", 8),
+    "a layer's dW, with a tied embedding's": (Config.gpt2(512, 64, 2, 4, 384), "full", 1),
+    "a dequantized weight": (Config.gpt2(64, 64, 2, 4, 384), "qlora", 1),
+    "a tied embedding": (Config.gpt2(4096, 16, 1, 2, 128), "full", 1),
+    "the head": (Config.gpt2(4096, 64, 1, 2, 128, tied=False), "full", 1),
+}
+
+
+@pytest.mark.parametrize("config, method, batch", HIGHEST.values(), ids=HIGHEST)
+def test_it_is_so_wherever_the_highest_moment_is(config, method, batch):
+    check(Step(config, method, batch, config.context))
+
+
+def test_the_optimizer_may_need_most():
+    step = Step(Config.gpt2(64, 8, 12, 2, 64), "full", 1, 8)
+    assert plan(step).activations == 4 * BLOCK
+    assert plan(step).total == pytest.approx(measured(step), rel=0.03)
+
+
+@pytest.mark.parametrize("r, targets", [
+    (64, "all-linear"), (4, ("k", "o")), (4, ("o",)), (4, ("mlp.up",)), (4, ("mlp.down",))])
+def test_it_is_so_wherever_adapters_are(r, targets):
+    check(Step(Config.gpt2(64, 64, 2, 4, 128), "lora", 8, 64, r, targets))
+
+
+def test_more_of_anything_takes_more():
+    step = dict(config=GPT2, method="lora", batch=4, T=32, r=4)
+    base = plan(Step(**step))
+    for change in (dict(batch=8), dict(T=64), dict(r=8), dict(targets="all-linear")):
+        assert plan(Step(**step | change)).total > base.total, change
+    checkpointed = plan(Step(**step | dict(checkpoint_every=1)))
+    assert checkpointed.activations < base.activations and checkpointed[:4] == base[:4]
+
+
+def test_a_gpu_works_on_whole_arrays():
+    cpu, gpu = (Step(GPT2, "full", 2, 64, device=device) for device in ("cpu", "cuda"))
+    assert [s.temporaries(9 * BLOCK, whole=2, blocks=6) for s in (cpu, gpu)] == [
+        4 * 6 * BLOCK, 2 * 9 * BLOCK]
+    wide = Config.gpt2(64, 8, 1, 2, 512)
+    assert [Step(wide, "qlora", 1, 8, device=device).weight("mlp.up") for device in ("cpu", "cuda")
+            ] == [4 * (2048 * 512 + BLOCK), 8 * 2048 * 512]
+    step = dict(config=Config.gpt2(64, 128, 1, 2, 32), method="full", batch=3, T=128)
+    assert probabilities(Step(**step, device="cuda")) == (
+        24 * 128 * 128, 24 * (128 * 128 + 2 * 128 * 16))
+    assert probabilities(Step(**step)) == (
+        24 * 64 * (64 + 128), 24 * (64 * 128 + (64 + 128) * 16))
+    _, tile = probabilities(Step(**step | dict(batch=40)))  # as many rows as fit a block
+    assert tile == 4 * 16 * 2 * (64 * 128 + (64 + 128) * 16) and 16 * 2 * 64 * 128 == BLOCK
+
+
+# The lectures' arithmetic
+
+
+@pytest.mark.parametrize("size, weights, optimizer, gradients, activations, total", [
+    (7e9, 28, 56, 28, 28, 140), (13e9, 52, 104, 52, 52, 260), (70e9, 280, 560, 280, 280, 1400)])
+def test_full_float32_is_20_bytes(size, weights, optimizer, gradients, activations, total):
+    found = lectures.full_float32(size)
+    assert found == tuple(GB * n for n in (weights, optimizer, gradients, activations))
+    assert found.total == total * GB
+
+
+def test_full_16_bit_is_12_bytes():
+    assert lectures.full_16bit(10e9) == (20 * GB, 80 * GB, 20 * GB, 0)
+    assert lectures.full_16bit(10e9).total == 120 * GB
+    assert lectures.full_16bit(65e9).total == 780 * GB
+
+
+def test_16_bit_lora_leaves_half_of_the_slides_40_gb_to_activations():
+    found = lectures.lora_16bit(10e9, 0.01 * 10e9)
+    assert found == pytest.approx((20.2 * GB, 0.8 * GB, 0.2 * GB, 0))
+    assert found.total == pytest.approx(21.2 * GB)
+    assert (40 * GB - found.total) / (40 * GB) == pytest.approx(0.47)
+    gpt = Config.gpt2(50257, 2048, 32, 40, 5120)
+    row = plan(Step(gpt, "lora", 1, 1400, dtype="bfloat16", device="cuda"))
+    assert parameters(gpt) == pytest.approx(10e9, rel=0.05)
+    assert row.total == pytest.approx(40 * GB, rel=0.05)
+    assert row.activations == pytest.approx(19 * GB, rel=0.05)
+
+
+@pytest.mark.parametrize("name, size, card, published", [
+    ("65B", 65.3e9, 48, 41), ("33B", 32.5e9, 24, 21), ("13B", 13e9, 16, 10), ("7B", 6.7e9, 16, 5)])
+def test_qlora_fits_its_card(name, size, card, published):
+    config = lectures.LLAMAS[name]
+    assert parameters(config) == pytest.approx(size, rel=0.01)
+    found, resident = lectures.qlora(config), lectures.qlora(config, paged=False)
+    assert found.total < card * GB and found.optimizer == 0
+    assert found.total == pytest.approx(published * GB, rel=0.12)
+    trained = lectures.lora_trainable(config, 64, "all-linear")
+    assert resident.total - found.total == resident.optimizer == 8 * trained
+    assert found.gradients == 2 * trained
+
+
+def test_paging_is_what_fits_33b_on_24_gb():
+    assert lectures.qlora(lectures.LLAMAS["33B"], paged=False).total > 24 * GB
+
+
+TABLE = {
+    1: "167K 228K 529K 849K", 2: "334K 456K 1M 2M", 8: "1M 2M 4M 7M", 16: "3M 4M 8M 14M",
+    512: "86M 117M 270M 434M", 1024: "171M 233M 542M 869M", 8192: "1.4B 1.8B 4.3B 7B",
+}
+SIZES = (7e9, 13e9, 70e9, 180e9)
+ROUNDED_DOWN = {(2, 7e9): "335K", (512, 70e9): "271M", (1024, 13e9): "234M", (8192, 13e9): "1.9B"}
+
+
+@pytest.mark.parametrize("r, size, printed", [
+    (r, size, entry) for r, row in TABLE.items() for size, entry in zip(SIZES, row.split())])
+def test_lora_of_one_square_layer(r, size, printed):
+    found = lectures.short(lectures.one_layer_trainable(size, r))
+    assert found == ROUNDED_DOWN.get((r, size), printed)
+    if (r, size) in ROUNDED_DOWN:  # one less in the last digit
+        digits = float(found[:-1]) - float(printed[:-1])
+        assert digits == pytest.approx(0.1 if printed[-1] == "B" else 1)
+
+
+def test_the_whole_model_is_printed_as_the_slide_has_it():
+    assert [lectures.short(n) for n in SIZES] == ["7B", "13B", "70B", "180B"]
+
+
+def test_lora_of_gpt3():
+    assert lectures.lora_trainable(lectures.GPT3, 1) == 4_718_592  # 4.7M
+    assert lectures.lora_trainable(lectures.GPT3, 8) == 37_748_736  # 37.7M
+    assert parameters(lectures.GPT3) == pytest.approx(175e9, rel=0.01)
+
+
+def test_one_layer_of_768():
+    W, A, B, share = lectures.layer_share(768, 768, 16)
+    assert (W, A, B) == (589_824, 12_288, 12_288)  # 590k, 12k, 12k
+    assert share == (A + B) / W == pytest.approx(0.042, abs=5e-4)
+
+
+# The command line
+
+
+def columns(text):
+    """The table as {line: [cell of each method]}."""
+    lines = text.splitlines()[1:]
+    return {line[:12].strip(): line[12:].split("  ") for line in lines} | {
+        "width": {len(line) for line in lines}}
+
+
+def cells(table, line):
+    return [cell.strip() for cell in table[line] if cell.strip()]
+
+
+def test_a_folder_needs_no_weights(tmp_path, capsys):
+    huggingface.save_model(Transformer(LLAMA), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    main(tmp_path, batch=16, rank=4, card=0.012)
+    said = capsys.readouterr().out
+    assert said.startswith(f"{parameters(LLAMA):,} parameters, 16 x 32 tokens, float32 on cpu\n")
+    table = columns(said)
+    assert cells(table, "") == ["full", "lora", "qlora"] and len(table["width"]) == 1
+    plans = [plan(Step(LLAMA, m, 16, 32, r=4)) for m in ("full", "lora", "qlora")]
+    for kind in (*Plan._fields, "total"):
+        assert cells(table, kind) == [amount(getattr(p, kind)) for p in plans]
+    full, lora, qlora = (p.total for p in plans)
+    assert lora > 12e6 > qlora
+    assert cells(table, "0.012 GB") == [
+        f"short of {amount(full - 12e6)}", f"short of {amount(lora - 12e6)}", "fits"]
+
+
+def test_a_card_that_holds_some_of_the_methods(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plan_memory.py", *(
+        "--family llama --layers 80 --width 8192 --heads 64 --hidden 22016 --vocab-size 32000 "
+        "--context 512 --dtype bfloat16 --checkpoint-every 1 --rank 64 --targets all-linear "
+        "--device cuda --card 48 --method lora qlora").split()])
+    tyro.cli(main)
+    table = columns(capsys.readouterr().out)
+    assert cells(table, "") == ["lora", "qlora"]
+    lora, qlora = cells(table, "48 GB")
+    assert qlora == "fits" and lora.startswith("short of 9") and lora.endswith("GB")
+
+
+def test_widths_that_are_not_given_are_the_usual_ones():
+    assert make_config(Widths(layers=2, width=256), 64) == Config.gpt2(50257, 64, 2, 4, 256)
+    llama = Widths("llama", layers=2, width=384, kv_heads=2, vocab_size=99)
+    assert make_config(llama, 8) == Config.llama(99, 8, 2, 6, 384, hidden=1024, kv_heads=2)
+    bert = Widths("bert", layers=2, width=32, hidden=40, vocab_size=99)
+    assert make_config(bert, 8) == Config.bert(99, 8, 2, 1, 32, hidden=40)
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(), "give --model, or --layers and --width; got layers None, width None"),
+    (dict(widths=Widths(layers=2)), "got layers 2, width None"),
+    (dict(batch=0), "batch must be at least 1 .* got 0"),
+    (dict(checkpoint_every=-1), "checkpoint_every at least 0, got 4 and -1"),
+    (dict(context=0), "context must be positive, got 0"),
+    (dict(rank=0), "rank must be 1 to 128, a layer's size; got 0"),
+    (dict(rank=129), "rank must be 1 to 128, a layer's size; got 129"),
+    (dict(targets=("q", "gate")), r"targets \['gate'\] match no layer of a block; there are"),
+    (dict(targets=()), r"targets \[\] match no layer"),
+    (dict(card=0.0), "card must be a positive number of GB, got 0.0"),
+    (dict(method=()), "method must be some of full, lora and qlora, got none"),
+    (dict(widths=Widths(layers=2, width=128, heads=3)), "width 128 must be a multiple of heads 3"),
+    (dict(widths=Widths(layers=2, width=128, kv_heads=1)), "kv_heads is for llama only, got 1"),
+])
+def test_bad_input_is_one_line(settings, said, capsys):
+    widths = {} if not settings else dict(widths=Widths(layers=2, width=128), batch=4)
+    with pytest.raises(ValueError, match=said) as error:
+        main(**widths | settings)
+    assert "\n" not in str(error.value) and not capsys.readouterr().out
+
+
+def test_a_bad_folder_is_one_line(tmp_path):
+    with pytest.raises(OSError, match=r"config\.json"):
+        main(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(FormatError, match=r"config\.json: model_type is 'mamba', expected one of"):
+        main(tmp_path)
+    huggingface.save_model(Transformer(BERT), tmp_path)
+    with pytest.raises(ValueError, match="context must be 1 to 64 tokens, got 65"):
+        main(tmp_path, context=65)
+    with pytest.raises(ValueError, match="give either a model's folder or its widths, got both"):
+        main(tmp_path, Widths(layers=2))
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(method="ia3"), "method must be one of .* got 'ia3'"),
+    (dict(dtype="float64"), "dtype must be one of .* got 'float64'"),
+    (dict(device="tpu"), "device must be one of .* got 'tpu'")])
+def test_a_step_refuses_what_it_cannot_count(change, said):
+    with pytest.raises(ValueError, match=said):
+        Step(**dict(config=GPT2, method="full", batch=1, T=4) | change)
+
+
+def test_check_prints_predicted_beside_measured(monkeypatch, capsys):
+    monkeypatch.setattr(plan_memory, "SIZES", {"tiny": (Config.gpt2(64, 32, 2, 2, 64), 8)})
+    main(check=True)
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["size", "method", "targets", "predicted", "measured", "error"]
+    assert [line.split()[1] for line in lines] == [method for method, _ in METHODS]
+    for line in lines:
+        predicted, measured, error = (float(w.rstrip("%")) for w in line.replace("MB", "").split()
+                                      if w.rstrip("%").lstrip("-").replace(".", "").isdigit())
+        assert abs(predicted / measured - 1) < 0.05
+        assert error == pytest.approx(100 * (predicted / measured - 1), abs=0.6)
+
+
+def test_lectures_prints_every_table(capsys):
+    main(lectures=True)
+    said = capsys.readouterr().out
+    for number in ("1,400.0 GB", "120.0 GB", "21.2 GB", "780.0 GB", "849K", "4.3B", "37.7M",
+                   "589,824", "4.2%"):
+        assert number in said, number
+    assert len(said.split("\n\n")) == 7
