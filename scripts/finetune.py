@@ -64,18 +64,18 @@ class Settings:
     """of what the adapters see"""
     kind: str = "nf4"
     """how qlora's base is quantized: nf4, fp4, nf3, nf2, int4, int3, int2, int8"""
-    batch: int = 32
+    batch: int = 16
     """records in a step"""
-    steps: int = 1000
+    steps: int = 4000
     lr: float = 0.0
     """learning rate after the warmup, falling as a cosine; 0 means the method's own"""
-    warmup: int = 50
+    warmup: int = 100
     """steps of linear warmup"""
     clip: float = 1.0
     """largest global norm of the gradient"""
-    eval_every: int = 250
+    eval_every: int = 1000
     """steps between losses on the held-out records"""
-    save_every: int = 250
+    save_every: int = 1000
     """steps between checkpoints"""
     seed: int = 0
     """of records, adapters, batches and dropout"""
@@ -105,8 +105,8 @@ def adapters_on_codes(model, s: Settings):
 
 METHODS = {
     "full": Method(1e-3, everything),
-    "lora": Method(5e-3, adapters),
-    "qlora": Method(5e-3, adapters_on_codes),
+    "lora": Method(3e-3, adapters),
+    "qlora": Method(3e-3, adapters_on_codes),
 }
 
 

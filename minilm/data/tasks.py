@@ -86,17 +86,17 @@ def score(record: Record, answer: str) -> bool:
 
 
 def reverse(rng: np.random.Generator) -> Record:
-    word = _word(rng, 3, 8)
+    word = _word(rng, 3, 6)
     return Record("Reverse", word, word[::-1], task="reverse")
 
 
 def upper(rng: np.random.Generator) -> Record:
-    word = _word(rng, 3, 8)
+    word = _word(rng, 3, 6)
     return Record("Upper", word, word.upper(), task="upper")
 
 
 def sort(rng: np.random.Generator) -> Record:
-    word = _word(rng, 3, 8)
+    word = _word(rng, 3, 6)
     return Record("Sort", word, "".join(sorted(word)), task="sort")
 
 
