@@ -541,3 +541,16 @@ def test_peer_reads(peer, theirs, tmp_path, name, targets, rslora):
     tolerance = TOLERANCE.get(name, 1e-12)
     agree(ours(TOKENS).data, peer_logits(peer, model), tolerance)
     agree(merge_lora(ours)(TOKENS).data, peer_logits(peer, model.merge_and_unload()), tolerance)
+
+
+@with_peers
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_peer_in_float32(peer, theirs, tmp_path, name):
+    """As the models are used: within 1e-6 of the largest logit, before and after the merge."""
+    ours = adapted(name, ("q", "v"))
+    save_adapter(ours, tmp_path)
+    model = peer[2].PeftModel.from_pretrained(theirs(name).float(), tmp_path)
+    agree(ours(TOKENS).data, peer_logits(peer, model), 1e-6)
+    again = load_adapter(base(name), tmp_path).eval()
+    agree(again(TOKENS).data, peer_logits(peer, model), 1e-6)
+    agree(merge_lora(again)(TOKENS).data, peer_logits(peer, model.merge_and_unload()), 1e-6)
