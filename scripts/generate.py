@@ -2,6 +2,8 @@
 
     python scripts/generate.py                      # with the newest model under runs/
     python scripts/generate.py --model runs/pretrain-1/model --prompt "The " --temperature 0.5
+    python scripts/generate.py --model runs/pretrain-1/model \\
+        --adapter runs/finetune-lora-1/adapter --temperature 0 --prompt $'Reverse\\nminilm\\n-> '
 
 Prints the prompt and how the model goes on, token by token as it is sampled, then the speed. The
 model is the Hugging Face folder of a causal model, with its tokenizer.json.

@@ -83,13 +83,14 @@ def print_examples():
 
 
 def print_errors(arrays, block_sizes):
-    """Errors of all arrays together, by datatype and block size, without double quantization."""
+    """Errors of all arrays together, by datatype and block size; double quantization in one row."""
     print(f"{'datatype':10}{'block':>6}{'bits':>7}{'mean |e|':>11}{'mean |e/x|':>12}"
           f"{'|e| / |x|':>11}")
     for kind in KINDS:
         for size in block_sizes:
             quantized = [quantize_4bit(x, kind, size, double_quant=False) for x in arrays]
             print_error(kind, size, arrays, quantized)
+    print_error("nf4+double", 64, arrays, [quantize_4bit(x) for x in arrays])
     print_error("int8", "row", arrays, [quantize_int8(x, axis=-1) for x in arrays])
 
 
