@@ -21,7 +21,7 @@ from minilm.backend import tune_allocator
 from minilm.data import Tokenizer, load_tokenizer, printable
 from minilm.generate import stream
 from minilm.interop import huggingface, peft
-from minilm.peft import merge_lora
+from minilm.peft import merge_lora, unload_lora
 
 
 def main(model: Path | None = None, adapter: Path | None = None, prompt: str = "The ",
@@ -45,7 +45,7 @@ def main(model: Path | None = None, adapter: Path | None = None, prompt: str = "
     folder = model or newest_model(Path("runs"))
     transformer = huggingface.load_model(folder).eval()
     if adapter:
-        merge_lora(peft.load_adapter(transformer, adapter))
+        unload_lora(merge_lora(peft.load_adapter(transformer, adapter)))
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     before = tokenizer.encode(prompt).tolist() or [tokenizer.end]
     drawn = stream(transformer, [before], temperature, top_k, top_p, seed)
