@@ -24,20 +24,20 @@ from minilm.interop import huggingface, peft
 from minilm.peft import merge_lora, unload_lora
 
 
-def main(model: Path | None = None, adapter: Path | None = None, prompt: str = "The ",
-         tokens: int = 300, temperature: float = 0.8, top_k: int | None = 40,
-         top_p: float | None = 0.95, seed: int = 0):
+def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
+         temperature: float = 0.8, top_k: int | None = 40, top_p: float | None = 0.95,
+         seed: int = 0, adapter: Path | None = None):
     """Let a trained model write.
 
     Args:
         model: Hugging Face folder with a tokenizer.json; by default the newest runs/*/model.
-        adapter: PEFT folder of a LoRA adapter for it.
         prompt: what to go on from; an empty one starts a new document.
         tokens: how many to sample; fewer where the model ends the document.
         temperature: 1 as the model was trained, less for likelier text, 0 for the likeliest tokens.
         top_k: sample among the k likeliest tokens.
         top_p: sample among the fewest tokens whose probabilities reach p.
         seed: of the samples.
+        adapter: PEFT folder of a LoRA adapter for the model.
     """
     if tokens < 0:
         raise ValueError(f"tokens must not be negative, got {tokens}")

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from minilm.data import BPETokenizer, ByteTokenizer, CharTokenizer, printable
 from minilm.decode import decode, decodes
 from minilm.generate import Cache, generate, sample, stream
-from minilm.interop import huggingface
+from minilm.interop import huggingface, peft
 from minilm.nn import Module
+from minilm.peft import add_lora, use_adapter
 from minilm.tensor import Tensor, no_grad
 from minilm.transformer import Config, Transformer
 
@@ -352,6 +353,18 @@ class Words:
 def test_a_word_keeps_the_space_in_front_of_it(capsys):
     assert script.write(iter([2, 0, 1, 0, 0, 2]), Words(), [1]) == 6
     assert capsys.readouterr().out == " cat the cat\n"
+
+
+def test_the_script_lets_an_adapter_act(tmp_path, capsys):
+    model = add_lora(save(tmp_path, ByteTokenizer()), 2, 4, "all-linear")
+    for p in model.parameters():
+        p.data += np.random.default_rng(0).normal(0, 0.3, p.shape).astype(np.float32)
+    peft.save_adapter(model, tmp_path / "adapter")
+    ids = generate(model, [list(b"The ")], 20, temperature=0)[0]
+    plain = generate(use_adapter(model, None), [list(b"The ")], 20, temperature=0)[0]
+    assert (ids != plain).any() and ByteTokenizer.end not in ids
+    script.main(tmp_path, "The ", 20, temperature=0, adapter=tmp_path / "adapter")
+    assert capsys.readouterr().out == printable(ByteTokenizer().decode(ids)) + "\n"
 
 
 def test_an_empty_prompt_starts_a_new_document(tmp_path, capsys):
