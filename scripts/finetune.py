@@ -172,7 +172,7 @@ def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
                 break
         if step == s.steps:
             run.log(**examine(step))
-    finish(run, model, tokenizer, s, step)
+    finish(run, model, tokenizer, s, step, test[0])
 
 
 def examined(trainer, model, tokenizer, test, asked, known, step: int) -> dict:
@@ -209,7 +209,7 @@ def answers(model, records, tokenizer) -> list[str]:
     return [found[i] for i in range(len(records))]
 
 
-def finish(run, model, tokenizer, s: Settings, step: int):
+def finish(run, model, tokenizer, s: Settings, step: int, record):
     """Save what was learned, print the score before and after, and say where all of it is."""
     if s.method == "full":
         huggingface.save_model(model, run.path / "model")
@@ -222,7 +222,8 @@ def finish(run, model, tokenizer, s: Settings, step: int):
         print(f"stopped after step {step}; go on with: --resume {run.path}")
         return
     print_scores(run.records()[0], run.records()[-1])
-    print(f'ask it: python scripts/generate.py {use} --temperature 0 --prompt "..."')
+    print(f"ask it: python scripts/generate.py {use} --temperature 0 "
+          f"--prompt ${data.prompt(record)!r}")
 
 
 def print_scores(before: dict, after: dict):

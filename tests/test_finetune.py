@@ -69,6 +69,7 @@ def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, me
     adapters = 2 * 2 * (4 * (16 + 16) + 2 * (16 + 64))
     assert f"{trained.get(method, adapters):,} trainable parameters" in said
     tasks = ["reverse", "upper", "sort", "last", "add"]
+    assert said.rstrip().endswith(r"-> '") and r"--prompt $'Reverse\n" in said
     rows = [line.split(":")[0] for line in said.split("before")[1].splitlines()[1:] if ":" in line]
     assert rows[:8] == [*tasks, "all", "held out", str(base.parent / "text.txt")]
 
