@@ -43,7 +43,7 @@ class Settings:
     method: Literal["full", "lora", "qlora"] = "lora"
     """train every weight; adapters of low rank; or adapters on a base of few bits"""
     model: str = ""
-    """Hugging Face folder with a tokenizer.json; by default the newest runs/*/model"""
+    """Hugging Face folder with a tokenizer.json; by default the newest runs/pretrain-*/model"""
     data: tuple[str, ...] = ("reverse", "upper", "sort", "last", "add")
     """tasks (these, triangle, table, sql), or the path of a JSONL file"""
     train: int = 2000
@@ -67,6 +67,7 @@ class Settings:
     batch: int = 16
     """records in a step"""
     steps: int = 4000
+    """updates in the whole run"""
     lr: float = 0.0
     """learning rate after the warmup, falling as a cosine; 0 means the method's own"""
     warmup: int = 100
@@ -170,7 +171,7 @@ def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
                 run.save(step, model, optimizer)
             if last:
                 break
-        if step == s.steps:
+        if step == s.steps and "right" not in run.records()[-1]:  # it is, in a run that was done
             run.log(**examine(step))
     finish(run, model, tokenizer, s, step, test[0])
 

@@ -3,6 +3,7 @@ resuming, the answers it counts, and one clear line for what is wrong."""
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,23 @@ def test_targets_and_scaling_reach_the_adapters(base):
     assert adapter.scale == 4 / 2**0.5 and adapter.drop.p == 0.25
 
 
+def test_the_seed_draws_the_adapters(base):
+    def drawn(seed):
+        model = METHODS["lora"].prepare(huggingface.load_model(base), settings(base, seed=seed))
+        return lora_layers(model)["blocks.0.mlp.up"].adapters["default"].A.data
+
+    assert (drawn(0) == drawn(0)).all() and (drawn(0) != drawn(1)).any()
+
+
+def test_the_default_base_is_the_newest_pretrained_model(tmp_path, base, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "runs/pretrain-1/model")
+    s = settings(base, model="", method="full", steps=2)
+    for _ in range(2):  # the second time there is a newer model, the first run's
+        main(s)
+    assert capsys.readouterr().out.count("full on runs/pretrain-1/model") == 2
+
+
 def test_a_run_repeats_with_its_seed(tmp_path, base):
     for seed in (0, 0, 1):
         main(settings(base, seed=seed, dropout=0.1), tmp_path)
@@ -146,12 +164,13 @@ def test_answers_are_what_the_model_generates_up_to_its_end(base):
         assert answer == tokenizer.decode(ids[:end])
 
 
-def test_an_answer_stops_at_the_end_token(base, monkeypatch):
+def test_an_answer_stops_at_its_own_end_token(base, monkeypatch):
+    """Two prompts of one length, which end at different times."""
     tokenizer = data.ByteTokenizer()
-    ids = iter(tokenizer.encode("ab").tolist() + [tokenizer.end] + tokenizer.encode("cd").tolist())
-    monkeypatch.setattr(finetune, "stream", lambda *a: (np.array([i]) for i in ids))
-    record = data.Record("Say", "", "abcdef")
-    assert answers(huggingface.load_model(base), [record], tokenizer) == ["ab"]
+    rows = [[*b"ab", tokenizer.end, *b"cd"], [*b"efgh", tokenizer.end]]
+    monkeypatch.setattr(finetune, "stream", lambda *a: map(np.array, zip(*rows)))
+    records = [data.Record("Say", "", "abcdef"), data.Record("Ask", "", "x")]
+    assert answers(huggingface.load_model(base), records, tokenizer) == ["ab", "efgh"]
 
 
 # Stopping and resuming
@@ -174,8 +193,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, base, monkeypatch, method):
             main(s, tmp_path / "b")
     stopped = tmp_path / "b" / f"finetune-{method}-1"
     assert not learned(stopped)
-    main(resume=stopped)
-    assert learned(stopped) == learned(whole) and metrics(stopped) == metrics(whole)
+    for _ in range(2):  # the second time there is nothing left to do
+        main(resume=stopped)
+        assert learned(stopped) == learned(whole) and metrics(stopped) == metrics(whole)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, base):

@@ -212,9 +212,9 @@ class Survival(NamedTuple):
 def requantize_lora(model: Module) -> dict[str, Survival]:
     """Quantize merged weights as their bases are, and leave plain quantized layers: lossy.
 
-    An update is small beside the gaps between codes, so much of it is rounded away; all adapters of
-    these layers are gone. Returns, by path, what survived. ValueError where nothing is merged or a
-    merged base is not quantized.
+    An update that is small beside the gaps between codes drowns in the noise of rounding. All
+    adapters of these layers are gone. Returns, by path, what survived. ValueError where nothing is
+    merged or a merged base is not quantized.
     """
     layers = _merged_layers(model)
     if plain := [path for path, m in layers.items() if type(m.base) is not QuantizedLinear]:
