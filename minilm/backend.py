@@ -7,6 +7,7 @@ On a CPU every operator of a plain formula writes a new array. `by_rows` runs th
 of rows, which bounds these temporaries, so that formulas can stay as the textbook has them.
 """
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -43,6 +44,57 @@ def cupy():
     if not cp.is_available():
         raise RuntimeError('device "cuda" needs an NVIDIA GPU and its driver; CuPy finds none')
     return cp
+
+
+def cublas():
+    """(CuPy's cuBLAS functions, the current device's handle)."""
+    from cupy_backends.cuda.libs import cublas
+
+    return cublas, cupy().cuda.device.get_cublas_handle()
+
+
+def pointer(x) -> int:
+    """The address of an array's first element."""
+    return x.ctypes.data if array_module(x) is np else x.data.ptr
+
+
+@contextlib.contextmanager
+def memory_limit(size: int):
+    """Inside, arrays on the GPU may take `size` bytes together, as on a smaller card.
+
+    More raises CuPy's OutOfMemoryError, a MemoryError, which says what was asked, held and allowed.
+    The limit does not count what CUDA itself and cuBLAS hold, about half a GB.
+    """
+    pool = cupy().get_default_memory_pool()
+    before = pool.get_limit()
+    pool.set_limit(size=size)
+    try:
+        yield
+    finally:
+        pool.set_limit(size=before)
+
+
+def peak_memory():
+    """`with peak_memory() as peak:` measures arrays on the GPU made by this thread.
+
+    peak.bytes is the most that they took at once, those from before included.
+    """
+    cp = cupy()
+
+    class Peak(cp.cuda.MemoryHook):
+        name = "peak_memory"
+
+        def __init__(self):
+            self.held = self.bytes = cp.get_default_memory_pool().used_bytes()
+
+        def malloc_postprocess(self, **block):
+            self.held += block["mem_size"]
+            self.bytes = max(self.bytes, self.held)
+
+        def free_postprocess(self, **block):
+            self.held -= block["mem_size"]
+
+    return Peak()
 
 
 def tune_allocator():
@@ -99,13 +151,6 @@ def rows(x):
 def wide(x):
     """x in at least float32, the precision of sums, norms and exponentials."""
     return x.astype(np.float32) if x.dtype.itemsize == 2 else x
-
-
-def matmul(a, b):
-    """a @ b; 16-bit inputs accumulate in float32 and give a 16-bit result."""
-    if a.dtype.itemsize > 2 or array_module(a) is not np:
-        return a @ b
-    return (wide(a) @ wide(b)).astype(a.dtype)
 
 
 def row_sum(x):

@@ -20,7 +20,7 @@ from minilm.backend import (
     scatter_add,
     wide,
 )
-from minilm.backend import matmul as product
+from minilm.blas import matmul as product
 from minilm.tensor import add, matmul, mul, op
 
 __all__ = [

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm.quantize import fourbit, quantize_4bit, quantize_int8
-from minilm.quantize.fourbit import BLOCK_SIZES, NF4, double_quantize, dynamic_map, levels
+from minilm.quantize.codebooks import NF4, dynamic_map, levels, normal_float
+from minilm.quantize.fourbit import BLOCK_SIZES, double_quantize
 
 CODEBOOKS = ("nf4", "fp4", "nf3", "nf2", "int4", "int3", "int2")
 FLOATS = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
@@ -52,14 +53,14 @@ def constants(q):
 
 def test_nf4_is_made_of_quantiles():
     """The printed constants are the formula's, to the digits that float32 arithmetic left them."""
-    assert np.abs(np.array(fourbit.normal_float(4)) - NF4).max() < 3e-7
+    assert np.abs(np.array(normal_float(4)) - NF4).max() < 3e-7
     assert (levels("nf4") == np.float32(NF4)).all()
 
 
 @pytest.mark.parametrize("k", [2, 3, 4])
 def test_normal_float_has_a_zero_and_one_level_more_above_it(k):
     """And between its sides' neighbours lies the same probability everywhere."""
-    values = np.array(fourbit.normal_float(k))
+    values = np.array(normal_float(k))
     assert len(values) == 2**k and (np.diff(values) > 0).all()
     assert (values < 0).sum() == 2 ** (k - 1) - 1 and (values > 0).sum() == 2 ** (k - 1)
     assert (values == 0).sum() == 1 and (values[0], values[-1]) == (-1, 1)

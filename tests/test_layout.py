@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
-    {"backend", "cuda", "files"},
+    {"backend", "blas", "cuda", "files"},
     {"graph", "tensor", "ops", "attention"},
     {"nn", "transformer", "decode", "generate"},
     {"quantize", "peft", "distill", "optim"},
@@ -26,6 +26,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
+    ("blas", "backend"),
     ("cuda", "backend"),
     ("tensor", "graph"),
     ("attention", "graph"),
@@ -41,11 +42,12 @@ WITHIN = {  # the arrows inside a floor
     ("train", "workers"),
     ("run", "checkpoint"),
 }
-NARROWER = {"data": {"files"}, "optim": {"backend", "tensor", "attention", "ops"}}
+NARROWER = {"data": {"files"}, "optim": {"backend", "cuda", "tensor", "attention", "ops"}}
 
 REQUIRED = {"numpy", "ml_dtypes", "safetensors", "threadpoolctl", "tqdm", "tyro"}
 LATE = {
-    "bitsandbytes", "cupy", "cupyx", "matplotlib", "peft", "tokenizers", "torch", "transformers",
+    "bitsandbytes", "cupy", "cupy_backends", "cupyx", "matplotlib", "peft", "tokenizers", "torch",
+    "transformers",
 }
 
 PUBLIC = {  # what other programs rely on
@@ -158,10 +160,11 @@ def test_scripts_import_optional_packages_late(path):
 
 
 def test_only_backend_imports_cupy():
+    cupy = {"cupy", "cupy_backends", "cupyx"}
     found = {
         from_root(path)
         for path in source("minilm", "scripts")
-        if {"cupy", "cupyx"} & {m.split(".")[0] for m in imports(ast.walk(tree(path)))}
+        if cupy & {m.split(".")[0] for m in imports(ast.walk(tree(path)))}
     }
     assert found == {"minilm/backend.py"}
 

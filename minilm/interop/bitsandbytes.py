@@ -41,7 +41,8 @@ from minilm.interop.huggingface import (
     write_folder,
 )
 from minilm.nn import Linear
-from minilm.quantize.fourbit import BLOCK_SIZES, GROUP, FourBit, dynamic_map, levels
+from minilm.quantize.codebooks import dynamic_map, levels
+from minilm.quantize.fourbit import BLOCK_SIZES, GROUP, FourBit
 from minilm.quantize.linear import QuantizedLinear
 from minilm.transformer import Transformer
 

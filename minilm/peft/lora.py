@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minilm.backend import array_module, one_dtype, rows, wide
-from minilm.backend import matmul as product
+from minilm.blas import matmul as product
 from minilm.graph import once
 from minilm.nn import Dropout, Linear, Module
 from minilm.quantize.linear import QuantizedLinear, quantize_weight

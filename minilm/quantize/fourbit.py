@@ -23,56 +23,17 @@ treats blocks of zeros, ties of fp4 and a few 8-bit ties otherwise.)
 import functools
 import math
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 
 import numpy as np
 
+from minilm import cuda
 from minilm.backend import BLOCK, array_module
+from minilm.quantize.codebooks import bits_of, dynamic_map, levels, steps
 from minilm.quantize.int8 import finite, quantize_int8
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 GROUP = 256  # constants c2 that share one c1
-
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-       0.7229568362236023, 1.0)
-FP4 = tuple(sign * v / 12 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 DOUBLE = ("bitsandbytes", "int8")  # the ways to quantize the constants
-
-
-@functools.cache
-def levels(name: str) -> np.ndarray:
-    """What the codes 0, 1, ... of a codebook stand for: (2^k,) float32, from -1 to 1.
-
-    int<k> has one level less, for it is symmetric around zero. ValueError for an unknown name.
-    """
-    values = {"nf4": lambda: NF4, "fp4": lambda: FP4,
-              "nf3": lambda: normal_float(3), "nf2": lambda: normal_float(2),
-              "int4": lambda: np.arange(-7, 8) / 7, "int3": lambda: np.arange(-3, 4) / 3,
-              "int2": lambda: (-1, 0, 1)}
-    if name not in values:
-        raise ValueError(f"codebook must be one of {tuple(values)}, got {name!r}")
-    return np.array(values[name](), np.float32)
-
-
-def normal_float(k: int) -> list[float]:
-    """k-bit NormalFloat: quantiles of N(0, 1) over the outermost one, and an exact zero.
-
-    Equally probable steps from the tail to the median, 2^(k-1) - 1 on the negative side and one
-    more on the positive (QLoRA, section 3 and appendix E).
-    """
-    half, tail = 2 ** (k - 1), 1 - (1 / 2 ** (k + 1) + 1 / (2 ** (k + 1) - 2)) / 2
-
-    def side(n):  # n quantiles, outermost first
-        steps = [tail + (0.5 - tail) * i / n for i in range(n)]
-        return [NormalDist().inv_cdf(p) / NormalDist().inv_cdf(tail) for p in steps]
-    return [*(-q for q in side(half - 1)), 0.0, *reversed(side(half))]
-
-
-def bits_of(name: str) -> int:
-    """Bits of a code of this codebook."""
-    return math.ceil(math.log2(len(levels(name))))
 
 
 @dataclass(frozen=True)
@@ -109,7 +70,11 @@ class FourBit:
 
     def dequantize(self, dtype="float32"):
         """The numbers, float32 products of code and constant rounded once to dtype: eq. (6)."""
-        c2, k, size = self.absmax, bits_of(self.codebook), self.block_size  # the inner dequant
+        k, size = bits_of(self.codebook), self.block_size
+        if _has_kernels(self.packed, self.codebook):
+            real = dtype if str(np.dtype(dtype)) in cuda.REAL else "float32"
+            return cuda.nf4_dequantize(self.on_card(), real).astype(dtype, copy=False)
+        c2 = self.absmax  # the inner dequant
         xp, n = array_module(c2), math.prod(self.shape)
         x = xp.empty(len(self.packed) * 8 // k, np.float32)  # up to 7 more than n
         step = BLOCK if xp is np else max(x.size, 1)
@@ -121,6 +86,38 @@ class FourBit:
             blocks *= constants[: len(blocks), None]
             part[whole:] *= constants[len(blocks) :][:1]  # the last block may be short
         return x[:n].reshape(self.shape).astype(dtype, copy=False)
+
+    def on_card(self) -> cuda.Codes:
+        """The arrays as CUDA kernels take them; they must be on the GPU, with codes of 4 bits."""
+        xp = array_module(self.packed)
+        def empty(dtype): return xp.empty(0, dtype)
+        tables = self.packed, _levels_on(self.codebook, xp)
+        if self.c1 is None:
+            arrays = self.c2, empty("uint8"), empty("float32"), empty("float32"), empty("float32")
+        elif self.offset is None:  # the lectures' form: 256 equal steps
+            arrays = (empty("float32"), self.c2.view(np.uint8), self.c1 * np.float32(1 / 127),
+                      _map_on("int8", xp), xp.zeros(1, np.float32))
+        else:
+            arrays = (empty("float32"), self.c2, self.c1, _map_on("dynamic", xp),
+                      self.offset.reshape(1))
+        return cuda.Codes(*tables, *arrays, self.shape, self.block_size)
+
+
+def _has_kernels(x, codebook):
+    """Whether kernels/nf4_*.cu do the work: on a GPU, with codes of 4 bits."""
+    return array_module(x) is not np and bits_of(codebook) == 4
+
+
+@functools.lru_cache(64)
+def _levels_on(name, xp):
+    return xp.asarray(np.resize(levels(name), 16))
+
+
+@functools.lru_cache(64)
+def _map_on(form, xp):
+    """What the 256 codes of a constant stand for."""
+    equal = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
+    return xp.asarray(equal if form == "int8" else dynamic_map())
 
 
 def quantize_4bit(x, codebook: str = "nf4", block_size: int = 64,
@@ -140,16 +137,23 @@ def quantize_4bit(x, codebook: str = "nf4", block_size: int = 64,
         raise ValueError(f"double_quant must be a bool or one of {DOUBLE}, got {double_quant!r}")
     x = finite(x, "quantize_4bit")
     xp, shape, x = array_module(x), x.shape, x.reshape(-1)
-    whole = x.size // block_size * block_size
+    if _has_kernels(x, codebook):
+        packed, c2 = cuda.nf4_quantize(x, *_steps_on(codebook, xp), block_size)
+    else:
+        packed, c2 = _quantize(x, codebook, block_size)
+    quantized = FourBit(packed, c2, shape, codebook, block_size)
+    return double_quantize(quantized, double_quant) if double_quant else quantized
+
+
+def _quantize(x, codebook, block_size):  # (n,) -> (bytes,), (blocks,)
+    xp, whole = array_module(x), x.size // block_size * block_size
     step = BLOCK if xp is np else max(whole, 1)
     parts = [_quantize_blocks(x[i : min(i + step, whole)].reshape(-1, block_size), codebook)
              for i in range(0, whole, step)]
     if whole < x.size:
         parts.append(_quantize_short_block(x[whole:], codebook))
-    packed, c2 = (xp.concatenate(arrays) for arrays in zip(*parts)) if parts else (
+    return tuple(xp.concatenate(arrays) for arrays in zip(*parts)) if parts else (
         xp.empty(0, np.uint8), xp.empty(0, np.float32))
-    quantized = FourBit(packed, c2, shape, codebook, block_size)
-    return double_quantize(quantized, double_quant) if double_quant else quantized
 
 
 def _quantize_blocks(x, name):  # (n, block) -> (bytes,), (n,)
@@ -170,13 +174,19 @@ def _quantize_short_block(x, name):  # (less than a block,) -> (bytes,), (1,)
 
 def _nearest(s, name):  # (n,) -> (n,) uint8
     """The code of the nearest level; in the middle of two, of the lower one."""
-    xp, values = array_module(s), levels(name)
-    order = np.argsort(values, kind="stable")
-    middles = (values[order][1:] + values[order][:-1]) / 2
+    xp, (middles, order) = array_module(s), steps(name)
     codes, above = xp.zeros(s.size, np.uint8), xp.empty(s.size, bool)
     for middle in middles:
         codes += xp.greater(s, middle, out=above).view(np.uint8)
-    return codes if (order[1:] > order[:-1]).all() else xp.asarray(order.astype(np.uint8))[codes]
+    return codes if (order[1:] > order[:-1]).all() else xp.asarray(order)[codes]
+
+
+@functools.lru_cache(64)
+def _steps_on(name, xp):
+    """The same for the kernel, as if there were 16 levels: (15,), (16,)."""
+    middles, order = steps(name)
+    middles = np.pad(middles, (0, 15 - len(middles)), constant_values=np.inf)
+    return xp.asarray(middles), xp.asarray(np.resize(order, 16))
 
 
 def _pack(codes, name):
@@ -236,22 +246,3 @@ def _nearest_dynamic(x, c1):  # (groups, 256), (groups, 1) -> (groups, 256) uint
     step = (((s + 1) * np.float32(0.5)).astype(np.float64) * 65535 + 0.5).astype(np.float32)
     s = (xp.trunc(step).astype(np.float64) * (2 / 65535) - 1).astype(np.float32)
     return xp.searchsorted(xp.asarray((values[1:] + values[:-1]) / 2), s).astype(np.uint8)
-
-
-@functools.cache
-def dynamic_map() -> np.ndarray:
-    """bitsandbytes' signed 8-bit floats: (256,) float32 in ascending order, from -0.993 to 1.
-
-    A sign, i leading zeros that scale by 10^(i - 6), and a fraction of as many bits as are left:
-    the middles of 2^i equal parts of [0.1, 1] (Dettmers et al. 2022, arXiv:2110.02861).
-    """
-    values = [np.float32([0, 1])]
-    for i in range(7):
-        n, low, high = 2**i, np.float32(0.1), np.float32(1)
-        step, place = np.float64((high - low) / np.float32(n)), np.arange(n + 1)
-        # from both ends and rounded once, like torch.linspace
-        edges = np.where(place < (n + 1) // 2, low + step * place, high - step * (n - place))
-        edges = edges.astype(np.float32)
-        middles = (edges[1:] + edges[:-1]) / 2 * np.float32(10.0 ** (i - 6))
-        values += [middles, -middles]
-    return np.sort(np.concatenate(values))

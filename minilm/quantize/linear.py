@@ -13,8 +13,8 @@ from dataclasses import fields, replace
 
 import numpy as np
 
-from minilm.backend import matmul as product
 from minilm.backend import rows
+from minilm.blas import matmul as product
 from minilm.nn import Linear, Module
 from minilm.quantize.fourbit import FourBit, quantize_4bit
 from minilm.quantize.int8 import Int8, finite, int8_matmul_outliers, quantize_int8

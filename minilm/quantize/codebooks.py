@@ -1,0 +1,78 @@
+"""Codebooks: the numbers that few-bit codes stand for.
+
+NormalFloat is from QLoRA, section 3 and appendix E (Dettmers et al. 2023, arXiv:2305.14314), the
+8-bit dynamic map from Dettmers et al. 2022, arXiv:2110.02861. Each codebook reaches from -1 to 1;
+fourbit.py multiplies its values by a constant for each block.
+"""
+
+import functools
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+       0.7229568362236023, 1.0)
+FP4 = tuple(sign * v / 12 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+
+
+@functools.cache
+def levels(name: str) -> np.ndarray:
+    """What the codes 0, 1, ... of a codebook stand for: (2^k,) float32, from -1 to 1.
+
+    int<k> has one level less, for it is symmetric around zero. ValueError for an unknown name.
+    """
+    values = {"nf4": lambda: NF4, "fp4": lambda: FP4,
+              "nf3": lambda: normal_float(3), "nf2": lambda: normal_float(2),
+              "int4": lambda: np.arange(-7, 8) / 7, "int3": lambda: np.arange(-3, 4) / 3,
+              "int2": lambda: (-1, 0, 1)}
+    if name not in values:
+        raise ValueError(f"codebook must be one of {tuple(values)}, got {name!r}")
+    return np.array(values[name](), np.float32)
+
+
+def normal_float(k: int) -> list[float]:
+    """k-bit NormalFloat: quantiles of N(0, 1) over the outermost one, and an exact zero.
+
+    Equally probable steps from the tail to the median, 2^(k-1) - 1 on the negative side and one
+    more on the positive (QLoRA, section 3 and appendix E).
+    """
+    half, tail = 2 ** (k - 1), 1 - (1 / 2 ** (k + 1) + 1 / (2 ** (k + 1) - 2)) / 2
+
+    def side(n):  # n quantiles, outermost first
+        steps = [tail + (0.5 - tail) * i / n for i in range(n)]
+        return [NormalDist().inv_cdf(p) / NormalDist().inv_cdf(tail) for p in steps]
+    return [*(-q for q in side(half - 1)), 0.0, *reversed(side(half))]
+
+
+def bits_of(name: str) -> int:
+    """Bits of a code of this codebook."""
+    return math.ceil(math.log2(len(levels(name))))
+
+
+def steps(name: str):
+    """The middles between neighbouring levels, ascending, and the codes below, between, above."""
+    values = levels(name)
+    order = np.argsort(values, kind="stable")
+    return (values[order][1:] + values[order][:-1]) / 2, order.astype(np.uint8)
+
+
+@functools.cache
+def dynamic_map() -> np.ndarray:
+    """bitsandbytes' signed 8-bit floats: (256,) float32 in ascending order, from -0.993 to 1.
+
+    A sign, i leading zeros that scale by 10^(i - 6), and a fraction of as many bits as are left:
+    the middles of 2^i equal parts of [0.1, 1] (Dettmers et al. 2022, arXiv:2110.02861).
+    """
+    values = [np.float32([0, 1])]
+    for i in range(7):
+        n, low, high = 2**i, np.float32(0.1), np.float32(1)
+        step, place = np.float64((high - low) / np.float32(n)), np.arange(n + 1)
+        # from both ends and rounded once, like torch.linspace
+        edges = np.where(place < (n + 1) // 2, low + step * place, high - step * (n - place))
+        edges = edges.astype(np.float32)
+        middles = (edges[1:] + edges[:-1]) / 2 * np.float32(10.0 ** (i - 6))
+        values += [middles, -middles]
+    return np.sort(np.concatenate(values))
