@@ -78,8 +78,8 @@ def _numbered(header):
 
 def parameters(source: str, name: str, real: str) -> list[tuple[str, np.dtype, bool]]:
     """(name, dtype, whether it is an array) of each parameter of a kernel, read from its source."""
-    declared = re.search(rf'extern "C" __global__ void[^;{{]*?\b{name}\((.*?)\)\s*{{', source, re.S)
-    found = []
+    start = r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s+)?'
+    declared, found = re.search(start + name + r"\((.*?)\)\s*{", source, re.S), []
     for text in declared[1].split(","):
         words = re.sub(r"\bconst\b|\b__restrict__\b", "", text).replace("*", " * ").split()
         c_type = " ".join(w for w in words[:-1] if w != "*")

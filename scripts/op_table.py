@@ -12,6 +12,7 @@ import numpy as np
 
 from minilm import ops, tensor
 from minilm.peft.lora import add_low_rank
+from minilm.peft.qlora import quantized_lora
 from minilm.quantize.linear import quantize_weight, quantized_linear
 from minilm.tensor import Tensor
 
@@ -186,6 +187,9 @@ def adapted_rows(F):
     def without_bias(variables, others): return variables[:1], others
     def low_rank(r, B, T, C):
         return [normal(r, B, T, 7), normal(r, B, T, C), normal(r, 2, C), normal(r, 7, 2)], []
+    def both(r, B, T, C):
+        return [normal(r, B, T, C), normal(r, 2, C), normal(r, 7, 2), normal(r, 7)], [
+            normal(r, 7, C)]
     return [
         Row("quantized_linear", lambda x, b, W: quantized_linear(x, quantize_weight(W, "nf4"), b),
             lambda x, b, W: F.linear(x, dequantized(W, "nf4"), b), frozen),
@@ -194,6 +198,10 @@ def adapted_rows(F):
             lambda x, W: F.linear(x, dequantized(W, "int8")), lambda *a: without_bias(*frozen(*a))),
         Row("add_low_rank", lambda *inputs: add_low_rank(*inputs, scale=0.5),
             lambda y, x, A, B: y + 0.5 * x @ A.T @ B.T, low_rank),
+        Row("quantized_lora", lambda x, A, B, b, W: quantized_lora(x, quantize_weight(W, "nf4"),
+                                                                   A, B, b, scale=0.5),
+            lambda x, A, B, b, W: F.linear(x, dequantized(W, "nf4"), b) + 0.5 * x @ A.T @ B.T,
+            both),
     ]
 
 

@@ -44,7 +44,7 @@ def test_every_op_has_a_row():
                for module in pkgutil.walk_packages(minilm.__path__, "minilm.")]
     found = {f.__name__ for module in modules for f in vars(module).values()
              if getattr(f, "__code__", None) is lifted}
-    assert {"add", "getitem", "sum_", "quantized_linear", "add_low_rank"} <= found
+    assert {"add", "getitem", "sum_", "quantized_linear", "add_low_rank", "quantized_lora"} <= found
     assert found | set(ops.__all__) == {row.name.split()[0] for row in table()}
 
 

@@ -26,6 +26,7 @@ from minilm.backend import array_module, one_dtype, rows, wide
 from minilm.blas import matmul as product
 from minilm.graph import once
 from minilm.nn import Dropout, Linear, Module
+from minilm.peft.qlora import quantized_lora
 from minilm.quantize.linear import QuantizedLinear, quantize_weight
 from minilm.tensor import Tensor, op
 
@@ -93,8 +94,17 @@ class LoRALinear(Module):
     def forward(self, x):
         if self.merged:
             return self.merged(x)
-        y, adapter = self.base(x), self.adapters.get(self.active)
+        adapter = self.adapters.get(self.active)
+        if adapter and type(self.base) is QuantizedLinear and self._as_one(x, adapter):
+            return quantized_lora(x, self.base.weight, adapter.A, adapter.B, self.base.bias,
+                                  scale=adapter.scale)
+        y = self.base(x)
         return adapter(y, x) if adapter else y
+
+    def _as_one(self, x, adapter):
+        """Whether base and adapter see the same x in the same dtype."""
+        base, drops = self.base, adapter.training and adapter.drop.p
+        return not drops and base.threshold is None and base.compute_dtype in (None, x.dtype)
 
     def use(self, name):
         self.active = name

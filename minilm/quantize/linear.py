@@ -6,16 +6,18 @@ QLoRA (Dettmers et al. 2023, arXiv:2305.14314), section 3, for W of NF4 and an a
 
 The weight exists in the compute dtype only while it is used: the forward pass makes it and lets it
 go, and so does the backward pass, which needs dY dequant(W) for dX. A frozen W has no gradient.
-The second term is minilm/peft/lora.py's.
+The second term is minilm/peft/'s.
 """
 
 from dataclasses import fields, replace
 
 import numpy as np
 
-from minilm.backend import rows
+from minilm import cuda
+from minilm.backend import array_module, rows
 from minilm.blas import matmul as product
 from minilm.nn import Linear, Module
+from minilm.quantize.codebooks import bits_of
 from minilm.quantize.fourbit import FourBit, quantize_4bit
 from minilm.quantize.int8 import Int8, finite, int8_matmul_outliers, quantize_int8
 from minilm.tensor import Tensor, op
@@ -42,13 +44,31 @@ def quantized_linear(x, W, b=None, compute_dtype=None, threshold=None):  # (...,
         return product(dy, W.dequantize(inner)).astype(dtype, copy=False).reshape(shape)
 
     if threshold is None:
-        y = product(rows(x).astype(inner, copy=False), W.dequantize(inner).T)  # eq. (5)
+        y = product_with_codes(rows(x).astype(inner, copy=False), W)  # eq. (5)
     else:
         y = int8_matmul_outliers(rows(x), W, threshold)
     y = y.astype(dtype, copy=False).reshape(*shape[:-1], -1)
     if b is not None:
         y += b
     return y, dx, None, lambda dy: dy
+
+
+def product_with_codes(x, W, h=None, B=None):  # (N, I), (O, I), (N, r), (O, r) -> (N, O)
+    """x dequant(W)^T, plus h B^T where given.
+
+    On a GPU, few rows of bfloat16 meet the codes as they are, in kernels/nf4_matmul.cu. Else the
+    weight is made, and the small product comes first, so that the large one adds to it in passing.
+    """
+    if _few_rows(x, W):
+        return cuda.nf4_matmul(array_module(x).ascontiguousarray(x), W.on_card(), h, B)
+    y = None if h is None else product(h, B.T)
+    return product(x, W.dequantize(x.dtype).T, add_to=y)
+
+
+def _few_rows(x, W):
+    return (array_module(x) is not np and x.dtype == "bfloat16" and 0 < len(x) <= 16
+            and isinstance(W, FourBit) and bits_of(W.codebook) == 4 and W.block_size == 64
+            and W.shape[1] % 64 == 0)
 
 
 class QuantizedLinear(Module):
