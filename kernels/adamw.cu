@@ -8,9 +8,9 @@
 //
 // with correction = sqrt(1 - beta2^t) and rate = lr correction / (1 - beta1^t). Nothing is
 // contracted to fmaf, and what the settings give is computed in float64 before the launch, as
-// there. The bits differ only where a number is so small that the card flushes it to zero, which
-// NumPy does not: below 1.2e-38, so for gradients below 1e-19. Elements do not know of each other:
-// arrays can be updated in parts that begin at multiples of four.
+// there. The bits differ only where a number falls below 1.2e-38: the card makes it zero, NumPy
+// does not. That is the square of a gradient below 1e-17 or so, times 1 - beta2.
+// Elements do not know of each other: parts that begin at multiples of four can be updated apart.
 //
 // Launch: n / 1024 + 1 blocks of 256 threads; a thread has four neighbours of each array.
 // Bytes a parameter: p, g, m, v in and p, m, v out, 28; about 14 flops, which cost nothing.

@@ -1,5 +1,4 @@
 // How the kernels see a FourBit of minilm/quantize/fourbit.py.
-#pragma once
 
 // The constant of a block: as it is, or eq. (6) of arXiv:2305.14314, in NumPy's order of operations.
 __device__ __forceinline__ float constant_of(

@@ -2,7 +2,6 @@
 //
 // REAL is the dtype of activations and weights: a file that uses it is compiled once for each,
 // with -DREAL=float, __half or __nv_bfloat16. Arithmetic is always in float.
-#pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

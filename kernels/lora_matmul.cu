@@ -29,40 +29,17 @@
 // A tile of a matrix of `lines` x `depth`, zero beyond it: tile[k * PITCH + line].
 __device__ __forceinline__ void load_tile(
     float* tile, const REAL* from, int lines, int depth, long long pitch, int turned) {
+    // Neighbours in a warp read neighbours in memory: 16 of a line, or 32 lines where turned.
+    int line = turned ? threadIdx.x % TILE : threadIdx.x / DEPTH;
+    int k = turned ? threadIdx.x / TILE : threadIdx.x % DEPTH;
+    int next_line = turned ? 0 : 256 / DEPTH, next_k = turned ? 256 / TILE : 0;
+    from += turned ? k * pitch + line : line * pitch + k;
     #pragma unroll
     for (int j = 0; j < TILE * DEPTH / 256; j++) {
-        int i = threadIdx.x + 256 * j;  // neighbours in a warp read neighbours in memory
-        int line = turned ? i % TILE : i / DEPTH, k = turned ? i / TILE : i % DEPTH;
-        bool inside = line < lines && k < depth;
-        const REAL* at = from + (turned ? k * pitch + line : line * pitch + k);
-        tile[k * PITCH + line] = inside ? widen(*at) : 0.0f;
-    }
-}
-
-// sum += P Q^T of the tile of C that begins at (row, column).
-__device__ __forceinline__ void add_product(
-    float (&sum)[4][4], float* p_tile, float* q_tile, const REAL* P, const REAL* Q,
-    int M, int N, int K, int row, int column, int P_turned, int Q_turned) {
-    long long p_pitch = P_turned ? M : K, q_pitch = Q_turned ? N : K;
-    P += P_turned ? row : row * p_pitch;
-    Q += Q_turned ? column : column * q_pitch;
-    int my_row = threadIdx.x / 16 * 4, my_column = threadIdx.x % 16 * 4;
-    for (int left = K; left > 0; left -= DEPTH) {
-        load_tile(p_tile, P, M - row, left, p_pitch, P_turned);
-        load_tile(q_tile, Q, N - column, left, q_pitch, Q_turned);
-        P += P_turned ? DEPTH * p_pitch : DEPTH;
-        Q += Q_turned ? DEPTH * q_pitch : DEPTH;
-        __syncthreads();
-        #pragma unroll
-        for (int k = 0; k < DEPTH; k++) {
-            const float* p = p_tile + k * PITCH + my_row;
-            const float* q = q_tile + k * PITCH + my_column;
-            #pragma unroll
-            for (int i = 0; i < 4; i++)
-                #pragma unroll
-                for (int j = 0; j < 4; j++) sum[i][j] = fmaf(p[i], q[j], sum[i][j]);
-        }
-        __syncthreads();  // everybody has read before the next tile comes
+        tile[k * PITCH + line] = line < lines && k < depth ? widen(*from) : 0.0f;
+        line += next_line;
+        k += next_k;
+        from += (next_line + next_k) * pitch;
     }
 }
 
@@ -70,15 +47,36 @@ extern "C" __global__ void __launch_bounds__(256) lora_matmul(
     const REAL* __restrict__ P, const REAL* __restrict__ Q,
     const REAL* __restrict__ P2, const REAL* __restrict__ Q2, REAL* __restrict__ C,
     int M, int N, int K, int R, int P_turned, int Q_turned, float scale) {
-    __shared__ __align__(16) float p_tile[DEPTH * PITCH], q_tile[DEPTH * PITCH];
-    int across = (N - 1) / TILE + 1;
-    int row = blockIdx.x / across * TILE, column = blockIdx.x % across * TILE;
+    alignas(16) __shared__ float p_tile[DEPTH * PITCH], q_tile[DEPTH * PITCH];
+    int across = (N - 1) / TILE + 1, row = blockIdx.x / across * TILE;
+    int column = blockIdx.x % across * TILE, my_row = threadIdx.x / 16 * 4;
+    int my_column = threadIdx.x % 16 * 4;
     float sum[4][4] = {};
-    add_product(sum, p_tile, q_tile, P, Q, M, N, K, row, column, P_turned, Q_turned);
-    add_product(sum, p_tile, q_tile, P2, Q2, M, N, R, row, column, P_turned, Q_turned);
-
-    row += threadIdx.x / 16 * 4;
-    column += threadIdx.x % 16 * 4;
+    for (int term = 0; term < 2; term++) {
+        long long p_pitch = P_turned ? M : K, q_pitch = Q_turned ? N : K;
+        P += P_turned ? row : row * p_pitch;
+        Q += Q_turned ? column : column * q_pitch;
+        for (int left = K; left > 0; left -= DEPTH) {
+            load_tile(p_tile, P, M - row, left, p_pitch, P_turned);
+            load_tile(q_tile, Q, N - column, left, q_pitch, Q_turned);
+            P += P_turned ? DEPTH * p_pitch : DEPTH;
+            Q += Q_turned ? DEPTH * q_pitch : DEPTH;
+            __syncthreads();
+            #pragma unroll 8
+            for (int k = 0; k < DEPTH; k++) {
+                const float* p = p_tile + k * PITCH + my_row;
+                const float* q = q_tile + k * PITCH + my_column;
+                #pragma unroll
+                for (int i = 0; i < 4; i++)
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) sum[i][j] = fmaf(p[i], q[j], sum[i][j]);
+            }
+            __syncthreads();  // all have read it before the next tile comes
+        }
+        P = P2, Q = Q2, K = R;
+    }
+    row += my_row;
+    column += my_column;
     #pragma unroll
     for (int i = 0; i < 4; i++)
         #pragma unroll

@@ -81,7 +81,7 @@ class Module:
         if missing or unexpected or wrong:
             raise ValueError(f"state does not fit: {missing=}, {unexpected=}, misshapen={wrong}")
         for name, t in own.items():
-            t.data[...] = state[name]
+            t.data[...] = to_device(state[name], t.device)
 
     def train(self, mode: bool = True):
         """Switch dropout on (or, with False, off) here and below."""

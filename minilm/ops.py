@@ -207,6 +207,7 @@ def dropout(x, p, rng):
 def cross_entropy(logits, targets, ignore_index=-100, total=None):  # (..., V), integers (...) -> ()
     """Mean of -log softmax(logits)[target] over the targets that are not ignore_index.
 
+    targets may be NumPy's where logits are on a GPU; looking at them there first costs no waiting.
     total: divide by this number of targets instead, so that the parts of a split batch add up to
     the whole batch's loss. ValueError where a target is out of range or none is left to average.
     """
@@ -221,9 +222,10 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):  # (..., V), 
     t = t * counted  # any class will do where nothing is counted
     if t.size and (t.min() < 0 or t.max() >= V):
         raise ValueError(f"cross_entropy: targets from {t.min()} to {t.max()}, {V} classes")
+    xp = array_module(z)
+    t, counted = xp.asarray(t), xp.asarray(counted)  # they may come from the host
 
     def formula(z, t):
-        xp = array_module(z)
         z = wide(z) - z.max(-1, keepdims=True)
         zt = z[xp.arange(len(t)), t[:, 0]]
         p = xp.exp(z, out=z)
@@ -234,7 +236,7 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):  # (..., V), 
     p, losses = by_rows(formula, z, t[:, None])
 
     def dlogits(dy):  # (p - onehot(target)) / n
-        p[array_module(p).arange(len(t)), t] -= 1
+        p[xp.arange(len(t)), t] -= 1
         p[...] *= (counted * (dy / n)).astype(p.dtype)[:, None]
         return p.reshape(lead)
     return (losses * counted).sum() / n, dlogits, None

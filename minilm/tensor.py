@@ -51,6 +51,7 @@ class Tensor:
     dtype = property(lambda self: self.data.dtype)
     ndim = property(lambda self: self.data.ndim)
     size = property(lambda self: self.data.size)
+    device = property(lambda self: "cpu" if array_module(self.data) is np else "cuda")
     requires_grad = property(lambda self: self.node is not None)
 
     @property

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from minilm import ops
-from minilm.backend import tune_allocator
+from minilm.backend import array_module, to_device, tune_allocator
+from minilm.optim.flat import squares
 from minilm.tensor import no_grad, randomness
 from minilm.workers import Workers
 
@@ -49,6 +50,8 @@ class Trainer:
     """
 
     def __init__(self, model, optimizer, workers: int = 1, processes: bool = False, seed: int = 0):
+        if processes and array_module(optimizer.flat.data) is not np:
+            raise ValueError("processes cannot share a GPU's memory: train there with threads")
         self.model, self.optimizer, self.seed = model, optimizer, seed
         self.workers = Workers(optimizer.flat, self._work, workers, processes)
 
@@ -123,11 +126,11 @@ class Trainer:
         with no_grad():
             logits = self.model(tokens)
             loss = ops.cross_entropy(logits, targets, total=1)
-        return float(loss.data), int((logits.data.argmax(-1) == targets).sum())
+        guesses = to_device(logits.data.argmax(-1), "cpu")
+        return float(loss.data), int((guesses == targets).sum())
 
     def _squares(self, part):
-        grad = self.optimizer.flat.grad[part]
-        return float(grad @ grad)
+        return squares(self.optimizer.flat.grad[part])
 
     def _update(self, part, *args):
         self.optimizer.update(part, *args)

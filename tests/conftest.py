@@ -1,15 +1,20 @@
-"""What all tests share: hypothesis profiles, no network, and `close`.
+"""What all tests share: hypothesis profiles, no network, `close`, and CuPy or its stand-in.
 
 HYPOTHESIS_PROFILE=thorough draws many more examples; CI, where set, makes them the same every time.
 The tolerances of `close`, by dtype and with their reason, are in `scripts/op_table.py`.
 """
 
+import contextlib
+import ctypes
+import importlib.util
 import os
 import socket
 
 import pytest
 from hypothesis import settings
 from op_table import TOLERANCE, error
+
+from minilm import backend, cuda
 
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
@@ -34,3 +39,33 @@ def no_network():
         patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(socket.socket, "connect_ex", refuse)
         yield
+
+
+def has_gpu() -> bool:
+    """Whether there is a driver, and a CuPy to use it."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return importlib.util.find_spec("cupy") is not None
+
+
+@pytest.fixture(scope="module", params=["emulated", "real"] if has_gpu() else ["emulated"])
+def cupy(request):
+    """The module cupy: the stand-in of tests/emulated_cupy, and where a GPU is the real one too."""
+    import emulator
+    from emulated_cupy import installed
+
+    if request.param == "emulated" and not emulator.available() and "CI" not in os.environ:
+        pytest.skip("no g++: kernels cannot run on the CPU")
+    stand_in = installed() if request.param == "emulated" else contextlib.nullcontext()
+    with stand_in:
+        forget_cupy()
+        yield backend.cupy()
+        forget_cupy()
+
+
+def forget_cupy():
+    """Let go of the module, and of the kernels that it compiled."""
+    backend.cupy.cache_clear()
+    cuda.kernel.cache_clear()

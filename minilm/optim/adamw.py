@@ -15,6 +15,7 @@ import math
 
 import numpy as np
 
+from minilm import cuda
 from minilm.backend import BLOCK, array_module
 from minilm.optim.flat import FlatParameters
 
@@ -72,15 +73,21 @@ class AdamW:
         """Step t of a part, with gradients multiplied by scale; in chunks that fit the cache."""
         f = self.flat
         for chunk in _chunks(part, self.decayed, array_module(self.m)):
-            g = f.grad[chunk] if scale == 1 else f.grad[chunk] * scale
             decay = self.weight_decay if chunk.stop <= self.decayed else 0.0
-            adamw(f.data[chunk], g, self.m[chunk], self.v[chunk], t, lr, *self.betas, self.eps,
-                  decay)
+            adamw(f.data[chunk], f.grad[chunk], self.m[chunk], self.v[chunk], t, lr, *self.betas,
+                  self.eps, decay, scale)
 
 
-def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
-    """Step t of AdamW on flat arrays; p, m and v change in place."""
+def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay, scale=1.0):
+    """Step t of AdamW on flat arrays, for gradients g scale; p, m and v change in place.
+
+    On a GPU float32 arrays go to kernels/adamw.cu, which gives the same bits.
+    """
     xp = array_module(v)
+    if xp is not np and p.dtype == np.float32:
+        return cuda.adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay, scale)
+    if scale != 1:
+        g = g * scale
     u = g - m
     u *= 1 - beta1
     m += u  # eq. (1)

@@ -10,8 +10,10 @@ import threading
 
 import numpy as np
 
-from minilm.backend import array_module
+from minilm.backend import array_module, wide
 from minilm.tensor import Tensor
+
+PIECE = 1 << 24  # elements
 
 
 class FlatParameters:
@@ -79,13 +81,21 @@ def _receiver(param, view):
     return receive
 
 
+def squares(x) -> float:
+    """The sum of x^2 of a flat array, in at least float32; 16-bit numbers are widened piecewise."""
+    if x.dtype.itemsize > 2:
+        return float(x @ x)
+    pieces = (wide(x[i : i + PIECE]) for i in range(0, x.size, PIECE))
+    return float(sum(piece @ piece for piece in pieces))
+
+
 def clip_grad_norm(params: list[Tensor], max_norm: float) -> float:
     """Scale the gradients to a global L2 norm of at most max_norm; returns the norm before.
 
     With max_norm=inf it only measures. Pascanu et al. 2013, arXiv:1211.5063.
     """
     grads = [p.grad.reshape(-1) for p in params if p.grad is not None]
-    norm = math.sqrt(sum(float(g @ g) for g in grads))
+    norm = math.sqrt(sum(squares(g) for g in grads))
     if norm > max_norm:
         for g in grads:
             g *= max_norm / norm

@@ -55,7 +55,7 @@ def quantize_int8(x, axis=None) -> Int8:
     each row, 0 each column. ValueError where x is not finite.
     """
     x = finite(x, "quantize_int8")
-    absmax = array_module(x).abs(x).max(axis, keepdims=axis is not None, initial=0)
+    absmax = _largest(array_module(x).abs(x), axis)
     return Int8(_codes(x, absmax), absmax)
 
 
@@ -78,7 +78,7 @@ def int8_matmul_outliers(x, W, threshold: float = 6.0):
     xp, x32 = array_module(x16), wide(x16)
     outlier = xp.abs(x32) >= threshold
     h = outlier.any(0)  # the features in O: (I,)
-    absmax = xp.where(outlier, 0, xp.abs(x32)).max(-1, keepdims=True, initial=0)
+    absmax = _largest(xp.where(outlier, 0, xp.abs(x32)), -1)
     x8 = _codes(xp.where(h, 0, x32), absmax)
     S = absmax * quantized.absmax.T * np.float32(1 / 127**2)
     y = S * integer_product(x8, quantized.codes)
@@ -114,6 +114,11 @@ def finite(x, name: str, dtype=np.float32):
         raise ValueError(f"{name} needs numbers that are finite in {x.dtype}, but {wrong} of "
                          f"{x.size} are not")
     return x
+
+
+def _largest(x, axis):
+    """The largest of numbers >= 0 along an axis, which is kept, or of all; 0 where none is."""
+    return (x.max if x.size else x.sum)(axis, keepdims=axis is not None)
 
 
 def _codes(x, absmax):

@@ -1,0 +1,225 @@
+"""Models on CuPy arrays: training, adapters, quantized weights and generation as on NumPy's.
+
+Where no GPU is, CuPy is the stand-in of tests/emulated_cupy: what runs there uses only what CuPy
+has, and mixes no NumPy array in. Values are compared with the same work on the CPU.
+"""
+
+import emulated_cupy
+import numpy as np
+import pytest
+from conftest import close
+
+from minilm import ops
+from minilm.backend import array_module, to_device
+from minilm.generate import generate
+from minilm.optim import SGD, AdamW, clip_grad_norm, flat
+from minilm.peft import add_lora, merge_lora, requantize_lora, trainable_parameters
+from minilm.quantize import quantize_model
+from minilm.tensor import no_grad
+from minilm.train import Diverged, Trainer
+from minilm.transformer import Config, Transformer
+
+SHAPE = dict(vocab_size=13, context=8, layers=2, heads=2, width=16)
+FAMILIES = {
+    "gpt2": Config.gpt2(**SHAPE, dropout=0.1),
+    "llama": Config.llama(**SHAPE | {"heads": 4}, kv_heads=2, hidden=24),
+    "bert": Config.bert(**SHAPE, hidden=32, dropout=0.1),
+}
+family = pytest.mark.parametrize("family", FAMILIES)
+rng = np.random.default_rng(0)
+TOKENS, TARGETS = rng.integers(0, 13, (2, 4, 8))
+TARGETS[0, :3] = -100
+MASK = np.ones((4, 8), int)
+MASK[1, 5:] = 0
+
+
+def pair(family, change=lambda model: None, dtype="float32"):
+    """The same model twice, on the CPU and on the GPU, its weights far from their first values."""
+    models = []
+    for device in ("cpu", "cuda"):
+        model, rng = Transformer(FAMILIES[family], seed=1), np.random.default_rng(2)
+        for _, t in model.named_tensors():
+            t.data += rng.normal(0, 0.2, t.shape).astype("float32")
+        model.astype(dtype)
+        change(model)
+        models.append(model.to(device))
+    return models
+
+
+def on_cpu(array):
+    return to_device(array, "cpu").astype("float64")
+
+
+def same(actual, expected, dtype="float32", scale=0.0):
+    """The first on the GPU, the second on the CPU, of one dtype and with the same values."""
+    assert array_module(actual) is not np and array_module(expected) is np
+    assert actual.dtype == expected.dtype
+    close(on_cpu(actual), on_cpu(expected), dtype, scale)
+
+
+def same_parameters(gpu, cpu, dtype="float32"):
+    """Against the size of weights: AdamW divides by gradients that may be almost nothing."""
+    for p, q in zip(gpu.parameters(), cpu.parameters(), strict=True):
+        same(p.data, q.data, dtype, scale=0.2)
+
+
+def trained(model, steps=2, eps=1e-3, **settings):
+    """What two steps with AdamW report, and the losses after them."""
+    opt = AdamW(trainable_parameters(model), lr=0.01, eps=eps, weight_decay=0.1)
+    with Trainer(model, opt, seed=3) as trainer:
+        done = [trainer.step(i, TOKENS, TARGETS, clip=1.0, **settings) for i in range(steps)]
+        return [x for s in done for x in (s.loss, s.norm)], trainer.evaluate(TOKENS, TARGETS, 3)
+
+
+@family
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_and_gradients(cupy, family, dtype):
+    cpu, gpu = pair(family, dtype=dtype)
+    logits = [model.eval()(TOKENS, MASK) for model in (cpu, gpu)]
+    same(logits[1].data, logits[0].data, dtype)
+    for y in logits:
+        ops.cross_entropy(y, TARGETS).backward()
+    largest = max(float(abs(p.grad).max()) for p in cpu.parameters())
+    for p, q in zip(gpu.parameters(), cpu.parameters(), strict=True):
+        same(p.grad, q.grad, dtype, scale=largest)  # those of k's bias cancel to nothing
+
+
+@family
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_training_steps(cupy, family, accumulate):
+    cpu, gpu = pair(family)
+    expected, actual = trained(cpu, accumulate=accumulate), trained(gpu, accumulate=accumulate)
+    close(actual[0], expected[0], "float32")
+    close(actual[1], expected[1], "float32")
+    same_parameters(gpu, cpu)
+
+
+def test_training_in_bfloat16(cupy):
+    cpu, gpu = pair("llama", dtype="bfloat16")
+    close(trained(gpu)[0], trained(cpu)[0], "bfloat16")
+    same_parameters(gpu, cpu, "bfloat16")
+
+
+def test_checkpointed_blocks(cupy):
+    def change(model): model.checkpoint_every = 1
+    cpu, gpu = pair("gpt2", change)
+    close(trained(gpu)[0], trained(cpu)[0], "float32")
+    same_parameters(gpu, cpu)
+
+
+def test_lora(cupy):
+    cpu, gpu = pair("gpt2")
+    for model in (cpu, gpu):
+        add_lora(model, 2, alpha=4, targets="all-linear", dropout=0.1)
+    close(trained(gpu)[0], trained(cpu)[0], "float32")
+    same_parameters(gpu, cpu)
+    for model in (cpu, gpu):
+        merge_lora(model)
+    with no_grad():
+        same(gpu.eval()(TOKENS).data, cpu.eval()(TOKENS).data)
+
+
+@pytest.mark.parametrize("family, dtype", [
+    ("llama", "float32"), ("llama", "bfloat16"), ("gpt2", "float32")])
+@pytest.mark.parametrize("kind", ["nf4", "nf3", "int8", "llm.int8"])
+def test_qlora(cupy, family, kind, dtype):
+    cpu, gpu = pair(family, dtype=dtype)
+    for model in (cpu, gpu):
+        quantize_model(model, kind)
+        add_lora(model, 2, alpha=4, targets="all-linear")
+    assert all(np.array_equal(on_cpu(a), on_cpu(b))
+               for a, b in zip(gpu.state_dict().values(), cpu.state_dict().values(), strict=True))
+    close(trained(gpu)[0], trained(cpu)[0], dtype)
+    same_parameters(gpu, cpu, dtype)
+
+
+def test_quantized_on_the_cpu_and_moved(cupy):
+    def change(model):
+        quantize_model(model, "nf4", double_quant="int8")
+        add_lora(model, 2, alpha=4, dropout=0.1)
+    cpu, gpu = pair("gpt2", change)
+    close(trained(gpu)[0], trained(cpu)[0], "float32")
+    survived = []
+    for model in (cpu, gpu):
+        merge_lora(model)
+        survived.append([v for s in requantize_lora(model).values() for v in s])
+    close(survived[1], survived[0], "float32", scale=1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(top_k=5), dict(top_p=0.9)])
+def test_generation(cupy, family, settings):
+    cpu, gpu = pair(family)
+    expected, actual = (generate(model, TOKENS[:1, :3], 9, **settings) for model in (cpu, gpu))
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_sgd_and_clipping(cupy):
+    cpu, gpu = pair("gpt2")
+    norms = []
+    for model in (cpu, gpu):
+        model.eval()
+        opt = SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+        ops.cross_entropy(model(TOKENS), TARGETS).backward()
+        norms.append(clip_grad_norm(model.parameters(), 0.5))
+        opt.step()
+    close(norms[1], norms[0], "float32")
+    same_parameters(gpu, cpu)
+
+
+def test_state_comes_back_from_the_host(cupy):
+    cpu, gpu = pair("llama")
+    before = {name: on_cpu(a).astype("float32") for name, a in gpu.state_dict().items()}
+    for p in gpu.parameters():
+        p.data *= 0
+    gpu.load_state_dict(before)
+    with no_grad():
+        same(gpu(TOKENS).data, cpu(TOKENS).data)
+    cpu.load_state_dict(gpu.state_dict())
+    assert all(array_module(a) is np for a in cpu.state_dict().values())
+
+
+def test_a_step_reads_back_numbers_only(cupy):
+    """Whatever waits for the card or crosses the bus: ids, loss and norm, and never an array."""
+    _, gpu = pair("llama")
+    opt = AdamW(gpu.parameters())
+    with Trainer(gpu, opt) as trainer:
+        trainer.step(0, TOKENS, TARGETS)
+        emulated_cupy.reset()
+        trainer.step(1, TOKENS, TARGETS)
+        assert set(emulated_cupy.to_host) <= {"bool", "float"}
+        assert sum(emulated_cupy.to_host.values()) <= 4, "ids twice, loss, norm"
+        assert sum(emulated_cupy.to_device.values()) <= 3, "tokens, targets, which of them count"
+        trainer.evaluate(TOKENS, TARGETS)
+        assert emulated_cupy.to_host["get"] <= 1, "the guesses"
+
+
+def test_processes_cannot_share_a_gpu(cupy):
+    _, gpu = pair("llama")
+    with pytest.raises(ValueError, match="processes cannot share a GPU's memory"):
+        Trainer(gpu, AdamW(gpu.parameters()), workers=2, processes=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_norm_is_as_exact_as_float32(cupy, dtype, monkeypatch):
+    """A product of 16-bit vectors would be rounded to 16 bits, and in float16 be infinite."""
+    monkeypatch.setattr(flat, "PIECE", 300)
+    x = np.random.default_rng(0).normal(0, 30, 1000).astype(dtype)
+    expected = float((x.astype(np.float64) ** 2).sum())
+    assert flat.squares(cupy.asarray(x)) == pytest.approx(expected, rel=1e-6)
+    assert flat.squares(x) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite(cupy):
+    _, gpu = pair("gpt2")
+    gpu.parameters()[0].data[0, 0] = np.nan
+    with pytest.raises(Diverged):
+        trained(gpu)
+
+
+def test_bad_ids_and_targets_are_refused(cupy):
+    _, gpu = pair("llama")
+    with pytest.raises(ValueError, match="ids from 0 to 13"):
+        gpu(np.array([[0, 13]]))
+    with pytest.raises(ValueError, match="targets from 0 to 13"):
+        ops.cross_entropy(gpu(np.array([[0, 1]])), np.array([[0, 13]]))
