@@ -155,7 +155,9 @@ def wide(x):
 
 def row_sum(x):
     """Sums over the last axis, kept: (..., C) -> (..., 1). BLAS adds faster than np.sum."""
-    return (x @ ones(x.shape[-1], x.dtype, array_module(x)))[..., None]
+    if array_module(x) is not np:
+        return x.sum(-1, keepdims=True)
+    return (x @ ones(x.shape[-1], x.dtype, np))[..., None]
 
 
 def row_dot(a, b):

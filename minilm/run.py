@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_info
 
 import minilm
 from minilm import checkpoint
+from minilm.backend import to_device
 from minilm.files import FormatError, read_json, write_atomically, write_json
 from minilm.nn import Module
 from minilm.optim import AdamW
@@ -98,6 +99,7 @@ class RunDirectory:
         m, v = (optimizer.flat.views(flat) for flat in (optimizer.m, optimizer.v))
         for name, i in _places(model, optimizer).items():
             tensors[f"m.{name}"], tensors[f"v.{name}"] = m[i], v[i]
+        tensors = {name: to_device(array, "cpu") for name, array in tensors.items()}
         checkpoint.save(self.path / "checkpoints", tensors, {"step": step})
 
     def restore(self, model: Module, optimizer: AdamW) -> int:
@@ -127,8 +129,10 @@ class RunDirectory:
         state = {n.removeprefix("model."): t for n, t in tensors.items() if n not in own}
         model.load_state_dict(model.state_dict() | state)
         m, v = (optimizer.flat.views(flat) for flat in (optimizer.m, optimizer.v))
+        device = optimizer.flat.params[0].device
         for name, i in places.items():
-            m[i][...], v[i][...] = tensors[f"m.{name}"], tensors[f"v.{name}"]
+            for moment, kind in (m, "m"), (v, "v"):
+                moment[i][...] = to_device(tensors[f"{kind}.{name}"], device)
         optimizer.steps = step
 
     def plot(self) -> Path | None:

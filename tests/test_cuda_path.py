@@ -4,21 +4,25 @@ Where no GPU is, CuPy is the stand-in of tests/emulated_cupy: what runs there us
 has, and mixes no NumPy array in. Values are compared with the same work on the CPU.
 """
 
+from collections import Counter
+
 import emulated_cupy
 import numpy as np
 import pytest
 from conftest import close
 
-from minilm import ops
+from minilm import cuda, ops
 from minilm.backend import array_module, to_device
 from minilm.generate import generate
 from minilm.optim import SGD, AdamW, clip_grad_norm, flat
 from minilm.peft import add_lora, merge_lora, requantize_lora, trainable_parameters
 from minilm.quantize import quantize_model
+from minilm.run import RunDirectory
 from minilm.tensor import no_grad
 from minilm.train import Diverged, Trainer
 from minilm.transformer import Config, Transformer
 
+pytestmark = pytest.mark.kernels  # names and signatures are held against CuPy where it is installed
 SHAPE = dict(vocab_size=13, context=8, layers=2, heads=2, width=16)
 FAMILIES = {
     "gpt2": Config.gpt2(**SHAPE, dropout=0.1),
@@ -144,6 +148,54 @@ def test_quantized_on_the_cpu_and_moved(cupy):
         merge_lora(model)
         survived.append([v for s in requantize_lora(model).values() for v in s])
     close(survived[1], survived[0], "float32", scale=1)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """How often each kernel was launched."""
+    count, launch = Counter(), cuda.Kernel.__call__
+
+    def counted(kernel, *args, **settings):
+        count[kernel.name] += 1
+        launch(kernel, *args, **settings)
+
+    monkeypatch.setattr(cuda.Kernel, "__call__", counted)
+    return count
+
+
+def test_qlora_launches_the_kernels_and_nothing_in_their_place(cupy, launched):
+    """Each quantized layer's weight is made once forward and once for dx, which the first block's
+    q, k and v have no need of; and few rows of bfloat16 do without."""
+    sizes = SHAPE | dict(width=64, heads=4)
+    gpu = Transformer(Config.llama(**sizes, kv_heads=2, hidden=64)).astype("bfloat16").to("cuda")
+    quantize_model(gpu)
+    assert launched == {"nf4_quantize": 14}
+    add_lora(gpu, 2, alpha=4, targets="all-linear").astype("float32")
+    launched.clear()
+    with Trainer(gpu, AdamW(gpu.parameters())) as trainer:
+        trainer.step(0, TOKENS, TARGETS)
+    assert launched == {"nf4_dequantize": 14 + 14 - 3, "adamw": 1}
+    gpu.astype("bfloat16")
+    launched.clear()
+    with no_grad():
+        gpu(TOKENS[:2])
+    assert launched == {"nf4_matmul": 14}
+
+
+def test_a_run_on_the_gpu_is_saved_and_goes_on_as_if_it_had_not_stopped(cupy, tmp_path):
+    _, gpu = pair("gpt2")
+    opt, run = AdamW(gpu.parameters(), 1e-2), RunDirectory(tmp_path)
+    with Trainer(gpu, opt) as trainer:
+        trainer.step(0, TOKENS, TARGETS)
+        run.save(1, gpu, opt)
+        trainer.step(1, TOKENS, TARGETS)
+    _, again = pair("gpt2")
+    fresh = AdamW(again.parameters(), 1e-2)
+    assert run.restore(again, fresh) == 1
+    with Trainer(again, fresh) as trainer:
+        trainer.step(1, TOKENS, TARGETS)
+    for a, b in zip(gpu.state_dict().values(), again.state_dict().values(), strict=True):
+        np.testing.assert_array_equal(on_cpu(a), on_cpu(b))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
