@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from minilm import cuda
 from minilm.backend import BLOCK, array_module, one_dtype, row_dot, row_sum, wide
 from minilm.graph import once
 from minilm.tensor import op
@@ -57,12 +58,15 @@ def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S
     each key/value head serves H / K query heads. A query that may see nothing gives zeros.
 
     Works on tiles of query rows; a causal tile leaves out the keys that none of its rows can see.
+    On a GPU bfloat16 without a mask goes to kernels/attention.cu, for D = 16, 32 .. 128.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if k.shape != v.shape or k.shape != (B, K, S, D) or H % K or (causal and T > S):
         raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
     one_dtype("attention", q=q, k=k, v=v)
     xp, scale = array_module(q), 1 / math.sqrt(D)
+    if xp is not np and q.dtype == "bfloat16" and mask is None and D % 16 == 0 and D <= 128:
+        return _fused(q, k, v, causal)
     y = xp.empty_like(q)
     q, k, v = wide(q) * scale, wide(k), wide(v)
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them
@@ -93,10 +97,18 @@ def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S
         dq *= scale  # q holds it already
         return dq, dk, dv
 
-    def dq(dy): return gradients(dy)[0]
-    def dk(dy): return gradients(dy)[1]
-    def dv(dy): return gradients(dy)[2]
-    return y, dq, dk, dv
+    return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
+
+
+def _fused(q, k, v, causal):
+    """The same in kernels that never write the scores to memory, forward or backward."""
+    contiguous = array_module(q).ascontiguousarray
+    q, k, v = contiguous(q), contiguous(k), contiguous(v)
+    y, lse = cuda.attention_forward(q, k, v, causal)
+
+    @once
+    def gradients(dy): return cuda.attention_backward(contiguous(dy), q, k, v, y, lse, causal)
+    return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
 
 
 def _weights(scores, causal, bias, xp):  # (..., t, s) -> (..., t, s), (..., t, 1)

@@ -179,7 +179,7 @@ def test_qlora_launches_the_kernels_and_nothing_in_their_place(cupy, launched):
     launched.clear()
     with no_grad():
         gpu(TOKENS[:2])
-    assert launched == {"nf4_matmul": 14}
+    assert launched == {"nf4_matmul": 14, "attention_forward": 2}
 
 
 def test_a_run_on_the_gpu_is_saved_and_goes_on_as_if_it_had_not_stopped(cupy, tmp_path):
