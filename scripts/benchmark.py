@@ -2,16 +2,19 @@
 
     python scripts/benchmark.py                     # everything, about fifteen minutes
     python scripts/benchmark.py --rows train --configs S M --rounds 30
+    python scripts/benchmark.py --device cuda       # kernels and a step of QLoRA on an NVIDIA GPU
 
 Each contender runs in a process of its own; they are woken in turn, A B A B ..., so that a change
 of the machine's speed meets both. A ratio is the other's median time over ours (above 1: we are
 faster), with the lowest and highest ratio of neighbouring turns. Both use two cores, but for the
 rows of codes, where both use one. The row qlora compares our own steps: LoRA's time over QLoRA's.
-Needs the extras `test` and, for lora and codes, `peers`.
+Needs the extras `test` and, for lora and codes, `peers`. gpu_table.py says what is measured on a
+GPU, and kernels/RESULTS.md holds what came out.
 """
 
 import multiprocessing
 import statistics
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -21,23 +24,38 @@ import tyro
 from contenders import SHAPES, Shape, bitsandbytes_codes, our_codes, our_side, torch_side
 
 GROWTH = Shape(6, 6, 384, 256, 8, 512), Shape(6, 6, 384, 1024, 2, 512)
-Rows = Literal["train", "lora", "qlora", "generate", "memory", "growth", "codes"]
+OnCPU = Literal["train", "lora", "qlora", "generate", "memory", "growth", "codes"]
+OnGPU = Literal["dequantize", "quantize", "matmul", "lora", "reference", "attention", "adamw",
+                "step"]
 
 
-def main(rows: tuple[Rows, ...] = get_args(Rows),
+def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
          configs: tuple[Literal["S", "M", "L", "nanoGPT"], ...] = ("S", "M", "L"), rounds: int = 15,
-         threads: bool = False):
+         threads: bool = False, device: Literal["cpu", "cuda"] = "cpu"):
     """Print the table of ratios.
 
     Args:
-        rows: what to measure.
-        configs: sizes of the model.
+        rows: what to measure; by default everything that the device has.
+        configs: sizes of the model, on the CPU.
         rounds: turns of each contender.
         threads: let our workers be threads rather than processes.
+        device: cuda measures the kernels, and a step of QLoRA.
     """
+    known = get_args(OnCPU if device == "cpu" else OnGPU)
+    if unknown := sorted(set(rows) - set(known)):
+        sys.exit(f"benchmark.py: there are no rows {unknown} on {device}, only {known}")
+    rows = [row for row in known if row in (rows or known)]
+    if device == "cuda":
+        on_gpu(rows, rounds)
+    else:
+        on_cpu(rows, configs, rounds, threads)
+
+
+def on_cpu(rows, configs, rounds, threads):
+    """The rows beside PyTorch, PEFT and bitsandbytes."""
     print("| what | the other | minilm | ratio | lowest - highest |\n|---|---|---|---|---|")
     turns = partial(compare, rounds=rounds)
-    for row in [row for row in get_args(Rows) if row in rows]:
+    for row in rows:
         for name in configs if row not in ("growth", "codes") else ():
             shape = SHAPES[name]
             theirs, ours = (torch_side, row, shape), (our_side, row, shape, threads)
@@ -58,6 +76,32 @@ def main(rows: tuple[Rows, ...] = get_args(Rows),
                       (our_codes, job, 4096))
 
 
+def on_gpu(rows, rounds):
+    """The card's ceilings, the kernels and the step."""
+    from gpu_kernels import GROUPS, measured_ceilings
+    from gpu_step import BATCH, LLAMA, our_qlora, step_lines, torch_qlora
+    from gpu_table import HEAD, heading, measured_line
+
+    from minilm.backend import cupy
+
+    try:
+        cupy()
+    except RuntimeError as error:
+        sys.exit(f"benchmark.py: {error}")
+    print(f"{heading()}\n{HEAD}", flush=True)
+    ceilings, lines = measured_ceilings(rounds)
+    print(*lines, sep="\n", flush=True)
+    for name in rows:
+        for row in GROUPS[name]() if name in GROUPS else ():
+            print(measured_line(row, ceilings, rounds), flush=True)
+    for checkpoint in (False, True) if "step" in rows else ():
+        shape = LLAMA, BATCH, checkpoint
+        # The first answers are bytes; one more turn than asked for warms up.
+        theirs, ours = ([side[0], *side[2:]] for side in take_turns(
+            (torch_qlora, *shape), (our_qlora, *shape), rounds + 2))
+        print(*step_lines(*shape, ceilings, theirs, ours), sep="\n", flush=True)
+
+
 def growth_with_context(turns, threads):
     """How a step's time grows with T at the same number of tokens."""
     short, long = (turns(f"step at T = {s.context}", (torch_side, "train", s),
@@ -69,19 +113,19 @@ def growth_with_context(turns, threads):
 
 def compare(title, theirs, ours, rounds) -> tuple[float, float]:
     """Time both sides in turn; prints a row, returns the median seconds of both."""
-    times = [], []
-    with Contender(*theirs) as first, Contender(*ours) as second:
-        for turn in range(rounds + 2):
-            pair = first.run(), second.run()
-            if turn >= 2:  # the first two turns warm up
-                times[0].append(pair[0])
-                times[1].append(pair[1])
+    times = [side[2:] for side in take_turns(theirs, ours, rounds + 2)]  # the first two warm up
     ratios = [a / b for a, b in zip(*times)]
     a, b = (statistics.median(t) for t in times)
     print(f"| {title} | {1e3 * a:.2f} ms ({1e3 * min(times[0]):.2f} - {1e3 * max(times[0]):.2f}) "
           f"| {1e3 * b:.2f} ms ({1e3 * min(times[1]):.2f} - {1e3 * max(times[1]):.2f}) "
           f"| {a / b:.2f} | {min(ratios):.2f} - {max(ratios):.2f} |", flush=True)
     return a, b
+
+
+def take_turns(theirs, ours, rounds) -> list:
+    """The answers of both sides, asked in turn: those of theirs, those of ours."""
+    with Contender(*theirs) as first, Contender(*ours) as second:
+        return list(zip(*[(first.run(), second.run()) for _ in range(rounds)]))
 
 
 def compare_memory(title, shape, threads):

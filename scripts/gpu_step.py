@@ -1,0 +1,259 @@
+"""A step of QLoRA on a Llama of 1.1 billion parameters: ours, and the same arithmetic in PyTorch.
+
+Both train adapters of rank 16 on all linear layers but the head, over weights in NF4 with double
+quantization, in bfloat16 throughout, AdamW's state included; the loss is computed in float32.
+PyTorch (eager) looks the codes up in a table, forward and backward, and has its fused AdamW and
+attention. It gets our model's weights. Each side has a process of its own, and no gradient
+checkpoints or one a block.
+"""
+
+import math
+import statistics
+from dataclasses import replace
+
+import numpy as np
+from contenders import timed
+from gpu_table import Ceilings, Row, cells, code_bytes, line
+
+from minilm import ops
+from minilm.backend import peak_memory, to_device
+from minilm.optim import AdamW
+from minilm.peft import add_lora
+from minilm.quantize import quantize_model
+from minilm.quantize.codebooks import dynamic_map, levels
+from minilm.transformer import Block, Config, Transformer, rotary_tables
+
+LLAMA = Config.llama(32000, 1024, layers=22, heads=32, width=2048, hidden=5632, kv_heads=4)
+BATCH, RANK, LR = 4, 16, 1e-4
+
+
+def our_qlora(config: Config, batch: int, checkpoint: bool):
+    """Answers: the peak of a step's memory in bytes, then seconds of a step, again and again."""
+    model = our_model(config, RANK, "cuda")
+    model.checkpoint_every = int(checkpoint)
+    step = our_step(model, batch)
+    step()  # compiles the kernels
+    with peak_memory() as peak:
+        step()
+    yield peak.bytes
+    yield from timed(step)
+
+
+def torch_qlora(config: Config, batch: int, checkpoint: bool, device="cuda"):
+    """The same of PyTorch. Our model is made on the CPU: the GPU sees nothing of it."""
+    import torch
+
+    step = torch_step(torch_llama(our_model(config, RANK, "cpu"), checkpoint, device),
+                      config, batch, device)
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    yield torch.cuda.max_memory_allocated()
+    yield from timed(step)
+
+
+def our_model(config: Config, rank: int, device: str) -> Transformer:
+    """A random model. The host holds one block at a time in float32, never the whole model."""
+    rng, model = np.random.default_rng(0), Transformer(replace(config, layers=1))
+    model.config, model.blocks = config, []
+    model.astype("bfloat16").to(device)  # embedding, last norm and head
+    for _ in range(config.layers):
+        block = quantize_model(Block(config, rng).to(device))
+        model.blocks.append(block.astype("bfloat16"))
+    return add_lora(model, rank, 2 * rank, "all-linear")
+
+
+def our_step(model: Transformer, batch: int):
+    """A function that makes a step and returns its loss."""
+    optimizer = AdamW(model.parameters(), LR)
+    tokens, targets = random_batch(model.config, batch)
+    tokens = to_device(tokens, model.embed.weight.device)
+
+    def step():
+        optimizer.zero_grad()
+        loss = ops.cross_entropy(model(tokens), targets)
+        loss.backward()
+        optimizer.step()
+        return float(loss.data)  # waits for the card
+
+    return step
+
+
+def torch_step(model, config: Config, batch: int, device: str):
+    """The same in PyTorch."""
+    import torch
+    from torch.nn import functional as F
+
+    optimizer = torch.optim.AdamW(model.parameters(), LR, fused=True)
+    tokens, targets = (torch.tensor(x, device=device) for x in random_batch(config, batch))
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def random_batch(config, batch):
+    """(tokens, targets), (B, T) each."""
+    drawn = np.random.default_rng(0).integers(0, config.vocab_size, (batch, config.context + 1))
+    return drawn[:, :-1].copy(), drawn[:, 1:].copy()
+
+
+def torch_llama(model: Transformer, checkpoint: bool, device: str):
+    """Our adapted model as a torch.nn.Module with copies of its arrays."""
+    from torch import nn
+    from torch.nn import functional as F
+    from torch.utils.checkpoint import checkpoint as run_again
+
+    c = model.config
+    arrays = {"embed": model.embed.weight.data, "norm": model.norm.weight.data,
+              "head": model.head.weight.data}
+    tables = rotary_tables(c, np.arange(c.context), arrays["embed"].dtype)
+
+    class Llama(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, array in arrays.items():
+                self.register_buffer(name, on_torch(array, device))
+            self.angles = [on_torch(table, device) for table in tables]
+            self.blocks = nn.ModuleList(torch_block(block, c, device) for block in model.blocks)
+
+        def forward(self, tokens):
+            x = F.embedding(tokens, self.embed)
+            for block in self.blocks:
+                x = (run_again(block, x, *self.angles, use_reentrant=False) if checkpoint
+                     else block(x, *self.angles))
+            return F.linear(F.rms_norm(x, (c.width,), self.norm, c.norm_eps), self.head)
+
+    return Llama()
+
+
+def torch_block(block: Block, c: Config, device: str):
+    from torch import nn
+    from torch.nn import functional as F
+
+    class TorchBlock(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for part, names in (block.attention, "qkvo"), (block.mlp, ("gate", "up", "down")):
+                for name in names:
+                    setattr(self, name, torch_linear(getattr(part, name), device))
+            for name in ("norm1", "norm2"):
+                self.register_buffer(name, on_torch(getattr(block, name).weight.data, device))
+
+        def forward(self, x, cos, sin):
+            h = F.rms_norm(x, (c.width,), self.norm1, c.norm_eps)
+            q, k, v = (f(h).unflatten(-1, (-1, c.width // c.heads)).transpose(1, 2)
+                       for f in (self.q, self.k, self.v))
+            y = F.scaled_dot_product_attention(turn(q, cos, sin), turn(k, cos, sin), v,
+                                               is_causal=True, enable_gqa=True)
+            x = x + self.o(y.transpose(1, 2).flatten(2))
+            h = F.rms_norm(x, (c.width,), self.norm2, c.norm_eps)
+            return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+    return TorchBlock()
+
+
+def turn(x, cos, sin):
+    """Rotary positions, as in minilm/attention.py."""
+    import torch
+
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def torch_linear(layer, device: str):
+    """A LoRALinear on double quantized NF4."""
+    import torch
+    from torch.nn import functional as F
+
+    W, adapter, byte = layer.base.weight, layer.adapters[layer.active], np.arange(256)
+    arrays = {"packed": W.packed, "c2": W.c2, "c1": W.c1, "offset": W.offset, "map": dynamic_map(),
+              "pairs": levels(W.codebook)[np.stack([byte >> 4, byte & 15], -1)]}
+
+    class Product(torch.autograd.Function):
+        """x W^T, where W is made when it is used: forward, and once more backward."""
+
+        @staticmethod
+        def forward(ctx, x, dequantize):
+            ctx.dequantize = dequantize
+            return x @ dequantize().T
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy @ ctx.dequantize(), None
+
+    class TorchLinear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, array in arrays.items():
+                self.register_buffer(name, on_torch(array, device))
+            self.A, self.B = (torch.nn.Parameter(on_torch(t.data, device))
+                              for t in (adapter.A, adapter.B))
+
+        def dequantize(self):
+            c1 = self.c1.repeat_interleave(256)[: len(self.c2)]
+            c2 = self.map[self.c2.int()] * c1 + self.offset
+            numbers = F.embedding(self.packed.int(), self.pairs).view(-1, W.block_size)
+            return numbers.mul_(c2[:, None]).to(self.A.dtype).view(W.shape)
+
+        def forward(self, x):
+            h = F.linear(x, self.A) * adapter.scale
+            return Product.apply(x, self.dequantize) + F.linear(h, self.B)
+
+    return TorchLinear()
+
+
+def on_torch(array, device: str):
+    """A NumPy array in PyTorch, which does not know NumPy's bfloat16."""
+    import torch
+
+    if array.dtype == "bfloat16":
+        return torch.tensor(array.astype(np.float32)).to(device, torch.bfloat16)
+    return torch.tensor(array, device=device)
+
+
+def step_row(config: Config, batch: int, checkpoint: bool) -> Row:
+    """The step's row. Its floor: making the weights from their codes, then the products."""
+    c, tokens, times_forward = config, batch * config.context, 1 + checkpoint
+    kv_width = c.width // c.heads * c.kv_heads
+    shapes = [(c.width, c.width)] * 2 + [(kv_width, c.width)] * 2
+    shapes += [(c.hidden, c.width)] * 2 + [(c.width, c.hidden)]
+    block = sum(map(math.prod, shapes))
+    adapter = RANK * sum(O + I for O, I in shapes)
+    attended = c.context * c.width  # products of q and k, and of P and v; half are masked
+    forward = 2 * (block + adapter + attended)
+    backward = 2 * (block + 2 * adapter + 2 * attended)
+    head = 2 * 2 * c.width * c.vocab_size
+    flops = tokens * (c.layers * (times_forward * forward + backward) + head)
+    made = c.layers * sum(code_bytes(shape, True) + 2 * math.prod(shape) for shape in shapes)
+    kind = "a checkpoint a block" if checkpoint else "no checkpoints"
+    title = (f"QLoRA step of a Llama of {c.layers} x {c.width}, {batch} x {c.context} tokens, "
+             f"r = {RANK}, bfloat16, {kind}")
+    return Row(title, ((made * (times_forward + 1), 0), (0, flops)), None, "PyTorch", speed=1.0)
+
+
+def step_lines(config: Config, batch: int, checkpoint: bool, ceilings: Ceilings,
+               theirs=(), ours=()) -> list[str]:
+    """The rows of time, tokens a second and memory, from both sides' answers if there are any."""
+    row = step_row(config, batch, checkpoint)
+    tokens, goal = batch * config.context, "at most PyTorch's"
+    floor = tokens / ceilings.seconds(row.work)
+    speed, memory = f"{row.title}: tokens a second", f"{row.title}: peak memory"
+    if not ours:
+        none, beside = "not yet measured", "PyTorch: not yet measured"
+        return [line(row, ceilings), cells(speed, f"{floor:,.0f}", none, "", beside, "", ""),
+                cells(memory, "", none, "", beside, "", goal)]
+    (their_peak, *their_times), (our_peak, *our_times) = theirs, ours
+    our_speed, their_speed = (tokens / statistics.median(t) for t in (our_times, their_times))
+    return [
+        line(row, ceilings, our_times, their_times),
+        cells(speed, f"{floor:,.0f}", f"{our_speed:,.0f}", f"{our_speed / floor:.0%}",
+              f"PyTorch: {their_speed:,.0f}", "", ""),
+        cells(memory, "", f"{our_peak / 2**30:.2f} GiB", "",
+              f"PyTorch: {their_peak / 2**30:.2f} GiB", f"{their_peak / our_peak:.2f}",
+              f"{goal}: {'met' if our_peak <= their_peak else 'missed'}")]

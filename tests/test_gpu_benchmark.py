@@ -1,0 +1,377 @@
+"""scripts/benchmark.py --device cuda, without a GPU: what it runs and what it prints is right.
+
+Every row's calls run once, at tiny sizes, on the stand-in for CuPy, and are held against NumPy;
+the step's twin in PyTorch, on the CPU, against our model. Nothing here takes times.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import benchmark
+import gpu_kernels
+import gpu_step
+import gpu_table
+import numpy as np
+import pytest
+import torch
+from conftest import close
+from gpu_table import H200, Ceilings, line
+
+from minilm.attention import attention
+from minilm.backend import to_device
+from minilm.optim.adamw import adamw as adamw_formula
+from minilm.quantize import quantize_4bit
+from minilm.tensor import Tensor
+from minilm.transformer import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = (24, 128), (40, 64)  # (O, I), the first for the goals
+TINY = Config.llama(97, 16, layers=2, heads=4, width=64, hidden=320, kv_heads=2)
+
+
+@pytest.fixture(autouse=True)
+def few_inputs(monkeypatch):
+    monkeypatch.setattr(gpu_kernels, "COLD", 1.0)  # two a pass
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads gain nothing with tensors this small, and lose much where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def host(x):
+    return to_device(getattr(x, "data", x) if type(x).__name__ == "Tensor" else x, "cpu")
+
+
+def run(side):
+    """(arguments as they were, result) of each call of a pass, on the host."""
+    for call in side()():
+        before = [host(a).copy() for a in call.args if hasattr(a, "dtype")]
+        result = call()
+        yield before, [host(r) for r in result] if isinstance(result, tuple) else host(result)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def dense(shape, double):
+    """What the benchmark's weights of this shape stand for."""
+    return quantize_4bit(normal(0, *shape), double_quant=double).dequantize()
+
+
+def test_dequantize(cupy):
+    rows = gpu_kernels.dequantize_rows(*SHAPES)
+    assert len(rows) == 6 and [bool(row.share) for row in rows] == 4 * [False] + 2 * [True]
+    for row in rows:
+        shape = next(s for s in SHAPES if gpu_kernels.by(s) in row.title)
+        dtype = "bfloat16" if "bfloat16" in row.title else "float32"
+        expected = dense(shape, "double" in row.title).astype(dtype)
+        for _, found in run(row.ours):
+            np.testing.assert_array_equal(found.view(np.uint8), expected.view(np.uint8))
+
+
+def test_quantize(cupy):
+    for row, shape in zip(gpu_kernels.quantize_rows(*SHAPES), SHAPES, strict=True):
+        expected = quantize_4bit(normal(0, *shape), double_quant=False)
+        for _, (packed, c2) in run(row.ours):
+            np.testing.assert_array_equal(packed, expected.packed)
+            np.testing.assert_array_equal(c2, expected.c2)
+
+
+def test_few_rows(cupy):
+    rows = gpu_kernels.few_rows(SHAPES, counts=(1, 16))
+    assert [(row.share, row.speed) for row in rows] == 2 * [(0.5, 4.0)] + 2 * [(0.0, 0.0)]
+    for row in rows:
+        shape = next(s for s in SHAPES if row.title.split("with ")[1].startswith(gpu_kernels.by(s)))
+        M, W = int(re.search(r"of (\d+) x", row.title)[1]), dense(shape, True)
+        for side in (row.ours, row.other):
+            for (x,), y in run(side):
+                assert x.shape == (M, shape[1])
+                close(y, x.astype(np.float64) @ W.T, "bfloat16")
+
+
+def test_lora(cupy):
+    rows = gpu_kernels.lora_rows(SHAPES, M=20, r=4)
+    assert len(rows) == 4 and all(row.speed == pytest.approx(1 / 1.1) for row in rows)
+    for forward, backward, shape in zip(rows[::2], rows[1::2], SHAPES):
+        W = dense(shape, True)
+        for (x, A, B), y in run(forward.ours):
+            x, A, B = (a.astype(np.float64) for a in (x, A, B))
+            close(y, x @ W.T + 2 * x @ A.T @ B.T, "bfloat16")
+        inputs = gpu_kernels.lora_inputs(shape, 20, 4)
+        for (x, _, A, B, _), ((dy,), (dx, dA, dB)) in zip(inputs, run(backward.ours), strict=True):
+            x, A, B, dy = (host(a).astype(np.float64) for a in (x, A, B, dy))
+            close(dx, dy @ W + 2 * dy @ B @ A, "bfloat16")
+            close(dA, 2 * (dy @ B).T @ x, "bfloat16")
+            close(dB, 2 * dy.T @ (x @ A.T), "bfloat16")
+        for row, turned in (forward, True), (backward, False):
+            for (x, W), y in run(row.other):
+                x, W = x.astype(np.float64), W.astype(np.float64)
+                assert W.shape == (shape[::-1] if turned else shape)
+                close(y, x @ W, "bfloat16")
+
+
+def test_reference(cupy):
+    forward, backward = gpu_kernels.reference_rows(n=70, r=3)
+    for side in (forward.ours, forward.other):
+        for (x, W, A, B), (y, h) in run(side):
+            x, W, A, B = (a.astype(np.float64) for a in (x, W, A, B))
+            close(h, 2 * x @ A.T, "float32")
+            close(y, x @ W.T + 2 * x @ A.T @ B.T, "float32")
+    for side in (backward.ours, backward.other):
+        for arrays, (dx, dA, dB) in run(side):
+            dy, x, h, W, A, B = (a.astype(np.float64) for a in arrays)
+            close(dx, dy @ W + 2 * dy @ B @ A, "float32")
+            close(dA, 2 * (dy @ B).T @ x, "float32")
+            close(dB, dy.T @ h, "float32")
+
+
+def test_attention(cupy):
+    rows = gpu_kernels.attention_rows(B=2, H=4, K=2, T=20, D=16, device="cpu")
+
+    def spec(*arrays):
+        dy, *qkv = (np.asarray(a, np.float64) for a in arrays)
+        q, k, v = (Tensor(a, requires_grad=True) for a in qkv)
+        y = attention(q, k, v, causal=True)
+        y.backward(dy)
+        return y.data, q.grad, k.grad, v.grad
+
+    for forward, backward in zip(rows[0].ours()()[:1], rows[1].ours()()[:1]):
+        close(host(forward()[0]), spec(*map(host, forward.args[:1] + forward.args[:3]))[0],
+              "bfloat16")
+        for found, expected in zip(backward(), spec(*map(host, backward.args[:4]))[1:]):
+            close(host(found), expected, "bfloat16")
+    for forward, backward in zip(rows[0].other()(), rows[1].other()()):
+        q, k, v = (a.detach().float() for a in forward.args)
+        close(forward().detach().float(), spec(q, q, k, v)[0], "bfloat16")
+        (q, k, v), dy = ([a.detach().float() for a in part] for part in (
+            backward.args[1], backward.args[2:]))
+        for found, expected in zip(backward(), spec(*dy, q, k, v)[1:], strict=True):
+            close(found.float(), expected, "bfloat16")
+
+
+def test_adamw(cupy):
+    (row,) = gpu_kernels.adamw_rows(n=1001, device="cpu")
+    calls = row.ours()()
+    for call in calls:
+        p, g, m, v = (host(a).copy() for a in call.args[:4])
+        adamw_formula(p, g, m, v, *call.args[4:])
+        call()
+        for found, expected in zip(call.args, (p, g, m, v)):
+            np.testing.assert_array_equal(host(found), expected)
+    for step in row.other()():
+        (p,) = step.__self__.param_groups[0]["params"]
+        ours, g, zero = p.detach().numpy().copy(), p.grad.numpy(), np.zeros(1001, np.float32)
+        adamw_formula(ours, g, zero, zero.copy(), *calls[0].args[4:])
+        step()
+        close(p.detach().numpy(), ours, "float32")
+
+
+def test_a_pass_reads_more_than_the_cache_holds(cupy, monkeypatch):
+    monkeypatch.setattr(gpu_kernels, "COLD", 5e3)
+    calls = gpu_kernels.few_row((64, 128), 1, False).ours()()
+    codes = [call.args[1].packed for call in calls]
+    assert sum(c.nbytes for c in codes) >= 4e3 and len(calls) == 2
+    assert len({c.data.ptr for c in codes}) == len({c.args[0].data.ptr for c in calls}) == 2
+    monkeypatch.setattr(gpu_kernels, "COLD", 180e6)
+    assert [gpu_kernels.distinct(gpu_table.code_bytes(s, True))
+            for s in (gpu_kernels.SQUARE, gpu_kernels.LARGE)] == [21, 8]
+
+
+def test_floors():
+    dequantize = {row.title: H200.seconds(row.work) for row in gpu_kernels.dequantize_rows()}
+    n = 11008 * 4096
+    one = dequantize["nf4_dequantize 11008 x 4096 to bfloat16, float32 constants"]
+    assert one == pytest.approx((n / 2 + n / 64 * 4 + 2 * n) / 4.3e12) == pytest.approx(26.87e-6,
+                                                                                        rel=1e-3)
+    two = dequantize["nf4_dequantize 11008 x 4096 to bfloat16, double quantized"]
+    assert two == pytest.approx(26.37e-6, rel=1e-3)
+
+    forward = gpu_kernels.lora_rows()[0]
+    assert forward.work[0] == forward.added[0] == (n * (2.5 + 1 / 64 + 1 / 4096), 0)
+    assert H200.seconds(forward.work) == pytest.approx(two + 2 * 2048 * (n + 16 * 15104) / 790e12)
+    assert H200.seconds(gpu_kernels.few_row((11008, 4096), 16, True).work) == pytest.approx(
+        (n * (0.5 + 1 / 64 + 1 / 4096) + 32 * 15104) / 4.3e12)
+    forward, backward = (H200.seconds(row.work) for row in gpu_kernels.attention_rows())
+    scores = 4 * 32 * 1024 * 1024 * 64
+    assert forward == pytest.approx(4 * scores / 2 / 790e12) and forward > 21e-6
+    assert backward == pytest.approx(10 * scores / 2 / 790e12)
+    assert H200.seconds(gpu_kernels.adamw_rows()[0].work) == pytest.approx(28 * 2**24 / 4.3e12)
+
+
+def test_the_steps_floor():
+    weights, adapters = 1_034_420_224 - 65_536_000, 12_615_680  # the linear layers but the head's
+    attended = 22 * 1024 * 2048  # a token's, half of them masked
+    forward, head = 2 * (weights + adapters + attended), 4 * 65_536_000
+    backward = 2 * (weights + 2 * adapters + 2 * attended)
+    for checkpoint in (False, True):
+        (made, _), (_, flops) = gpu_step.step_row(gpu_step.LLAMA, 4, checkpoint).work
+        assert flops == 4096 * ((1 + checkpoint) * forward + backward + head)
+        assert made == pytest.approx((2 + checkpoint) * weights * (2.5 + 1 / 64 + 1 / 4096))
+
+
+@pytest.mark.parametrize("ours, other, share, speed, met", [
+    (2e-3, 8e-3, "50%", "4.00", "met"), (2e-3, 7e-3, "50%", "3.50", "missed"),
+    (3e-3, 15e-3, "33%", "5.00", "missed")])
+def test_a_line_says_whether_its_goals_are_met(ours, other, share, speed, met):
+    row = gpu_table.Row("what", ((1e9, 5e8),), None, "them", print, share=0.5, speed=4.0)
+    assert line(row, Ceilings(1e12, 1e12), [ours], [other]) == (
+        f"| what | 1.00 ms | {1e3 * ours:.2f} ms | {share} | them: {1e3 * other:.2f} ms | {speed} "
+        f"| at least 4.0 x as fast, at least 50% of the floor: {met} |")
+
+
+def test_work_whose_floor_is_added_to_the_others_time():
+    row = gpu_table.Row("what", ((1e9, 0),), None, "them", print, ((1e9, 0),), speed=1 / 1.1)
+    text = line(row, Ceilings(1e12, 1e12), [2e-3, 5e-6, 3e-3], [1e-3])
+    assert text == ("| what | 1.00 ms | 2.00 ms (0.01 - 3.00) | 50% | them: 2.00 ms | 1.00 | "
+                    "at most 1.10 x its time: met |")
+
+
+def test_only_passes_that_were_queued_in_time_count(monkeypatch):
+    said = []
+
+    def run_pass(ready, waits):
+        said.append(waits)
+        return float(len(said)), waits >= 32
+
+    monkeypatch.setattr(gpu_table, "run_pass", run_pass)
+    assert gpu_table.times(None, 3) == [4.0, 5.0, 6.0] and said == [8, 8, 16, 32, 32, 32]
+    monkeypatch.setattr(gpu_table, "run_pass", lambda ready, waits: (1.0, False))
+    with pytest.raises(RuntimeError, match="not measured"):
+        gpu_table.times(None, 3)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_pass(monkeypatch, begun):
+    said = []
+
+    class Event:
+        done = begun
+
+        def record(self):
+            said.append("event")
+
+        def synchronize(self):
+            said.append("wait")
+
+    device = SimpleNamespace(synchronize=lambda: said.append("idle"))
+    numbers = SimpleNamespace(max=lambda: said.append("busy"))
+    events = SimpleNamespace(Event=Event, Device=lambda: device,
+                             get_elapsed_time=lambda start, stop: 6.0)  # milliseconds
+    monkeypatch.setattr(gpu_table, "cupy", lambda: SimpleNamespace(
+        cuda=events, zeros=lambda *_: numbers))
+    calls = [lambda: said.append("a"), lambda: said.append("b")]
+    assert gpu_table.run_pass(lambda: calls, 2) == (pytest.approx(3e-3), not begun)
+    assert said == ["idle", "busy", "busy", "a", "b", "event", "a", "b", "event", "wait"]
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("dtype, apart", [("float32", 1e-4), ("bfloat16", 0.03)])
+def test_pytorchs_step_is_ours(monkeypatch, dtype, apart, checkpoint):
+    monkeypatch.setattr(gpu_step, "LR", 1e-2)
+    model, rng = gpu_step.our_model(TINY, 4, "cpu").astype(dtype), np.random.default_rng(1)
+    model.checkpoint_every = int(checkpoint)
+    for name, t in model.named_tensors():  # no part is so small that it could be wrong unseen
+        if name.endswith((".c1", ".offset")):
+            t.data *= 6
+        elif name.endswith((".B", "norm1.weight", "norm2.weight", "norm.weight")):
+            t.data += rng.normal(0, 0.2, t.shape).astype(t.dtype)
+    twin = gpu_step.torch_llama(model, checkpoint, "cpu")
+    sizes = [sum(p.size for p in model.parameters()), sum(p.numel() for p in twin.parameters())]
+    assert sizes[0] == sizes[1] > 0
+    tokens, _ = gpu_step.random_batch(TINY, 2)
+    if dtype == "float32":  # in bfloat16 the roundings of all layers add up
+        close(twin(torch.tensor(tokens)).detach().numpy(), model(tokens).data, dtype)
+    ours, theirs = gpu_step.our_step(model, 2), gpu_step.torch_step(twin, TINY, 2, "cpu")
+    losses = np.array([(ours(), theirs()) for _ in range(6)])
+    assert abs(losses[:, 0] - losses[:, 1]).max() < apart and losses[0, 0] - losses[-1, 0] > 0.4
+
+
+def test_the_model_holds_codes_and_bfloat16(cupy):
+    model = gpu_step.our_model(TINY, 4, "cuda")
+    kinds = {}
+    for name, t in model.named_tensors():
+        kinds.setdefault(str(t.dtype), set()).add(name.rpartition(".")[2])
+        assert t.device == "cuda" and t.requires_grad == (name[-2:] in (".A", ".B")), name
+    assert kinds == {"bfloat16": {"weight", "A", "B"}, "uint8": {"packed", "c2"},
+                     "float32": {"c1", "offset"}}
+    assert len(model.blocks) == 2 and model.config == TINY
+    first, second = (host(block.mlp.up.base.packed) for block in model.blocks)
+    assert (first != second).any()
+
+
+def test_the_table_from_end_to_end(cupy, monkeypatch, capsys):
+    def tiny(rows, *sizes, **named):
+        return lambda: rows(*sizes, **named)[:1]
+
+    def run_once(ready, waits):
+        for call in ready():
+            call()
+        return 1e-3, True
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    monkeypatch.setattr(gpu_table, "run_pass", run_once)
+    monkeypatch.setattr(gpu_table, "card", lambda: "a card")
+    for name, value in {
+            "GROUPS": {"dequantize": tiny(gpu_kernels.dequantize_rows, *SHAPES),
+                       "matmul": tiny(gpu_kernels.few_rows, SHAPES)},
+            "measured_ceilings": partial(gpu_kernels.measured_ceilings, size=1024, n=64)}.items():
+        monkeypatch.setattr(gpu_kernels, name, value)
+    for name, value in {"LLAMA": TINY, "BATCH": 2, "timed": partial(gpu_step.timed, at_least=0),
+                        "torch_qlora": partial(gpu_step.torch_qlora, device="cpu")}.items():
+        monkeypatch.setattr(gpu_step, name, value)
+
+    def take_turns(theirs, ours, rounds):
+        return [[answer for _, answer in zip(range(rounds), side(*args))]
+                for side, *args in (theirs, ours)]
+
+    monkeypatch.setattr(benchmark, "take_turns", take_turns)
+    benchmark.main(("step", "matmul", "dequantize"), rounds=1, device="cuda")
+    said = capsys.readouterr().out
+    assert re.match(r"Measured on \d{4}-\d\d-\d\d: a card\.\n\n    python ", said)
+    table = said[said.index("| what") :].splitlines()
+    assert len(table) == 2 + 2 + 2 + 6 and all(text.count("|") == 8 for text in table)
+    assert "0.00 TB/s (" not in table[2] and "ceiling: copy of 1,024 bytes" in table[2]
+    assert "nf4_dequantize" in table[4] and "nf4_matmul" in table[5]
+    for time, speed, memory in (table[6:9], table[9:]):
+        assert "as fast: " in time and ": tokens a second" in speed
+        assert "PyTorch: 1.00 GiB" in memory and memory.endswith("at most PyTorch's: met |")
+
+
+def test_without_a_gpu_it_says_so():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "benchmark.py", "--device", "cuda"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r'benchmark.py: device "cuda" needs .*\n', done.stderr)
+
+
+@pytest.mark.parametrize("device, row", [("cpu", "adamw"), ("cuda", "train")])
+def test_a_row_that_the_device_does_not_have(device, row):
+    with pytest.raises(SystemExit, match=rf"there are no rows \['{row}'\] on {device}, only"):
+        benchmark.main((row,), device=device)
+
+
+def test_results_hold_every_row():
+    """Each row is in kernels/RESULTS.md; where nothing was measured it says so, with the floor."""
+    text = (ROOT / "kernels" / "RESULTS.md").read_text(encoding="utf-8")
+    assert gpu_table.HEAD in text
+    computed = [line(row, H200) for rows in gpu_kernels.GROUPS.values() for row in rows()]
+    for checkpoint in (False, True):
+        computed += gpu_step.step_lines(gpu_step.LLAMA, gpu_step.BATCH, checkpoint, H200)
+    for row in computed:
+        found = next(t for t in text.splitlines() if t.startswith(row[: row.index(" | ") + 3]))
+        assert "not yet measured" not in found or found == row
+    assert all(f"| {title} |" in text for title in gpu_kernels.ceiling_titles())
