@@ -16,7 +16,7 @@
 // of either side, so a number of P comes N / 64 times, mostly from the L2 cache.
 // Flops: 2 M N (K + R). Bytes: at least those of the operands and of C, once.
 // Floor at 790 TFLOP/s for M = 2048, W 4096 x 4096, r = 16 in bf16: y and h 87.7 us, the gradients
-// 88.4 us; their bytes alone, at 4.3 TB/s, 15.7 us and 19.6 us. This kernel multiplies in float
+// 88.3 us; their bytes alone, at 4.3 TB/s, 15.7 us and 19.6 us. This kernel multiplies in float
 // without tensor cores, whose peak is a twelfth of theirs: it cannot come near.
 // Reached: not yet measured.
 // Registers: at most 80
@@ -24,7 +24,7 @@
 
 #define TILE 64   // lines of P and of Q: rows and columns of C
 #define DEPTH 16  // terms of the sums that a tile holds
-#define PITCH (TILE + 4)  // four numbers stay one load; a warp's stores meet twice a bank, not 16 times
+#define PITCH (TILE + 4)  // a warp's stores meet 2 at a bank, not 16, and 4 numbers stay one load
 
 // A tile of a matrix of `lines` x `depth`, zero beyond it: tile[k * PITCH + line].
 __device__ __forceinline__ void load_tile(

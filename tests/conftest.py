@@ -1,6 +1,7 @@
 """What all tests share: hypothesis profiles, no network, `close`, and CuPy or its stand-in.
 
-HYPOTHESIS_PROFILE=thorough draws many more examples; CI, where set, makes them the same every time.
+HYPOTHESIS_PROFILE=thorough draws many more examples, few is for kernels under sanitizers; CI, where
+set, makes them the same every time.
 The tolerances of `close`, by dtype and with their reason, are in `scripts/op_table.py`.
 """
 
@@ -18,6 +19,7 @@ from minilm import backend, cuda
 
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("few", max_examples=4, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
 

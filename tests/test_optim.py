@@ -140,7 +140,7 @@ def test_parameters_and_gradients_are_views_of_flat_memory():
     give(params, seed=1)
     flat = FlatParameters(params)
     assert all(p.grad is None for p in params)
-    assert flat.data.size == flat.grad.size == sum(p.size for p in params)
+    assert flat.data.size == flat.grad.size == flat.size
     give(params, seed=0)
     for p, value in zip(params, before, strict=True):
         assert np.array_equal(p.data, value)
@@ -148,6 +148,23 @@ def test_parameters_and_gradients_are_views_of_flat_memory():
     flat.data[...] = 3
     flat.grad[...] = 4
     assert all((p.data == 3).all() and (p.grad == 4).all() for p in params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_each_parameter_begins_at_a_multiple_of_16_bytes_and_zeros_stay_between(dtype):
+    params = leaves(dtype, shapes=[(3,), (2, 5), (1,), (8,)])
+    optimizer = AdamW(params, lr=0.1, undecayed=params[2:])
+    flat = optimizer.flat
+    assert all(place.start * params[0].dtype.itemsize % 16 == 0 for place in flat.places)
+    assert optimizer.decayed == flat.places[2].start
+    for seed in range(3):
+        give(params, seed)
+        optimizer.step()
+    between = np.ones(flat.size, bool)
+    for place in flat.places:
+        between[place] = False
+    assert between.any()
+    assert not any(a[between].any() for a in (flat.data, flat.grad, optimizer.m, optimizer.v))
 
 
 def test_the_first_gradient_overwrites_and_later_ones_add():
@@ -161,7 +178,7 @@ def test_the_first_gradient_overwrites_and_later_ones_add():
     flat.zero_grad()
     assert x.grad is None
     ops.mul(x, np.array([5.0, 5.0, 5.0])).sum().backward()
-    assert x.grad.tolist() == flat.grad.tolist() == [5, 5, 5]
+    assert x.grad.tolist() == flat.grad[:3].tolist() == [5, 5, 5]
 
 
 @pytest.mark.parametrize("make", [AdamW, SGD])

@@ -56,7 +56,8 @@ class AdamW:
         params, without = list(params), {id(p) for p in undecayed}
         decayed = [p for p in params if id(p) not in without]
         self.flat = FlatParameters(decayed + [p for p in params if id(p) in without])
-        self.decayed = sum(p.size for p in decayed)  # elements; they come first
+        places = self.flat.places[len(decayed) :]
+        self.decayed = places[0].start if places else self.flat.size  # elements; they come first
         self.m, self.v = self.flat.zeros(), self.flat.zeros()
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.steps = 0

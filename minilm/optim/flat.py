@@ -34,7 +34,7 @@ class FlatParameters:
         dtypes = {str(p.dtype) for p in self.params}
         if len(dtypes) > 1:
             raise ValueError(f"the parameters must share one dtype, got {sorted(dtypes)}")
-        self.ends = np.cumsum([p.size for p in self.params])
+        self.places, self.size = _places(self.params)
         self.data, self.grad = self.zeros(), self.zeros()
         for p, data, grad in zip(self.params, self.views(self.data), self.views(self.grad)):
             data[...] = p.data
@@ -45,14 +45,14 @@ class FlatParameters:
     def zeros(self):
         """A new buffer like .data; on a CPU in memory that processes share after a fork."""
         like = self.params[0].data
-        size, xp, dtype = int(self.ends[-1]), array_module(like), like.dtype
+        xp, dtype = array_module(like), like.dtype
         if xp is not np:
-            return xp.zeros(size, dtype)
-        return np.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype)
+            return xp.zeros(self.size, dtype)
+        return np.frombuffer(mmap.mmap(-1, self.size * dtype.itemsize), dtype)
 
     def views(self, flat):
         """An array in the layout of .data as one view a parameter, in the parameters' shapes."""
-        return [flat[end - p.size : end].reshape(p.shape) for p, end in zip(self.params, self.ends)]
+        return [flat[place].reshape(p.shape) for p, place in zip(self.params, self.places)]
 
     def zero_grad(self):
         """Forget the gradients; nothing is written until new ones arrive."""
@@ -65,6 +65,18 @@ class FlatParameters:
         for p, grad in zip(self.params, self.views(self.grad)):
             if p.grad is None:
                 grad[...] = 0
+
+
+def _places(params):
+    """(a slice of the flat buffers for each parameter, the size of such a buffer).
+
+    Each begins at a multiple of 16 bytes, as the CUDA kernels want it; what is between stays zero.
+    """
+    step, places, end = max(1, 16 // params[0].dtype.itemsize), [], 0
+    for p in params:
+        places.append(slice(end, end + p.size))
+        end = -(-places[-1].stop // step) * step
+    return places, end
 
 
 def _receiver(param, view):
