@@ -1,0 +1,167 @@
+"""Runs every kernel on a small problem, as it is and with bugs planted, in processes of its own.
+
+    python tests/planted_bugs.py
+
+Kernels are built as CUDA_SANITIZER says, and the bugs are those that such a build is to find. A
+sanitizer ends a process at its first report, so each run is a fork. Prints one line a run: its
+name, a tab, and how it ended; test_sanitizers.py reads them.
+"""
+
+import os
+import traceback
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from emulated_cupy import installed
+
+from minilm import cuda
+from minilm.attention import attention
+from minilm.optim.adamw import adamw
+from minilm.quantize import quantize_4bit
+from minilm.tensor import Tensor
+
+
+class Bug(NamedTuple):
+    """A piece of a kernel's source, what stands there instead, and who says what about it.
+
+    build: None for the plain one, where the emulator or the values tell, or a sanitizer.
+    """
+
+    name: str
+    build: str | None
+    says: str  # a regular expression
+    file: str
+    piece: str
+    instead: str
+
+
+BUGS = [
+    Bug("store one past the end", "address", "heap-buffer-overflow", "nf4_dequantize.cu",
+        "i < n; i++", "i <= n; i++"),
+    Bug("missing tail test", "address", "heap-buffer-overflow", "lora_matmul.cu",
+        "if (row + i < M && column + j < N)", ""),
+    Bug("misaligned vector load", "address", "misaligned address .* 'const struct float4'",
+        "adamw.cu", "<const float4*>(g + first)", "<const float4*>(g + first / 2)"),
+    Bug("shared array overrun", "address", "index 256 out of bounds", "nf4_dequantize.cu",
+        "map[threadIdx.x] = c2_map[threadIdx.x]", "map[threadIdx.x + 1] = c2_map[threadIdx.x]"),
+    Bug("missing __syncthreads in a loop", "thread", "data race .*lora_matmul.cu",
+        "lora_matmul.cu", "__syncthreads();  // all have read it", "// all have read it"),
+    Bug("missing __syncthreads before a sum", "thread", "data race .*nf4_matmul.cu",
+        "nf4_matmul.cu", "    __syncthreads();\n    int n =", "    int n ="),
+    Bug("race across blocks", "thread", "data race .*nf4_dequantize.cu", "nf4_dequantize.cu",
+        "blockIdx.x * 1024LL", "blockIdx.x * 1000LL"),
+    Bug("missing __syncthreads between tiles", "thread", "data race .*attention.cu",
+        "attention.cu", "__syncthreads();  // all have read both tiles before the next come", ""),
+    Bug("missing __syncthreads between tiles, backward", "thread",
+        "data race .*attention_backward.cu", "attention_backward.cu",
+        "__syncthreads();  // all have read the tiles before the next come", ""),
+    Bug("wrong shuffle mask", None, r"nf4_quantize.cu:\d+: .* lane 31, which mask 0x7fffffff",
+        "nf4_quantize.cu", "0xffffffff", "0x7fffffff"),
+    Bug("divergent __syncthreads", None, r"nf4_dequantize.cu:\d+: .* 128 of 256 threads",
+        "nf4_dequantize.cu", "    __syncthreads();", "    if (threadIdx.x < 128) __syncthreads();"),
+    Bug("shared memory read before it is written", None, "wrong values", "nf4_dequantize.cu",
+        "if (threadIdx.x < 16) table", "if (threadIdx.x < 15) table"),
+    Bug("missing __syncthreads, seen by its values", None, "wrong values", "nf4_matmul.cu",
+        "    __syncthreads();\n    int n =", "    int n ="),
+    Bug("wrong order of registers", None, "wrong values", "nf4_matmul.cu",
+        "int low = 16 * i, high = 16 * i + 8;", "int low = 16 * i + 8, high = 16 * i;"),
+]
+
+
+def problems(cp):
+    """name of a file -> a function that runs its kernels and asserts what they give."""
+    rng = np.random.default_rng(0)
+    def normal(*shape): return rng.standard_normal(shape, dtype=np.float32)
+    def bf16(*shape): return normal(*shape).astype(ml_dtypes.bfloat16)
+    def near(a, b, tolerance):
+        assert np.abs(a.get() - b).max() <= tolerance * np.abs(b).max(), "wrong values"
+
+    def dequantize():
+        W = quantize_4bit(normal(8192 + 64 + 7))
+        on_card = quantize_4bit(cp.asarray(W.dequantize()))
+        near(on_card.dequantize(), W.dequantize(), 0.01)
+
+    def few_rows():
+        W, x = quantize_4bit(normal(24, 192)), bf16(3, 192)
+        h, B = bf16(3, 4), bf16(24, 4)
+        on_card = quantize_4bit(cp.asarray(W.dequantize()))
+        y = cuda.nf4_matmul(cp.asarray(x), on_card.on_card(), cp.asarray(h), cp.asarray(B))
+        x, h, B = (a.astype(np.float32) for a in (x, h, B))
+        near(y.astype(np.float32), x @ W.dequantize().T + h @ B.T, 0.03)
+
+    def lora():
+        x, W, dy = normal(70, 40), normal(66, 40), normal(70, 66)
+        A, B = normal(3, 40), normal(66, 3)
+        on_card = [cp.asarray(a) for a in (x, W, A, B)]
+        y, h = cuda.lora_forward(*on_card, 0.5)
+        near(y, x @ W.T + 0.5 * x @ A.T @ B.T, 1e-5)
+        dx, dA, dB = cuda.lora_backward(cp.asarray(dy), on_card[0], h, *on_card[1:], 0.5)
+        near(dx, dy @ W + 0.5 * dy @ B @ A, 1e-5)
+        near(dA, 0.5 * (dy @ B).T @ x, 1e-5)
+        near(dB, 0.5 * dy.T @ (x @ A.T), 1e-5)
+
+    def attended():
+        q, k, v, dy = (bf16(1, heads, n, 16) for heads, n in ((2, 17), (1, 70), (1, 70), (2, 17)))
+        on_card = [cp.asarray(a) for a in (q, k, v)]
+        y, lse = cuda.attention_forward(*on_card, True)
+        found = y, *cuda.attention_backward(cp.asarray(dy), *on_card, y, lse, True)
+        leaves = [Tensor(a.astype(np.float32), requires_grad=True) for a in (q, k, v)]
+        expected = attention(*leaves, causal=True)
+        expected.backward(dy.astype(np.float32))
+        for a, b in zip(found, (expected.data, *(leaf.grad for leaf in leaves))):
+            near(a.astype(np.float32), b, 0.03)
+
+    def step():
+        arrays = [normal(1027), normal(1027), normal(1027), normal(1027) ** 2]
+        settings = 3, 1e-2, 0.9, 0.99, 1e-8, 0.1
+        on_card = [cp.asarray(a) for a in arrays]
+        cuda.adamw(*on_card, *settings)
+        adamw(*arrays, *settings)
+        near(on_card[0], arrays[0], 0)
+
+    return {"nf4_dequantize.cu": dequantize, "nf4_quantize.cu": dequantize,
+            "nf4_matmul.cu": few_rows, "lora_matmul.cu": lora, "adamw.cu": step,
+            "attention.cu": attended, "attention_backward.cu": attended}
+
+
+def in_a_fork(run) -> str:
+    """How run() ended in a process of its own: "clean", or its error and what a sanitizer said."""
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(into, 2)
+        try:
+            run()
+            os._exit(0)
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)
+    os.close(into)
+    with open(out, errors="replace") as said:
+        text = said.read()
+    status = os.waitpid(child, 0)[1]
+    return "clean" if status == 0 else text or f"status {status}"
+
+
+def main():
+    read = cuda.read
+    with installed():
+        from minilm.backend import cupy
+
+        kernels = problems(cupy())
+        for file, run in kernels.items():
+            print(file, repr(in_a_fork(run)), sep="\t", flush=True)
+        for bug in BUGS:
+            if bug.build != os.environ.get("CUDA_SANITIZER"):
+                continue
+            def planted(file, bug=bug):
+                source = read(file)
+                assert file != bug.file or bug.piece in source, f"{bug.name}: no such piece"
+                return source.replace(bug.piece, bug.instead) if file == bug.file else source
+            cuda.read = planted
+            print(bug.name, repr(in_a_fork(kernels[bug.file])), sep="\t", flush=True)
+
+
+if __name__ == "__main__":
+    main()
