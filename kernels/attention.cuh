@@ -37,7 +37,7 @@ __device__ __forceinline__ float row_sum(float x) {
 // `rows` rows into a tile, of which `left` exist; zeros for the others.
 __device__ __forceinline__ void load_tile(
     __nv_bfloat16* tile, const __nv_bfloat16* from, int rows, int left) {
-    #pragma unroll
+    #pragma unroll 2  // more would cost attention_dk_dv registers that it does not have
     for (int i = threadIdx.x; i < rows * D / 8; i += THREADS) {
         int row = i / (D / 8), column = i % (D / 8) * 8;
         uint4 eight = {0, 0, 0, 0};

@@ -120,6 +120,14 @@ def one_dtype(op: str, **arrays):
         raise TypeError(f"{op} needs one dtype, got {found}")
 
 
+def one_shape(op: str, **arrays):
+    """ValueError where the arrays differ in shape: broadcasting would hide it."""
+    first, *others = arrays.values()
+    if any(a.shape != first.shape for a in others):
+        found = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
+        raise ValueError(f"{op} needs one shape, got {found}")
+
+
 def by_rows(formula, *arrays):
     """formula(*arrays), an array or a tuple of arrays, computed in blocks of rows on the CPU.
 

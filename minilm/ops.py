@@ -1,19 +1,21 @@
-"""The differentiable functions, from the simplest to the losses; attention has a file of its own.
+"""The differentiable functions, from the simplest to the losses.
+
+Attention and the activation functions have files of their own.
 
 Shapes: C width, V vocabulary, I in, O out, N rows, "..." any leading axes. Each op is checked
 against its PyTorch twin.
 """
 
-import math
-
 import numpy as np
 
+from minilm import cuda
+from minilm.activations import gelu, relu, silu, swiglu
 from minilm.attention import attention, merge_heads, rotary, split_heads
 from minilm.backend import (
     array_module,
     by_rows,
-    erf,
     one_dtype,
+    one_shape,
     row_dot,
     row_sum,
     rows,
@@ -26,7 +28,7 @@ from minilm.tensor import add, matmul, mul, op
 __all__ = [
     "add", "attention", "cosine_embedding", "cross_entropy", "dropout", "embedding", "gelu",
     "kl_divergence", "layer_norm", "linear", "log_softmax", "matmul", "merge_heads", "mse", "mul",
-    "relu", "rms_norm", "rotary", "silu", "softmax", "split_heads",
+    "relu", "rms_norm", "rotary", "silu", "softmax", "split_heads", "swiglu",
 ]
 
 
@@ -56,60 +58,6 @@ def embedding(ids, W):  # integers (...), (V, C) -> (..., C)
 
     def dW(dy): return scatter_add(ids.reshape(-1), rows(dy), V)
     return W[ids], None, dW
-
-
-@op
-def relu(x):
-    y = array_module(x).maximum(x, 0)
-    return y, lambda dy: dy * (y > 0)
-
-
-@op
-def silu(x):  # x sigmoid(x)
-    def formula(x):
-        x = wide(x)
-        s = 1 / (1 + array_module(x).exp(-x))
-        return x * s, s * (1 + x * (1 - s))
-
-    y, slope = by_rows(formula, x)
-    return y.astype(x.dtype, copy=False), lambda dy: dy * slope
-
-
-@op
-def gelu(x, approximate="none"):
-    """x P(Z <= x) for a standard normal Z (Hendrycks & Gimpel 2016, arXiv:1606.08415).
-
-    approximate="tanh" is GPT-2's form, .5 x (1 + tanh(sqrt(2/pi) (x + .044715 x^3))).
-    """
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')
-    k0, k1 = math.sqrt(2 / math.pi), 0.044715
-
-    def exact(x):
-        x = wide(x)
-        cdf = 0.5 + 0.5 * erf(x * math.sqrt(0.5))
-        pdf = array_module(x).exp(-0.5 * x * x) * (k0 / 2)
-        return x * cdf, cdf + x * pdf
-
-    def tanh(x):
-        x = wide(x)
-        slope = x * x
-        u = slope * (k0 * k1)
-        u += k0
-        u *= x
-        cdf = array_module(x).tanh(u, out=u)
-        cdf *= 0.5
-        cdf += 0.5
-        y = x * cdf
-        slope *= 6 * k0 * k1  # slope = cdf + y (1 - cdf) du/dx * 2
-        slope += 2 * k0
-        slope *= y
-        slope *= 1 - cdf
-        slope += cdf
-        return y, slope
-
-    y, slope = by_rows(exact if approximate == "none" else tanh, x)
-    return y.astype(x.dtype, copy=False), lambda dy: dy * slope
 
 
 @op
@@ -167,7 +115,12 @@ def layer_norm(x, g, b, eps=1e-5):  # (..., C), (C,), (C,) -> (..., C)
 
 @op
 def rms_norm(x, g, eps=1e-6):  # (..., C), (C,) -> (..., C)
-    """x / sqrt(mean(x^2) + eps) * g over the last axis. Zhang & Sennrich 2019, arXiv:1910.07467."""
+    """x / sqrt(mean(x^2) + eps) * g over the last axis. Zhang & Sennrich 2019, arXiv:1910.07467.
+
+    On a GPU this is kernels/rms_norm.cu, but for float64.
+    """
+    if array_module(x) is not np and str(x.dtype) in cuda.REAL and g.dtype == x.dtype:
+        return _rms_norm_by_kernel(x, g, eps)
     C = x.shape[-1]
 
     def formula(x):
@@ -187,6 +140,16 @@ def rms_norm(x, g, eps=1e-6):  # (..., C), (C,) -> (..., C)
 
     def dx(dy): return by_rows(dx_rows, wide(dy), xhat, rstd)
     def dg(dy): return dy * xhat
+    return y, dx, dg
+
+
+def _rms_norm_by_kernel(x, g, eps):
+    """The same in one pass, which keeps x in its own dtype instead of xhat in float32."""
+    x, g = cuda.aligned(x), cuda.aligned(g)
+    y, rstd = cuda.rms_norm(x, g, eps)
+
+    def dx(dy): return cuda.rms_norm_backward(cuda.aligned(dy), x, g, rstd)
+    def dg(dy): return wide(dy) * wide(x) * rstd[..., None]
     return y, dx, dg
 
 
@@ -248,8 +211,7 @@ def kl_divergence(student, teacher, temperature=1.0):  # logits (..., V), (..., 
 
     Its gradient shrinks like 1/T^2: Hinton et al. 2015, arXiv:1503.02531, multiply by T^2.
     """
-    if student.shape != teacher.shape:
-        raise ValueError(f"kl_divergence: student {student.shape}, teacher {teacher.shape}")
+    one_shape("kl_divergence", student=student, teacher=teacher)
     xp, n = array_module(student), student.size // student.shape[-1]
     log_q, log_p = (_log_softmax(wide(x) / temperature) for x in (student, teacher))
     p, gap = xp.exp(log_p), log_p - log_q
@@ -263,8 +225,7 @@ def kl_divergence(student, teacher, temperature=1.0):  # logits (..., V), (..., 
 @op
 def cosine_embedding(x, y):  # (..., C), (..., C) -> ()
     """Mean over rows of 1 - cos(x, y)."""
-    if x.shape != y.shape:
-        raise ValueError(f"cosine_embedding: x {x.shape}, y {y.shape}")
+    one_shape("cosine_embedding", x=x, y=y)
     xp, n = array_module(x), x.size // x.shape[-1]
     x, y = wide(x), wide(y)
     norm_x, norm_y = xp.sqrt(row_dot(x, x)), xp.sqrt(row_dot(y, y))
@@ -279,8 +240,7 @@ def cosine_embedding(x, y):  # (..., C), (..., C) -> ()
 @op
 def mse(x, y):
     """Mean of (x - y)^2 over all elements."""
-    if x.shape != y.shape:
-        raise ValueError(f"mse: x {x.shape}, y {y.shape}")
+    one_shape("mse", x=x, y=y)
     gap = wide(x) - wide(y)
     def dx(dy): return dy * (2 / gap.size) * gap
     def dy(d): return d * (-2 / gap.size) * gap

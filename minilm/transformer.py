@@ -128,7 +128,7 @@ class MLP(Module):
     def hidden(self, x):
         """What `down` sees: (..., hidden)."""
         if self.activation == "swiglu":
-            return ops.silu(self.gate(x)) * self.up(x)
+            return ops.swiglu(self.gate(x), self.up(x))
         form = "tanh" if self.activation == "gelu_tanh" else "none"
         return ops.gelu(self.up(x), approximate=form)
 

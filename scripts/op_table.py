@@ -93,6 +93,7 @@ def layer_rows(F):
     def lookup(r, B, T, C): return [normal(r, 2 * C, C)], [r.integers(0, 2 * C, (B, T))]
     def gain(r, B, T, C): return [normal(r, B, T, C), normal(r, C)], []
     def gain_bias(r, B, T, C): return [normal(r, B, T, C), normal(r, C), normal(r, C)], []
+    def gated(r, B, T, C): return [normal(r, B, T, C), normal(r, B, T, C)], []
     def joined(r, B, T, C): return [normal(r, B, T, 3 * C)], []
     def split(r, B, T, C): return [normal(r, B, 3, T, C)], []
     def keep(x, rng): return torch.tensor(rng.random(x.shape, np.float32) >= 0.3)
@@ -104,6 +105,7 @@ def layer_rows(F):
             lambda W, ids: F.embedding(ids, W), lookup),
         Row("relu", ops.relu, F.relu, lambda *a: ([apart(*a)], [])),
         Row("silu", ops.silu, F.silu, one),
+        Row("swiglu", ops.swiglu, lambda gate, up: F.silu(gate) * up, gated),
         Row("gelu", ops.gelu, F.gelu, one),
         Row("gelu tanh", lambda x: ops.gelu(x, approximate="tanh"),
             lambda x: F.gelu(x, approximate="tanh"), one),

@@ -17,6 +17,7 @@ from emulated_cupy import installed
 
 from minilm import cuda
 from minilm.attention import attention
+from minilm.cuda import raw
 from minilm.optim.adamw import adamw
 from minilm.quantize import quantize_4bit
 from minilm.tensor import Tensor
@@ -48,14 +49,16 @@ BUGS = [
     Bug("missing __syncthreads in a loop", "thread", "data race .*lora_matmul.cu",
         "lora_matmul.cu", "__syncthreads();  // all have read it", "// all have read it"),
     Bug("missing __syncthreads before a sum", "thread", "data race .*nf4_matmul.cu",
-        "nf4_matmul.cu", "    __syncthreads();\n    int n =", "    int n ="),
+        "nf4_matmul.cu", "    __syncthreads();\n    int column", "    int column"),
     Bug("race across blocks", "thread", "data race .*nf4_dequantize.cu", "nf4_dequantize.cu",
         "blockIdx.x * 1024LL", "blockIdx.x * 1000LL"),
-    Bug("missing __syncthreads between tiles", "thread", "data race .*attention.cu",
+    Bug("missing __syncthreads between tiles", "thread", "data race .*attention",
         "attention.cu", "__syncthreads();  // all have read both tiles before the next come", ""),
     Bug("missing __syncthreads between tiles, backward", "thread",
-        "data race .*attention_backward.cu", "attention_backward.cu",
+        "data race .*attention", "attention_backward.cu",
         "__syncthreads();  // all have read the tiles before the next come", ""),
+    Bug("missing __syncthreads, shared memory of the file", "thread", "data race .*rms_norm.cu",
+        "rms_norm.cu", "__syncthreads();", ""),
     Bug("wrong shuffle mask", None, r"nf4_quantize.cu:\d+: .* lane 31, which mask 0x7fffffff",
         "nf4_quantize.cu", "0xffffffff", "0x7fffffff"),
     Bug("divergent __syncthreads", None, r"nf4_dequantize.cu:\d+: .* 128 of 256 threads",
@@ -63,7 +66,7 @@ BUGS = [
     Bug("shared memory read before it is written", None, "wrong values", "nf4_dequantize.cu",
         "if (threadIdx.x < 16) table", "if (threadIdx.x < 15) table"),
     Bug("missing __syncthreads, seen by its values", None, "wrong values", "nf4_matmul.cu",
-        "    __syncthreads();\n    int n =", "    int n ="),
+        "    __syncthreads();\n    int column", "    int column"),
     Bug("wrong order of registers", None, "wrong values", "nf4_matmul.cu",
         "int low = 16 * i, high = 16 * i + 8;", "int low = 16 * i + 8, high = 16 * i;"),
 ]
@@ -120,9 +123,28 @@ def problems(cp):
         adamw(*arrays, *settings)
         near(on_card[0], arrays[0], 0)
 
+    def gated():
+        gate, up, dy = normal(1, 1027), normal(1, 1027), normal(1, 1027)
+        on_card = [cp.asarray(a) for a in (gate, up)]
+        s = 1 / (1 + np.exp(-gate))
+        near(cuda.swiglu(*on_card), gate * s * up, 1e-5)
+        dgate, dup = cuda.swiglu_backward(cp.asarray(dy), *on_card)
+        near(dgate, dy * up * s * (1 + gate * (1 - s)), 1e-5)
+        near(dup, dy * gate * s, 1e-5)
+
+    def normed():
+        x, g, dy = normal(3, 1030), normal(1030), normal(3, 1030)
+        on_card = [cp.asarray(a) for a in (x, g)]
+        y, rstd = cuda.rms_norm(*on_card, 1e-6)
+        xhat = x / np.sqrt((x * x).mean(-1, keepdims=True))
+        near(y, xhat * g, 1e-5)
+        dx, along = cuda.rms_norm_backward(cp.asarray(dy), *on_card, rstd), dy * g * xhat
+        near(dx, rstd.get()[:, None] * (dy * g - xhat * along.mean(-1, keepdims=True)), 1e-5)
+
     return {"nf4_dequantize.cu": dequantize, "nf4_quantize.cu": dequantize,
             "nf4_matmul.cu": few_rows, "lora_matmul.cu": lora, "adamw.cu": step,
-            "attention.cu": attended, "attention_backward.cu": attended}
+            "attention.cu": attended, "attention_backward.cu": attended,
+            "swiglu.cu": gated, "rms_norm.cu": normed}
 
 
 def in_a_fork(run) -> str:
@@ -145,7 +167,7 @@ def in_a_fork(run) -> str:
 
 
 def main():
-    read = cuda.read
+    read = raw.read
     with installed():
         from minilm.backend import cupy
 
@@ -159,7 +181,7 @@ def main():
                 source = read(file)
                 assert file != bug.file or bug.piece in source, f"{bug.name}: no such piece"
                 return source.replace(bug.piece, bug.instead) if file == bug.file else source
-            cuda.read = planted
+            raw.read = planted
             print(bug.name, repr(in_a_fork(kernels[bug.file])), sep="\t", flush=True)
 
 

@@ -14,7 +14,7 @@ from conftest import close
 from minilm import cuda, ops
 from minilm.backend import array_module, to_device
 from minilm.generate import generate
-from minilm.optim import SGD, AdamW, clip_grad_norm, flat
+from minilm.optim import SGD, AdamW, LossScaler, clip_grad_norm, flat
 from minilm.peft import add_lora, merge_lora, requantize_lora, trainable_parameters
 from minilm.quantize import quantize_model
 from minilm.run import RunDirectory
@@ -67,10 +67,10 @@ def same_parameters(gpu, cpu, dtype="float32"):
         same(p.data, q.data, dtype, scale=0.2)
 
 
-def trained(model, steps=2, eps=1e-3, **settings):
+def trained(model, steps=2, eps=1e-3, scaler=None, **settings):
     """What two steps with AdamW report, and the losses after them."""
     opt = AdamW(trainable_parameters(model), lr=0.01, eps=eps, weight_decay=0.1)
-    with Trainer(model, opt, seed=3) as trainer:
+    with Trainer(model, opt, seed=3, scaler=scaler) as trainer:
         done = [trainer.step(i, TOKENS, TARGETS, clip=1.0, **settings) for i in range(steps)]
         return [x for s in done for x in (s.loss, s.norm)], trainer.evaluate(TOKENS, TARGETS, 3)
 
@@ -98,10 +98,24 @@ def test_training_steps(cupy, family, accumulate):
     same_parameters(gpu, cpu)
 
 
-def test_training_in_bfloat16(cupy):
-    cpu, gpu = pair("llama", dtype="bfloat16")
-    close(trained(gpu)[0], trained(cpu)[0], "bfloat16")
-    same_parameters(gpu, cpu, "bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_training_in_16_bits(cupy, dtype, launched):
+    """AdamW's kernel runs on the float32 masters."""
+    cpu, gpu = pair("llama", dtype=dtype)
+    scaler = (lambda: LossScaler(2.0**10)) if dtype == "float16" else lambda: None
+    expected = trained(cpu, scaler=scaler(), accumulate=2)
+    close(trained(gpu, scaler=scaler(), accumulate=2)[0], expected[0], dtype)
+    same_parameters(gpu, cpu, dtype)
+    assert launched["adamw"] == 2 and gpu.parameters()[0].dtype == dtype
+
+
+def test_a_step_that_overflows_is_skipped(cupy, launched):
+    _, gpu = pair("gpt2", dtype="float16")
+    before, scaler = [p.data.copy() for p in gpu.parameters()], LossScaler(2.0**30)
+    trained(gpu, scaler=scaler)
+    assert (scaler.scale, scaler.skipped, launched["adamw"]) == (2.0**28, 2, 0)
+    for p, q in zip(gpu.parameters(), before, strict=True):
+        np.testing.assert_array_equal(on_cpu(p.data), on_cpu(q))
 
 
 def test_checkpointed_blocks(cupy):
@@ -174,12 +188,20 @@ def test_qlora_launches_the_kernels_and_nothing_in_their_place(cupy, launched):
     launched.clear()
     with Trainer(gpu, AdamW(gpu.parameters())) as trainer:
         trainer.step(0, TOKENS, TARGETS)
-    assert launched == {"nf4_dequantize": 14 + 14 - 3, "adamw": 1}
+    assert launched == {"nf4_dequantize": 14 + 14 - 3, "adamw": 1, "swiglu": 2,
+                        "swiglu_backward": 2, "rms_norm": 5, "rms_norm_backward": 5 - 1}
     gpu.astype("bfloat16")
     launched.clear()
     with no_grad():
         gpu(TOKENS[:2])
-    assert launched == {"nf4_matmul": 14, "attention_forward": 2}
+    assert launched == {"nf4_matmul": 14, "attention_forward": 2, "swiglu": 2, "rms_norm": 5}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_llamas_norms_and_swiglu_are_kernels(cupy, launched, dtype):
+    _, gpu = pair("llama", dtype=dtype)
+    ops.cross_entropy(gpu(TOKENS), TARGETS).backward()
+    assert launched == {"swiglu": 2, "swiglu_backward": 2, "rms_norm": 5, "rms_norm_backward": 5}
 
 
 def test_a_run_on_the_gpu_is_saved_and_goes_on_as_if_it_had_not_stopped(cupy, tmp_path):

@@ -134,6 +134,8 @@ BAD = {
     "matmul: dtypes": (lambda: ops.matmul(single(2, 3), f(3, 2)), TypeError, "b float64"),
     "attention: dtypes": (lambda: attend(k=single(2, 4, 5, 6)), TypeError, "k float32, v float64"),
     "gelu": (lambda: ops.gelu(f(3), approximate="erf"), ValueError, "'erf'"),
+    "swiglu": (lambda: ops.swiglu(f(2, 3), f(3)), ValueError, r"up \(3,\)"),
+    "swiglu: dtypes": (lambda: ops.swiglu(f(2, 3), single(2, 3)), TypeError, "up float32"),
     "split_heads": (lambda: ops.split_heads(f(2, 3, 7), 2), ValueError, "7.* 2 heads"),
     "dropout: 1": (lambda: ops.dropout(f(3), 1.0, np.random.default_rng()), ValueError, "1.0"),
     "dropout: < 0": (lambda: ops.dropout(f(3), -0.1, np.random.default_rng()), ValueError, "-0.1"),

@@ -1,0 +1,27 @@
+// As many numbers as 16 bytes hold: what a thread loads or stores at once, and computes in float.
+
+constexpr int VECTOR = 16 / sizeof(REAL);
+struct alignas(16) Vector { REAL at[VECTOR]; };
+
+// VECTOR numbers that begin at a multiple of 16 bytes; not whole: `left` numbers from anywhere, and
+// zeros after them. Callers give `whole` as a constant: a branch for each load would wait for the
+// one before.
+__device__ __forceinline__ void load_vector(
+    float (&x)[VECTOR], const REAL* from, bool whole, long long left) {
+    Vector loaded;
+    if (whole) loaded = *reinterpret_cast<const Vector*>(from);
+    #pragma unroll
+    for (int i = 0; i < VECTOR; i++)
+        x[i] = whole ? widen(loaded.at[i]) : i < left ? widen(from[i]) : 0.0f;
+}
+
+__device__ __forceinline__ void store_vector(
+    REAL* to, const float (&x)[VECTOR], bool whole, long long left) {
+    Vector stored;
+    #pragma unroll
+    for (int i = 0; i < VECTOR; i += 2) put2(stored.at + i, x[i], x[i + 1]);
+    if (whole) *reinterpret_cast<Vector*>(to) = stored;
+    #pragma unroll
+    for (int i = 0; i < VECTOR; i++)
+        if (!whole && i < left) to[i] = stored.at[i];
+}

@@ -1,0 +1,109 @@
+"""The activation functions of transformers, and SwiGLU's product of two layers."""
+
+import math
+
+import numpy as np
+
+from minilm import cuda
+from minilm.backend import array_module, by_rows, erf, one_dtype, one_shape, wide
+from minilm.graph import once
+from minilm.tensor import op
+
+
+@op
+def relu(x):
+    y = array_module(x).maximum(x, 0)
+    return y, lambda dy: dy * (y > 0)
+
+
+@op
+def silu(x):  # x sigmoid(x)
+    def formula(x):
+        x = wide(x)
+        s = 1 / (1 + array_module(x).exp(-x))
+        return x * s, s * (1 + x * (1 - s))
+
+    y, slope = by_rows(formula, x)
+    return y.astype(x.dtype, copy=False), lambda dy: dy * slope
+
+
+@op
+def swiglu(gate, up):  # (..., C), (..., C) -> (..., C)
+    """silu(gate) up (Shazeer 2020, arXiv:2002.05202); its inputs are all that it keeps.
+
+    On a GPU this is kernels/swiglu.cu, but for float64.
+    """
+    one_shape("swiglu", gate=gate, up=up)
+    one_dtype("swiglu", gate=gate, up=up)
+    if array_module(gate) is not np and str(gate.dtype) in cuda.REAL:
+        gate, up = cuda.aligned(gate), cuda.aligned(up)
+        y = cuda.swiglu(gate, up)
+        gradients = once(lambda dy: cuda.swiglu_backward(cuda.aligned(dy), gate, up))
+    else:
+        y = by_rows(_swiglu, gate, up)
+        gradients = once(lambda dy: by_rows(_swiglu_backward, dy, gate, up))
+
+    def dgate(dy): return gradients(dy)[0]
+    def dup(dy): return gradients(dy)[1]
+    return y, dgate, dup
+
+
+def _swiglu(gate, up):
+    y = -wide(gate)
+    array_module(y).exp(y, out=y)
+    y += 1
+    array_module(y).divide(gate, y, out=y)
+    y *= up
+    return y.astype(gate.dtype, copy=False)
+
+
+def _swiglu_backward(dy, gate, up):
+    x = wide(gate)
+    s = array_module(x).exp(-x)
+    s += 1
+    array_module(x).divide(1, s, out=s)
+    dup = x * s  # silu(x), whose slope is s + silu(x) (1 - s)
+    dgate = 1 - s
+    dgate *= dup
+    dgate += s
+    dgate *= up
+    dgate *= dy
+    dup *= dy
+    return dgate.astype(gate.dtype, copy=False), dup.astype(gate.dtype, copy=False)
+
+
+@op
+def gelu(x, approximate="none"):
+    """x P(Z <= x) for a standard normal Z (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+
+    approximate="tanh" is GPT-2's form, .5 x (1 + tanh(sqrt(2/pi) (x + .044715 x^3))).
+    """
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')
+    k0, k1 = math.sqrt(2 / math.pi), 0.044715
+
+    def exact(x):
+        x = wide(x)
+        cdf = 0.5 + 0.5 * erf(x * math.sqrt(0.5))
+        pdf = array_module(x).exp(-0.5 * x * x) * (k0 / 2)
+        return x * cdf, cdf + x * pdf
+
+    def tanh(x):
+        x = wide(x)
+        slope = x * x
+        u = slope * (k0 * k1)
+        u += k0
+        u *= x
+        cdf = array_module(x).tanh(u, out=u)
+        cdf *= 0.5
+        cdf += 0.5
+        y = x * cdf
+        slope *= 6 * k0 * k1  # slope = cdf + y (1 - cdf) du/dx * 2
+        slope += 2 * k0
+        slope *= y
+        slope *= 1 - cdf
+        slope += cdf
+        return y, slope
+
+    y, slope = by_rows(exact if approximate == "none" else tanh, x)
+    return y.astype(x.dtype, copy=False), lambda dy: dy * slope

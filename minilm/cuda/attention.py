@@ -1,0 +1,49 @@
+"""Launchers of fused attention, forward and backward."""
+
+import math
+
+from minilm.backend import array_module
+from minilm.cuda.raw import kernel
+
+
+def attention_forward(q, k, v, causal: bool):
+    """(y, lse) of softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, K, S, D), all bfloat16.
+
+    H is a multiple of K; D of 16, up to 128. causal: the last query sees every key, each earlier
+    query one key fewer. lse (B, H, T) float32, the logarithm of the softmax's denominator, is what
+    attention_backward wants.
+    """
+    _check_attention("attention_forward", q, k, v, causal)
+    xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
+    y, lse = xp.empty((B, H, T, D), "bfloat16"), xp.empty((B, H, T), "float32")
+    kernel("attention.cu", "attention_forward", "bfloat16", HEAD_WIDTH=D)(
+        (B * H, -(-T // 64)), (128,), q, k, v, y, lse, T, S, H // K, causal, 1 / math.sqrt(D))
+    return y, lse
+
+
+def attention_backward(dy, q, k, v, y, lse, causal: bool):
+    """(dq, dk, dv) of attention_forward, for dy like its y; the same bits every time."""
+    _check_attention("attention_backward", q, k, v, causal, dy=dy, y=y, lse=lse)
+    xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
+    dq, dk, dv = (xp.empty(a.shape, "bfloat16") for a in (q, k, v))
+    delta, sizes = xp.empty((B, H, T), "float32"), (T, S, H // K, causal, 1 / math.sqrt(D))
+    kernel("attention_backward.cu", "attention_dq", "bfloat16", HEAD_WIDTH=D)(
+        (B * H, -(-T // 64)), (128,), dy, q, k, v, y, lse, delta, dq, *sizes)  # writes delta
+    kernel("attention_backward.cu", "attention_dk_dv", "bfloat16", HEAD_WIDTH=D)(
+        (B * K, -(-S // 64)), (128,), dy, q, k, v, lse, delta, dk, dv, *sizes)
+    return dq, dk, dv
+
+
+def _check_attention(what, q, k, v, causal, **others):
+    """Hold the shapes against each other."""
+    shapes = f"{what}: q {q.shape} does not go with k {k.shape} and v {v.shape}"
+    if not q.ndim == k.ndim == 4 or k.shape != v.shape or 0 in q.shape + k.shape:
+        raise ValueError(shapes)
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    if k.shape != (B, K, S, D) or H % K or (causal and T > S):
+        raise ValueError(shapes)
+    if D % 16 or D > 128:
+        raise ValueError(f"{what} takes heads of width 16, 32 .. 128, got {D}")
+    for name, a in others.items():
+        if a.shape != (q.shape[:3] if name == "lse" else q.shape):
+            raise ValueError(f"{what}: {name} {a.shape} does not go with q {q.shape}")

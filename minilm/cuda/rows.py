@@ -1,0 +1,58 @@
+"""Launchers of what a block of Llama does between its matrix products: SwiGLU and RMSNorm.
+
+Arrays are float32, float16 or bfloat16, all of one dtype: TypeError else, and ValueError for shapes
+that do not go together.
+"""
+
+from minilm.backend import array_module, one_shape
+from minilm.cuda.raw import kernel
+
+
+def swiglu(gate, up):
+    """silu(gate) up."""
+    return _swiglu("swiglu", 1, gate=gate, up=up)[0]
+
+
+def swiglu_backward(dy, gate, up):
+    """(dgate, dup) of swiglu."""
+    return _swiglu("swiglu_backward", 2, dy=dy, gate=gate, up=up)
+
+
+def _swiglu(name, results, **arrays):
+    one_shape(name, **arrays)
+    up = arrays["up"]
+    made = [array_module(up).empty(up.shape, up.dtype) for _ in range(results)]
+    _launch("swiglu.cu", name, -(-up.nbytes // 4096), 256, *arrays.values(), *made, up.size)
+    return made
+
+
+def rms_norm(x, g, eps: float):
+    """(y, rstd) for x (..., C) and g (C,): y = x rstd g with rstd = 1 / sqrt(mean(x^2) + eps).
+
+    rstd (...) is float32; rms_norm_backward wants it.
+    """
+    xp = array_module(x)
+    y, rstd = xp.empty(x.shape, x.dtype), xp.empty(x.shape[:-1], "float32")
+    _rms_norm("rms_norm", x, g, rstd, x, g, y, rstd, x.shape[-1], eps)
+    return y, rstd
+
+
+def rms_norm_backward(dy, x, g, rstd):
+    """dx of rms_norm."""
+    one_shape("rms_norm_backward", dy=dy, x=x)
+    dx = array_module(x).empty(x.shape, x.dtype)
+    _rms_norm("rms_norm_backward", x, g, rstd, dy, x, g, rstd, dx, x.shape[-1])
+    return dx
+
+
+def _rms_norm(name, x, g, rstd, *args):
+    if g.shape != x.shape[-1:] or rstd.shape != x.shape[:-1]:
+        raise ValueError(f"{name}: x {x.shape} goes with g {x.shape[-1:]} and rstd {x.shape[:-1]}, "
+                         f"got {g.shape} and {rstd.shape}")
+    _launch("rms_norm.cu", name, rstd.size if x.size else 0, 128, *args)
+
+
+def _launch(file, name, blocks, threads, first, *rest):
+    launch = kernel(file, name, str(first.dtype))
+    if blocks:
+        launch((blocks,), (threads,), first, *rest)
