@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import benchmark
 import gpu_kernels
+import gpu_rows
 import gpu_step
 import gpu_table
 import numpy as np
@@ -158,6 +159,21 @@ def test_attention(cupy):
             backward.args[1], backward.args[2:]))
         for found, expected in zip(backward(), spec(*dy, q, k, v)[1:], strict=True):
             close(found.float(), expected, "bfloat16")
+
+
+@pytest.mark.parametrize("rows", [gpu_rows.swiglu_rows, gpu_rows.rms_norm_rows])
+def test_what_is_between_products(cupy, rows):
+    one, two = rows(rows=3, width=24, device="cpu")
+    def exact(a): return torch.tensor(host(a).astype(np.float64))
+    for call in one.ours()()[:1]:
+        inputs = [exact(a) for a in call.args]
+        theirs = one.other()()[0].func(*inputs)
+        close(host(call()), theirs, "bfloat16")
+    for call in two.ours()()[:1]:
+        dy, *inputs = (exact(a) for a in call.args)
+        leaves = [a.requires_grad_() for a in inputs]
+        for found, expected in zip(call(), two.other()()[0].func(dy, *leaves), strict=True):
+            close(host(found), expected.detach(), "bfloat16")
 
 
 def test_adamw(cupy):
@@ -368,7 +384,8 @@ def test_results_hold_every_row():
     """Each row is in kernels/RESULTS.md; where nothing was measured it says so, with the floor."""
     text = (ROOT / "kernels" / "RESULTS.md").read_text(encoding="utf-8")
     assert gpu_table.HEAD in text
-    computed = [line(row, H200) for rows in gpu_kernels.GROUPS.values() for row in rows()]
+    groups = gpu_kernels.GROUPS | gpu_rows.GROUPS
+    computed = [line(row, H200) for rows in groups.values() for row in rows()]
     for checkpoint in (False, True):
         computed += gpu_step.step_lines(gpu_step.LLAMA, gpu_step.BATCH, checkpoint, H200)
     for row in computed:

@@ -60,7 +60,7 @@ def product_with_codes(x, W, h=None, B=None):  # (N, I), (O, I), (N, r), (O, r) 
     weight is made, and the small product comes first, so that the large one adds to it in passing.
     """
     if _few_rows(x, W):
-        return cuda.nf4_matmul(array_module(x).ascontiguousarray(x), W.on_card(), h, B)
+        return cuda.nf4_matmul(cuda.aligned(x), W.on_card(), h, B)
     y = None if h is None else product(h, B.T)
     return product(x, W.dequantize(x.dtype).T, add_to=y)
 
