@@ -68,10 +68,11 @@ def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S
     if xp is not np and q.dtype == "bfloat16" and mask is None and D % 16 == 0 and D <= 128:
         return _fused(q, k, v, causal)
     y = xp.empty_like(q)
-    q, k, v = wide(q) * scale, wide(k), wide(v)
+    kept = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them
-    qg, yg, kg, vg = q.reshape(grouped), y.reshape(grouped), k[:, :, None], v[:, :, None]
-    bias = None if mask is None else _bias(mask, (B, H, T, S), q.dtype).reshape(*grouped[:4], S)
+    qg, kg, vg = _operands(*kept, scale, grouped)
+    yg = y.reshape(grouped)
+    bias = None if mask is None else _bias(mask, (B, H, T, S), qg.dtype).reshape(*grouped[:4], S)
     tiles = []
     for b, t in _tiles(q, S):
         s = S - T + t.stop if causal else S
@@ -83,7 +84,8 @@ def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S
     @once
     def gradients(dy):
         """dV = P^T dy;  dS = P (dy V^T - <dy, y>);  dK = dS^T Q / sqrt(D);  dQ = dS K / sqrt(D)."""
-        dq, dk, dv = xp.empty_like(q), xp.empty_like(k), xp.empty_like(v)
+        qg, kg, vg = _operands(*kept, scale, grouped)
+        dq, dk, dv = (xp.empty_like(x, dtype=qg.dtype) for x in kept)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
         while tiles:  # from the last, whose keys are all of them, so that it can write dk and dv
             b, t, s, P, l = tiles.pop()
@@ -94,20 +96,28 @@ def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S
             _into(dv[b, :, :s], P.swapaxes(-1, -2) @ g, t.stop == T)
             _into(dk[b, :, :s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
             dqg[b, :, :, t] = dS @ kg[b, :, :, :s]
-        dq *= scale  # q holds it already
+        dq *= scale  # qg holds it already
         return dq, dk, dv
 
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
 
 
+def _operands(q, k, v, scale, grouped):
+    """q / sqrt(D), k and v by groups of heads. Those of 16 bits are widened here, and so twice:
+    what waits for the backward pass is half as large. Others come with q / sqrt(D) for q.
+    """
+    if q.dtype.itemsize == 2:
+        q, k, v = wide(q) * scale, wide(k), wide(v)
+    return q.reshape(grouped), k[:, :, None], v[:, :, None]
+
+
 def _fused(q, k, v, causal):
     """The same in kernels that never write the scores to memory, forward or backward."""
-    contiguous = array_module(q).ascontiguousarray
-    q, k, v = contiguous(q), contiguous(k), contiguous(v)
+    q, k, v = cuda.aligned(q), cuda.aligned(k), cuda.aligned(v)
     y, lse = cuda.attention_forward(q, k, v, causal)
 
     @once
-    def gradients(dy): return cuda.attention_backward(contiguous(dy), q, k, v, y, lse, causal)
+    def gradients(dy): return cuda.attention_backward(cuda.aligned(dy), q, k, v, y, lse, causal)
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
 
 

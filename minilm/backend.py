@@ -67,6 +67,7 @@ def memory_limit(size: int):
     """
     pool = cupy().get_default_memory_pool()
     before = pool.get_limit()
+    pool.free_all_blocks()  # what it keeps for later would count
     pool.set_limit(size=size)
     try:
         yield

@@ -104,6 +104,7 @@ def once(fn):
 
 class ThreadState(threading.local):
     graph = True  # are graphs being built?
+    marks = False  # if not, does a bare node mark what would have one?
     rng = None  # the generator that dropout draws from
 
 
@@ -111,13 +112,17 @@ thread = ThreadState()
 
 
 @contextlib.contextmanager
-def no_grad():
-    """Inside, ops compute values only, in this thread."""
-    before, thread.graph = thread.graph, False
+def no_grad(marks: bool = False):
+    """Inside, ops compute values only, in this thread.
+
+    marks: a tensor that depends on one with a node gets a bare node, which keeps nothing.
+    """
+    before = thread.graph, thread.marks
+    thread.graph, thread.marks = False, marks
     try:
         yield
     finally:
-        thread.graph = before
+        thread.graph, thread.marks = before
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@
 """
 
 import json
+import math
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -18,10 +19,10 @@ from threadpoolctl import threadpool_info
 
 import minilm
 from minilm import checkpoint
-from minilm.backend import to_device
+from minilm.backend import array_module, to_device
 from minilm.files import FormatError, read_json, write_atomically, write_json
 from minilm.nn import Module
-from minilm.optim import AdamW
+from minilm.optim import AdamW, LossScaler
 
 
 class RunDirectory:
@@ -71,7 +72,9 @@ class RunDirectory:
         return type(given)(**kept)
 
     def log(self, **record):
-        """Add a line to metrics.jsonl."""
+        """Add a line to metrics.jsonl; a number that is not finite becomes null."""
+        record = {name: None if type(x) is float and not math.isfinite(x) else x
+                  for name, x in record.items()}
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -93,17 +96,18 @@ class RunDirectory:
         with open(self.path / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"=== after step {step}\n{text}\n\n")
 
-    def save(self, step: int, model: Module, optimizer: AdamW):
-        """A checkpoint of the parameters that train and the optimizer's moments, by name."""
-        tensors = {f"model.{name}": p.data for name, p in model.named_parameters()}
-        m, v = (optimizer.flat.views(flat) for flat in (optimizer.m, optimizer.v))
-        for name, i in _places(model, optimizer).items():
-            tensors[f"m.{name}"], tensors[f"v.{name}"] = m[i], v[i]
-        tensors = {name: to_device(array, "cpu") for name, array in tensors.items()}
-        checkpoint.save(self.path / "checkpoints", tensors, {"step": step})
+    def save(self, step: int, model: Module, optimizer: AdamW, scaler: LossScaler | None = None):
+        """A checkpoint of the parameters that train and the optimizer's moments, by name.
 
-    def restore(self, model: Module, optimizer: AdamW) -> int:
-        """Bring both to the last whole checkpoint, and the metrics with them; returns its step.
+        Of 16-bit parameters it holds the float32 masters, from which they are rounded.
+        """
+        tensors = _by_name(model, optimizer, optimizer.states())
+        tensors = {name: to_device(array, "cpu") for name, array in tensors.items()}
+        state = {"step": step} | ({"scaler": scaler.state()} if scaler else {})
+        checkpoint.save(self.path / "checkpoints", tensors, state)
+
+    def restore(self, model: Module, optimizer: AdamW, scaler: LossScaler | None = None) -> int:
+        """Bring all to the last whole checkpoint, and the metrics with them; returns its step.
 
         Frozen tensors stay as they are, and where no checkpoint is yet, all do: the step is 0.
         """
@@ -112,28 +116,33 @@ class RunDirectory:
         except FileNotFoundError:
             step = 0
         else:
-            self._put_back(tensors, state["step"], model, optimizer)
-            step = state["step"]
+            if (scaler is None) == ("scaler" in state):
+                raise FormatError(self.path, "the checkpoint is of a run "
+                                  f"{'with' if scaler is None else 'without'} a loss scaler")
+            self._put_back(tensors, model, optimizer)
+            step = optimizer.steps = state["step"]
+            if scaler:
+                scaler.restore(state["scaler"])
+                optimizer.steps -= scaler.skipped
         kept = [r for r in self.records() if r["step"] <= step]
         write_atomically(self.path / "metrics.jsonl",
                          "".join(json.dumps(r) + "\n" for r in kept).encode())
         return step
 
-    def _put_back(self, tensors, step, model, optimizer):
-        places = _places(model, optimizer)
-        own = {f"{kind}.{name}" for kind in "mv" for name in places}
+    def _put_back(self, tensors, model, optimizer):
+        states = optimizer.states()
+        places = _by_name(model, optimizer, states)
+        own = {name for name in places if not name.startswith("model.")}
         stored = {name for name in tensors if not name.startswith("model.")}
         if own != stored:
             differ = sorted(own ^ stored)
             raise FormatError(self.path, f"the checkpoint's moments are of another model: {differ}")
         state = {n.removeprefix("model."): t for n, t in tensors.items() if n not in own}
         model.load_state_dict(model.state_dict() | state)
-        m, v = (optimizer.flat.views(flat) for flat in (optimizer.m, optimizer.v))
-        device = optimizer.flat.params[0].device
-        for name, i in places.items():
-            for moment, kind in (m, "m"), (v, "v"):
-                moment[i][...] = to_device(tensors[f"{kind}.{name}"], device)
-        optimizer.steps = step
+        for name, place in places.items():
+            device = "cpu" if array_module(place) is np else "cuda"
+            place[...] = to_device(tensors[name], device)
+        optimizer.put_back(states)
 
     def plot(self) -> Path | None:
         """Draw loss.png; None where matplotlib is missing."""
@@ -143,7 +152,7 @@ class RunDirectory:
             return None
         axes = (figure := Figure(figsize=(6, 3.6), layout="constrained")).subplots()
         for name in ("loss", "validation_loss"):
-            points = [(r["step"], r[name]) for r in self.records() if name in r]
+            points = [(r["step"], r[name]) for r in self.records() if r.get(name) is not None]
             if points:
                 axes.plot(*zip(*points), label=name.replace("_", " "), linewidth=1)
         axes.set(xlabel="step", ylabel="loss (nats a token)")
@@ -162,7 +171,14 @@ def versions() -> dict:
             "platform": platform.platform(), "blas": blas}
 
 
-def _places(model, optimizer):
-    """Name of each parameter -> its place in the optimizer."""
-    place = {id(p): i for i, p in enumerate(optimizer.flat.params)}
-    return {name: place[id(p)] for name, p in model.named_parameters()}
+def _by_name(model, optimizer, states):
+    """Masters and states of each parameter, views of flat buffers; a state of blocks is whole."""
+    flat, named = optimizer.flat, {}
+    place = {id(p): i for i, p in enumerate(flat.params)}
+    for kind, buffer in ({"model": flat.data} | states).items():
+        if buffer.size != flat.size:
+            named[kind] = buffer
+            continue
+        views = flat.views(buffer)
+        named |= {f"{kind}.{name}": views[place[id(p)]] for name, p in model.named_parameters()}
+    return named

@@ -117,10 +117,11 @@ def op(fn):
         out = Tensor.__new__(Tensor)
         out.data, *vjps = fn(*arrays, **settings)
         out.node = None
-        if thread.graph:
+        if thread.graph or thread.marks:
             kept = [(x.node, vjp) for x, vjp in zip(inputs, vjps) if type(x) is Tensor and x.node]
             if kept:
-                out.node = Node(out.data, *zip(*kept), fn.__name__)
+                made = (*zip(*kept), fn.__name__) if thread.graph else ()
+                out.node = Node(out.data, *made)
         return out
 
     return apply
@@ -131,21 +132,22 @@ def checkpoint(segment, *inputs):
 
     inputs: Tensors or plain arrays; segment returns one Tensor. Gradients equal the plain run's
     bit for bit, dropout included, and reach parameters inside the segment even when no input needs
-    one. Source: Chen et al. 2016, arXiv:1604.06174.
+    one. A segment in which nothing needs a gradient is not run again.
+    Source: Chen et al. 2016, arXiv:1604.06174.
     """
     if not thread.graph:
         return segment(*inputs)
     rng = copy.deepcopy(thread.rng)  # will draw the same dropout again
-    with no_grad():
+    with no_grad(marks=True):
         y = segment(*inputs)
+    if not y.node:
+        return y
 
     @once
     def run_again(dy):
         again = [Tensor(x.data, bool(x.node)) if type(x) is Tensor else x for x in inputs]
         with randomness(rng):
-            z = segment(*again)
-        if z.node:
-            z.backward(dy)
+            segment(*again).backward(dy)
         for x in again:
             if type(x) is Tensor and x.node and x.grad is None:  # the segment did not use it
                 x.grad = array_module(x.data).zeros_like(x.data)

@@ -19,6 +19,7 @@ import numpy as np
 from minilm import ops
 from minilm.backend import array_module, to_device, tune_allocator
 from minilm.optim.flat import squares
+from minilm.optim.precision import LossScaler
 from minilm.tensor import no_grad, randomness
 from minilm.workers import Workers
 
@@ -26,7 +27,10 @@ IGNORED = -100
 
 
 class Diverged(ArithmeticError):
-    """A loss or a gradient that is not a finite number; the step left the parameters alone."""
+    """A loss or a gradient that is not a finite number; the step left the parameters alone.
+
+    With a scaler such steps are skipped, until its scale has shrunk to nothing.
+    """
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Step:
     lr: float
     targets: int  # that were counted
     seconds: float
+    skipped: bool = False  # its gradient overflowed, and nothing was updated
 
 
 class Trainer:
@@ -47,12 +52,14 @@ class Trainer:
     optimizer: AdamW or SGD over the model's parameters. processes: forked processes rather than
     threads as workers (Linux). seed: of dropout; with the same seed, workers and batches the same
     parameters come out, bit for bit, whether or not a run was stopped and resumed in between.
+    scaler: of the loss, for float16; a step whose gradient overflows is then skipped.
     """
 
-    def __init__(self, model, optimizer, workers: int = 1, processes: bool = False, seed: int = 0):
+    def __init__(self, model, optimizer, workers: int = 1, processes: bool = False, seed: int = 0,
+                 scaler: LossScaler | None = None):
         if processes and array_module(optimizer.flat.data) is not np:
             raise ValueError("processes cannot share a GPU's memory: train there with threads")
-        self.model, self.optimizer, self.seed = model, optimizer, seed
+        self.model, self.optimizer, self.seed, self.scaler = model, optimizer, seed, scaler
         self.workers = Workers(optimizer.flat, self._work, workers, processes)
 
     def __enter__(self):
@@ -67,28 +74,30 @@ class Trainer:
              accumulate: int = 1) -> Step:
         """One update from one batch, run as `accumulate` micro-batches one after another.
 
-        clip: the largest global gradient norm. Diverged when the loss or the norm is not finite.
+        clip: the largest global gradient norm. Diverged when the loss or the norm is not finite,
+        and no scaler can help it.
         """
         start, counted = time.perf_counter(), int((targets != IGNORED).sum())
         if counted == 0:
             raise ValueError(f"step {step}: every target is {IGNORED}; nothing to learn from")
         if not 1 <= accumulate <= len(tokens):
             raise ValueError(f"{accumulate} micro-batches cannot be made of {len(tokens)} rows")
-        opt = self.optimizer
+        opt, scale = self.optimizer, self.scaler.scale if self.scaler else 1.0
+        lr = opt.lr if lr is None else lr
         opt.zero_grad()
         loss = 0.0
         for i, rows in enumerate(np.array_split(np.arange(len(tokens)), accumulate)):
             # The 1 keeps dropout's stream apart from the batches' (seed, step).
-            parts = [("gradients", (self.seed, step, 1, i, w), tokens[r], targets[r], counted)
-                     for w, r in enumerate(self._split(rows))]
+            parts = [("gradients", (self.seed, step, 1, i, w), tokens[r], targets[r], counted,
+                      scale) for w, r in enumerate(self._split(rows))]
             loss += sum(self.workers.run(parts))
         opt.flat.complete()
-        norm = math.sqrt(sum(self._everywhere("squares")))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}; nothing was updated")
-        opt.lr, opt.steps = opt.lr if lr is None else lr, opt.steps + 1
-        self._everywhere("update", opt.steps, opt.lr, min(1.0, clip / norm) if norm else 1.0)
-        return Step(step + 1, loss, norm, opt.lr, counted, time.perf_counter() - start)
+        norm = math.sqrt(sum(self._everywhere("squares"))) / scale
+        good = self._is_good(step, loss, norm)
+        if good:
+            opt.lr, opt.steps, clipped = lr, opt.steps + 1, min(1.0, clip / norm) if norm else 1.0
+            self._everywhere("update", opt.steps, lr, clipped / scale)
+        return Step(step + 1, loss, norm, lr, counted, time.perf_counter() - start, not good)
 
     def evaluate(self, tokens, targets, batch: int = 32) -> tuple[float, float]:
         """(mean loss, share of targets predicted rightly) over all rows, without dropout."""
@@ -99,6 +108,17 @@ class Trainer:
             totals += np.sum(self.workers.run(parts), axis=0)
         loss, right = totals / max(1, (targets != IGNORED).sum())
         return float(loss), float(right)
+
+    def _is_good(self, step, loss, norm):
+        """May the update be made? False where the step is to be skipped."""
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if self.scaler:
+            self.scaler.update(finite)
+        if not finite and (self.scaler is None or self.scaler.exhausted):
+            tried = f" at a loss scale down to {self.scaler.scale}" if self.scaler else ""
+            raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}{tried}; "
+                           "nothing was updated")
+        return finite
 
     def _split(self, rows):
         return [part for part in np.array_split(rows, self.workers.count) if len(part)]
@@ -114,11 +134,13 @@ class Trainer:
         job, *args = part
         return getattr(self, f"_{job}")(*args)
 
-    def _gradients(self, seed, tokens, targets, total):
+    def _gradients(self, seed, tokens, targets, total, scale):
         self.model.train()
-        with randomness(np.random.default_rng(seed)):
-            loss = ops.cross_entropy(self.model(tokens), targets, total=total)
-        loss.backward()
+        overflow = "ignore" if self.scaler else None  # the scaler is there to meet it
+        with np.errstate(over=overflow, invalid=overflow):
+            with randomness(np.random.default_rng(seed)):
+                loss = ops.cross_entropy(self.model(tokens), targets, total=total)
+            (loss * scale if self.scaler else loss).backward()
         return float(loss.data)
 
     def _evaluate(self, tokens, targets):

@@ -7,7 +7,8 @@
 Each contender runs in a process of its own; they are woken in turn, A B A B ..., so that a change
 of the machine's speed meets both. A ratio is the other's median time over ours (above 1: we are
 faster), with the lowest and highest ratio of neighbouring turns. Both use two cores, but for the
-rows of codes, where both use one. The row qlora compares our own steps: LoRA's time over QLoRA's.
+rows of codes, where both use one. The rows qlora and paged compare our own steps: LoRA's time over
+QLoRA's, and AdamW's over PagedAdamW's where everything fits, on threads.
 Needs the extras `test` and, for lora and codes, `peers`. gpu_table.py says what is measured on a
 GPU, and kernels/RESULTS.md holds what came out.
 """
@@ -24,9 +25,9 @@ import tyro
 from contenders import SHAPES, Shape, bitsandbytes_codes, our_codes, our_side, torch_side
 
 GROWTH = Shape(6, 6, 384, 256, 8, 512), Shape(6, 6, 384, 1024, 2, 512)
-OnCPU = Literal["train", "lora", "qlora", "generate", "memory", "growth", "codes"]
-OnGPU = Literal["dequantize", "quantize", "matmul", "lora", "reference", "attention", "adamw",
-                "step"]
+OnCPU = Literal["train", "lora", "qlora", "paged", "generate", "memory", "growth", "codes"]
+OnGPU = Literal["dequantize", "quantize", "matmul", "lora", "reference", "attention", "swiglu",
+                "rms_norm", "adamw", "step"]
 
 
 def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
@@ -65,6 +66,9 @@ def on_cpu(rows, configs, rounds, threads):
                                threads)
             elif row == "qlora":
                 turns(f"QLoRA after LoRA, {name}", (our_side, "lora", shape, threads), ours)
+            elif row == "paged":
+                turns(f"PagedAdamW after AdamW, {name}", (our_side, "train", shape, True),
+                      (our_side, "paged", shape, True))
             else:
                 title = {"train": "training step", "lora": "LoRA step", "generate": "63 tokens"}
                 turns(f"{title[row]}, {name}", theirs, ours)
@@ -78,6 +82,7 @@ def on_cpu(rows, configs, rounds, threads):
 
 def on_gpu(rows, rounds):
     """The card's ceilings, the kernels and the step."""
+    import gpu_rows
     from gpu_kernels import GROUPS, measured_ceilings
     from gpu_step import BATCH, LLAMA, our_qlora, step_lines, torch_qlora
     from gpu_table import HEAD, heading, measured_line
@@ -91,8 +96,9 @@ def on_gpu(rows, rounds):
     print(f"{heading()}\n{HEAD}", flush=True)
     ceilings, lines = measured_ceilings(rounds)
     print(*lines, sep="\n", flush=True)
+    groups = GROUPS | gpu_rows.GROUPS
     for name in rows:
-        for row in GROUPS[name]() if name in GROUPS else ():
+        for row in groups[name]() if name in groups else ():
             print(measured_line(row, ceilings, rounds), flush=True)
     for checkpoint in (False, True) if "step" in rows else ():
         shape = LLAMA, BATCH, checkpoint

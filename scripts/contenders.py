@@ -65,7 +65,7 @@ def our_side(job, shape, threads):
     """Answers of this project."""
     from minilm.backend import tune_allocator
     from minilm.generate import stream
-    from minilm.optim import AdamW
+    from minilm.optim import AdamW, PagedAdamW
     from minilm.peft import add_lora
     from minilm.quantize import quantize_model
     from minilm.train import Trainer
@@ -82,8 +82,9 @@ def our_side(job, shape, threads):
         yield from timed(lambda: draw(stream(model.eval(), [[0]], temperature=0)))
     model.checkpoint_every = shape.every
     params = model.parameters()
-    optimizer = AdamW(params, 1e-3, (0.9, 0.95), weight_decay=0.1,
-                      undecayed=[p for p in params if p.ndim < 2])
+    kind = PagedAdamW if job == "paged" else AdamW
+    optimizer = kind(params, 1e-3, (0.9, 0.95), weight_decay=0.1,
+                     undecayed=[p for p in params if p.ndim < 2])
     trainer = Trainer(model, optimizer, CORES, processes=not threads)
     work = trainer.workers.work
     trainer.workers.work = lambda part: trim() if part == "trim" else work(part)

@@ -29,7 +29,7 @@ from minilm import data
 from minilm.files import sha256
 from minilm.generate import stream
 from minilm.interop import huggingface, peft
-from minilm.optim import AdamW, cosine_schedule
+from minilm.optim import AdamW, LossScaler, cosine_schedule
 from minilm.peft import add_lora, trainable_parameters
 from minilm.quantize import quantize_model
 from minilm.run import RunDirectory
@@ -74,6 +74,8 @@ class Settings:
     """steps of linear warmup"""
     clip: float = 1.0
     """largest global norm of the gradient"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """of weights and activations; what trains has float32 masters, float16 a loss scaler"""
     eval_every: int = 1000
     """steps between losses on the held-out records"""
     save_every: int = 1000
@@ -132,7 +134,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     described = [{"name": name, "sha256": digest} for name, digest in fingerprints(s, records)]
     if run and run.describe()["corpora"] != described:
         raise ValueError(f"{resume}: the model or the data are not those this run was started on")
-    model = METHODS[s.method].prepare(huggingface.load_model(folder), s)
+    model = METHODS[s.method].prepare(huggingface.load_model(folder), s).astype(s.dtype)
     batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed)
     asked, context = data.encode(records[1], tokenizer), model.config.context
     longest = max(batches.tokens.shape[1], asked[0].shape[1])
@@ -149,11 +151,13 @@ def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
     params = trainable_parameters(model)
     optimizer = AdamW(params, s.lr, weight_decay=0.0)
     schedule = partial(cosine_schedule, steps=s.steps, lr=s.lr, warmup=s.warmup)
-    step = run.restore(model, optimizer)
+    scaler = LossScaler() if s.dtype == "float16" else None
+    step = run.restore(model, optimizer, scaler)
     print(f"{run.path}: {s.method} on {s.model}, {sum(p.size for p in params):,} trainable "
           f"parameters, {s.workers} workers, from step {step}")
     with (
-        Trainer(model, optimizer, s.workers, default_workers()[1] and not s.threads, s.seed) as t,
+        Trainer(model, optimizer, s.workers, default_workers()[1] and not s.threads, s.seed,
+                scaler) as t,
         finish_on_interrupt() as interrupted,
         tqdm(total=s.steps, initial=step, unit="step", disable=None) as bar,
     ):
@@ -168,7 +172,7 @@ def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
                 bar.write(f"step {step}: held out: loss {t.evaluate(*asked)[0]:.4f}")
             run.log(**asdict(done))
             if step % s.save_every == 0 or last:
-                run.save(step, model, optimizer)
+                run.save(step, model, optimizer, scaler)
             if last:
                 break
         if step == s.steps and "right" not in run.records()[-1]:  # it is, in a run that was done

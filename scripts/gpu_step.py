@@ -1,10 +1,10 @@
 """A step of QLoRA on a Llama of 1.1 billion parameters: ours, and the same arithmetic in PyTorch.
 
 Both train adapters of rank 16 on all linear layers but the head, over weights in NF4 with double
-quantization, in bfloat16 throughout, AdamW's state included; the loss is computed in float32.
-PyTorch (eager) looks the codes up in a table, forward and backward, and has its fused AdamW and
-attention. It gets our model's weights. Each side has a process of its own, and no gradient
-checkpoints or one a block.
+quantization, in bfloat16; the loss is computed in float32, and the adapters are rounded from
+float32 masters, which AdamW changes, its state in float32 too. PyTorch (eager) looks the codes up
+in a table, forward and backward, and has its fused AdamW and attention. It gets our model's
+weights. Each side has a process of its own, and no gradient checkpoints or one a block.
 """
 
 import math
@@ -172,6 +172,7 @@ def torch_linear(layer, device: str):
     from torch.nn import functional as F
 
     W, adapter, byte = layer.base.weight, layer.adapters[layer.active], np.arange(256)
+    dtype = on_torch(adapter.A.data, "cpu").dtype
     arrays = {"packed": W.packed, "c2": W.c2, "c1": W.c1, "offset": W.offset, "map": dynamic_map(),
               "pairs": levels(W.codebook)[np.stack([byte >> 4, byte & 15], -1)]}
 
@@ -192,18 +193,18 @@ def torch_linear(layer, device: str):
             super().__init__()
             for name, array in arrays.items():
                 self.register_buffer(name, on_torch(array, device))
-            self.A, self.B = (torch.nn.Parameter(on_torch(t.data, device))
+            self.A, self.B = (torch.nn.Parameter(on_torch(t.data, device).float())  # masters
                               for t in (adapter.A, adapter.B))
 
         def dequantize(self):
             c1 = self.c1.repeat_interleave(256)[: len(self.c2)]
             c2 = self.map[self.c2.int()] * c1 + self.offset
             numbers = F.embedding(self.packed.int(), self.pairs).view(-1, W.block_size)
-            return numbers.mul_(c2[:, None]).to(self.A.dtype).view(W.shape)
+            return numbers.mul_(c2[:, None]).to(dtype).view(W.shape)
 
         def forward(self, x):
-            h = F.linear(x, self.A) * adapter.scale
-            return Product.apply(x, self.dequantize) + F.linear(h, self.B)
+            h = F.linear(x, self.A.to(dtype)) * adapter.scale
+            return Product.apply(x, self.dequantize) + F.linear(h, self.B.to(dtype))
 
     return TorchLinear()
 

@@ -71,13 +71,15 @@ def qlora(config: Config, r: int = 64, batch: int = 1, T: int = 512, paged: bool
     """QLoRA as Guanaco was trained: "65B on a 48 GB GPU", "33B on 24 GB".
 
     NF4 with double quantization is 4.127 bits a weight; embeddings, norms and head stay in 16 bits,
-    as do adapters on every linear layer and their gradients; each block runs under a checkpoint.
+    as do adapters on every linear layer and their gradients (in our plan these are of float32, and
+    adapters have masters); each block runs under a checkpoint.
     AdamW's float32 states are paged: they count as 0 here, for they can wait in the host's memory
     while activations are at their highest. The slide's 41, 21, 10 and 5 GB are published
     measurements, which this is near to and need not meet.
     """
-    p = plan(Step(config, "qlora", batch, T, r, "all-linear", "bfloat16", 1, "cuda"))
-    return Bytes(p.weights + p.adapters, 0 if paged else p.optimizer, p.gradients, p.activations)
+    step = Step(config, "qlora", batch, T, r, "all-linear", "bfloat16", 1, "cuda")
+    p, trained = plan(step), trainable(step)
+    return Bytes(p.weights + p.adapters, 0 if paged else 8 * trained, 2 * trained, p.activations)
 
 
 def one_layer_trainable(parameters: float, r: int) -> float:

@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     weights: int  # the model's own, quantized or not
     adapters: int
     gradients: int
-    optimizer: int  # AdamW's m and v, in float32
+    optimizer: int  # AdamW's m and v, and of 16-bit parameters the masters
     activations: int  # all else at the highest moment
 
     total = property(sum)
@@ -148,9 +148,9 @@ def trainable(s: Step) -> int:
 
 def plan(s: Step) -> Plan:
     """How the memory of a step is made up."""
-    trained = trainable(s)
+    trained, states = trainable(s), 2 if s.size == 4 else 3
     adapters = 0 if s.method == "full" else trained * s.size
-    return Plan(weights(s), adapters, trained * s.size, trained * 8, peak(step(s)))
+    return Plan(weights(s), adapters, 4 * trained, 4 * trained * states, peak(step(s)))
 
 
 def weights(s: Step) -> int:
@@ -239,10 +239,10 @@ def block(s: Step, alive: int, flows: bool) -> list[Op]:
 
 
 def norm(s: Step, alive: int, flows: bool) -> Op:
-    """layer_norm keeps xhat and rstd for dx; g and b need no more. What it returns is kept by the
-    layer that takes it, if that is trained."""
-    x, xhat, rstd = (s.array(n, wide) for n, wide in
-                     ((s.config.width, False), (s.config.width, True), (1, True)))
+    """layer_norm keeps xhat and rstd for dx; g and b need no more. On a GPU rms_norm's kernel keeps
+    x in place of xhat. What they return is kept by the layer that takes it, if that is trained."""
+    x, rstd = s.array(s.config.width), s.array(1, wide=True)
+    xhat = s.array(s.config.width, wide=s.config.norm == "layer" or s.device == "cpu")
     # forward: xhat, y, xhat g.  backward: of the residual, dy, dx, and dx's temporary or their sum
     return Op(flows * (xhat + rstd), alive + 3 * xhat, 3 * x + xhat)
 
@@ -251,20 +251,22 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     """q, k, v, softmax(q k^T) v, and o.
 
     Saved: the input, for the dW or dA of q, k, v; q scaled, k, v; the result y, which also is the
-    input of o; each tile's P (b, H, t, s) and l (b, H, t, 1).
+    input of o; each tile's P (b, H, t, s) and l (b, H, t, 1). Of 16 bits q, k, v are widened twice.
     """
     c, names = s.config, ("attention.q", "attention.k", "attention.v")
-    x, kv = s.array(c.width), s.array(c.width // c.heads * c.kv_heads, wide=True)
+    x, qkv = s.array(c.width), c.width + 2 * (c.width // c.heads * c.kv_heads)
+    operands = s.array(qkv, wide=True) if s.size == 2 else 0
     graph = flows or bool(s.adapted & set(names))
     entry = s.keeps(*names) * x
     P, tile = probabilities(s)
-    own = s.array(c.width, wide=True) + 2 * kv + P + s.array(c.heads, wide=True)
+    own = s.array(qkv) + P + s.array(c.heads, wide=True)
     result = x if graph or s.keeps("attention.o") else 0
     saved = entry + s.low_rank(*names, "attention.o") + graph * own + result
     # forward: the input, q before it was scaled, and in the end what o returns
-    forward = alive + 4 * x + own + s.low_rank(*names)
+    forward = alive + 4 * x + own + operands + s.low_rank(*names)
     # backward: of the residual, dy, and either o's weight or dq, dk, dv and what a tile needs
-    return Op(saved, forward, 2 * x + max(s.weight("attention.o"), x + 2 * kv + tile))
+    products = s.array(qkv, wide=True) + operands + tile
+    return Op(saved, forward, 2 * x + max(s.weight("attention.o"), products))
 
 
 def probabilities(s: Step) -> tuple[int, int]:
@@ -282,24 +284,28 @@ def probabilities(s: Step) -> tuple[int, int]:
 def mlp(s: Step, alive: int, flows: bool) -> Op:
     """down(gelu(up(x))), or down(silu(gate(x)) up(x)).
 
-    Saved: the input, for up and gate; the activation's slope; with SwiGLU both factors of the
-    product; what down sees, if down is trained.
+    Saved: the input, for up and gate; the activation's slope, or SwiGLU's two factors; what down
+    sees, if down is trained.
     """
     c, ups = s.config, ("mlp.up", "mlp.gate")
     x, h, slope = s.array(c.width), s.array(c.hidden), s.array(c.hidden, wide=True)
     graph = flows or bool(s.adapted & set(ups))
     entry, seen = s.keeps(*ups) * x, s.keeps("mlp.down") * h
-    factors = 2 * h if c.activation == "swiglu" else 0
-    saved = entry + graph * (slope + factors) + seen + s.low_rank(*ups, "mlp.down")
-    # forward: what comes in, then the formula of the activation: its argument, slope and value,
-    # and temporaries; or the product and down's result, beside the weight where it is quantized
-    whole = {"gelu_tanh": 2, "gelu": 6, "swiglu": 2}[c.activation]
-    formula = h + 2 * slope + s.temporaries(slope, whole, blocks=whole + 4)
+    # The formula of the activation: its argument, slope and value, and temporaries; of SwiGLU its
+    # factors and value. In the backward pass dy and dx; of SwiGLU dy, dgate, dup and the sigmoid.
+    if c.activation == "swiglu":
+        kept, formula = 2 * h, 3 * h
+        backward = 3 * h + s.temporaries(slope, int(s.device == "cpu"), blocks=5)
+    else:
+        whole = {"gelu_tanh": 2, "gelu": 6}[c.activation]
+        kept, formula = slope, h + 2 * slope + s.temporaries(slope, whole, blocks=whole + 4)
+        backward = 2 * h
+    saved = entry + graph * kept + seen + s.low_rank(*ups, "mlp.down")
     weight = s.weight("mlp.down")
-    down = factors + slope + h + x + (weight if s.method == "qlora" else 0)
-    # backward: of the residual; and down's dx beside its weight, or, when what down saw is gone,
-    # the activation's dy and dx (of the product, each dx comes when a factor goes)
-    return Op(saved, alive + x + max(formula, down), x + max(h + weight, 2 * h - seen))
+    # forward: what comes in; the formula, or its value, down's result and the weight if it is codes
+    down = kept + h + x + (weight if s.method == "qlora" else 0)
+    # backward: of the residual; down's dx beside its weight, or, what down saw gone, the formula's
+    return Op(saved, alive + x + max(formula, down), x + max(h + weight, backward - seen))
 
 
 def head(s: Step) -> Op:

@@ -2,7 +2,7 @@
 
     python scripts/plan_memory.py --model runs/pretrain-1/model --batch 16
     python scripts/plan_memory.py --family llama --layers 80 --width 8192 --hidden 22016 \\
-        --vocab-size 32000 --context 512 --dtype bfloat16 --checkpoint-every 1 --rank 64 \\
+        --vocab-size 32000 --context 512 --dtype bfloat16 --checkpoint-every 1 --rank 16 \\
         --targets all-linear --device cuda --card 48
     python scripts/plan_memory.py --check           # predicted and measured side by side
     python scripts/plan_memory.py --lectures        # the arithmetic of the lectures
@@ -13,7 +13,6 @@ the shapes and from what each op keeps for its backward pass (scripts/memory_of_
 """
 
 import sys
-import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,6 +25,7 @@ from memory_of_step import Plan, Step, parameters, plan, trainable
 from minilm import ops
 from minilm.files import read_json
 from minilm.interop import huggingface
+from minilm.measure import Ledger
 from minilm.optim import AdamW
 from minilm.peft import add_lora
 from minilm.quantize import quantize_model
@@ -68,7 +68,8 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
         context: tokens in a row; by default as many as the folder's model takes, else 1024.
         rank: of the adapters.
         targets: layers that get adapters, such as q v mlp.up, or all-linear.
-        dtype: of weights, adapters and gradients; AdamW's two states are always float32.
+        dtype: of weights and adapters; what the optimizer works on is float32: gradients, the two
+            states, and, where parameters are of 16 bits, their masters.
         checkpoint_every: run so many blocks under a checkpoint; 0 keeps every activation.
         device: cuda works on whole arrays where cpu works on blocks that fit its cache.
         card: memory in GB (10^9 bytes) that the run should fit in.
@@ -147,40 +148,37 @@ def print_check():
     for name, (config, batch) in SIZES.items():
         for method, targets in METHODS:
             step = Step(config, method, batch, config.context, targets=targets)
-            predicted, found = plan(step).total, measured(step)
+            predicted, found = plan(step).total, sum(measured(step).values())
             on = "" if method == "full" else targets if type(targets) is str else " ".join(targets)
             print(f"{name:17}{method:8}{on:12}{predicted / 1e6:10.2f} MB{found / 1e6:10.2f} MB"
                   f"{predicted / found - 1:8.1%}", flush=True)
 
 
-def measured(step: Step) -> int:
-    """Bytes at the highest moment of a training step, the second one, on the CPU.
-
-    tracemalloc sees what NumPy allocates. It does not see AdamW's four flat buffers, which are
-    mapped and so are added; the frozen weights are ordinary arrays.
-    """
+def measured(step: Step, make_optimizer=AdamW) -> dict[str, int]:
+    """Bytes by kind at the highest moment of a training step, the second one."""
     rng = np.random.default_rng(0)
-    shape = 2, step.batch, step.T
-    tracemalloc.start()
-    try:
-        tokens, targets = rng.integers(0, step.config.vocab_size, shape)
-        model = Transformer(step.config)
-        model.checkpoint_every = step.checkpoint_every
-        if step.method == "qlora":
-            quantize_model(model)
-        if step.method != "full":
-            add_lora(model, step.r, 2 * step.r, step.targets)
-        optimizer = AdamW(model.parameters())
-        for _ in range(2):
-            tracemalloc.reset_peak()
+    tokens, targets = rng.integers(0, step.config.vocab_size, (2, step.batch, step.T))
+    model = make_model(step)
+    optimizer = make_optimizer(model.parameters())
+    for _ in range(2):
+        with Ledger(model, optimizer) as ledger:
             optimizer.zero_grad()
-            ops.cross_entropy(model(tokens), targets).backward()
+            loss = ops.cross_entropy(model(tokens), targets)
+            ledger.forward_done()
+            loss.backward()
             optimizer.step()
-        flat = optimizer.flat
-        mapped = sum(a.nbytes for a in (flat.data, flat.grad, optimizer.m, optimizer.v))
-        return tracemalloc.get_traced_memory()[1] + mapped
-    finally:
-        tracemalloc.stop()
+    return ledger.peak
+
+
+def make_model(step: Step) -> Transformer:
+    """A model that is trained as the step says, in float32."""
+    model = Transformer(step.config)
+    model.checkpoint_every = step.checkpoint_every
+    if step.method == "qlora":
+        quantize_model(model)
+    if step.method != "full":
+        add_lora(model, step.r, 2 * step.r, step.targets)
+    return model.to(step.device)
 
 
 if __name__ == "__main__":

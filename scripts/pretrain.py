@@ -21,7 +21,7 @@ from tqdm import tqdm
 from minilm import data
 from minilm.generate import generate
 from minilm.interop import huggingface
-from minilm.optim import AdamW, cosine_schedule
+from minilm.optim import AdamW, LossScaler, cosine_schedule
 from minilm.run import RunDirectory
 from minilm.tensor import no_grad
 from minilm.train import Diverged, Trainer, default_workers, finish_on_interrupt, train
@@ -67,6 +67,8 @@ class Settings:
     """on matrices only"""
     clip: float = 1.0
     """largest global norm of the gradient"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """of weights and activations; those of 16 bits have float32 masters, float16 a loss scaler"""
     eval_every: int = 250
     """steps between losses on held-out text"""
     save_every: int = 500
@@ -112,7 +114,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if s.family == "bert":
         batches = data.MaskedBatches(batches, tokenizer, s.seed)
         held_out = data.corrupt(held_out[0], np.random.default_rng(s.seed), tokenizer)
-    model = make_model(s, tokenizer.vocab_size)
+    model = make_model(s, tokenizer.vocab_size).astype(s.dtype)
     if run is None:
         s = replace(s, workers=s.workers or default_workers()[0])  # other counts, other bits
         run = RunDirectory.create(out, "pretrain", asdict(s), described)
@@ -125,7 +127,8 @@ def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer
     params, (_, processes) = model.parameters(), default_workers()
     optimizer = AdamW(params, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay,
                       undecayed=[p for p in params if p.ndim < 2])
-    step = run.restore(model, optimizer)
+    scaler = LossScaler() if s.dtype == "float16" else None
+    step = run.restore(model, optimizer, scaler)
     size = sum(p.size for p in params)
     print(f"{run.path}: {size:,} parameters, {s.workers} workers, from step {step}")
     show = partial(show_sample, run, model, tokenizer, s)
@@ -133,7 +136,8 @@ def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer
         show(step)
     schedule = partial(cosine_schedule, steps=s.steps, lr=s.lr, min_lr=s.min_lr, warmup=s.warmup)
     with (
-        Trainer(model, optimizer, s.workers, processes and not s.threads, s.seed) as trainer,
+        Trainer(model, optimizer, s.workers, processes and not s.threads, s.seed,
+                scaler) as trainer,
         finish_on_interrupt() as interrupted,
         tqdm(total=s.steps, initial=step, unit="step", disable=None) as bar,
     ):
@@ -149,7 +153,7 @@ def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer
                           f"next token right {validation['validation_accuracy']:.1%}")
             run.log(**asdict(done), **validation)
             if step % s.save_every == 0 or last:
-                run.save(step, model, optimizer)
+                run.save(step, model, optimizer, scaler)
             if step in (100, s.steps):
                 show(step)
             if last:

@@ -15,7 +15,17 @@ import ml_dtypes  # noqa: F401  makes "bfloat16" the name of a dtype
 import numpy as np
 import pytest
 from conftest import close
-from emulated_cupy import arrays, blas, installed, launches, memory, real, to_device, to_host
+from emulated_cupy import (
+    arrays,
+    blas,
+    installed,
+    launches,
+    memory,
+    real,
+    streams,
+    to_device,
+    to_host,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,6 +97,15 @@ def test_every_name_of_the_stand_in_is_in_cupy(strict):
         assert {n for n in dir(ours) if n[0] != "_"} <= set(dir(theirs))
     for name in ("CUDA_R_32F", "CUDA_R_64F", "CUDA_R_16F", "CUDA_R_16BF"):
         assert getattr(strict.cuda.runtime, name) == getattr(real.REAL.cuda.runtime, name)
+
+
+@pytest.mark.parametrize("name", ["Stream", "Event", "PinnedMemory"])
+def test_streams_and_pinned_memory_are_made_as_cupys(strict, name):
+    ours, theirs = getattr(streams, name), getattr(real.REAL.cuda, name)
+    own = {"memory", "limit", "used", "blocks", "disable_timing", "recorded", "is_non_blocking"}
+    assert {n for n in vars(ours) if n[0] != "_"} - own <= set(dir(theirs))
+    given = real.signature(f"cuda.{name}.__init__")
+    assert list(given.parameters) == list(inspect.signature(ours.__init__).parameters)
 
 
 @pytest.mark.parametrize("name", ["gemmEx", "gemmStridedBatchedEx"])

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
     {"backend", "blas", "cuda", "files"},
-    {"graph", "tensor", "ops", "attention"},
+    {"graph", "tensor", "ops", "activations", "attention"},
     {"nn", "transformer", "decode", "generate"},
     {"quantize", "peft", "distill", "optim"},
-    {"data", "interop"},
+    {"data", "interop", "measure"},
     {"train", "run", "checkpoint", "workers"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -31,7 +31,10 @@ WITHIN = {  # the arrows inside a floor
     ("tensor", "graph"),
     ("attention", "graph"),
     ("ops", "tensor"),
+    ("ops", "activations"),
     ("ops", "attention"),
+    ("activations", "graph"),
+    ("activations", "tensor"),
     ("attention", "tensor"),
     ("transformer", "nn"),
     ("generate", "transformer"),
@@ -39,10 +42,14 @@ WITHIN = {  # the arrows inside a floor
     ("decode", "nn"),
     ("decode", "transformer"),
     ("peft", "quantize"),
+    ("optim", "quantize"),
     ("train", "workers"),
     ("run", "checkpoint"),
 }
-NARROWER = {"data": {"files"}, "optim": {"backend", "cuda", "tensor", "attention", "ops"}}
+NARROWER = {
+    "data": {"files"},
+    "optim": {"backend", "cuda", "tensor", "attention", "ops", "quantize"},
+}
 
 REQUIRED = {"numpy", "ml_dtypes", "safetensors", "threadpoolctl", "tqdm", "tyro"}
 LATE = {
@@ -52,13 +59,13 @@ LATE = {
 
 PUBLIC = {  # what other programs rely on
     "tensor": "Tensor Tensor.backward no_grad checkpoint op",
-    "ops": "linear matmul add mul gelu silu relu softmax log_softmax layer_norm rms_norm rotary "
-    "embedding dropout attention cross_entropy kl_divergence cosine_embedding mse",
+    "ops": "linear matmul add mul gelu silu swiglu relu softmax log_softmax layer_norm rms_norm "
+    "rotary embedding dropout attention cross_entropy kl_divergence cosine_embedding mse",
     "transformer": "Config Transformer Transformer.parameters Transformer.named_parameters "
     "Transformer.state_dict Transformer.load_state_dict Transformer.train Transformer.eval "
     "Transformer.to",
     "generate": "generate",
-    "optim": "AdamW SGD clip_grad_norm cosine_schedule",
+    "optim": "AdamW SGD PagedAdamW LossScaler clip_grad_norm cosine_schedule",
     "quantize": "quantize_int8 Int8 Int8.dequantize int8_matmul_outliers quantize_4bit FourBit "
     "FourBit.dequantize QuantizedLinear quantize_model",
     "peft": "add_lora use_adapter merge_lora unmerge_lora unload_lora requantize_lora "

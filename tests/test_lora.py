@@ -347,12 +347,14 @@ def test_training_fits_and_leaves_the_base_alone(family, base, dtype):
     assert equal(unload_lora(model).state_dict(), frozen)
 
 
-def test_float16_trains():
-    """With SGD: AdamW's eps is no float16 number."""
+@pytest.mark.parametrize("make_optimizer, lr", [(SGD, 0.1), (AdamW, 0.01)])
+def test_float16_trains(make_optimizer, lr):
+    """AdamW too, whose eps is no float16 number: the adapters have float32 masters."""
     model, (tokens, targets) = make("llama", dtype="float16"), draw(B=2)
     add_lora(model, 4, 8, "all-linear")
-    optimizer = SGD(model.parameters(), lr=0.1)
-    assert optimizer.flat.data.dtype == np.float16
+    optimizer = make_optimizer(model.parameters(), lr=lr)
+    assert optimizer.flat.data.dtype == np.float32
+    assert {p.dtype for p in model.parameters()} == {np.dtype(np.float16)}
     losses = []
     for _ in range(15):
         optimizer.zero_grad()
@@ -376,6 +378,26 @@ def test_checkpoints_give_the_same_bits(family, base, every):
     (loss, plain), (again, grads) = run(0), run(every)
     assert loss == again and equal(grads, plain)
     assert len(plain) == 4 * LAYERS and all(g.any() for g in plain.values())
+
+
+def test_checkpoints_run_frozen_blocks_below_the_lowest_adapter_once():
+    """Blocks 0 and 1 of 4, a checkpoint each, have nothing to train: their input and output need no
+    gradient. The same bits come out as of the plain run, dropout included."""
+    def run(every):
+        model, ran = Transformer(Config.gpt2(13, 8, 4, 2, 16, dropout=0.2), seed=1), []
+        stir(add_lora(model, 2, 4, ("blocks.2.attention.v", "blocks.3.mlp.up"))).train()
+        model.checkpoint_every = every
+        for i, block in enumerate(model.blocks):
+            def forward(*args, i=i, forward=block.forward):
+                ran.append(i)
+                return forward(*args)
+            block.forward = forward
+        backward(model, *np.random.default_rng(0).integers(0, 13, (2, 3, 8)), seed=5)
+        return {name: p.grad for name, p in model.named_parameters()}, ran
+
+    (plain, once), (grads, again) = run(0), run(1)
+    assert equal(grads, plain) and len(plain) == 4
+    assert once == [0, 1, 2, 3] and again == [0, 1, 2, 3, 3, 2]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

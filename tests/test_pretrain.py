@@ -152,9 +152,9 @@ def test_workers_are_as_asked_for(tmp_path, text, plain, monkeypatch):
     seen = []
 
     class Spy(Trainer):
-        def __init__(self, model, optimizer, workers, processes, seed):
+        def __init__(self, model, optimizer, workers, processes, seed, scaler):
             seen.append((workers, processes, seed))
-            super().__init__(model, optimizer, workers, processes, seed)
+            super().__init__(model, optimizer, workers, processes, seed, scaler)
 
     monkeypatch.setattr(pretrain, "Trainer", Spy)
     monkeypatch.setattr(pretrain, "default_workers", lambda: (2, True))

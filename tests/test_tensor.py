@@ -294,6 +294,34 @@ def test_checkpoint_without_a_graph():
         assert not checkpoint(lambda x: x * 2.0, leaf(3)).requires_grad
 
 
+def test_checkpoint_of_a_segment_that_needs_no_gradient_runs_it_once():
+    x, W, V, runs = Tensor(np.ones((2, 3))), Tensor(np.ones((4, 3))), leaf(4, 4), []
+
+    def segment(x, W):
+        runs.append(W)
+        return ops.linear(x, W)
+
+    frozen = checkpoint(lambda x: checkpoint(segment, x, W), x)
+    assert not frozen.requires_grad and len(runs) == 1
+    checkpoint(segment, frozen, V).backward(np.ones((2, 4)))
+    assert (V.grad == 6).all() and [W is V for W in runs[1:]] == [True, False]
+    with no_grad():
+        assert not checkpoint(segment, frozen, V).requires_grad
+    assert checkpoint(lambda x: x, V).requires_grad
+
+
+def test_checkpoint_of_a_segment_that_looks_ahead_without_a_graph():
+    x = leaf(3)
+
+    def segment(x):
+        with no_grad():
+            factor = (x * 2.0).data
+        return x * factor
+
+    checkpoint(segment, x).backward(np.ones(3))
+    assert (x.grad == 2 * x.data).all()
+
+
 def test_checkpoint_keeps_only_the_inputs():
     x, W = Tensor(np.ones((64, 256)), requires_grad=True), leaf(256, 256)
 

@@ -1,7 +1,12 @@
-"""Optimizers over flat parameters, gradient clipping, learning-rate schedules."""
+"""Optimizers over flat parameters, gradient clipping, loss scaling, learning-rate schedules."""
 
 from minilm.optim.adamw import SGD, AdamW
 from minilm.optim.flat import FlatParameters, clip_grad_norm
+from minilm.optim.paged import PagedAdamW
+from minilm.optim.precision import LossScaler
 from minilm.optim.schedule import cosine_schedule
 
-__all__ = ["SGD", "AdamW", "FlatParameters", "clip_grad_norm", "cosine_schedule"]
+__all__ = [
+    "SGD", "AdamW", "FlatParameters", "LossScaler", "PagedAdamW", "clip_grad_norm",
+    "cosine_schedule",
+]

@@ -8,7 +8,8 @@ AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; Kingma & Ba 2015
     p = p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) (4)
 
 A rule is elementwise over flat arrays and changes them in place, so any part of them can be
-updated apart from the rest: `step()` does all, `update(part, ...)` a slice.
+updated apart from the rest: `step()` does all, `update(part, ...)` a slice. Parameters of 16 bits
+are rounded anew from their float32 masters, which are what the rule changes (see flat.py).
 """
 
 import math
@@ -41,6 +42,7 @@ class SGD:
         """Step t of a part, with gradients multiplied by scale."""
         p, g = self.flat.data[part], self.flat.grad[part]
         p -= lr * (scale * g + self.weight_decay * p)
+        self.flat.round(part)
 
 
 class AdamW:
@@ -58,17 +60,28 @@ class AdamW:
         self.flat = FlatParameters(decayed + [p for p in params if id(p) in without])
         places = self.flat.places[len(decayed) :]
         self.decayed = places[0].start if places else self.flat.size  # elements; they come first
-        self.m, self.v = self.flat.zeros(), self.flat.zeros()
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.steps = 0
+        self._make_states()
+
+    def _make_states(self):
+        self.m, self.v = self.flat.zeros(), self.flat.zeros()
 
     def step(self):
         self.flat.complete()
         self.steps += 1
-        self.update(slice(0, self.m.size), self.steps, self.lr)
+        self.update(slice(0, self.flat.size), self.steps, self.lr)
 
     def zero_grad(self):
         self.flat.zero_grad()
+
+    def states(self) -> dict:
+        """What the optimizer remembers of the gradients, by name: flat arrays."""
+        return {"m": self.m, "v": self.v}
+
+    def put_back(self, states: dict):
+        """Go on from what states() gave."""
+        self.m[...], self.v[...] = states["m"], states["v"]
 
     def update(self, part: slice, t: int, lr: float, scale: float = 1.0):
         """Step t of a part, with gradients multiplied by scale; in chunks that fit the cache."""
@@ -77,6 +90,7 @@ class AdamW:
             decay = self.weight_decay if chunk.stop <= self.decayed else 0.0
             adamw(f.data[chunk], f.grad[chunk], self.m[chunk], self.v[chunk], t, lr, *self.betas,
                   self.eps, decay, scale)
+            f.round(chunk)
 
 
 def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay, scale=1.0):

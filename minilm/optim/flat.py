@@ -2,6 +2,9 @@
 
 An update rule is then one loop over chunks of four flat arrays. A chunk is a cache block on the
 CPU, a page in a paged optimizer, a shard in ZeRO, a bucket in data parallelism.
+
+Parameters of 16 bits have masters: float32 numbers that the update rule changes, and of which the
+parameters are the rounded copy. Their gradients are added up in float32 too.
 """
 
 import math
@@ -17,7 +20,11 @@ PIECE = 1 << 24  # elements
 
 
 class FlatParameters:
-    """Takes over the given leaves: param.data and param.grad become views of .data and .grad.
+    """Takes over the given leaves: param.data and param.grad become views of flat buffers.
+
+    data: what the update rule changes: the parameters, or the float32 masters of 16-bit ones
+    grad: the gradients, of data's dtype
+    rounded: what the parameters are views of: data itself, or 16-bit numbers
 
     All must have one dtype and device. The first gradient of a step overwrites its place, later
     ones add to it. ValueError for an empty list, a parameter given twice, or a frozen one.
@@ -35,17 +42,21 @@ class FlatParameters:
         if len(dtypes) > 1:
             raise ValueError(f"the parameters must share one dtype, got {sorted(dtypes)}")
         self.places, self.size = _places(self.params)
+        dtype = self.params[0].dtype
         self.data, self.grad = self.zeros(), self.zeros()
-        for p, data, grad in zip(self.params, self.views(self.data), self.views(self.grad)):
+        self.rounded = self.data if self.data.dtype == dtype else self.zeros(dtype)
+        buffers = (self.views(flat) for flat in (self.data, self.rounded, self.grad))
+        for p, master, data, grad in zip(self.params, *buffers):
+            master[...] = wide(p.data)
             data[...] = p.data
             p.data = data
             p.on_grad = _receiver(p, grad)
         self.zero_grad()
 
-    def zeros(self):
+    def zeros(self, dtype=None):
         """A new buffer like .data; on a CPU in memory that processes share after a fork."""
         like = self.params[0].data
-        xp, dtype = array_module(like), like.dtype
+        xp, dtype = array_module(like), dtype or np.promote_types(like.dtype, np.float32)
         if xp is not np:
             return xp.zeros(self.size, dtype)
         return np.frombuffer(mmap.mmap(-1, self.size * dtype.itemsize), dtype)
@@ -53,6 +64,11 @@ class FlatParameters:
     def views(self, flat):
         """An array in the layout of .data as one view a parameter, in the parameters' shapes."""
         return [flat[place].reshape(p.shape) for p, place in zip(self.params, self.places)]
+
+    def round(self, part: slice):
+        """Bring the 16-bit parameters of a part up to their masters; others are their own."""
+        if self.rounded is not self.data:
+            self.rounded[part] = self.data[part].astype(self.rounded.dtype)
 
     def zero_grad(self):
         """Forget the gradients; nothing is written until new ones arrive."""
@@ -83,12 +99,14 @@ def _receiver(param, view):
     lock = threading.Lock()  # threads may bring gradients of one parameter at once
 
     def receive(dy):
+        dy = wide(dy)
         with lock:
             if param.grad is None:
                 view[...] = dy
                 param.grad = view
             else:
-                view[...] += dy
+                with np.errstate(invalid="ignore"):  # inf - inf: the norm will tell
+                    view[...] += dy
 
     return receive
 

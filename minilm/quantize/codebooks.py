@@ -60,19 +60,20 @@ def steps(name: str):
 
 
 @functools.cache
-def dynamic_map() -> np.ndarray:
-    """bitsandbytes' signed 8-bit floats: (256,) float32 in ascending order, from -0.993 to 1.
+def dynamic_map(signed: bool = True) -> np.ndarray:
+    """bitsandbytes' 8-bit floats: (256,) float32 in ascending order, from -0.993 or from 0 to 1.
 
     A sign, i leading zeros that scale by 10^(i - 6), and a fraction of as many bits as are left:
-    the middles of 2^i equal parts of [0.1, 1] (Dettmers et al. 2022, arXiv:2110.02861).
+    the middles of 2^i equal parts of [0.1, 1] (Dettmers et al. 2022, arXiv:2110.02861). Unsigned,
+    the fraction has one bit more.
     """
     values = [np.float32([0, 1])]
     for i in range(7):
-        n, low, high = 2**i, np.float32(0.1), np.float32(1)
+        n, low, high = 2**i if signed else 2 ** (i + 1), np.float32(0.1), np.float32(1)
         step, place = np.float64((high - low) / np.float32(n)), np.arange(n + 1)
         # from both ends and rounded once, like torch.linspace
         edges = np.where(place < (n + 1) // 2, low + step * place, high - step * (n - place))
         edges = edges.astype(np.float32)
         middles = (edges[1:] + edges[:-1]) / 2 * np.float32(10.0 ** (i - 6))
-        values += [middles, -middles]
+        values += [middles, -middles] if signed else [middles]
     return np.sort(np.concatenate(values))

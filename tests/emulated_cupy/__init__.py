@@ -3,11 +3,12 @@
 NumPy does the arithmetic, but only what CuPy has gets through: names and signatures are those of
 the real CuPy (checked where it is installed), and NumPy arrays do not mix with the stand-in's. So
 code that would fail on a card fails here. Kernels run on the CPU (tests/emulator), products by
-cuBLAS in blas.py, memory is counted and limited in memory.py, and launches, bytes and copies to and
-from the host are counted in arrays.py. Names that this project does not use may be missing.
+cuBLAS in blas.py, memory is counted and limited in memory.py, launches, bytes and copies to and
+from the host are counted in arrays.py, and streams.py has streams and pinned memory. Names that
+this project does not use may be missing.
 
 More strict than CuPy: a NumPy array as an index or through NumPy's own functions, which CuPy would
-copy to the card or take over, is refused. Not checked: streams, and the speed of anything.
+copy to the card or take over, is refused. Not checked: the order of streams, and any speed.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from importlib.machinery import ModuleSpec
 
 import numpy as np
 
-from emulated_cupy import arrays, blas, memory, real
+from emulated_cupy import arrays, blas, memory, real, streams
 from emulated_cupy.arrays import launches, ndarray, reset, to_device, to_host, traffic
 
 __all__ = ["installed", "launches", "make", "reset", "to_device", "to_host", "traffic"]
@@ -140,11 +141,16 @@ def make() -> dict[str, types.ModuleType]:
         return made
 
     device = module("cupy.cuda.device", get_cublas_handle=lambda: blas.HANDLE)
-    runtime = module("cupy.cuda.runtime", CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16F=2, CUDA_R_16BF=14)
+    runtime = module("cupy.cuda.runtime", CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16F=2, CUDA_R_16BF=14,
+                     CUDARuntimeError=streams.CUDARuntimeError)
     memories = module("cupy.cuda.memory", OutOfMemoryError=memory.OutOfMemoryError,
                       MemoryPool=memory.MemoryPool)
-    cuda = module("cupy.cuda", device=device, runtime=runtime, memory=memories,
-                  MemoryHook=memory.MemoryHook, is_available=lambda: True)
+    cuda = module(
+        "cupy.cuda", device=device, runtime=runtime, memory=memories,
+        MemoryHook=memory.MemoryHook, is_available=lambda: True,
+        **{f.__name__: f for f in (
+            memory.get_allocator, memory.set_allocator, streams.Event, streams.Stream,
+            streams.get_current_stream, streams.PinnedMemory, streams.PinnedMemoryPointer)})
     cupy = module(
         "cupy", cuda=cuda, ndarray=ndarray, RawModule=RawModule, RawKernel=RawKernel,
         is_available=lambda: True, get_default_memory_pool=lambda: memory.POOL, array=arrays.array,
@@ -175,6 +181,7 @@ def installed():
     try:
         yield MODULES["cupy"]
     finally:
+        memory.set_allocator(memory.POOL.malloc)
         for name in [name for name in sys.modules if ours(name)]:
             del sys.modules[name]
         sys.modules.update(before)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from emulated_cupy import memory, real
+from emulated_cupy import memory, real, streams
 
 launches = Counter()  # by name: what would start a kernel or a copy on the card
 traffic = Counter()  # by name: bytes of the arrays that went in and came out
@@ -71,6 +71,8 @@ class ndarray:
             return _to_host(self, "get").copy(order)
         if out.dtype != self.dtype or out.shape != self.shape:
             raise TypeError(f"{self.dtype} {self.shape} does not fit {out.dtype} {out.shape}")
+        if not blocking:
+            streams.copied(stream, "get", out)
         out[...] = _to_host(self, "get")
         return out
 
@@ -79,6 +81,8 @@ class ndarray:
             raise TypeError(f"set needs a NumPy array of {self.dtype}")
         if arr.shape != self.shape:
             raise ValueError(f"set needs shape {self.shape}, got {arr.shape}")
+        if stream is not None:
+            streams.copied(stream, "set", arr)
         self._host[...] = arr
         _to_device(self, "set")
 

@@ -49,6 +49,27 @@ class MemoryPool:
     def free_all_blocks(self, stream=None):
         self._total = self._used
 
+    def malloc(self, size):
+        """Room for an array; OutOfMemoryError beyond the limit."""
+        rounded = -(-size // BLOCK) * BLOCK
+        if self._limit and self._used + rounded > self._limit:
+            raise OutOfMemoryError(rounded, self._used, self._limit)
+        self._used += rounded
+        self._total = max(self._total, self._used)
+        return MemoryPointer(self, rounded)
+
+
+class MemoryPointer:
+    """What an allocator gives: room in a pool until it is dropped. The bytes are NumPy's."""
+
+    def __init__(self, pool, size):
+        self.size = size
+        weakref.finalize(self, _give_back, pool, size).atexit = False
+
+
+def _give_back(pool, size):
+    pool._used -= size
+
 
 POOL = MemoryPool()
 
@@ -59,23 +80,28 @@ def adopt(array: np.ndarray):
     size, address = block.nbytes, block.ctypes.data
     if not size:
         return
-    rounded = -(-size // BLOCK) * BLOCK
-    if POOL._limit and POOL._used + rounded > POOL._limit:
-        raise OutOfMemoryError(rounded, POOL._used, POOL._limit)
-    POOL._used += rounded
-    POOL._total = max(POOL._total, POOL._used)
+    pointer = get_allocator()(size)
     POOL._sizes[address] = size
-    weakref.finalize(block, _freed, address, rounded).atexit = False
+    weakref.finalize(block, _freed, address, pointer).atexit = False
     for hook in list(_hooks().values()):
-        hook.malloc_postprocess(device_id=0, size=size, mem_size=rounded, mem_ptr=address,
+        hook.malloc_postprocess(device_id=0, size=size, mem_size=pointer.size, mem_ptr=address,
                                 pmem_id=address)
 
 
-def _freed(address, rounded):
-    POOL._used -= rounded
+def _freed(address, pointer):
     del POOL._sizes[address]
     for hook in list(_hooks().values()):
-        hook.free_postprocess(device_id=0, mem_size=rounded, mem_ptr=address, pmem_id=address)
+        hook.free_postprocess(device_id=0, mem_size=pointer.size, mem_ptr=address, pmem_id=address)
+
+
+def get_allocator():
+    return _allocator
+
+
+def set_allocator(allocator=None):
+    """What arrays of all threads ask for room; None is the raw allocator, without a pool."""
+    global _allocator
+    _allocator = allocator or MemoryPool().malloc
 
 
 def owner(array: np.ndarray) -> np.ndarray:
@@ -124,6 +150,7 @@ class MemoryHook:
 
 
 _thread = threading.local()
+_allocator = POOL.malloc
 
 
 def _hooks():

@@ -1,0 +1,5 @@
+"""Measuring what training takes."""
+
+from minilm.measure.memory import KINDS, Ledger, held
+
+__all__ = ["KINDS", "Ledger", "held"]

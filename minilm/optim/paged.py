@@ -1,0 +1,265 @@
+"""AdamW with its states in pages that move between the host and the device.
+
+Dettmers, Pagnoni, Holtzman & Zettlemoyer 2023, arXiv:2305.14314, section 3, "Paged Optimizers",
+with copies of our own in place of the driver's page faults. Parameters and gradients stay on the
+device; pages.py says how pages of states come and go. The parameters come out with the bits of
+`AdamW`, for every page size and budget.
+
+A step that fails leaves the old or the new state. What can fail before the first update is launched
+(memory, pages on their way back) raises at the old one. A copy that is refused later has changed
+nothing, for its source is whole, so what is left of the step is tried once more. Only where that is
+refused too are parameters and states of two steps; that raises, and so does every later call. What
+a GPU reports later, of work under way, costs all that is on it.
+
+What overlaps: a gradient that is clipped by the global norm is known only when the backward pass
+is over, so no update can begin before. But the first pages to stream are in their slots by then,
+having come in during the passes; and the last go home during the next forward pass.
+"""
+
+import contextlib
+import math
+import os
+import weakref
+from collections import deque
+
+import numpy as np
+
+from minilm.backend import BLOCK, array_module
+from minilm.optim.adamw import AdamW, adamw
+from minilm.optim.flat import squares
+from minilm.optim.pages import PageTable
+from minilm.optim.streams import CudaDevice, SimulatedDevice
+
+BROKEN = "parameters and states are of two steps: go back to a checkpoint"
+
+
+class Float32:
+    """The states m and v as AdamW has them: two float32 arrays."""
+
+    block = 4  # elements that are never parted: the kernel's 16 bytes
+    names = "m", "v"
+
+    def zeros(self, n: int, xp=np) -> tuple:
+        return xp.zeros(n, np.float32), xp.zeros(n, np.float32)
+
+    def update(self, p, g, arrays, t, lr, beta1, beta2, eps, weight_decay, scale=1.0):
+        """Step t of AdamW for gradients g scale; p and the arrays change in place."""
+        step = BLOCK if array_module(p) is np else max(1, p.size)
+        for i in range(0, p.size, step):
+            part = slice(i, i + step)
+            adamw(p[part], g[part], *(a[part] for a in arrays), t, lr, beta1, beta2, eps,
+                  weight_decay, scale)
+
+
+class PagedAdamW(AdamW):
+    """AdamW whose states take no more device memory than there is; see above.
+
+    page_size: elements of a page, a power of two
+    device_budget: bytes of device memory that states may take; None for all of them while no other
+        array wants the memory
+    device: see streams.py; by default the GPU where the parameters are on one, else a simulated
+        one without limit
+    state: the format of the states, Float32() or EightBit()
+    pageable: keep pages at home in ordinary host memory, where pinned memory cannot be had; slower
+
+    A step whose gradient is not finite changes nothing and is counted in `skipped`. close(), or the
+    end of a `with`, gives the memory back.
+    ValueError for a bad page size or a budget below three pages; MemoryError where the host's
+    memory does not hold the states.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.01, undecayed=(), page_size: int = 1 << 22,
+                 device_budget: int | None = None, device=None, state=None,
+                 pageable: bool = False):
+        self.state, self.table = state or Float32(), None
+        if page_size < self.state.block or page_size & (page_size - 1):
+            raise ValueError(f"page_size must be a power of two from {self.state.block} up, got "
+                             f"{page_size} elements, {8 * page_size:,} bytes in float32")
+        self.page_size, self.budget, self.pageable = page_size, device_budget, pageable
+        self.device, self.skipped, self.broken, self.process = device, 0, None, os.getpid()
+        super().__init__(params, lr, betas, eps, weight_decay, undecayed)
+        self.shapes = [p.shape for p in self.flat.params]
+
+    def _make_states(self):
+        f = self.flat
+        if f.data.dtype != np.float32:
+            raise TypeError(f"states are paged in float32, the parameters are {f.data.dtype}")
+        if self.device is None:
+            on_cpu = array_module(f.data) is np
+            self.device = SimulatedDevice() if on_cpu else CudaDevice()
+        sides = (0, self.decayed), (self.decayed, f.size)
+        parts = [slice(i, min(i + self.page_size, stop)) for start, stop in sides
+                 for i in range(start, stop, self.page_size)]
+        self.table = PageTable(parts, self.state, self.device, self.budget, self.pageable)
+        self.device.relieve_with(self.table.evict)
+        weakref.finalize(self, self.device.close).atexit = False
+
+    def step(self):
+        self.flat.complete()
+        if not math.isfinite(squares(self.flat.grad)):
+            self.skipped += 1
+            return
+        self.steps += 1
+        self.update(slice(0, self.flat.size), self.steps, self.lr)
+
+    def update(self, part: slice, t: int, lr: float, scale: float = 1.0):
+        """Step t of a part, with gradients multiplied by scale, which must be finite.
+
+        Where states cannot be parted at the part's ends, these are moved up; parts that together
+        are the whole stay so. After an error at the old state `steps` is t - 1.
+        """
+        self._check()
+        pieces = self._pieces(part)
+        left = deque(pieces)
+        with self.table.in_use():
+            try:
+                self._run(left, t, lr, scale)
+            except BaseException as error:
+                whole = sum(p.stop - p.start for _, p in pieces) == self.flat.size
+                if whole and len(left) == len(pieces) and not self.broken:
+                    self.steps = t - 1
+                    raise
+                self._finish(left, len(pieces), error, t, lr, scale)
+            finally:
+                self.device.wait("main", self.device.record("update"))  # the parameters
+        if pieces and pieces[-1][1].stop == self.flat.size:
+            self.prefetch()
+
+    def _pieces(self, part):
+        """(page, slice of the flat space) for each page that a part has some of."""
+        pieces, block = [], self.state.block
+        for page in self.table.pages:
+            first, end = page.part.start, page.part.stop
+            start, stop = (min(max(first - (first - x) // block * block, first), end)
+                           for x in (part.start, part.stop))
+            if start < stop:
+                pieces.append((page, slice(start, stop)))
+        return pieces
+
+    def _run(self, left, *step):
+        """Update the pieces that are left, each taken off the list with its launch."""
+        table = self.table
+        with table.lock:
+            table.bring_back()
+        self.device.wait("update", self.device.record("main"))  # the gradient
+        while left:
+            page, piece = left[0]
+            if page.frame:
+                self._launch(page, page.frame, piece, *step)
+                left.popleft()
+                continue
+            with table.lock:
+                frame = table.load(page)
+                self._launch(page, frame, piece, *step)
+                left.popleft()
+                table.store(frame)
+        with table.lock:
+            for frame in table.slots:
+                if frame.dirty:  # where this is the second attempt
+                    table.store(frame)
+
+    def _launch(self, page, frame, piece, *step):
+        if frame.loaded:
+            self.device.wait("update", frame.loaded)
+            frame.loaded = None
+        frame.dirty, page.used = True, step[0]
+        try:
+            self.device.launch("update", self._apply, page, frame.memory, piece, *step)
+        except BaseException as error:
+            self.broken = error
+            raise
+
+    def _apply(self, page, memory, piece, t, lr, scale):
+        f, first = self.flat, page.part.start
+        decay = self.weight_decay if piece.stop <= self.decayed else 0.0
+        arrays = []
+        for a in self.table.arrays(page, memory[: page.nbytes]):
+            per = 1 if a.size == page.size else self.state.block  # elements that share an item
+            arrays.append(a[(piece.start - first) // per : -(-(piece.stop - first) // per)])
+        self.state.update(f.data[piece], f.grad[piece], arrays, t, lr, *self.betas, self.eps, decay,
+                          scale)
+        f.round(piece)
+
+    def _finish(self, left, count, error, *step):
+        """Make what is left of a step after an error; see the top of the file."""
+        try:
+            if self.broken or not isinstance(error, Exception):
+                raise error
+            self._run(left, *step)
+        except Exception as again:
+            if not left and not self.broken:
+                raise  # at the new state; a page that is not home yet goes there with the next
+            self.broken = again
+            raise RuntimeError(f"step {step[0]} ended after {count - len(left)} of {count} pages "
+                               f"({again}); {BROKEN}") from again
+        except BaseException as interrupt:
+            self.broken = interrupt
+            raise
+
+    def prefetch(self):
+        """Begin to load the pages that the next step streams first; `step` ends with it."""
+        self._check()
+        with self.table.lock, contextlib.suppress(Exception):  # the step itself will say
+            self.table.prefetch()
+
+    def evict(self, nbytes: int) -> int:
+        """Write pages home, those used longest ago first, to free nbytes; returns what was freed.
+
+        Arrays of a forward or backward pass that find no memory call it by themselves.
+        """
+        self._check()
+        return self.table.evict(nbytes)
+
+    m = property(lambda self: self.states()["m"])
+    v = property(lambda self: self.states()["v"])
+
+    def states(self) -> dict:
+        """The states of all pages end to end, by name: copies on the host."""
+        self._check()
+        with self.table.lock:
+            self.table.flush()
+            homes = [self.table.arrays(page, page.home) for page in self.table.pages]
+            return dict(zip(self.state.names, map(np.concatenate, zip(*homes))))
+
+    def put_back(self, states: dict):
+        """Go on from what states() gave, of an optimizer with pages of any size."""
+        self._check()
+        with self.table.lock:
+            self.table.flush()
+            homes = [self.table.arrays(page, page.home) for page in self.table.pages]
+            homes = dict(zip(self.state.names, zip(*homes)))
+            for name, places in homes.items():
+                if (wanted := sum(place.size for place in places)) != states[name].size:
+                    raise ValueError(f"{name} has {wanted} elements, got {states[name].size}")
+            for name, places in homes.items():
+                ends = np.cumsum([place.size for place in places])
+                for place, values in zip(places, np.split(states[name], ends[:-1])):
+                    place[...] = values
+            self.table.forget()
+            self.table.bring_back()
+
+    def close(self):
+        """Wait for all copies and give the memory back; the states are gone then."""
+        if self.table:
+            with self.table.lock:
+                self.table.close()
+            self.table = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def _check(self):
+        """RuntimeError where the optimizer cannot go on; ValueError where parameters changed."""
+        if self.table is None:
+            raise RuntimeError("the optimizer is closed")
+        if self.broken:
+            raise RuntimeError(f"a step failed half done ({self.broken}); {BROKEN}")
+        if self.process != os.getpid():
+            raise RuntimeError("processes cannot share a page table: train with threads")
+        for i, (p, shape) in enumerate(zip(self.flat.params, self.shapes)):
+            if p.shape != shape:
+                raise ValueError(f"parameter {i} was {shape} and has become {p.shape}")

@@ -1,0 +1,259 @@
+"""The page table of a paged optimizer: which pages are on the device, and how they come and go.
+
+A page holds the optimizer's states of a range of the flat parameters. Its home is pinned host
+memory, and a frame is device memory that holds it for a while:
+
+    own frame   the page stays, as long as there is room: within the budget, and until a forward or
+                backward pass finds no memory. Then the pages used longest ago are written home and
+                their frames given up; the next step brings the pages back
+    slot        one of a few frames through which all other pages stream during a step: page k + 1
+                comes in while page k is updated and page k - 1 goes out
+
+Copies and updates are in three queues (streams.py), so each has to wait for what it builds on. The
+waits are few because a queue runs in order. In particular "in" never has to wait for a page's home
+alone: the page left its slot when another came in, and that copy waited for the slot's last store.
+"""
+
+import contextlib
+import threading
+
+import numpy as np
+
+SLOTS = 3  # one page comes in, one is updated, one goes out
+
+
+class Page:
+    """A range of the flat parameters, and where its states are."""
+
+    def __init__(self, part: slice, nbytes: int):
+        self.part, self.nbytes = part, nbytes
+        self.size = part.stop - part.start
+        self.home = self.frame = None
+        self.used = 0  # the larger, the later it was updated
+
+
+class Frame:
+    """Device memory that holds a page, or none. It is dirty where the page's home is behind."""
+
+    def __init__(self, memory):
+        self.memory, self.page, self.dirty = memory, None, False
+        self.loaded = self.stored = None  # events; of `loaded` only until it has been waited for
+
+
+class PageTable:
+    """Pages for these parts of the flat space, on a device.
+
+    state: the format of the states, see Float32 in paged.py. budget: bytes of device memory that
+    frames may take, or None. pageable: homes in ordinary host memory.
+    ValueError where the budget holds no set of slots, MemoryError where the host holds no homes.
+    Hold `lock` while calling any method but evict.
+    """
+
+    def __init__(self, parts, state, device, budget, pageable):
+        self.state, self.device, self.budget = state, device, budget
+        self.layouts = {n: _layout(state, n) for n in {p.stop - p.start for p in parts}}
+        self.pages = [Page(p, self.layouts[p.stop - p.start][1]) for p in parts]
+        self.frame_bytes = max(page.nbytes for page in self.pages)
+        self.total = sum(page.nbytes for page in self.pages)
+        self.held, self.slots, self.busy, self.lock = 0, [], 0, threading.Lock()
+        streams = budget is not None and budget < self.total
+        if streams and budget < SLOTS * self.frame_bytes:
+            raise ValueError(f"a device_budget of {budget:,} bytes is below {SLOTS} pages of "
+                             f"{self.frame_bytes:,} bytes, through which states stream")
+        try:
+            self._make_homes(pageable)
+            if streams:
+                self._make_slots(SLOTS)
+            self.bring_back()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_homes(self, pageable):
+        for i, page in enumerate(self.pages):
+            try:
+                page.home = self.device.home(page.nbytes, pageable)
+            except MemoryError as error:
+                got = sum(p.nbytes for p in self.pages[:i])
+                advice = "" if pageable else "; pageable=True does with ordinary memory, slower"
+                raise MemoryError(f"{self.total:,} bytes of host memory are wanted for states, "
+                                  f"{got:,} were got{advice} ({error})") from None
+            # Also touches every byte, which a fresh machine answers slowly.
+            for array, zeros in zip(self.arrays(page, page.home), self.state.zeros(page.size, np)):
+                array[...] = zeros
+
+    def arrays(self, page: Page, memory) -> tuple:
+        """A page's states as views of its home or of a frame."""
+        places, _ = self.layouts[page.size]
+        return tuple(memory[place].view(dtype) for place, dtype in places)
+
+    nbytes = property(lambda self: self.held)  # of device memory
+
+    @contextlib.contextmanager
+    def in_use(self):
+        """While this lasts no page loses its frame."""
+        with self.lock:
+            self.busy += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.busy -= 1
+
+    def bring_back(self):
+        """Own frames for the pages that have none, as far as there is room; slots for the rest."""
+        for page in self.pages:
+            if page.frame is None and not self._return(page):
+                break
+        if missing := sum(page.frame is None for page in self.pages):
+            self._make_slots(min(SLOTS, missing))
+
+    def load(self, page: Page) -> Frame:
+        """The slot with the page in it. The next page takes another; this one's comes last."""
+        frame = self._slot_with(page) or self.slots[0]
+        if frame.page is not page:
+            if frame.dirty:
+                self.store(frame)  # an earlier attempt failed
+            if frame.stored:
+                self.device.wait("in", frame.stored)
+            self._copy_in(page, frame)
+        self.slots.remove(frame)
+        self.slots.append(frame)
+        return frame
+
+    def store(self, frame: Frame):
+        """Copy the frame's page home, after its update."""
+        self.device.wait("out", self.device.record("update"))
+        self.device.copy_out(frame.page.home, frame.memory[: frame.page.nbytes])
+        frame.stored, frame.dirty = self.device.record("out"), False
+
+    def prefetch(self):
+        """Begin to load the pages that the next step wants first."""
+        for page in [page for page in self.pages if page.frame is None][: len(self.slots)]:
+            self.load(page)
+
+    def evict(self, nbytes: int) -> int:
+        """Free device memory, nbytes where there is so much; returns how many bytes were freed.
+
+        Pages go home in the order in which they were used. The slots stay, and are made of the
+        first pages that go where there are none. During an update nothing is freed.
+        """
+        if not self.lock.acquire(blocking=False):
+            return 0
+        try:
+            going, free, slots = [], 0, len(self.slots)
+            pages = [] if self.busy else [page for page in self.pages if page.frame]
+            for page in sorted(pages, key=lambda page: page.used):
+                if free >= nbytes:
+                    break
+                becomes_slot = slots < SLOTS and page.nbytes == self.frame_bytes
+                slots, free = slots + becomes_slot, free + (not becomes_slot) * page.nbytes
+                going.append(page)
+            if free:
+                self._send_home(going)
+            return free
+        finally:
+            self.lock.release()
+
+    def flush(self):
+        """Bring every home up to its page, and wait until it is."""
+        for frame in [*self.slots, *(page.frame for page in self.pages if page.frame)]:
+            if frame.dirty:
+                self.store(frame)
+        self.device.synchronize()
+
+    def forget(self):
+        """Let go of every page on the device, where nothing runs; what the homes hold counts."""
+        for page in self.pages:
+            if page.frame:
+                self._free(page.frame)
+                page.frame = None
+        for frame in self.slots:
+            frame.page = None
+
+    def close(self):
+        """Wait for all copies, then give back all memory."""
+        self.device.synchronize()
+        self.forget()
+        while self.slots:
+            self._free(self.slots.pop())
+        for page in self.pages:
+            if page.home is not None:
+                self.device.free(home=page.home)
+                page.home = None
+        self.device.close()
+
+    def _frame(self, nbytes):
+        """A frame, or None where there is no room."""
+        if self.budget is not None and self.held + nbytes > self.budget:
+            return None
+        try:
+            memory = self.device.frame(nbytes)
+        except MemoryError:
+            return None
+        self.held += nbytes
+        self.device.wait("in", self.device.record("main"))  # it may still use this memory's last
+        return Frame(memory)
+
+    def _free(self, frame):
+        self.held -= frame.memory.size
+        self.device.free(frame.memory)
+
+    def _slot_with(self, page):
+        return next((frame for frame in self.slots if frame.page is page), None)
+
+    def _copy_in(self, page, frame):
+        self.device.copy_in(frame.memory[: page.nbytes], page.home)
+        frame.page, frame.loaded = page, self.device.record("in")
+
+    def _return(self, page):
+        """Give the page a frame of its own; False where there is no room."""
+        frame, slot = self._frame(page.nbytes), self._slot_with(page)
+        if frame is None:
+            return False
+        try:
+            if slot and slot.dirty:
+                self.store(slot)
+            if slot and slot.stored:
+                self.device.wait("in", slot.stored)
+            self._copy_in(page, frame)
+        except BaseException:
+            self.device.synchronize()
+            self._free(frame)
+            raise
+        page.frame = frame
+        if slot:
+            slot.page = None
+        return True
+
+    def _make_slots(self, count):
+        """Up to `count` slots; where there is no room, frames of pages become slots."""
+        while len(self.slots) < count and (frame := self._frame(self.frame_bytes)):
+            self.slots.append(frame)
+        if not self.slots:
+            full = [p for p in self.pages if p.frame and p.nbytes == self.frame_bytes]
+            self._send_home(full[-SLOTS:])
+        if not self.slots:
+            raise MemoryError(f"the device has no room for {self.frame_bytes:,} bytes, a page of "
+                              "the optimizer's states")
+
+    def _send_home(self, pages):
+        for page in pages:
+            if page.frame.dirty:
+                self.store(page.frame)
+        self.device.synchronize()
+        for page in pages:
+            frame, page.frame = page.frame, None
+            if len(self.slots) < SLOTS and page.nbytes == self.frame_bytes:
+                self.slots.insert(0, frame)  # with the page in it
+            else:
+                self._free(frame)
+
+
+def _layout(state, n):
+    """([(slice of bytes, dtype) of each array of the states of n parameters], bytes of all)."""
+    places, end = [], 0
+    for array in state.zeros(n, np):
+        places.append((slice(end, end + array.nbytes), array.dtype))
+        end = -(-places[-1][0].stop // 16) * 16  # where the kernels want an array to begin
+    return places, end

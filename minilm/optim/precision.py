@@ -1,0 +1,69 @@
+"""Training in 16 bits: what goes wrong with plain float16, and what cures it.
+
+Micikevicius et al. 2017, arXiv:1710.03740, sections 3.1 to 3.3. Weights, activations and their
+gradients are 16-bit numbers; float16 has 11 bits of precision and reaches from 6e-8 to 65504,
+bfloat16 has 8 bits and float32's reach.
+
+    failure                                       cure
+    1 a weight update is imprecise: p + u is p    masters: the update rule changes float32 copies of
+      where |u| < |p| / 4096 (bfloat16: / 512)    the weights, which are then rounded (flat.py)
+    2 a small gradient underflows: it becomes 0   LossScaler: a loss times 2^16 has gradients times
+                                                  2^16, which float16 holds; the update divides
+    3 a large gradient overflows: it becomes inf  LossScaler: that step is skipped, the scale halved
+
+And sums, norms, exponentials and losses are computed in float32 whatever the dtype (backend.wide).
+In bfloat16 2 and 3 do not happen: it needs masters and no scaler.
+"""
+
+import numpy as np
+
+
+class LossScaler:
+    """Dynamic loss scaling, step for step that of PyTorch's GradScaler.
+
+        (loss * scaler.scale).backward()
+        for p in params:
+            p.grad /= scaler.scale  # before clipping
+        if scaler.update(math.isfinite(clip_grad_norm(params, math.inf))):
+            clip_grad_norm(params, 1.0)
+            optimizer.step()
+
+    Trainer does this when it is given a scaler. The scale is multiplied by `backoff` where a
+    gradient was not finite, and by `growth` after `interval` good steps in a row. It is a float32
+    number, as the loss is, and grows no further than they reach.
+    """
+
+    SMALLEST = 2.0**-24  # as is float16's smallest number: there is nothing to scale with below
+
+    def __init__(self, scale: float = 2.0**16, growth: float = 2.0, backoff: float = 0.5,
+                 interval: int = 2000):
+        if not (0 < scale < np.inf and growth > 1 and 0 < backoff < 1 and interval >= 1):
+            raise ValueError(f"bad settings: {scale=}, {growth=}, {backoff=}, {interval=}")
+        self.scale, self.growth, self.backoff, self.interval = scale, growth, backoff, interval
+        self.good = self.skipped = 0  # steps since the scale last changed; steps not made
+
+    def update(self, finite: bool) -> bool:
+        """Set the scale of the next step; the answer is `finite`: whether to make this one."""
+        if not finite:
+            self.scale, self.good = float(np.float32(self.scale * self.backoff)), 0
+            self.skipped += 1
+            return False
+        self.good += 1
+        if self.good == self.interval:
+            self.good, grown = 0, self.scale * self.growth
+            if grown <= float(np.finfo(np.float32).max):
+                self.scale = float(np.float32(grown))
+        return True
+
+    @property
+    def exhausted(self) -> bool:
+        """Has the scale shrunk to nothing? No scale will help: it is the run that overflows."""
+        return self.scale < self.SMALLEST
+
+    def state(self) -> dict:
+        """What a resumed run must know, JSON-able."""
+        return {"scale": self.scale, "good": self.good, "skipped": self.skipped}
+
+    def restore(self, state: dict):
+        """Go on from a `state()`."""
+        self.scale, self.good, self.skipped = (state[key] for key in ("scale", "good", "skipped"))

@@ -1,0 +1,322 @@
+"""What a training step takes, by kind and by method; and what paging does when memory runs short.
+
+    python scripts/memory_report.py                 # on the CPU, about a minute
+    python scripts/memory_report.py --device cuda   # the same on a GPU, under a limit of its pool
+
+Prints a table of bytes by kind, measured, beside what plan_memory.py predicts; what checkpoints
+save, and what they cost in time; and then the spike: some steps of QLoRA, one of which has a batch
+with four times longer rows, in so much memory that the optimizer's states do not fit beside it.
+AdamW runs out of memory there; PagedAdamW sends pages to the host, and finishes with the losses of
+a run without limit. On a CPU the limit is a simulated device's, from which each pass takes the
+bytes that it was measured to take. Draws both (needs the extra `plots`).
+"""
+
+import contextlib
+import gc
+import math
+import statistics
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import tyro
+from memory_of_step import Step, parameters, plan
+from plan_memory import make_model, measured
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from minilm import ops
+from minilm.backend import memory_limit, tune_allocator
+from minilm.measure import KINDS, Ledger, held
+from minilm.optim import AdamW, PagedAdamW
+from minilm.optim.pages import SLOTS
+from minilm.optim.streams import SimulatedDevice
+from minilm.transformer import Config
+
+LR = 1e-3
+PASSING = ("activations", "workspace")
+
+
+class Moment(NamedTuple):
+    """What the spike's run takes: on the device by kind, and states in the host's memory."""
+
+    kinds: dict[str, int]
+    away: int
+
+
+def main(layers: int = 16, width: int = 128, context: int = 256, batch: int = 2, rank: int = 16,
+         page_size: int = 1 << 14, steps: int = 12, rounds: int = 15,
+         device: Literal["cpu", "cuda"] = "cpu", out: Path = Path("runs/memory.png")):
+    """Memory by kind and method, and a spike.
+
+    Args:
+        layers: blocks of a Llama; checkpoints are every sqrt(layers) of them.
+        width: of the model; heads are 32 wide.
+        context: tokens in a row, in the spike's run of its longest rows.
+        batch: rows in a step.
+        rank: of the adapters on all linear layers.
+        page_size: of the paged optimizer, in parameters.
+        steps: of the spike's run.
+        rounds: turns of each contender where time is measured.
+        device: where it all runs.
+        out: the picture.
+    """
+    tune_allocator()
+    config = Config.llama(1024, context, layers, width // 32, width, 8 * width // 3)
+    full = Step(config, "full", batch, context, rank, "all-linear", device=device)
+    print(f"a Llama of {parameters(config):,} parameters, {batch} x {context} tokens, float32 on "
+          f"{device}, adapters of rank {rank}\n")
+    table = print_table(*methods(full, page_size))
+    print_checkpoints(full, table, rounds)
+    moments, budget, failed = print_spike(replace(
+        full, method="qlora", checkpoint_every=math.isqrt(layers)), steps, page_size)
+    if draw(table, moments, budget, failed, out):
+        print(f"\nboth as a picture: {out}")
+
+
+def methods(full: Step, page_size: int):
+    """({name: step}, {name: optimizer, where it is not AdamW})."""
+    lora, qlora = (replace(full, method=method) for method in ("lora", "qlora"))
+    checkpointed = replace(qlora, checkpoint_every=math.isqrt(full.config.layers))
+    steps = {"full": full, "LoRA": lora, "QLoRA": qlora, "+ checkpoints": checkpointed,
+             "+ paging": checkpointed}  # the plus signs add up
+    slots = SLOTS * 8 * page_size
+    return steps, {"+ paging": partial(PagedAdamW, page_size=page_size, device_budget=slots)}
+
+
+def print_table(steps, optimizers) -> dict[str, dict[str, int]]:
+    """One line a method, one column a kind; returns the bytes by method and kind."""
+    table = {name: measured(step, optimizers.get(name, AdamW))
+             for name, step in tqdm(steps.items(), unit="method", leave=False, disable=None)}
+    print(f"{'MB':14}" + "".join(f"{kind:>12}" for kind in (*KINDS, "total", "planned")))
+    for name, step in steps.items():
+        found, planned = table[name], plan(step)
+        planned = planned.total - planned.optimizer + found["optimizer"]
+        cells = [*found.values(), sum(found.values()), planned]
+        print(f"{name:14}" + "".join(f"{n / 1e6:12.2f}" for n in cells))
+    away = table["+ checkpoints"]["optimizer"]
+    print(f"With paging, states of {away / 1e6:.2f} MB wait in the host's memory.")
+    return table
+
+
+def print_checkpoints(full: Step, table, rounds: int):
+    """What checkpoints every sqrt(n) blocks save of n blocks' activations, and what they cost.
+
+    The time is bounded for full training, whose backward pass takes twice the forward pass's time;
+    a frozen base leaves out dW, so that one more forward pass is a larger share.
+    """
+    n, every = full.config.layers, math.isqrt(full.config.layers)
+    after = {"full": measured(replace(full, checkpoint_every=every)),
+             "QLoRA": table["+ checkpoints"]}
+    print(f"\na checkpoint every {every} of n = {n} blocks: activations and workspace, at most 2 "
+          "sqrt(n) / n of\nthe plain step's and a block more, and the time of a step on one core")
+    for name, peak in after.items():
+        plain, found = (p["activations"] + p["workspace"] for p in (table[name], peak))
+        bound = 2 * math.sqrt(n) / n * plain + plain / n
+        times = in_turn([replace(full, method=name.lower(), checkpoint_every=k)
+                         for k in (0, every)], rounds)
+        ratios = [b / a for a, b in times]
+        middle = statistics.median(ratios)
+        goal = f", at most 1.4: {verdict(middle <= 1.4)}" if name == "full" else ""
+        print(f"{name:6}{plain / 1e6:8.2f} MB -> {found / 1e6:.2f} MB, at most {bound / 1e6:.2f} "
+              f"MB: {verdict(found <= bound)}; time x {middle:.2f} ({min(ratios):.2f} - "
+              f"{max(ratios):.2f}){goal}")
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def in_turn(steps: list[Step], rounds: int) -> list[list[float]]:
+    """Seconds of a step of each, one after the other; the first round warms up.
+
+    On a CPU they are the processor's, so that what else runs on the machine does not count.
+    """
+    clock = time.process_time if steps[0].device == "cpu" else time.perf_counter
+    jobs = [(model := make_model(step), AdamW(model.parameters()), *random_batch(step, step.T))
+            for step in steps]
+    times = []
+    for _ in tqdm(range(rounds + 1), unit="turn", leave=False, disable=None):
+        times.append([])
+        for model, optimizer, *batch in jobs:
+            start = clock()
+            loss = passes(model, optimizer, None, *batch)
+            optimizer.step()
+            float(loss + optimizer.flat.data[0])  # a GPU is done when this is
+            times[-1].append(clock() - start)
+    return times[1:]
+
+
+def passes(model, optimizer, ledger, tokens, targets):
+    """The loss, an array; its gradient is in the optimizer."""
+    optimizer.zero_grad()
+    loss = ops.cross_entropy(model(tokens), targets)
+    if ledger:
+        ledger.forward_done()
+    loss.backward()
+    return loss.data
+
+
+def random_batch(step: Step, length: int, seed: int = 0):
+    """Tokens and targets, (B, length) each."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, step.config.vocab_size, (2, step.batch, length))
+
+
+def print_spike(step: Step, steps: int, page_size: int):
+    """(moments of the paged run, the limit, steps that AdamW did) of a run with a spike."""
+    spike = steps // 2
+    batches = [random_batch(step, step.T if i == spike else max(1, step.T // 4), i)
+               for i in range(steps)]
+    losses, peaks = unlimited(step, batches)
+    budget = sum(peaks[spike].values()) - peaks[spike]["optimizer"] * 3 // 4
+    calm = max(sum(peak.values()) for peak in peaks[:spike] + peaks[spike + 1 :])
+    if calm > budget:
+        raise ValueError(f"steps of {calm:,} bytes do not fit into the {budget:,} that the spike "
+                         "has: give a larger context or batch, or a smaller rank")
+    print(f"\n{steps} steps of QLoRA with checkpoints, {batches[0].shape[-1]} tokens a row, "
+          f"but {step.T} in step {spike + 1}\nwanted: {calm / 1e6:.2f} MB, in the spike "
+          f"{sum(peaks[spike].values()) / 1e6:.2f} MB; allowed: {budget / 1e6:.2f} MB")
+    done, _, error = limited(step, batches, peaks, budget)
+    print(f"AdamW:      {f'step {len(done) + 1}: {error}' if error else 'finished'}")
+    found, moments, error = limited(step, batches, peaks, budget, page_size)
+    same = "the same losses as" if found == losses else "OTHER LOSSES THAN"
+    most = max((moment.away for moment in moments), default=0)
+    print("PagedAdamW: " + (f"step {len(found) + 1}: {error}" if error else
+          f"finished with {same} AdamW without a limit, bit for bit; {most / 1e6:.2f} MB of the "
+          "states were in the host's memory"))
+    return moments, budget, len(done)
+
+
+def unlimited(step: Step, batches):
+    """(losses, bytes by kind of each step) of a run of AdamW."""
+    model = make_model(step)
+    optimizer, losses, peaks = AdamW(model.parameters(), LR), [], []
+    for batch in tqdm(batches, unit="step", leave=False, disable=None):
+        with Ledger(model, optimizer) as ledger:
+            loss = passes(model, optimizer, ledger, *batch)
+            optimizer.step()
+        losses.append(float(loss))
+        peaks.append(ledger.peak)
+    return losses, peaks
+
+
+def limited(step: Step, batches, peaks, budget: int, page_size: int | None = None):
+    """(losses, two moments of each step, what went wrong) of a run in `budget` bytes.
+
+    With a page_size its optimizer is paged. peaks: what each step takes by kind without a limit.
+    """
+    gc.collect()  # of a run before: parameters and what receives their gradients hold each other
+    model, losses, moments = make_model(step), [], []
+    simulated = SimulatedDevice(budget) if step.device == "cpu" else None
+    def note(**passing):
+        pages = optimizer.table.pages if page_size else ()
+        away = sum(page.nbytes for page in pages if page.frame is None)
+        moments.append(Moment(held(model, optimizer) | passing, away))
+    try:
+        with contextlib.nullcontext() if simulated else memory_limit(budget):
+            optimizer = placed(model, page_size, simulated)
+            for batch, peak in zip(tqdm(batches, unit="step", leave=False, disable=None), peaks):
+                passing = {kind: peak[kind] for kind in PASSING}
+                with taken(simulated, sum(passing.values())):
+                    loss = passes(model, optimizer, None, *batch)
+                    note(**passing)
+                optimizer.step()
+                losses.append(float(loss))
+                note(**dict.fromkeys(PASSING, 0))
+    except MemoryError as error:
+        return losses, moments, str(error)  # the error itself would keep the arrays
+    return losses, moments, ""
+
+
+def placed(model, page_size, simulated):
+    """The optimizer of a model; both take their bytes of the simulated device, if there is one."""
+    if page_size:
+        optimizer = PagedAdamW(model.parameters(), LR, page_size=page_size, device=simulated)
+    else:
+        optimizer = AdamW(model.parameters(), LR)
+    if simulated:
+        by_kind = held(model, optimizer)
+        simulated.allocate(sum(by_kind.values()) - (by_kind["optimizer"] if page_size else 0))
+    return optimizer
+
+
+@contextlib.contextmanager
+def taken(simulated, nbytes: int):
+    """Inside, the passes' bytes are taken of the simulated device; a GPU's pool knows by itself."""
+    if simulated:
+        simulated.allocate(nbytes)
+    yield
+    if simulated:
+        simulated.release(nbytes)
+
+
+COLORS = dict(zip(KINDS, ("#4c566a", "#5e81ac", "#88c0d0", "#d08770", "#a3be8c", "#d8e3c8")))
+
+
+def draw(table, moments, budget, failed, path: Path) -> bool:
+    """Bytes by kind and method, and the spike step by step."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('\nfor a picture: pip install "minilm[plots]"')
+        return False
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_methods(left, table)
+    draw_spike(right, moments, budget, failed)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS),
+                  frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def draw_methods(axis, table):
+    """A bar a method, its kinds end to end."""
+    names, start = list(table)[::-1], np.zeros(len(table))
+    for kind in KINDS:
+        sizes = np.array([table[name][kind] / 1e6 for name in names])
+        axis.barh(names, sizes, left=start, color=COLORS[kind], label=kind)
+        start += sizes
+    for i, total in enumerate(start):
+        axis.text(total, i, f" {total:.3g}", va="center")
+    axis.set(xlabel="MB", title="a training step, by method", xlim=(0, 1.12 * start.max()))
+
+
+def draw_spike(axis, moments, budget, failed):
+    """What is on the device, passes and update of each step in turn, and below it what is not."""
+    x = 0.5 + np.arange(len(moments) + 1) / 2
+    def line(values): return np.append(values, values[-1:]) / 1e6
+    kinds = [line([moment.kinds[kind] for moment in moments]) for kind in KINDS]
+    away = line([moment.away for moment in moments])
+    axis.stackplot(x, *kinds, step="post", colors=COLORS.values())
+    axis.fill_between(x, -away, 0, step="post", facecolor="none", edgecolor=COLORS["optimizer"],
+                      hatch="////", linewidth=0)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axhline(budget / 1e6, color="black", linestyle="--", linewidth=1)
+    axis.text(x[0], budget / 1e6, "limit", va="bottom")
+    spike = int(np.argmax(away))
+    axis.annotate(f"paged out: {away[spike]:.3g} MB",
+                  (x[spike], -away[spike] / 2), (-6, 0), va="center", ha="right",
+                  textcoords="offset points")
+    wanted = max(sum(moment.kinds.values()) + moment.away for moment in moments) / 1e6
+    axis.plot(failed + 0.75, wanted, "x", color="#bf616a", markersize=9, markeredgewidth=2.5)
+    axis.annotate("AdamW: out of memory", (failed + 0.75, wanted), (9, 0), va="center",
+                  textcoords="offset points", color="#bf616a")
+    axis.set(xlabel="step", ylabel="MB", ylim=(-2 * away.max(), 1.1 * wanted),
+             title="PagedAdamW, and one batch of long rows")
+
+
+if __name__ == "__main__":
+    try:
+        with threadpool_limits(1, "blas"):  # on a busy machine its threads wait for each other
+            tyro.cli(main)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"memory_report.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

@@ -1,0 +1,191 @@
+"""minilm.measure: bytes counted by hand, on the CPU and on a GPU, and what checkpoints save."""
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_limits
+
+from minilm import ops
+from minilm.measure import KINDS, Ledger, held
+from minilm.optim import SGD, AdamW
+from minilm.peft import add_lora, use_adapter
+from minilm.quantize import quantize_model
+from minilm.transformer import Config, Transformer
+
+GPT2 = Config.gpt2(64, 32, layers=2, heads=2, width=32)
+MB = 1 << 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """BLAS's threads wait for each other where tests run side by side."""
+    with threadpool_limits(1, "blas"):
+        yield
+
+
+def measured(model, optimizer, batch=4, length=32):
+    """The ledger of a second step: the first one fills caches."""
+    tokens, targets = np.random.default_rng(0).integers(0, 64, (2, batch, length))
+    for _ in range(2):
+        with Ledger(model, optimizer) as ledger:
+            optimizer.zero_grad()
+            loss = ops.cross_entropy(model(tokens), targets)
+            ledger.forward_done()
+            loss.backward()
+            optimizer.step()
+    assert tuple(ledger.peak) == KINDS
+    return ledger.peak
+
+
+class Hand:
+    """An optimizer and a model with nothing to count."""
+
+    def __init__(self):
+        self.model = Transformer(Config.gpt2(1, 1, 1, 1, 1))
+        self.optimizer = SGD(self.model.parameters())
+
+
+def test_what_comes_and_goes_is_counted_to_the_byte():
+    hand = Hand()
+    before = np.ones(3 * MB, np.uint8)
+    with Ledger(hand.model, hand.optimizer) as ledger:
+        kept = np.ones(MB, np.uint8)
+        gone = np.ones(7 * MB, np.uint8)
+        del gone, before  # what was there before the step is not the step's
+        ledger.forward_done()
+        more = np.ones(5 * MB, np.uint8)
+        del kept, more
+    peak = ledger.peak
+    assert peak["activations"] == pytest.approx(MB, abs=2000)
+    assert peak["workspace"] == pytest.approx(7 * MB, abs=4000)
+
+
+def test_micro_batches_keep_one_after_another():
+    """The most that was alive when a forward pass was done; the last pass may be a short one."""
+    hand = Hand()
+    with Ledger(hand.model, hand.optimizer) as ledger:
+        for size in 4, 9, 2:
+            kept = np.ones(size * MB, np.uint8)
+            ledger.forward_done()
+            del kept
+    assert ledger.peak["activations"] == pytest.approx(9 * MB, abs=4000)
+    assert 0 <= ledger.peak["workspace"] < 4000
+
+
+def test_a_ledger_within_a_trace_leaves_it_running():
+    hand = Hand()
+    tracemalloc.start()
+    before = np.ones(3 * MB, np.uint8), np.ones(9 * MB, np.uint8)
+    before = before[0]
+    with Ledger(hand.model, hand.optimizer) as ledger:
+        np.ones(MB, np.uint8)
+    assert tracemalloc.is_tracing() and before.size
+    tracemalloc.stop()
+    assert ledger.peak["workspace"] == pytest.approx(MB, abs=4000)
+    with Ledger(hand.model, hand.optimizer):
+        assert tracemalloc.is_tracing()
+    assert not tracemalloc.is_tracing()
+
+
+def test_a_step_that_raises_is_measured_too():
+    hand = Hand()
+    with pytest.raises(MemoryError), Ledger(hand.model, hand.optimizer) as ledger:
+        kept = np.ones(MB, np.uint8)
+        raise MemoryError(str(kept.size))
+    assert ledger.peak["workspace"] == pytest.approx(MB, abs=4000)
+    assert not tracemalloc.is_tracing()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_stays_is_counted_by_hand(dtype):
+    """Widths are multiples of 4, so that the flat buffers have no gaps."""
+    full = Transformer(GPT2).astype(dtype)
+    n = sum(p.size for p in full.parameters())
+    size, masters = (4, 0) if dtype == "float32" else (2, 4)
+    assert held(full, AdamW(full.parameters())) == dict(
+        weights=n * size, adapters=0, gradients=4 * n, optimizer=(8 + masters) * n)
+    lora = add_lora(Transformer(GPT2).astype(dtype), 4, 8)
+    adapted = 2 * 2 * 4 * (32 + 32)
+    counted = dict(weights=n * size, adapters=adapted * size, gradients=4 * adapted)
+    assert held(lora, AdamW(lora.parameters())) == counted | {"optimizer": (8 + masters) * adapted}
+    assert held(lora, SGD(lora.parameters())) == counted | {"optimizer": masters * adapted}
+
+
+def test_codes_are_weights_and_an_adapter_that_rests_is_an_adapter():
+    model = quantize_model(Transformer(GPT2))
+    codes = sum(t.data.nbytes for _, t in model.named_tensors())
+    add_lora(model, 4, 8)
+    add_lora(model, 2, 4, name="second")
+    found = held(model, AdamW(model.parameters()))
+    assert found["weights"] == codes
+    assert found["adapters"] == 3 * found["gradients"] == 3 * 4 * 2 * 2 * 2 * (32 + 32)
+    use_adapter(model, "default")
+    assert held(model, AdamW(model.parameters()))["gradients"] == 2 * found["gradients"]
+
+
+def test_frozen_weights_keep_less():
+    full, lora = Transformer(GPT2), add_lora(Transformer(GPT2), 4, 8)
+    full, lora = (measured(m, AdamW(m.parameters())) for m in (full, lora))
+    assert lora["weights"] == full["weights"] and lora["activations"] < full["activations"]
+
+
+SIXTEEN = Config.gpt2(64, 64, layers=16, heads=2, width=48)
+
+
+def sixteen(method):
+    """16 blocks, trained in three ways."""
+    model = Transformer(SIXTEEN)
+    if method == "qlora":
+        quantize_model(model)
+    return model if method == "full" else add_lora(model, 4, 8, "all-linear")
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_checkpoints_every_sqrt_n_blocks_keep_2_sqrt_n_of_n(method):
+    """And a block more; not only between the passes, but at the highest moment of the step."""
+    n, found = SIXTEEN.layers, []
+    for every in 0, math.isqrt(n):
+        model = sixteen(method)
+        model.checkpoint_every = every
+        found.append(measured(model, AdamW(model.parameters()), batch=8, length=64))
+    plain, checkpointed = (p["activations"] + p["workspace"] for p in found)
+    block = found[0]["activations"] / n
+    assert checkpointed <= 2 * math.sqrt(n) / n * found[0]["activations"] + block
+    assert found[1]["activations"] < found[0]["activations"] / 8 and checkpointed < plain
+    kinds = KINDS[:4]
+    assert [found[0][k] for k in kinds] == [found[1][k] for k in kinds]
+
+
+def test_a_frozen_segment_keeps_nothing():
+    """Of four segments the lower two have no adapter: not even their inputs are kept."""
+    taken = []
+    for blocks in range(16), range(8, 16):
+        paths = tuple(f"blocks.{i}.attention.q" for i in blocks)
+        model = add_lora(Transformer(SIXTEEN), 4, 8, paths)
+        model.checkpoint_every = 4
+        taken.append(measured(model, AdamW(model.parameters()), 8, 64)["activations"])
+    one = 8 * 64 * 48 * 4
+    assert taken[0] - taken[1] == pytest.approx(2 * one, rel=0.02)
+
+
+@pytest.mark.kernels
+def test_on_a_gpu_the_pool_is_asked(cupy):
+    model = add_lora(Transformer(GPT2), 4, 8).to("cuda")
+    optimizer = AdamW(model.parameters())
+    before = cupy.get_default_memory_pool().used_bytes()
+    found = measured(model, optimizer)
+    cpu = add_lora(Transformer(GPT2), 4, 8)
+    stays = held(cpu, AdamW(cpu.parameters()))
+    assert {kind: found[kind] for kind in stays} == stays
+    assert sum(stays.values()) <= before  # the pool gives whole blocks of 512 bytes
+    on_cpu = measured(cpu, AdamW(cpu.parameters()))
+    assert 0.5 < found["activations"] / on_cpu["activations"] < 2
+    with Ledger(model, optimizer) as ledger:
+        kept = cupy.ones(MB, np.uint8)
+        gone = cupy.ones(7 * MB, np.uint8)
+        del gone
+        ledger.forward_done()
+        del kept
+    assert (ledger.peak["activations"], ledger.peak["workspace"]) == (MB, 7 * MB)
