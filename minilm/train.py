@@ -19,6 +19,7 @@ import numpy as np
 from minilm import ops
 from minilm.backend import array_module, to_device, tune_allocator
 from minilm.optim.flat import squares
+from minilm.optim.paged import PagedAdamW
 from minilm.optim.precision import LossScaler
 from minilm.tensor import no_grad, randomness
 from minilm.workers import Workers
@@ -57,8 +58,10 @@ class Trainer:
 
     def __init__(self, model, optimizer, workers: int = 1, processes: bool = False, seed: int = 0,
                  scaler: LossScaler | None = None):
-        if processes and array_module(optimizer.flat.data) is not np:
-            raise ValueError("processes cannot share a GPU's memory: train there with threads")
+        on_gpu = array_module(optimizer.flat.data) is not np
+        if processes and (on_gpu or isinstance(optimizer, PagedAdamW)):
+            raise ValueError("processes cannot share a GPU's memory, nor PagedAdamW's pages: "
+                             "train there with threads")
         self.model, self.optimizer, self.seed, self.scaler = model, optimizer, seed, scaler
         self.workers = Workers(optimizer.flat, self._work, workers, processes)
 

@@ -82,10 +82,9 @@ def methods(full: Step, page_size: int):
     """({name: step}, {name: optimizer, where it is not AdamW})."""
     lora, qlora = (replace(full, method=method) for method in ("lora", "qlora"))
     checkpointed = replace(qlora, checkpoint_every=math.isqrt(full.config.layers))
-    steps = {"full": full, "LoRA": lora, "QLoRA": qlora, "+ checkpoints": checkpointed,
-             "+ paging": checkpointed}  # the plus signs add up
-    slots = SLOTS * 8 * page_size
-    return steps, {"+ paging": partial(PagedAdamW, page_size=page_size, device_budget=slots)}
+    paged = partial(PagedAdamW, page_size=page_size, device_budget=SLOTS * 8 * page_size)
+    return {"full": full, "LoRA": lora, "QLoRA": qlora, "+ checkpoints": checkpointed,
+            "+ paging": checkpointed}, {"+ paging": paged}  # each plus adds to the line above
 
 
 def print_table(steps, optimizers) -> dict[str, dict[str, int]]:
@@ -106,8 +105,8 @@ def print_table(steps, optimizers) -> dict[str, dict[str, int]]:
 def print_checkpoints(full: Step, table, rounds: int):
     """What checkpoints every sqrt(n) blocks save of n blocks' activations, and what they cost.
 
-    The time is bounded for full training, whose backward pass takes twice the forward pass's time;
-    a frozen base leaves out dW, so that one more forward pass is a larger share.
+    The goal is for full training, whose backward pass takes twice the forward pass's time; on a
+    frozen base there is no dW, and one more forward pass is a larger share.
     """
     n, every = full.config.layers, math.isqrt(full.config.layers)
     after = {"full": measured(replace(full, checkpoint_every=every)),
@@ -301,9 +300,8 @@ def draw_spike(axis, moments, budget, failed):
     axis.axhline(budget / 1e6, color="black", linestyle="--", linewidth=1)
     axis.text(x[0], budget / 1e6, "limit", va="bottom")
     spike = int(np.argmax(away))
-    axis.annotate(f"paged out: {away[spike]:.3g} MB",
-                  (x[spike], -away[spike] / 2), (-6, 0), va="center", ha="right",
-                  textcoords="offset points")
+    axis.annotate(f"paged out: {away[spike]:.3g} MB", (x[spike], -away[spike] / 2), (-6, 0),
+                  va="center", ha="right", textcoords="offset points")
     wanted = max(sum(moment.kinds.values()) + moment.away for moment in moments) / 1e6
     axis.plot(failed + 0.75, wanted, "x", color="#bf616a", markersize=9, markeredgewidth=2.5)
     axis.annotate("AdamW: out of memory", (failed + 0.75, wanted), (9, 0), va="center",

@@ -572,6 +572,11 @@ def test_another_process(monkeypatch):
         opt.step()
 
 
+def test_a_trainer_with_processes_is_refused():
+    with pytest.raises(ValueError, match="nor PagedAdamW's pages: train there with threads"):
+        Trainer(None, make_paged(), workers=2, processes=True)
+
+
 def test_states_of_another_size():
     opt = make_paged(page_size=8)
     step(opt, 1)

@@ -47,12 +47,15 @@ class CudaDevice:
         self.cuda.set_allocator(self.hook)
 
     def _allocate(self, nbytes):
-        try:
-            return self.pool(nbytes)
-        except MemoryError:
-            if self.evict is None or not self.evict(nbytes):
-                raise
-            return self.pool(nbytes)
+        cache = cupy().get_default_memory_pool()
+        for free in (lambda: True, lambda: self.evict is not None and self.evict(nbytes)):
+            try:
+                return self.pool(nbytes)
+            except MemoryError:
+                if not free():
+                    raise
+            cache.free_all_blocks()  # what it keeps for later counts towards its limit
+        return self.pool(nbytes)
 
     def frame(self, nbytes: int):
         """Device memory for a page, uint8; MemoryError where there is none."""
