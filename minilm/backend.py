@@ -47,10 +47,16 @@ def cupy():
 
 
 def cublas():
-    """(CuPy's cuBLAS functions, the current device's handle)."""
+    """(CuPy's cuBLAS functions, the current device's handle, which adds up in float32 only).
+
+    By default cuBLAS may cut a long sum of 16-bit products in parts and round each to 16 bits.
+    """
     from cupy_backends.cuda.libs import cublas
 
-    return cublas, cupy().cuda.device.get_cublas_handle()
+    handle = cupy().cuda.device.get_cublas_handle()
+    disallow_reduced_precision_reduction = 16  # of cublasMath_t; CuPy has no name for it
+    cublas.setMathMode(handle, disallow_reduced_precision_reduction)
+    return cublas, handle
 
 
 def pointer(x) -> int:
@@ -89,8 +95,9 @@ def peak_memory():
             self.held = self.bytes = cp.get_default_memory_pool().used_bytes()
 
         def malloc_postprocess(self, **block):
-            self.held += block["mem_size"]
-            self.bytes = max(self.bytes, self.held)
+            if block["mem_ptr"]:  # 0 where there was no room
+                self.held += block["mem_size"]
+                self.bytes = max(self.bytes, self.held)
 
         def free_postprocess(self, **block):
             self.held -= block["mem_size"]

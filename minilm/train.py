@@ -5,6 +5,7 @@ and masked-LM prediction differ in their batches only. The loss is divided by th
 in the whole batch, so any split over micro-batches and workers gives the same step.
 """
 
+import itertools
 import math
 import os
 import signal
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minilm import ops
-from minilm.backend import array_module, to_device, tune_allocator
+from minilm.backend import array_module, to_device, tune_allocator, wide
 from minilm.optim.flat import squares
 from minilm.optim.paged import PagedAdamW
 from minilm.optim.precision import LossScaler
@@ -129,7 +130,8 @@ class Trainer:
     def _everywhere(self, job, *args):
         """A job on the whole flat buffers, each worker on a slice of its own."""
         size, n = self.optimizer.flat.data.size, self.workers.count
-        slices = [slice(size * w // n, size * (w + 1) // n) for w in range(n)]
+        ends = [size * w // n // 4 * 4 for w in range(n)] + [size]  # kernels take fours
+        slices = [slice(*pair) for pair in itertools.pairwise(ends)]
         return self.workers.run([(job, part, *args) for part in slices])
 
     def _work(self, part):
@@ -151,7 +153,7 @@ class Trainer:
         with no_grad():
             logits = self.model(tokens)
             loss = ops.cross_entropy(logits, targets, total=1)
-        guesses = to_device(logits.data.argmax(-1), "cpu")
+        guesses = to_device(wide(logits.data).argmax(-1), "cpu")
         return float(loss.data), int((guesses == targets).sum())
 
     def _squares(self, part):

@@ -27,7 +27,7 @@ from contenders import SHAPES, Shape, bitsandbytes_codes, our_codes, our_side, t
 GROWTH = Shape(6, 6, 384, 256, 8, 512), Shape(6, 6, 384, 1024, 2, 512)
 OnCPU = Literal["train", "lora", "qlora", "paged", "generate", "memory", "growth", "codes"]
 OnGPU = Literal["dequantize", "quantize", "matmul", "lora", "reference", "attention", "swiglu",
-                "rms_norm", "adamw", "step"]
+                "rms_norm", "adamw", "step", "pages"]
 
 
 def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
@@ -40,7 +40,7 @@ def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
         configs: sizes of the model, on the CPU.
         rounds: turns of each contender.
         threads: let our workers be threads rather than processes.
-        device: cuda measures the kernels, and a step of QLoRA.
+        device: cuda measures the kernels, a step of QLoRA, and its optimizer's pages.
     """
     known = get_args(OnCPU if device == "cpu" else OnGPU)
     if unknown := sorted(set(rows) - set(known)):
@@ -81,7 +81,8 @@ def on_cpu(rows, configs, rounds, threads):
 
 
 def on_gpu(rows, rounds):
-    """The card's ceilings, the kernels and the step."""
+    """The card's ceilings, the kernels, the step, and the pages of its optimizer."""
+    import gpu_pages
     import gpu_rows
     from gpu_kernels import GROUPS, measured_ceilings
     from gpu_step import BATCH, LLAMA, our_qlora, step_lines, torch_qlora
@@ -106,6 +107,8 @@ def on_gpu(rows, rounds):
         theirs, ours = ([side[0], *side[2:]] for side in take_turns(
             (torch_qlora, *shape), (our_qlora, *shape), rounds + 2))
         print(*step_lines(*shape, ceilings, theirs, ours), sep="\n", flush=True)
+    for text in gpu_pages.lines(ceilings, rounds, take_turns) if "pages" in rows else ():
+        print(text, flush=True)
 
 
 def growth_with_context(turns, threads):

@@ -27,11 +27,11 @@ LLAMA = Config.llama(32000, 1024, layers=22, heads=32, width=2048, hidden=5632, 
 BATCH, RANK, LR = 4, 16, 1e-4
 
 
-def our_qlora(config: Config, batch: int, checkpoint: bool):
+def our_qlora(config: Config, batch: int, checkpoint: bool, optimizer=AdamW):
     """Answers: the peak of a step's memory in bytes, then seconds of a step, again and again."""
     model = our_model(config, RANK, "cuda")
     model.checkpoint_every = int(checkpoint)
-    step = our_step(model, batch)
+    step = our_step(model, batch, optimizer)
     step()  # compiles the kernels
     with peak_memory() as peak:
         step()
@@ -63,9 +63,9 @@ def our_model(config: Config, rank: int, device: str) -> Transformer:
     return add_lora(model, rank, 2 * rank, "all-linear")
 
 
-def our_step(model: Transformer, batch: int):
+def our_step(model: Transformer, batch: int, optimizer=AdamW):
     """A function that makes a step and returns its loss."""
-    optimizer = AdamW(model.parameters(), LR)
+    optimizer = optimizer(model.parameters(), LR)
     tokens, targets = random_batch(model.config, batch)
     tokens = to_device(tokens, model.embed.weight.device)
 

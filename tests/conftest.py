@@ -16,6 +16,7 @@ from hypothesis import settings
 from op_table import TOLERANCE, error
 
 from minilm import backend, cuda
+from minilm.optim import eightbit
 
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
@@ -68,6 +69,7 @@ def cupy(request):
 
 
 def forget_cupy():
-    """Let go of the module, and of the kernels that it compiled."""
+    """Let go of the module, of the kernels that it compiled, and of arrays that are kept."""
     backend.cupy.cache_clear()
     cuda.kernel.cache_clear()
+    eightbit._tables.cache_clear()

@@ -12,7 +12,8 @@ import pytest
 from conftest import close
 
 from minilm import cuda, ops
-from minilm.backend import array_module, to_device
+from minilm.backend import array_module, memory_limit, peak_memory, to_device
+from minilm.blas import matmul
 from minilm.generate import generate
 from minilm.optim import SGD, AdamW, LossScaler, clip_grad_norm, flat
 from minilm.peft import add_lora, merge_lora, requantize_lora, trainable_parameters
@@ -268,6 +269,15 @@ def test_a_step_reads_back_numbers_only(cupy):
         assert emulated_cupy.to_host["get"] <= 1, "the guesses"
 
 
+def test_threads_share_a_gpu(cupy):
+    """The flat buffers are cut where the kernels can begin."""
+    cpu, gpu = pair("llama")
+    for model, workers in (cpu, 1), (gpu, 3):
+        with Trainer(model, AdamW(model.parameters(), 1e-2, eps=1e-3), workers) as trainer:
+            trainer.step(0, TOKENS, TARGETS)
+    same_parameters(gpu, cpu)
+
+
 def test_processes_cannot_share_a_gpu(cupy):
     _, gpu = pair("llama")
     with pytest.raises(ValueError, match="processes cannot share a GPU's memory"):
@@ -297,3 +307,22 @@ def test_bad_ids_and_targets_are_refused(cupy):
         gpu(np.array([[0, 13]]))
     with pytest.raises(ValueError, match="targets from 0 to 13"):
         ops.cross_entropy(gpu(np.array([[0, 1]])), np.array([[0, 13]]))
+
+
+def test_memory_that_was_refused_does_not_count(cupy):
+    pool = cupy.get_default_memory_pool()
+    before = pool.used_bytes()
+    with memory_limit(before + (1 << 20)), peak_memory() as peak, pytest.raises(MemoryError):
+        cupy.empty(1 << 24, "uint8")
+    assert peak.bytes == before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sums_are_not_rounded_on_the_way(cupy, dtype):
+    """Long ones of few results are what cuBLAS cuts in parts. 1 + 2^-5 ... is lost in 16 bits."""
+    from cupy_backends.cuda.libs import cublas
+
+    a = np.full((16, 1 << 15), 1 + 2**-5, dtype)
+    y = matmul(cupy.asarray(a), cupy.asarray(a.T), alpha=2.0**-10)
+    assert (on_cpu(y) == float(np.asarray((1 + 2**-5) ** 2 * 32).astype(dtype))).all()
+    assert getattr(cublas, "math_mode", 16) == 16  # the stand-in keeps it

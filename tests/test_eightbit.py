@@ -283,6 +283,19 @@ def test_a_step_on_cupy_takes_little_memory_beside_the_states(cupy, monkeypatch)
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("n", [1, 300, 4096, 5001, 1 << 14])
+def test_an_update_takes_no_more_besides_than_it_says(cupy, monkeypatch, n):
+    """The first one too, which makes the tables."""
+    monkeypatch.setattr(eightbit, "CARD_BLOCK", 1 << 12)
+    eightbit._tables.cache_clear()
+    p, g, arrays = *(cupy.zeros(n, "float32") for _ in "pg"), EightBit().zeros(n, cupy)
+    before = cupy.get_default_memory_pool().used_bytes()
+    with peak_memory() as peak:
+        EightBit().update(p, g, arrays, 1, **SETTINGS)
+    assert 0 < peak.bytes - before <= EightBit().spare(n)
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("n", [0, 1, 256, 300, 4096, 5001])
 @pytest.mark.parametrize("chunk", [1024, eightbit.CARD_BLOCK])
 def test_steps_on_cupy_are_numpys_bit_for_bit(cupy, monkeypatch, n, chunk):

@@ -108,7 +108,7 @@ def test_streams_and_pinned_memory_are_made_as_cupys(strict, name):
     assert list(given.parameters) == list(inspect.signature(ours.__init__).parameters)
 
 
-@pytest.mark.parametrize("name", ["gemmEx", "gemmStridedBatchedEx"])
+@pytest.mark.parametrize("name", ["gemmEx", "gemmStridedBatchedEx", "setMathMode"])
 def test_cublas_takes_the_same_arguments(strict, name):
     """The real module cannot be imported without cuBLAS, but holds its signatures as text."""
     folder = Path(real.REAL.__file__).parents[1] / "cupy_backends" / "cuda" / "libs"
@@ -295,9 +295,14 @@ def test_hooks_hear_of_memory(cp):
             pass
         place = x.data.ptr
         del x
+        cp.get_default_memory_pool().set_limit(size=1)
+        with pytest.raises(MemoryError):
+            cp.zeros(100)
+    cp.get_default_memory_pool().set_limit(size=0)
     cp.zeros(100)
     common = {"device_id": 0, "mem_size": 1024, "mem_ptr": place, "pmem_id": place}
-    assert heard == [common | {"size": 800}, common]
+    refused = common | {"size": 800, "mem_ptr": 0, "pmem_id": 0}
+    assert heard == [common | {"size": 800}, common, refused]
 
 
 # products on pointers

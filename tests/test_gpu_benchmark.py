@@ -4,6 +4,7 @@ Every row's calls run once, at tiny sizes, on the stand-in for CuPy, and are hel
 the step's twin in PyTorch, on the CPU, against our model. Nothing here takes times.
 """
 
+import gc
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import benchmark
 import gpu_kernels
+import gpu_pages
 import gpu_rows
 import gpu_step
 import gpu_table
@@ -25,6 +27,7 @@ from gpu_table import H200, Ceilings, line
 
 from minilm.attention import attention
 from minilm.backend import to_device
+from minilm.optim import AdamW
 from minilm.optim.adamw import adamw as adamw_formula
 from minilm.quantize import quantize_4bit
 from minilm.tensor import Tensor
@@ -326,6 +329,155 @@ def test_the_model_holds_codes_and_bfloat16(cupy):
     assert (first != second).any()
 
 
+def test_pages_are_copied(cupy):
+    rows = gpu_pages.copy_rows(page_size=16, size=1000)  # 7 pages of 128 bytes
+    for row, queue in zip(rows, ("in", "out"), strict=True):
+        ((call,), again), rng = (row.ours()() for _ in range(2)), np.random.default_rng(0)
+        _, found, pages = call.args
+        assert found == queue and len(pages) == 7 and row.work == ((7 * 128, 0),)
+        assert len({home.ctypes.data for _, home in pages}) == 7 and again
+        drawn = [rng.integers(0, 256, (2, 128), np.uint8) for _ in pages]
+        for (frame, home), (on_card, at_home) in zip(pages, drawn):
+            frame.set(on_card)
+            home[...] = at_home
+        call()
+        cupy.cuda.get_current_stream().synchronize()
+        for (frame, home), (on_card, at_home) in zip(pages, drawn):
+            copied = at_home if queue == "in" else on_card
+            np.testing.assert_array_equal(host(frame), copied)
+            np.testing.assert_array_equal(home, copied)
+
+
+def test_pages_are_copied_on_the_optimizers_streams(cupy):
+    """Which follow the caller's, so that its events time the copies, and which it waits for."""
+    said = []
+
+    class Device:
+        def __getattr__(self, name):
+            return lambda *args: said.append((name, *args)) or f"event of {args[0]}"
+
+    for queue in ("in", "out"):
+        gpu_pages.copy_pages(Device(), queue, [("frame 0", "home 0"), ("frame 1", "home 1")])
+    before, after = [("record", "main"), ("wait", "in", "event of main")], [
+        ("record", "in"), ("wait", "main", "event of in")]
+    assert said[:6] == [*before, ("copy_in", "frame 0", "home 0"),
+                        ("copy_in", "frame 1", "home 1"), *after]
+    assert [s[0] for s in said[6:]] == ["record", "wait", "copy_out", "copy_out", "record", "wait"]
+    assert said[7:9] == [("wait", "out", "event of main"), ("copy_out", "home 0", "frame 0")]
+    assert said[10:] == [("record", "out"), ("wait", "main", "event of out")]
+
+
+def test_the_ceilings_of_the_link(monkeypatch):
+    drawn, seconds = [], iter((1e-6, 2e-6, 4e-6, 5e-6, 6e-6, 8e-6))
+
+    def times(ready, rounds):
+        (copy,) = ready()
+        target, (source,) = copy.func.__self__, copy.args
+        source[...] = torch.randint(0, 256, (1000,), dtype=torch.uint8)
+        copy()
+        assert torch.equal(target, source) and copy.keywords == {"non_blocking": True}
+        drawn.append((target.data_ptr(), source.data_ptr()))
+        return [next(seconds) for _ in range(rounds)]
+
+    monkeypatch.setattr(gpu_pages, "times", times)
+    found, lines = gpu_pages.measured_link(3, size=1000, device="cpu")
+    assert [c.bytes for c in found] == [pytest.approx(1000 / 2e-6), pytest.approx(1000 / 6e-6)]
+    assert drawn[0] == drawn[1][::-1]  # there and back
+    assert "from the host to the card |  | 0.50 GB/s (0.25 - 1.00) |" in lines[0]
+    assert "from the card to the host |  | 0.17 GB/s (0.12 - 0.20) |" in lines[1]
+
+
+def test_paged_steps_are_those_of_adamw_in_less_memory(cupy, monkeypatch):
+    monkeypatch.setattr(gpu_pages, "STEPS", 3)
+    monkeypatch.setattr(gpu_step, "LR", 1e-2)
+    gc.collect()  # models of before would count
+    allocator, paged = cupy.cuda.get_allocator(), gpu_pages.paged(1 << 10)
+    ((losses, most),), ((same, least),) = (
+        list(gpu_pages.relieved(gpu_pages.needs, TINY, 2, kind)) for kind in (AdamW, paged))
+    assert losses == same and len(set(losses)) == gpu_pages.STEPS  # bit for bit
+    states, slots = 8 * 51_200, 3 * 8 * 1024
+    assert most - least == pytest.approx(states - slots, rel=0.05)
+    limit = (least + most) // 2
+    (full,), (short,) = (gpu_pages.relieved(gpu_pages.within, TINY, 2, kind, limit)
+                         for kind in (paged, AdamW))
+    assert full == losses and short == losses[: len(short)] and len(short) < gpu_pages.STEPS
+    assert cupy.cuda.get_allocator() == allocator
+
+
+def test_the_timed_step_streams(cupy):
+    peaks = []
+    for kind in (), (gpu_pages.paged(1 << 10),):
+        gc.collect()  # models of before would count
+        peaks.append(next(gpu_step.our_qlora(TINY, 2, False, *kind)))
+    gc.collect()  # the paged optimizer, which gives the allocator back
+    assert peaks[0] - peaks[1] == pytest.approx(8 * 51_200 - 3 * 8 * 1024, rel=0.05)
+
+
+@pytest.mark.parametrize("page_size", gpu_pages.PAGES)
+def test_the_smallest_budget_streams(page_size):
+    """It takes less than the states of the adapters; one byte less is an error."""
+    parameter = Tensor(np.zeros(12_615_680, np.float32), requires_grad=True)
+    settings = gpu_pages.paged(page_size)
+    with settings([parameter]) as optimizer:
+        assert len(optimizer.table.slots) == 3 and optimizer.table.nbytes == optimizer.budget
+        assert all(page.frame is None for page in optimizer.table.pages)
+    with pytest.raises(ValueError, match="is below 3 pages"):
+        settings([parameter], device_budget=optimizer.budget - 1)
+
+
+@pytest.mark.parametrize("ours, theirs, said, met", [
+    (8, 0, ("finished, the same losses", "out of memory in step 1"), "met"),
+    (8, 8, ("finished, the same losses", "finished, the same losses"), "missed"),
+    (3, 3, ("out of memory in step 4", "out of memory in step 4"), "missed")])
+def test_what_the_limit_did(ours, theirs, said, met):
+    losses = [float(i) for i in range(8)]
+    text = gpu_pages.limit_line(3 << 29, losses, losses[:theirs], losses[:ours])
+    assert f"| in 1.50 GiB: {said[0]} |  | AdamW: {said[1]} |" in text
+    assert text.endswith(f": {met} |") and text.count("|") == 8
+    other = gpu_pages.limit_line(3 << 29, losses, losses[:1], losses[::-1])
+    assert "finished, OTHER losses" in other and other.endswith(": missed |")
+
+
+def test_the_rows_of_pages(cupy, monkeypatch, capsys):
+    """Every pass takes 10 ms, and a step with its states on the card 20 ms."""
+    turns, paged = [], gpu_pages.paged(1 << 10)
+
+    def take_turns(theirs, ours, rounds):
+        turns.append((theirs, ours, rounds))
+        if theirs[0] is gpu_step.our_qlora:
+            return [5 << 30, 9.0, 20e-3, 20e-3], [4 << 30, 9.0, 23e-3, 20e-3]
+        return [list(side(*args)) for side, *args in (theirs, ours)]
+
+    monkeypatch.setattr(gpu_table, "run_pass", lambda ready, waits: (10e-3, True))
+    monkeypatch.setattr(gpu_pages, "measured_link", partial(
+        gpu_pages.measured_link, size=1000, device="cpu"))
+    monkeypatch.setattr(gpu_pages, "copy_rows", partial(gpu_pages.copy_rows, 16, 900))
+    monkeypatch.setattr(gpu_pages, "PAGES", (1 << 12, 1 << 10))
+    monkeypatch.setattr(gpu_pages, "STEPS", 1)
+    monkeypatch.setattr(gpu_step, "LLAMA", TINY)
+    monkeypatch.setattr(gpu_step, "BATCH", 2)
+    monkeypatch.setattr(benchmark, "take_turns", take_turns)
+    monkeypatch.setattr(gpu_kernels, "measured_ceilings", lambda rounds: (H200, []))
+    monkeypatch.setattr(gpu_table, "card", lambda: "a card")
+    benchmark.main(("pages",), rounds=2, device="cuda")
+    table = capsys.readouterr().out.splitlines()[-9:]
+    assert all(text.count("|") == 8 for text in table)
+    assert "ceiling: one copy of 1,000 bytes" in table[0] and "ceiling:" in table[1]
+    assert all("10.00 ms (10.00 - 10.00) | 90% |" in text and ": met |" in text
+               for text in table[2:4])
+    for text, size in zip(table[4:8:2], ("0.03125 MiB", "0.0078125 MiB")):
+        assert f"in pages of {size} |" in text and "states on the card: 20.00 ms" in text
+        assert text.endswith("| 0.93 | at most 1.05 x its time: missed |")
+    assert "| 4.00 GiB |  | states on the card: 5.00 GiB | 1.250 |" in table[5]
+    assert "finished, the same losses |  | AdamW: out of memory" in table[8]
+    assert table[8].endswith(": met |")
+    for (theirs, ours, rounds), page_size in zip(turns[:2], gpu_pages.PAGES):
+        assert theirs == (gpu_step.our_qlora, TINY, 2, False) == ours[:4] and rounds == 4
+        assert ours[4].keywords == gpu_pages.paged(page_size).keywords
+    assert [rounds for *_, rounds in turns[2:]] == [1, 1] and turns[3][0][4] is AdamW
+    assert turns[3][1][4].keywords == paged.keywords
+
+
 def test_the_table_from_end_to_end(cupy, monkeypatch, capsys):
     def tiny(rows, *sizes, **named):
         return lambda: rows(*sizes, **named)[:1]
@@ -388,7 +540,12 @@ def test_results_hold_every_row():
     computed = [line(row, H200) for rows in groups.values() for row in rows()]
     for checkpoint in (False, True):
         computed += gpu_step.step_lines(gpu_step.LLAMA, gpu_step.BATCH, checkpoint, H200)
+    computed += [line(row, gpu_pages.PCIE) for row in gpu_pages.copy_rows()]
+    for page_size in gpu_pages.PAGES:
+        computed += gpu_pages.streaming_lines(page_size, H200)
+    computed.append(gpu_pages.limit_line())
     for row in computed:
         found = next(t for t in text.splitlines() if t.startswith(row[: row.index(" | ") + 3]))
         assert "not yet measured" not in found or found == row
-    assert all(f"| {title} |" in text for title in gpu_kernels.ceiling_titles())
+    assert all(f"| {title} |" in text for title in (
+        *gpu_kernels.ceiling_titles(), *gpu_pages.link_titles()))

@@ -10,6 +10,7 @@ import emulator
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -202,6 +203,28 @@ def test_an_infinity_stays_in_its_row(cupy):
     y = product(cupy, x, q)
     assert not np.isfinite(y[1].astype(float)).any()
     assert y[[0, 2]].tobytes() == expected[[0, 2]].tobytes()
+
+
+def test_a_view_that_begins_anywhere_is_quantized(cupy):
+    x = np.random.default_rng(0).normal(size=(3, 65)).astype("float32")
+    expected, found = quantize_4bit(x[1:]), quantize_4bit(cupy.asarray(x)[1:])
+    assert found.packed.get().tobytes() == expected.packed.tobytes()
+
+
+@pytest.mark.parametrize("form", [True, "int8"])
+@pytest.mark.parametrize("n", [1, 64, 300 * 64])
+def test_equal_constants_have_the_codes_of_numpy(cupy, form, n):
+    """Less their mean they are 0, and so is the constant of their group: a number to compare with
+    others that a card takes for 0."""
+    x = np.ones(n, "float32")
+    expected = quantize_4bit(x, double_quant=form)
+    torch.set_flush_denormal(True)  # of NumPy too: the stand-in computes as CuPy does
+    try:
+        found = quantize_4bit(cupy.asarray(x), double_quant=form)
+    finally:
+        torch.set_flush_denormal(False)
+    assert found.c2.get().tobytes() == expected.c2.tobytes()
+    assert (found.dequantize().get() == expected.dequantize()).all()
 
 
 @pytest.mark.parametrize("form", [False, True, "int8"])

@@ -11,6 +11,9 @@ import itertools
 import math
 import os
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -741,10 +744,8 @@ def on_gpu(cupy):
     """make(kind, **settings): an optimizer with parameters on the GPU."""
     made = []
 
-    def make(kind, shapes=((40, 50), (50,), (30, 30)), **settings):
-        params = leaves(shapes)
-        for p in params:
-            p.data = cupy.asarray(p.data)
+    def make(kind, shapes=((40, 50), (50,), (30, 30)), dtype="float32", **settings):
+        params = [Tensor(cupy.asarray(p.data.astype(dtype)), True) for p in leaves(shapes)]
         made.append(kind(params, **SETTINGS, undecayed=params[1:2], **settings))
         return made[-1]
 
@@ -804,6 +805,66 @@ def test_a_spike_takes_the_pages_memory(cupy, on_gpu):
     for t in (1, 2):
         gpu_step(expected, t)
     same_on_gpu(actual, expected)
+
+
+@pytest.mark.parametrize("dtype, state", [("bfloat16", None), ("float32", EightBit())])
+def test_what_an_update_takes_besides_has_room(cupy, on_gpu, dtype, state):
+    """The pages that come back leave it, and where others have taken it since, they go again."""
+    make = functools.partial(on_gpu, PagedAdamW, ((1000, 1000), (50,)), dtype, page_size=1 << 14,
+                             state=state)
+    with make() as optimizer:
+        for t in range(3):
+            gpu_step(optimizer, t)
+        expected = [*optimizer.states().values(), optimizer.flat.rounded.get()]
+    optimizer = make()
+    gpu_step(optimizer, 0)
+    optimizer.evict(10**9)
+    gc.collect()  # what else frees memory would hide that there is none
+    pool = cupy.get_default_memory_pool()
+    with memory_limit(pool.used_bytes() + 1_500_000):
+        gpu_step(optimizer, 1)
+        others = cupy.empty(pool.get_limit() - pool.used_bytes() - 512, np.uint8)
+        gpu_step(optimizer, 2)
+    assert others.nbytes and optimizer.table.slots
+    actual = [*optimizer.states().values(), optimizer.flat.rounded.get()]
+    assert all(np.array_equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_an_array_gets_as_many_pages_as_it_takes(cupy, on_gpu, monkeypatch):
+    """A pool may give back nothing of what is freed until more is."""
+    optimizer = on_gpu(PagedAdamW, page_size=128)
+    before, malloc = optimizer.table.nbytes, optimizer.device.pool
+
+    def fragmented(nbytes):
+        if optimizer.table.nbytes > before - 8000:
+            raise MemoryError
+        return malloc(nbytes)
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer.device, "pool", fragmented)
+        cupy.empty(512, np.uint8)
+    assert optimizer.table.nbytes == before - 8192
+
+
+def test_threads_that_find_no_memory_at_once(cupy, on_gpu, monkeypatch):
+    """The one that comes second waits for what the first one's eviction frees."""
+    optimizer = on_gpu(PagedAdamW, page_size=128)
+    before, malloc = optimizer.table.nbytes, optimizer.device.pool
+    both, tried = threading.Barrier(2), threading.local()
+
+    def full(nbytes):
+        if not hasattr(tried, "once"):
+            tried.once = True
+            both.wait()
+            raise MemoryError
+        if optimizer.table.nbytes == before:
+            raise MemoryError
+        return malloc(nbytes)
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as threads:
+        patch.setattr(optimizer.device, "pool", full)
+        patch.setattr(optimizer.device, "synchronize", lambda: time.sleep(0.05))
+        arrays = [*threads.map(lambda n: cupy.empty(n, np.uint8), (512, 1024))]
+    assert [a.nbytes for a in arrays] == [512, 1024]
+    assert optimizer.table.nbytes == before - 1024
 
 
 def test_the_allocator_is_put_back(cupy, on_gpu):

@@ -26,6 +26,7 @@ from minilm.quantize.codebooks import dynamic_map
 
 BLOCK_SIZE = 256  # numbers that share a constant
 CARD_BLOCK = 1 << 20  # what BLOCK is on a CPU: numbers that are widened to float32 at a time
+TABLES = 1 << 18  # bytes of _tables, signed and not
 TINY = np.finfo(np.float32).tiny
 
 
@@ -38,21 +39,21 @@ class EightBit:
     block = BLOCK_SIZE  # elements that are never parted
     names = "m", "v", "m_absmax", "v_absmax"  # the first two are codes
 
-    block = BLOCK_SIZE
-    names = "m", "v", "m_absmax", "v_absmax"
-
     def zeros(self, n: int, xp=np) -> tuple:
         """The arrays for n parameters before the first step, of the module xp: all bytes zero."""
         blocks = -(-n // BLOCK_SIZE)
         return (xp.zeros(n, np.uint8), xp.zeros(n, np.uint8),
                 xp.zeros(blocks, np.float32), xp.zeros(blocks, np.float32))
 
+    def spare(self, n: int) -> int:
+        """Bytes that an update of n parameters takes besides on a GPU: about 20 MiB at most."""
+        return 24 * min(-(-n // BLOCK_SIZE) * BLOCK_SIZE, CARD_BLOCK) + TABLES
+
     def update(self, p, g, arrays, t: int, lr: float, beta1: float, beta2: float, eps: float,
                weight_decay: float, scale: float = 1.0):
         """Step t of AdamW for gradients g scale, all finite; p and the arrays change in place.
 
-        Parameters can be updated in parts, the same bits, where the parts are whole blocks. On a
-        GPU a step takes about 20 MiB of memory besides.
+        Parameters can be updated in parts, the same bits, where the parts are whole blocks.
         """
         m_codes, v_codes, m_absmax, v_absmax = arrays
         step = BLOCK if array_module(p) is np else CARD_BLOCK

@@ -68,7 +68,7 @@ class FlatParameters:
     def round(self, part: slice):
         """Bring the 16-bit parameters of a part up to their masters; others are their own."""
         if self.rounded is not self.data:
-            self.rounded[part] = self.data[part].astype(self.rounded.dtype)
+            self.rounded[part] = self.data[part]  # without an array in between
 
     def zero_grad(self):
         """Forget the gradients; nothing is written until new ones arrive."""

@@ -42,6 +42,10 @@ class Float32:
     def zeros(self, n: int, xp=np) -> tuple:
         return xp.zeros(n, np.float32), xp.zeros(n, np.float32)
 
+    def spare(self, n: int) -> int:
+        """Bytes of device memory that an update of n parameters takes besides: the kernel none."""
+        return 0
+
     def update(self, p, g, arrays, t, lr, beta1, beta2, eps, weight_decay, scale=1.0):
         """Step t of AdamW for gradients g scale; p and the arrays change in place."""
         step = BLOCK if array_module(p) is np else max(1, p.size)
@@ -141,7 +145,7 @@ class PagedAdamW(AdamW):
         """Update the pieces that are left, each taken off the list with its launch."""
         table = self.table
         with table.lock:
-            table.bring_back()
+            table.begin()
         self.device.wait("update", self.device.record("main"))  # the gradient
         while left:
             page, piece = left[0]
@@ -160,8 +164,8 @@ class PagedAdamW(AdamW):
                     table.store(frame)
 
     def _launch(self, page, frame, piece, *step):
-        if frame.loaded:
-            self.device.wait("update", frame.loaded)
+        if loaded := frame.loaded:  # another thread may have a part of the page
+            self.device.wait("update", loaded)
             frame.loaded = None
         frame.dirty, page.used = True, step[0]
         try:

@@ -55,7 +55,9 @@ class PageTable:
         self.pages = [Page(p, self.layouts[p.stop - p.start][1]) for p in parts]
         self.frame_bytes = max(page.nbytes for page in self.pages)
         self.total = sum(page.nbytes for page in self.pages)
-        self.held, self.slots, self.busy, self.lock = 0, [], 0, threading.Lock()
+        self.spare = max(map(state.spare, self.layouts))
+        self.held, self.slots, self.lock = 0, [], threading.Lock()
+        self.busy, self.begun = 0, False  # threads that update; are the pages back for it?
         streams = budget is not None and budget < self.total
         if streams and budget < SLOTS * self.frame_bytes:
             raise ValueError(f"a device_budget of {budget:,} bytes is below {SLOTS} pages of "
@@ -99,14 +101,22 @@ class PageTable:
         finally:
             with self.lock:
                 self.busy -= 1
+                self.begun = self.begun and self.busy > 0
+
+    def begin(self):
+        """Bring pages back, once for all threads that update together; none launches before."""
+        if not self.begun:
+            self.bring_back()
+            self.begun = True
 
     def bring_back(self):
         """Own frames for the pages that have none, as far as there is room; slots for the rest."""
-        for page in self.pages:
-            if page.frame is None and not self._return(page):
-                break
-        if missing := sum(page.frame is None for page in self.pages):
-            self._make_slots(min(SLOTS, missing))
+        with self._spared():
+            for page in self.pages:
+                if page.frame is None and not self._return(page):
+                    break
+            if missing := sum(page.frame is None for page in self.pages):
+                self._make_slots(min(SLOTS, missing))
 
     def load(self, page: Page) -> Frame:
         """The slot with the page in it. The next page takes another; this one's comes last."""
@@ -182,6 +192,24 @@ class PageTable:
                 self.device.free(home=page.home)
                 page.home = None
         self.device.close()
+
+    @contextlib.contextmanager
+    def _spared(self):
+        """Inside, frames leave the room that an update takes besides; pages go home for it."""
+        memory = None
+        while self.spare and memory is None:
+            try:
+                memory = self.device.frame(self.spare, "update")
+            except MemoryError:
+                going = [page for page in self.pages if page.frame][-SLOTS - 1 :]
+                if not going:
+                    raise
+                self._send_home(going)
+        try:
+            yield
+        finally:
+            if memory is not None:
+                self.device.free(memory)
 
     def _frame(self, nbytes):
         """A frame, or None where there is no room."""

@@ -32,6 +32,8 @@ class CudaDevice:
     Pages are CuPy arrays of the memory pool, their homes NumPy arrays in pinned memory.
     """
 
+    relief = threading.RLock()  # one thread makes room, then others find what it has made
+
     def __init__(self):
         self.cuda = cupy().cuda
         self.streams = {name: self.cuda.Stream(non_blocking=True) for name in QUEUES[:3]}
@@ -39,27 +41,35 @@ class CudaDevice:
         self.evict = None
 
     def relieve_with(self, evict):
-        """Call evict(bytes) when an array finds no memory; then try once more.
+        """Call evict(bytes) when an array finds no memory, until it does or evict frees nothing.
 
-        It holds for the arrays of every thread, until close().
+        Once may not do: the pool gives a block back only when all of its pieces are free. It holds
+        for the arrays of every thread, until close().
         """
         self.evict, self.hook = evict, self._allocate
         self.cuda.set_allocator(self.hook)
 
     def _allocate(self, nbytes):
-        cache = cupy().get_default_memory_pool()
-        for free in (lambda: True, lambda: self.evict is not None and self.evict(nbytes)):
-            try:
-                return self.pool(nbytes)
-            except MemoryError:
-                if not free():
-                    raise
-            cache.free_all_blocks()  # what it keeps for later counts towards its limit
-        return self.pool(nbytes)
+        try:
+            return self.pool(nbytes)
+        except MemoryError:  # though the pool has given back what it keeps for later
+            if self.evict is None:
+                raise
+        with CudaDevice.relief:
+            while True:
+                try:
+                    return self.pool(nbytes)
+                except MemoryError:
+                    if self.evict is None or not self.evict(nbytes):
+                        raise
 
-    def frame(self, nbytes: int):
-        """Device memory for a page, uint8; MemoryError where there is none."""
-        return cupy().empty(nbytes, np.uint8)
+    def frame(self, nbytes: int, queue: str = "main"):
+        """Device memory for a page, uint8; MemoryError where there is none.
+
+        queue: from whose arrays' memory, to which it goes back in the end.
+        """
+        with self._stream(queue):
+            return cupy().empty(nbytes, np.uint8)
 
     def home(self, nbytes: int, pageable: bool):
         """Host memory, uint8, of exactly this size: CuPy's pool would round it up."""
@@ -151,13 +161,13 @@ class SimulatedDevice:
         """Give back what allocate() took."""
         self.used -= nbytes
 
-    def frame(self, nbytes: int):
+    def frame(self, nbytes: int, queue: str = "main"):
         """As of CudaDevice."""
         self._try(MemoryError)
         self._take(nbytes)
         frame = np.full(nbytes, 0xFF, np.uint8)
-        # The memory was another array's, which the forward pass may be using still.
-        self.launch("main", np.copyto, frame, np.uint8(0xFF))
+        if queue == "main":  # the memory was another array's, which a pass may be using still
+            self.launch(queue, np.copyto, frame, np.uint8(0xFF))
         return frame
 
     def home(self, nbytes: int, pageable: bool):

@@ -138,7 +138,7 @@ def quantize_4bit(x, codebook: str = "nf4", block_size: int = 64,
     x = finite(x, "quantize_4bit")
     xp, shape, x = array_module(x), x.shape, x.reshape(-1)
     if _has_kernels(x, codebook):
-        packed, c2 = cuda.nf4_quantize(x, *_steps_on(codebook, xp), block_size)
+        packed, c2 = cuda.nf4_quantize(cuda.aligned(x), *_steps_on(codebook, xp), block_size)
     else:
         packed, c2 = _quantize(x, codebook, block_size)
     quantized = FourBit(packed, c2, shape, codebook, block_size)
@@ -240,7 +240,8 @@ def double_quantize(x: FourBit, form: bool | str = True, offset=None) -> FourBit
 def _nearest_dynamic(x, c1):  # (groups, 256), (groups, 1) -> (groups, 256) uint8
     """Nearest codes of the dynamic map. As in bitsandbytes on the CPU, x / c1 is first rounded to
     65536 steps between -1 and 1, and a group gets code 0 where 1 / c1 would be infinite."""
-    xp, values, dead = array_module(x), dynamic_map(), c1 < 3e-39
+    xp, values = array_module(x), dynamic_map()
+    dead = c1 <= 2.0**-128  # to a card this is 0 <= 0: with < no group would be dead
     s = xp.clip(x * (1 / xp.where(dead, np.inf, c1)), -1, 1)
     s[dead[:, 0]] = -1
     step = (((s + 1) * np.float32(0.5)).astype(np.float64) * 65535 + 0.5).astype(np.float32)

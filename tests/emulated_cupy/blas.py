@@ -24,10 +24,17 @@ SUPPORTED = {  # compute type -> (dtype of A and B, dtype of C)
     CUBLAS_COMPUTE_64F: {("float64", "float64")},
 }
 HANDLE = 1
+math_mode = 0  # cublasMath_t
 
 
 class CUBLASError(RuntimeError):
     pass
+
+
+def setMathMode(handle, mode):
+    """Only kept: sums are never rounded on the way here."""
+    global math_mode
+    math_mode = mode
 
 
 def gemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype,

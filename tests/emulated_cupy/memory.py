@@ -53,6 +53,9 @@ class MemoryPool:
         """Room for an array; OutOfMemoryError beyond the limit."""
         rounded = -(-size // BLOCK) * BLOCK
         if self._limit and self._used + rounded > self._limit:
+            for hook in list(_hooks().values()):
+                hook.malloc_postprocess(device_id=0, size=size, mem_size=rounded, mem_ptr=0,
+                                        pmem_id=0)
             raise OutOfMemoryError(rounded, self._used, self._limit)
         self._used += rounded
         self._total = max(self._total, self._used)
