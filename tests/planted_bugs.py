@@ -72,89 +72,101 @@ BUGS = [
 ]
 
 
-def problems(cp):
-    """name of a file -> a function that runs its kernels and asserts what they give."""
-    rng = np.random.default_rng(0)
-    def normal(*shape): return rng.standard_normal(shape, dtype=np.float32)
-    def bf16(*shape): return normal(*shape).astype(ml_dtypes.bfloat16)
-    def near(a, b, tolerance):
-        assert np.abs(a.get() - b).max() <= tolerance * np.abs(b).max(), "wrong values"
+# One small problem for each file: it runs the kernels there and asserts what they give.
 
-    def dequantize():
-        W = quantize_4bit(normal(8192 + 64 + 7))
-        on_card = quantize_4bit(cp.asarray(W.dequantize()))
-        near(on_card.dequantize(), W.dequantize(), 0.01)
+RNG = np.random.default_rng(0)
 
-    def few_rows():
-        W, x = quantize_4bit(normal(24, 192)), bf16(3, 192)
-        h, B = bf16(3, 4), bf16(24, 4)
-        on_card = quantize_4bit(cp.asarray(W.dequantize()))
-        y = cuda.nf4_matmul(cp.asarray(x), on_card.on_card(), cp.asarray(h), cp.asarray(B))
-        x, h, B = (a.astype(np.float32) for a in (x, h, B))
-        near(y.astype(np.float32), x @ W.dequantize().T + h @ B.T, 0.03)
 
-    def lora():
-        x, W, dy = normal(70, 40), normal(66, 40), normal(70, 66)
-        A, B = normal(3, 40), normal(66, 3)
-        on_card = [cp.asarray(a) for a in (x, W, A, B)]
-        y, h = cuda.lora_forward(*on_card, 0.5)
-        near(y, x @ W.T + 0.5 * x @ A.T @ B.T, 1e-5)
-        dx, dA, dB = cuda.lora_backward(cp.asarray(dy), on_card[0], h, *on_card[1:], 0.5)
-        near(dx, dy @ W + 0.5 * dy @ B @ A, 1e-5)
-        near(dA, 0.5 * (dy @ B).T @ x, 1e-5)
-        near(dB, 0.5 * dy.T @ (x @ A.T), 1e-5)
+def normal(*shape): return RNG.standard_normal(shape, dtype=np.float32)
+def bf16(*shape): return normal(*shape).astype(ml_dtypes.bfloat16)
 
-    def attended():
-        q, k, v, dy = (bf16(1, heads, n, 16) for heads, n in ((2, 17), (1, 70), (1, 70), (2, 17)))
-        on_card = [cp.asarray(a) for a in (q, k, v)]
-        y, lse = cuda.attention_forward(*on_card, True)
-        found = y, *cuda.attention_backward(cp.asarray(dy), *on_card, y, lse, True)
-        leaves = [Tensor(a.astype(np.float32), requires_grad=True) for a in (q, k, v)]
-        expected = attention(*leaves, causal=True)
-        expected.backward(dy.astype(np.float32))
-        for a, b in zip(found, (expected.data, *(leaf.grad for leaf in leaves))):
-            near(a.astype(np.float32), b, 0.03)
 
-    def step():
-        arrays = [normal(1027), normal(1027), normal(1027), normal(1027) ** 2]
-        settings = 3, 1e-2, 0.9, 0.99, 1e-8, 0.1
-        on_card = [cp.asarray(a) for a in arrays]
-        cuda.adamw(*on_card, *settings)
-        adamw(*arrays, *settings)
-        near(on_card[0], arrays[0], 0)
+def near(a, b, tolerance):
+    assert np.abs(a.get() - b).max() <= tolerance * np.abs(b).max(), "wrong values"
 
-    def gated():
-        gate, up, dy = normal(1, 1027), normal(1, 1027), normal(1, 1027)
-        on_card = [cp.asarray(a) for a in (gate, up)]
-        s = 1 / (1 + np.exp(-gate))
-        near(cuda.swiglu(*on_card), gate * s * up, 1e-5)
-        dgate, dup = cuda.swiglu_backward(cp.asarray(dy), *on_card)
-        near(dgate, dy * up * s * (1 + gate * (1 - s)), 1e-5)
-        near(dup, dy * gate * s, 1e-5)
 
-    def normed():
-        x, g, dy = normal(3, 1030), normal(1030), normal(3, 1030)
-        on_card = [cp.asarray(a) for a in (x, g)]
-        y, rstd = cuda.rms_norm(*on_card, 1e-6)
-        xhat = x / np.sqrt((x * x).mean(-1, keepdims=True))
-        near(y, xhat * g, 1e-5)
-        dx, along = cuda.rms_norm_backward(cp.asarray(dy), *on_card, rstd), dy * g * xhat
-        near(dx, rstd.get()[:, None] * (dy * g - xhat * along.mean(-1, keepdims=True)), 1e-5)
+def dequantize(cp):
+    W = quantize_4bit(normal(8192 + 64 + 7))
+    on_card = quantize_4bit(cp.asarray(W.dequantize()))
+    near(on_card.dequantize(), W.dequantize(), 0.01)
 
-    return {"nf4_dequantize.cu": dequantize, "nf4_quantize.cu": dequantize,
+
+def few_rows(cp):
+    W, x = quantize_4bit(normal(24, 192)), bf16(3, 192)
+    h, B = bf16(3, 4), bf16(24, 4)
+    on_card = quantize_4bit(cp.asarray(W.dequantize()))
+    y = cuda.nf4_matmul(cp.asarray(x), on_card.on_card(), cp.asarray(h), cp.asarray(B))
+    x, h, B = (a.astype(np.float32) for a in (x, h, B))
+    near(y.astype(np.float32), x @ W.dequantize().T + h @ B.T, 0.03)
+
+
+def lora(cp):
+    x, W, dy = normal(70, 40), normal(66, 40), normal(70, 66)
+    A, B = normal(3, 40), normal(66, 3)
+    on_card = [cp.asarray(a) for a in (x, W, A, B)]
+    y, h = cuda.lora_forward(*on_card, 0.5)
+    near(y, x @ W.T + 0.5 * x @ A.T @ B.T, 1e-5)
+    dx, dA, dB = cuda.lora_backward(cp.asarray(dy), on_card[0], h, *on_card[1:], 0.5)
+    near(dx, dy @ W + 0.5 * dy @ B @ A, 1e-5)
+    near(dA, 0.5 * (dy @ B).T @ x, 1e-5)
+    near(dB, 0.5 * dy.T @ (x @ A.T), 1e-5)
+
+
+def attended(cp):
+    q, k, v, dy = (bf16(1, heads, n, 16) for heads, n in ((2, 17), (1, 70), (1, 70), (2, 17)))
+    on_card = [cp.asarray(a) for a in (q, k, v)]
+    y, lse = cuda.attention_forward(*on_card, True)
+    found = y, *cuda.attention_backward(cp.asarray(dy), *on_card, y, lse, True)
+    leaves = [Tensor(a.astype(np.float32), requires_grad=True) for a in (q, k, v)]
+    expected = attention(*leaves, causal=True)
+    expected.backward(dy.astype(np.float32))
+    for a, b in zip(found, (expected.data, *(leaf.grad for leaf in leaves))):
+        near(a.astype(np.float32), b, 0.03)
+
+
+def step(cp):
+    arrays = [normal(1027), normal(1027), normal(1027), normal(1027) ** 2]
+    settings = 3, 1e-2, 0.9, 0.99, 1e-8, 0.1
+    on_card = [cp.asarray(a) for a in arrays]
+    cuda.adamw(*on_card, *settings)
+    adamw(*arrays, *settings)
+    near(on_card[0], arrays[0], 0)
+
+
+def gated(cp):
+    gate, up, dy = normal(1, 1027), normal(1, 1027), normal(1, 1027)
+    on_card = [cp.asarray(a) for a in (gate, up)]
+    s = 1 / (1 + np.exp(-gate))
+    near(cuda.swiglu(*on_card), gate * s * up, 1e-5)
+    dgate, dup = cuda.swiglu_backward(cp.asarray(dy), *on_card)
+    near(dgate, dy * up * s * (1 + gate * (1 - s)), 1e-5)
+    near(dup, dy * gate * s, 1e-5)
+
+
+def normed(cp):
+    x, g, dy = normal(3, 1030), normal(1030), normal(3, 1030)
+    on_card = [cp.asarray(a) for a in (x, g)]
+    y, rstd = cuda.rms_norm(*on_card, 1e-6)
+    xhat = x / np.sqrt((x * x).mean(-1, keepdims=True))
+    near(y, xhat * g, 1e-5)
+    dx, along = cuda.rms_norm_backward(cp.asarray(dy), *on_card, rstd), dy * g * xhat
+    near(dx, rstd.get()[:, None] * (dy * g - xhat * along.mean(-1, keepdims=True)), 1e-5)
+
+
+PROBLEMS = {"nf4_dequantize.cu": dequantize, "nf4_quantize.cu": dequantize,
             "nf4_matmul.cu": few_rows, "lora_matmul.cu": lora, "adamw.cu": step,
             "attention.cu": attended, "attention_backward.cu": attended,
             "swiglu.cu": gated, "rms_norm.cu": normed}
 
 
-def in_a_fork(run) -> str:
-    """How run() ended in a process of its own: "clean", or its error and what a sanitizer said."""
+def in_a_fork(run, cp) -> str:
+    """How run(cp) ended in a process of its own: "clean", or what it or a sanitizer said."""
     out, into = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(into, 2)
         try:
-            run()
+            run(cp)
             os._exit(0)
         except Exception:
             traceback.print_exc()
@@ -171,9 +183,8 @@ def main():
     with installed():
         from minilm.backend import cupy
 
-        kernels = problems(cupy())
-        for file, run in kernels.items():
-            print(file, repr(in_a_fork(run)), sep="\t", flush=True)
+        for file, run in PROBLEMS.items():
+            print(file, repr(in_a_fork(run, cupy())), sep="\t", flush=True)
         for bug in BUGS:
             if bug.build != os.environ.get("CUDA_SANITIZER"):
                 continue
@@ -182,7 +193,7 @@ def main():
                 assert file != bug.file or bug.piece in source, f"{bug.name}: no such piece"
                 return source.replace(bug.piece, bug.instead) if file == bug.file else source
             raw.read = planted
-            print(bug.name, repr(in_a_fork(kernels[bug.file])), sep="\t", flush=True)
+            print(bug.name, repr(in_a_fork(PROBLEMS[bug.file], cupy())), sep="\t", flush=True)
 
 
 if __name__ == "__main__":
