@@ -5,12 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#ifndef MLM_EMULATED  // the tests run kernels on a CPU and bring their own for what follows
-
-// Shared memory whose size the launch gives.
-#define DYN_SHARED(T, name) \
-    extern __shared__ __align__(16) unsigned char name##_bytes[]; \
-    T* name = reinterpret_cast<T*>(name##_bytes)
+#ifndef MLM_EMULATED  // the tests run kernels on a CPU and bring their own
 
 // d += a b on the tensor cores: a is 16 x 16 by rows, b is 16 x 8 by columns, d is 16 x 8 in float.
 // Lane l, with g = l / 4 and t = l % 4, holds two neighbours in each register:

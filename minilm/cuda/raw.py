@@ -41,11 +41,11 @@ class Kernel:
         module = cupy().RawModule(code=source, options=options)
         self.launch = module.get_function(name)
 
-    def __call__(self, grid, block, *args, shared_mem: int = 0):
+    def __call__(self, grid, block, *args):
         if len(args) != len(self.parameters):
             raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, got {len(args)}")
         args = tuple(self.checked(arg, *p) for arg, p in zip(args, self.parameters))
-        self.launch(grid, block, args, shared_mem=shared_mem)
+        self.launch(grid, block, args)
 
     def checked(self, arg, name, dtype, is_array):
         """The argument as the kernel takes it."""

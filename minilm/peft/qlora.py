@@ -6,7 +6,7 @@ Dettmers et al. 2023, arXiv:2305.14314, section 3, with lora.py's A and B for th
 
 The same values come from quantized_linear and add_low_rank one after the other. Together the small
 product is written first and the large one adds to it in passing, forward and backward: the output
-is not read and written again. On a GPU that is half the price of the adapter.
+is not written again.
 """
 
 from minilm.backend import one_dtype, rows

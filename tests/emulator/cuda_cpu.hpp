@@ -17,6 +17,7 @@
 #define __constant__ static __attribute__((unused))
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
+// Shared memory whose size the launch gives; for CUDA a macro around extern __shared__.
 #define DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(emulator::dynamic_shared)
 
 #define threadIdx (emulator::current->index)
