@@ -132,6 +132,10 @@ class Linear(Module):
     def forward(self, x):  # (..., I) -> (..., O)
         return ops.linear(x, self.weight, self.bias)
 
+    def plain(self):
+        """A Linear of the same function: itself. Quantized and adapted layers make one."""
+        return self
+
 
 class Embedding(Module):
     """A table of N rows, looked up by integers."""

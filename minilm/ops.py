@@ -206,35 +206,64 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):  # (..., V), 
 
 
 @op
-def kl_divergence(student, teacher, temperature=1.0):  # logits (..., V), (..., V) -> ()
-    """Mean over rows of KL(softmax(teacher / T) || softmax(student / T)).
+def kl_divergence(student, teacher, temperature=1.0, mask=None, total=None):
+    """Mean over rows of KL(p || q), p = softmax(teacher / T) and q = softmax(student / T).
 
-    Its gradient shrinks like 1/T^2: Hinton et al. 2015, arXiv:1503.02531, multiply by T^2.
+    student, teacher: logits (..., V). Exchange the two for KL(q || p). mask (...): the rows that
+    count, by default all. total: divide by this number of rows instead, as in cross_entropy. The
+    gradient shrinks like 1/T^2: Hinton et al. 2015, arXiv:1503.02531, multiply by T^2.
     """
     one_shape("kl_divergence", student=student, teacher=teacher)
-    xp, n = array_module(student), student.size // student.shape[-1]
-    log_q, log_p = (_log_softmax(wide(x) / temperature) for x in (student, teacher))
-    p, gap = xp.exp(log_p), log_p - log_q
-    per_row = row_dot(p, gap)
+    share = row_shares("kl_divergence", student, mask, total)
 
-    def dstudent(dy): return dy / (n * temperature) * (xp.exp(log_q) - p)
-    def dteacher(dy): return dy / (n * temperature) * p * (gap - per_row)
-    return per_row.sum() / n, dstudent, dteacher
+    def formula(s, t):
+        log_q, log_p = (_log_softmax(wide(z) / temperature) for z in (s, t))
+        p = array_module(s).exp(log_p)
+        return row_dot(p, log_p - log_q)[..., 0], array_module(s).exp(log_q) - p
+
+    def dteacher_rows(t, s, kl):  # computed when it is asked for, which is seldom
+        log_q, log_p = (_log_softmax(wide(z) / temperature) for z in (s, t))
+        return array_module(s).exp(log_p) * (log_p - log_q - kl)
+
+    kl, gap = by_rows(formula, student, teacher)
+
+    def dstudent(dy):  # (q - p) / T
+        gap[...] *= (share * (dy / temperature))[..., None]
+        return gap
+    def dteacher(dy):  # p (log p - log q - KL) / T
+        dt = by_rows(dteacher_rows, teacher, student, kl[..., None])
+        return dt * (share * (dy / temperature))[..., None]
+    return (kl * share).sum(), dstudent, dteacher
 
 
 @op
-def cosine_embedding(x, y):  # (..., C), (..., C) -> ()
-    """Mean over rows of 1 - cos(x, y)."""
+def cosine_embedding(x, y, mask=None, total=None):  # (..., C), (..., C) -> ()
+    """Mean over rows of 1 - cos(x, y); mask and total as in kl_divergence.
+
+    Squared lengths are taken 1e-12 larger, as in PyTorch, so that a row of zeros has a gradient.
+    """
     one_shape("cosine_embedding", x=x, y=y)
-    xp, n = array_module(x), x.size // x.shape[-1]
+    share = row_shares("cosine_embedding", x, mask, total)
     x, y = wide(x), wide(y)
-    norm_x, norm_y = xp.sqrt(row_dot(x, x)), xp.sqrt(row_dot(y, y))
+    norm_x, norm_y = (array_module(z).sqrt(row_dot(z, z) + 1e-12) for z in (x, y))
     cos = row_dot(x, y) / (norm_x * norm_y)
 
     # d cos/dx = (yhat - cos xhat) / |x|
-    def dx(dy): return dy / -n * (y / norm_y - cos * x / norm_x) / norm_x
-    def dy(d): return d / -n * (x / norm_x - cos * y / norm_y) / norm_y
-    return 1 - cos.sum() / n, dx, dy
+    def dx(dy): return (share * -dy)[..., None] * (y / norm_y - cos * x / norm_x) / norm_x
+    def dy(d): return (share * -d)[..., None] * (x / norm_x - cos * y / norm_y) / norm_y
+    return ((1 - cos[..., 0]) * share).sum(), dx, dy
+
+
+def row_shares(name, x, mask, total):
+    """What each row of x (..., C) weighs in a mean over those that mask (...) counts: (...)."""
+    xp, lead, dtype = array_module(x), x.shape[:-1], wide(x[:0]).dtype
+    counted = xp.ones(lead, bool) if mask is None else xp.asarray(mask) != 0
+    if counted.shape != lead:
+        raise ValueError(f"{name}: mask {counted.shape} does not go with rows {lead}")
+    n = int(counted.sum()) if total is None else total
+    if n == 0:
+        raise ValueError(f"{name}: no row counts; nothing to average")
+    return counted.astype(dtype) / n
 
 
 @op

@@ -22,7 +22,7 @@ from minilm.backend import array_module, to_device, tune_allocator, wide
 from minilm.optim.flat import squares
 from minilm.optim.paged import PagedAdamW
 from minilm.optim.precision import LossScaler
-from minilm.tensor import no_grad, randomness
+from minilm.tensor import Tensor, no_grad, randomness
 from minilm.workers import Workers
 
 IGNORED = -100
@@ -55,15 +55,17 @@ class Trainer:
     threads as workers (Linux). seed: of dropout; with the same seed, workers and batches the same
     parameters come out, bit for bit, whether or not a run was stopped and resumed in between.
     scaler: of the loss, for float16; a step whose gradient overflows is then skipped.
+    loss: what is minimised, a function like `label_loss`.
     """
 
     def __init__(self, model, optimizer, workers: int = 1, processes: bool = False, seed: int = 0,
-                 scaler: LossScaler | None = None):
+                 scaler: LossScaler | None = None, loss=None):
         on_gpu = array_module(optimizer.flat.data) is not np
         if processes and (on_gpu or isinstance(optimizer, PagedAdamW)):
             raise ValueError("processes cannot share a GPU's memory, nor PagedAdamW's pages: "
                              "train there with threads")
         self.model, self.optimizer, self.seed, self.scaler = model, optimizer, seed, scaler
+        self.loss = loss or label_loss
         self.workers = Workers(optimizer.flat, self._work, workers, processes)
 
     def __enter__(self):
@@ -89,10 +91,10 @@ class Trainer:
         opt, scale = self.optimizer, self.scaler.scale if self.scaler else 1.0
         lr = opt.lr if lr is None else lr
         opt.zero_grad()
-        loss = 0.0
+        loss, totals = 0.0, (tokens.size, counted)
         for i, rows in enumerate(np.array_split(np.arange(len(tokens)), accumulate)):
             # The 1 keeps dropout's stream apart from the batches' (seed, step).
-            parts = [("gradients", (self.seed, step, 1, i, w), tokens[r], targets[r], counted,
+            parts = [("gradients", (self.seed, step, 1, i, w), tokens[r], targets[r], totals,
                       scale) for w, r in enumerate(self._split(rows))]
             loss += sum(self.workers.run(parts))
         opt.flat.complete()
@@ -139,12 +141,12 @@ class Trainer:
         job, *args = part
         return getattr(self, f"_{job}")(*args)
 
-    def _gradients(self, seed, tokens, targets, total, scale):
+    def _gradients(self, seed, tokens, targets, totals, scale):
         self.model.train()
         overflow = "ignore" if self.scaler else None  # the scaler is there to meet it
         with np.errstate(over=overflow, invalid=overflow):
             with randomness(np.random.default_rng(seed)):
-                loss = ops.cross_entropy(self.model(tokens), targets, total=total)
+                loss = self.loss(self.model, tokens, targets, totals)
             (loss * scale if self.scaler else loss).backward()
         return float(loss.data)
 
@@ -161,6 +163,11 @@ class Trainer:
 
     def _update(self, part, *args):
         self.optimizer.update(part, *args)
+
+
+def label_loss(model, tokens, targets, totals) -> Tensor:
+    """Cross-entropy of the targets. totals: numbers of tokens and of targets in the whole batch."""
+    return ops.cross_entropy(model(tokens), targets, total=totals[1])
 
 
 def train(trainer: Trainer, batches, steps: int, schedule, start: int = 0, clip: float = 1.0,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minilm import ops, tensor
+from minilm.distill import top_k_divergence
 from minilm.peft.lora import add_low_rank
 from minilm.peft.qlora import quantized_lora
 from minilm.quantize.linear import quantize_weight, quantized_linear
@@ -161,6 +162,8 @@ def attention_rows(F):
 
 
 def loss_rows(F):
+    torch = import_torch()
+
     def labels(r, B, T, C):  # the last one counts, some others do not
         targets = np.where(r.random((B, T)) < 0.3, -100, r.integers(0, C, (B, T)))
         targets[-1, -1] = 0
@@ -169,12 +172,41 @@ def loss_rows(F):
     def pair(r, B, T, C): return [apart(r, B, T, C), apart(r, B, T, C)], []
     def kl(s, t): return F.kl_div(*(F.log_softmax(x / 2, -1).flatten(0, 1) for x in (s, t)),
                                   reduction="batchmean", log_target=True)
+    def masked(r, B, T, C):
+        mask = r.random((B, T)) < 0.7
+        mask[-1, -1] = True
+        return pair(r, B, T, C)[0], [mask]
+    def masked_kl(s, t, mask): return kl(s[mask][None], t[mask][None])
+    def cosine(x, y):
+        x, y = x.flatten(0, -2), y.flatten(0, -2)
+        return F.cosine_embedding_loss(x, y, torch.ones(len(x)))
+
+    def chosen(r, B, T, C):  # k tokens of each row, whose probabilities leave some for the others
+        k = r.integers(1, C, endpoint=True)
+        ids = r.permuted(np.tile(np.arange(C), (B, T, 1)), axis=-1)[..., :k]
+        z = torch.tensor(normal(r, B, T, C))
+        return [apart(r, B, T, C)], [ids, F.log_softmax(z, -1).gather(-1, torch.tensor(ids)).numpy()]
+    def coarse_kl(z, ids, log_p):
+        log_q = F.log_softmax(z / 2, -1)
+        if ids.shape[-1] < z.shape[-1]:  # all others are one class more
+            rest = log_q.exp().scatter(-1, ids, 0).sum(-1, keepdim=True)
+            log_q = torch.cat([log_q.gather(-1, ids), rest.log()], -1)
+            log_p = torch.cat([log_p, torch.log1p(-log_p.exp().sum(-1, keepdim=True))], -1)
+        else:
+            log_q = log_q.gather(-1, ids)
+        return F.kl_div(log_q.flatten(0, 1), log_p.flatten(0, 1), reduction="batchmean",
+                        log_target=True)
     return [
         Row("cross_entropy", ops.cross_entropy,
             lambda z, t: F.cross_entropy(z.flatten(0, 1), t.flatten()), labels),
         Row("kl_divergence", lambda s, t: ops.kl_divergence(s, t, temperature=2.0), kl, pair),
-        Row("cosine_embedding", ops.cosine_embedding,
-            lambda x, y: (1 - F.cosine_similarity(x, y, -1)).mean(), pair),
+        Row("kl_divergence masked", lambda s, t, mask: ops.kl_divergence(s, t, 2.0, mask=mask),
+            masked_kl, masked),
+        Row("cosine_embedding", ops.cosine_embedding, cosine, pair),
+        Row("cosine_embedding masked", lambda x, y, mask: ops.cosine_embedding(x, y, mask=mask),
+            lambda x, y, mask: cosine(x[mask], y[mask]), masked),
+        Row("top_k_divergence", lambda z, *k: top_k_divergence(z, *k, temperature=2.0), coarse_kl,
+            chosen),
         Row("mse", ops.mse, F.mse_loss, pair),
     ]
 

@@ -111,11 +111,16 @@ class LoRALinear(Module):
         for other, adapter in self.adapters.items():
             adapter.activate(other == name)
 
+    def plain(self) -> Linear:
+        """A Linear of what acts: the base's weight and the adapter's update."""
+        base, adapter = self.base.plain(), self.adapters.get(self.active)
+        if self.merged or not adapter:
+            return self.merged or base
+        update = adapter.update()
+        return Linear.of(Tensor((base.weight.data + update).astype(update.dtype)), base.bias)
+
     def merge(self):
-        W0 = self.base.weight
-        W0 = W0.data if isinstance(W0, Tensor) else W0.dequantize()
-        update = self.adapters[self.active].update()
-        self.merged = Linear.of(Tensor((W0 + update).astype(update.dtype)), self.base.bias)
+        self.merged = self.plain()
 
 
 def add_lora(model: Module, r: int, alpha: float, targets=("q", "v"), dropout: float = 0.0,

@@ -92,6 +92,10 @@ class QuantizedLinear(Module):
         return quantized_linear(x, self.weight, self.bias, compute_dtype=self.compute_dtype,
                                 threshold=self.threshold)
 
+    def plain(self) -> Linear:
+        """A Linear of the dequantized weight."""
+        return Linear.of(Tensor(self.weight.dequantize()), self.bias)
+
     def astype(self, dtype):
         """Convert the bias; the codes mean nothing in another dtype."""
         if self.bias is not None:

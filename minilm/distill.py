@@ -1,0 +1,225 @@
+"""Distillation: a small student learns what a large teacher answers, not only what is right.
+
+Hinton et al. 2015, arXiv:1503.02531. For logits v of the teacher and z of the student:
+
+    p_i = exp(v_i / T) / sum_j exp(v_j / T), q likewise of z       (1)
+    dC/dz_i = (q_i - p_i) / T, C the cross-entropy of q under p    (2)
+
+A temperature T > 1 shows what the teacher thinks of the answers that it does not give. As the
+gradient (2) shrinks like 1/T^2 (4), C is multiplied by T^2. Here C is KL(p || q), which differs
+from the cross-entropy by p's entropy, a constant. Exchanging the two, KL(q || p), makes a student
+that would rather miss some of the teacher's answers than give one that the teacher would not.
+
+Sanh et al. 2019, arXiv:1910.01108 (DistilBERT), section 3: the student has every other layer of the
+teacher, begins with their weights, and minimises a sum of three losses, in their code's weights
+
+    L = 5 L_ce + 2 L_mlm + 1 L_cos
+
+    L_ce     soft     T^2 KL(p || q), mean over all tokens that are not padding
+    L_mlm    hard     cross-entropy of the right tokens: masked ones, or the next ones
+    L_cos    cosine   1 - cos between the last hidden states, over the same tokens as L_ce
+
+Left out: a loss between attention maps or earlier layers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from minilm import ops
+from minilm.backend import array_module, by_rows, row_dot, row_sum, rows, wide
+from minilm.nn import Linear
+from minilm.ops import row_shares
+from minilm.tensor import Tensor, no_grad, op
+from minilm.transformer import Transformer
+
+IGNORED = -100
+
+
+def distillation_loss(student_logits: Tensor, teacher_logits, targets, temperature: float = 2.0,
+                      weights: tuple[float, float, float] = (5.0, 2.0, 1.0), hidden=None,
+                      mask=None, masked_only: bool = False, reverse: bool = False,
+                      totals=None) -> Tensor:
+    """weights . (T^2 KL, cross-entropy, cosine loss): a scalar.
+
+    student_logits: (B, T, V). teacher_logits: the same, a Tensor or an array, or TopK of them; no
+    gradient flows to the teacher. targets: integers (B, T), -100 where there is none. hidden: the
+    student's and the teacher's last hidden states, (B, T, C) each; without them there is no cosine
+    loss. mask (B, T): 0 for padding. masked_only: KL of the tokens that have a target alone.
+    reverse: KL(student || teacher). totals: numbers of tokens and of targets in the whole batch,
+    when this is a part of one. ValueError where shapes differ, the temperature is not positive, a
+    weight is negative or no loss has one.
+    """
+    T, (soft, hard, cosine) = temperature, _checked(temperature, weights)
+    if hidden is None and not soft + hard:
+        raise ValueError(f"weights {tuple(weights)} leave only the cosine loss, and there are no "
+                         "hidden states")
+    if targets.shape != student_logits.shape[:-1]:
+        raise ValueError(f"targets {targets.shape} do not go with logits {student_logits.shape}")
+    tokens, labels = totals or (None, None)
+    terms = []
+    if soft:
+        compared, total = (targets != IGNORED, labels) if masked_only else (mask, tokens)
+        divergence = _soft_loss(student_logits, teacher_logits, T, compared, total, reverse)
+        terms.append(soft * T**2 * divergence)
+    del teacher_logits  # the caller may have let them go: no need to hold them any longer
+    if hard:
+        terms.append(hard * ops.cross_entropy(student_logits, targets, total=labels))
+    if cosine and hidden is not None:
+        ours, theirs = hidden
+        terms.append(cosine * ops.cosine_embedding(ours, _constant(theirs), mask, tokens))
+    return sum(terms[1:], terms[0])
+
+
+def _soft_loss(student, teacher, temperature, mask, total, reverse) -> Tensor:
+    """KL between the two distributions; the teacher's may be TopK."""
+    if isinstance(teacher, TopK):
+        if reverse:
+            raise ValueError("the reverse KL needs all of the teacher's logits, not its top k")
+        return top_k_divergence(student, *teacher, temperature=temperature, mask=mask, total=total)
+    pair = student, _constant(teacher)
+    return ops.kl_divergence(*(pair[::-1] if reverse else pair), temperature=temperature,
+                             mask=mask, total=total)
+
+
+class TopK(NamedTuple):
+    """A teacher's answers, small enough to store: its k likeliest tokens at one temperature."""
+
+    ids: np.ndarray  # integers (..., k)
+    log_p: np.ndarray  # (..., k), log softmax(logits / T)
+
+
+def top_k(logits, k: int, temperature: float = 2.0) -> TopK:
+    """TopK of logits (..., V), a Tensor or an array. ValueError where k is not 1 to V."""
+    logits = _constant(logits)
+    xp, V = array_module(logits), logits.shape[-1]
+    if not 1 <= k <= V:
+        raise ValueError(f"k must be 1 to {V}, the number of tokens; got {k}")
+    log_p = ops.log_softmax(wide(logits) / temperature).data
+    ids = xp.argpartition(log_p, V - k, axis=-1)[..., V - k :]
+    return TopK(ids.astype(np.int32), xp.take_along_axis(log_p, ids, -1))
+
+
+@op
+def top_k_divergence(student, ids, log_p, temperature=1.0, mask=None, total=None):
+    """KL(p || q) over k + 1 classes: the tokens in ids, and R, all others together.
+
+        KL = sum_k p_k log(p_k / q_k) + p_R log(p_R / q_R)
+
+    student: logits (..., V), q = softmax(student / T). ids, log_p: a TopK at the same T. mask and
+    total as in ops.kl_divergence, which this never exceeds, and which it is where k = V.
+    """
+    if ids.shape != log_p.shape or ids.shape[:-1] != student.shape[:-1]:
+        raise ValueError(f"top k ids {ids.shape} and log_p {log_p.shape} do not go with logits "
+                         f"{student.shape}")
+    share, V = row_shares("top_k_divergence", student, mask, total), student.shape[-1]
+
+    def formula(z, ids, log_p):
+        xp, log_p = array_module(z), wide(log_p)
+        log_q, p, at = ops.log_softmax(wide(z) / temperature).data, xp.exp(log_p), (
+            xp.arange(len(z))[:, None], ids)
+        q = xp.exp(log_q)
+        chosen, q[at] = q[at], 0
+        tiny = np.finfo(q.dtype).tiny
+        p_R = (1 - row_sum(p)).clip(0) * (ids.shape[-1] < V)
+        q_R = row_sum(q).clip(tiny)
+        kl = row_dot(p, log_p - log_q[at]) + p_R * xp.log(p_R.clip(tiny) / q_R)
+        # dKL/dz_j = (q_j - p_j) / T, with q_j p_R / q_R for p_j of the others
+        q -= q * (p_R / q_R)
+        q[at] = chosen - p
+        return kl[:, 0], q
+
+    kl, gap = by_rows(formula, rows(student), rows(ids), rows(log_p))
+
+    def dstudent(dy):
+        gap[...] *= (share * (dy / temperature)).reshape(-1, 1)
+        return gap.reshape(student.shape)
+    return (kl * share.reshape(-1)).sum(), dstudent
+
+
+class Distillation:
+    """The loss of a student under its teacher, in the form that `Trainer` takes.
+
+    student, teacher: Transformers; the teacher may be adapted or quantized. It runs without dropout
+    and without a graph. Where the widths differ, `project`, a linear layer, takes the student's
+    hidden states to the teacher's width; its `parameters()` are to be trained beside the student's.
+    top_k: see no more than this of the teacher's answers. Other arguments as in distillation_loss.
+    """
+
+    def __init__(self, student: Transformer, teacher: Transformer, temperature: float = 2.0,
+                 weights: tuple[float, float, float] = (5.0, 2.0, 1.0), masked_only: bool = False,
+                 reverse: bool = False, top_k: int | None = None, seed: int = 0):
+        ours, theirs = student.config, teacher.config
+        if ours.vocab_size != theirs.vocab_size:
+            raise ValueError(f"the student has a vocabulary of {ours.vocab_size} tokens, the "
+                             f"teacher one of {theirs.vocab_size}")
+        _checked(temperature, weights)
+        self.teacher, self.temperature, self.weights = teacher, temperature, weights
+        self.masked_only, self.reverse, self.top_k = masked_only, reverse, top_k
+        self.project = None
+        if ours.width != theirs.width and weights[2]:
+            self.project = Linear(ours.width, theirs.width, np.random.default_rng(seed),
+                                  bias=False, std=1 / math.sqrt(ours.width))
+
+    def parameters(self) -> list[Tensor]:
+        """The projection's, where there is one."""
+        return self.project.parameters() if self.project else []
+
+    def __call__(self, student, tokens, targets, totals=None, mask=None) -> Tensor:
+        with no_grad():
+            theirs = self.teacher.eval().hidden(tokens, mask)
+            answers = self.teacher.head(theirs)
+        if self.top_k:
+            answers = top_k(answers, self.top_k, self.temperature)
+        ours = student.hidden(tokens, mask)
+        logits, hidden = student.head(ours), None
+        if self.weights[2]:
+            hidden = self.project(ours) if self.project else ours, theirs
+        return distillation_loss(logits, answers, targets, self.temperature, self.weights, hidden,
+                                 mask, self.masked_only, self.reverse, totals)
+
+
+def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = None) -> Transformer:
+    """A new model with the teacher's blocks at `layers`, its embeddings and its head: all copies.
+
+    layers: increasing numbers from 0; by default every other one. DistilBERT's are 0 2 4 7 9 11.
+    The weights of an adapted or quantized teacher are those that act, as plain ones; all train.
+    ValueError where layers are none, not increasing, or not the teacher's.
+    """
+    depth = teacher.config.layers
+    layers = list(range(0, depth, 2) if layers is None else layers)
+    if not layers or layers != sorted({*layers} & {*range(depth)}):
+        raise ValueError(f"layers must be increasing numbers from 0 to {depth - 1}, the teacher's; "
+                         f"got {layers}")
+    dtype, device = teacher.embed.weight.dtype, teacher.embed.weight.device
+    student = Transformer(replace(teacher.config, layers=len(layers))).astype(dtype)
+    theirs, state = dict(teacher.named_modules()), {}
+    for path, _ in student.named_tensors():
+        owner, _, kind = path.rpartition(".")
+        if owner.startswith("blocks."):
+            _, block, rest = owner.split(".", 2)
+            owner = f"blocks.{layers[int(block)]}.{rest}"
+        source = theirs[owner]
+        source = source.plain() if hasattr(source, "plain") else source
+        state[path] = getattr(source, kind).data
+    student.load_state_dict(state)
+    return student.to(device)
+
+
+def _constant(x):
+    """The array of a Tensor or an array: nothing flows back."""
+    return x.data if isinstance(x, Tensor) else x
+
+
+def _checked(temperature, weights) -> list[float]:
+    """The weights; ValueError where they or the temperature make no loss."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"the temperature must be positive, got {temperature}")
+    weights = [float(w) for w in weights]
+    if len(weights) != 3 or not all(0 <= w < math.inf for w in weights) or not sum(weights):
+        raise ValueError("weights must be three numbers, none negative and not all 0: of KL, "
+                         f"cross-entropy and cosine loss; got {weights}")
+    return weights
