@@ -98,9 +98,12 @@ def top_k(logits, k: int, temperature: float = 2.0) -> TopK:
     xp, V = array_module(logits), logits.shape[-1]
     if not 1 <= k <= V:
         raise ValueError(f"k must be 1 to {V}, the number of tokens; got {k}")
-    log_p = ops.log_softmax(wide(logits) / temperature).data
-    ids = xp.argpartition(log_p, V - k, axis=-1)[..., V - k :]
-    return TopK(ids.astype(np.int32), xp.take_along_axis(log_p, ids, -1))
+
+    def formula(z):
+        log_p = ops.log_softmax(wide(z) / temperature).data
+        ids = xp.argpartition(log_p, V - k, axis=-1)[..., V - k :]
+        return ids.astype(np.int32), xp.take_along_axis(log_p, ids, -1)
+    return TopK(*by_rows(formula, logits))
 
 
 @op
@@ -171,15 +174,18 @@ class Distillation:
     def __call__(self, student, tokens, targets, totals=None, mask=None) -> Tensor:
         with no_grad():
             theirs = self.teacher.eval().hidden(tokens, mask)
-            answers = self.teacher.head(theirs)
-        if self.top_k:
-            answers = top_k(answers, self.top_k, self.temperature)
-        ours = student.hidden(tokens, mask)
-        logits, hidden = student.head(ours), None
+        ours, hidden = student.hidden(tokens, mask), None
         if self.weights[2]:
             hidden = self.project(ours) if self.project else ours, theirs
-        return distillation_loss(logits, answers, targets, self.temperature, self.weights, hidden,
-                                 mask, self.masked_only, self.reverse, totals)
+        # The logits have no names here, so that the loss alone decides how long they live.
+        return distillation_loss(student.head(ours), self._answers(theirs), targets,
+                                 self.temperature, self.weights, hidden, mask, self.masked_only,
+                                 self.reverse, totals)
+
+    def _answers(self, hidden):
+        with no_grad():
+            logits = self.teacher.head(hidden)
+        return top_k(logits, self.top_k, self.temperature) if self.top_k is not None else logits
 
 
 def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = None) -> Transformer:
@@ -194,8 +200,11 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     if not layers or layers != sorted({*layers} & {*range(depth)}):
         raise ValueError(f"layers must be increasing numbers from 0 to {depth - 1}, the teacher's; "
                          f"got {layers}")
-    dtype, device = teacher.embed.weight.dtype, teacher.embed.weight.device
-    student = Transformer(replace(teacher.config, layers=len(layers))).astype(dtype)
+    embedding, head = teacher.embed.weight, teacher.head
+    out = head.out if teacher.config.head == "masked" else head
+    tied = out.plain().weight is embedding  # no longer, where the head was adapted or quantized
+    config = replace(teacher.config, layers=len(layers), tied=tied)
+    student = Transformer(config).astype(embedding.dtype)
     theirs, state = dict(teacher.named_modules()), {}
     for path, _ in student.named_tensors():
         owner, _, kind = path.rpartition(".")
@@ -206,7 +215,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
         source = source.plain() if hasattr(source, "plain") else source
         state[path] = getattr(source, kind).data
     student.load_state_dict(state)
-    return student.to(device)
+    return student.to(embedding.device)
 
 
 def _constant(x):

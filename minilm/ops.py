@@ -79,10 +79,12 @@ def log_softmax(x):  # over the last axis
     return y.astype(x.dtype, copy=False), dx
 
 
-def _log_softmax(x):
+def _log_softmax(x, temperature=1.0):
     z = wide(x) - x.max(-1, keepdims=True)
+    z /= temperature
     xp = array_module(z)
-    return z - xp.log(row_sum(xp.exp(z)))
+    z -= xp.log(row_sum(xp.exp(z)))
+    return z
 
 
 @op
@@ -217,12 +219,15 @@ def kl_divergence(student, teacher, temperature=1.0, mask=None, total=None):
     share = row_shares("kl_divergence", student, mask, total)
 
     def formula(s, t):
-        log_q, log_p = (_log_softmax(wide(z) / temperature) for z in (s, t))
-        p = array_module(s).exp(log_p)
-        return row_dot(p, log_p - log_q)[..., 0], array_module(s).exp(log_q) - p
+        log_q, log_p = (_log_softmax(z, temperature) for z in (s, t))
+        p, xp = array_module(s).exp(log_p), array_module(s)
+        log_p -= log_q
+        gap = xp.exp(log_q, out=log_q)
+        gap -= p
+        return row_dot(p, log_p)[..., 0], gap
 
     def dteacher_rows(t, s, kl):  # computed when it is asked for, which is seldom
-        log_q, log_p = (_log_softmax(wide(z) / temperature) for z in (s, t))
+        log_q, log_p = (_log_softmax(z, temperature) for z in (s, t))
         return array_module(s).exp(log_p) * (log_p - log_q - kl)
 
     kl, gap = by_rows(formula, student, teacher)
@@ -232,7 +237,8 @@ def kl_divergence(student, teacher, temperature=1.0, mask=None, total=None):
         return gap
     def dteacher(dy):  # p (log p - log q - KL) / T
         dt = by_rows(dteacher_rows, teacher, student, kl[..., None])
-        return dt * (share * (dy / temperature))[..., None]
+        dt *= (share * (dy / temperature))[..., None]
+        return dt
     return (kl * share).sum(), dstudent, dteacher
 
 

@@ -107,13 +107,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     parts = [data.split(corpus, s.validation) for corpus in corpora]
     stored = run and data.load_tokenizer(run.path / "tokenizer.json")
     tokenizer = stored or make_tokenizer(s, parts)
-    streams = [data.pack(training, tokenizer) for training, _ in parts]
-    weights = s.weights or [len(stream) for stream in streams]
-    batches = data.Batches(streams, weights, s.batch, s.context, s.seed)
-    held_out = data.rows(np.concatenate([data.pack(v, tokenizer) for _, v in parts]), s.context)
-    if s.family == "bert":
-        batches = data.MaskedBatches(batches, tokenizer, s.seed)
-        held_out = data.corrupt(held_out[0], np.random.default_rng(s.seed), tokenizer)
+    batches, held_out = make_batches(s, parts, tokenizer)
     model = make_model(s, tokenizer.vocab_size).astype(s.dtype)
     if run is None:
         s = replace(s, workers=s.workers or default_workers()[0])  # other counts, other bits
@@ -197,6 +191,18 @@ def fill_in(model, tokens, tokenizer, seed):
     with no_grad():
         guesses = model.eval()(masked).data.argmax(-1)
     return np.where(targets == data.IGNORED, tokens, guesses)
+
+
+def make_batches(s: Settings, parts, tokenizer):
+    """(batches of the training parts, rows of those held out): as the family learns."""
+    streams = [data.pack(training, tokenizer) for training, _ in parts]
+    weights = s.weights or [len(stream) for stream in streams]
+    batches = data.Batches(streams, weights, s.batch, s.context, s.seed)
+    held_out = data.rows(np.concatenate([data.pack(v, tokenizer) for _, v in parts]), s.context)
+    if s.family == "bert":
+        batches = data.MaskedBatches(batches, tokenizer, s.seed)
+        held_out = data.corrupt(held_out[0], np.random.default_rng(s.seed), tokenizer)
+    return batches, held_out
 
 
 def make_tokenizer(s: Settings, parts):
