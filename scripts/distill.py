@@ -11,26 +11,219 @@ three temperatures (needs the extra `plots`). --sweep distils at other temperatu
 run directory with teacher and student as Hugging Face folders.
 """
 
-import statistics
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
-import numpy as np
+import pretrain
 import tyro
-from pretrain import make_model
-from threadpoolctl import threadpool_limits
+from distill_report import Arm, draw, prediction, print_table, size, with_speeds
 from tqdm import tqdm
 
 from minilm import data
 from minilm.distill import Distillation, student_from_teacher
-from minilm.generate import generate
+from minilm.files import sha256
 from minilm.interop import huggingface
+from minilm.nn import Module
 from minilm.optim import AdamW, cosine_schedule
 from minilm.run import RunDirectory
-from minilm.tensor import no_grad
-from minilm.train import Diverged, Trainer, default_workers, train
+from minilm.train import Diverged, Trainer, default_workers, finish_on_interrupt, train
 from minilm.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run."""
+
+    corpus: tuple[str, ...] = ("python-reference",)
+    """python-reference, python-docstrings, python-source, or paths of text files and folders"""
+    validation: float = 0.1
+    """share of each corpus that is held out"""
+    teacher: str = ""
+    """Hugging Face folder with a tokenizer.json; by default a teacher is trained"""
+    objective: Literal["causal", "masked"] = "causal"
+    """go on, or fill in masked tokens: a new teacher is then a Llama or a BERT"""
+    layers: int = 8
+    """of a new teacher, as are the next four"""
+    heads: int = 4
+    width: int = 64
+    context: int = 128
+    """tokens in a row"""
+    teacher_steps: int = 2400
+    keep: tuple[int, ...] = ()
+    """the teacher's layers, from 0, that the student gets; by default every other one"""
+    student_width: int = 0
+    """of a student that is narrower or wider than its teacher, and so begins at random"""
+    steps: int = 800
+    """of each student"""
+    temperature: float = 2.0
+    """of both distributions in the soft loss"""
+    weights: tuple[float, float, float] = (5.0, 2.0, 1.0)
+    """of the soft, the hard and the cosine loss"""
+    reverse: bool = False
+    """KL of the student's distribution to the teacher's"""
+    masked_only: bool = False
+    """soft loss of the masked tokens alone"""
+    top_k: int | None = None
+    """show the student no more of the teacher's answers than this"""
+    sweep: tuple[float, ...] = ()
+    """temperatures at which the student is distilled once more"""
+    batch: int = 8
+    """rows in a step"""
+    lr: float = 5e-3
+    """learning rate after the warmup; from there it falls as a cosine to a twentieth"""
+    prompt: str = "If the object is "
+    """what the picture shows the teacher's next token of"""
+    seed: int = 0
+    """of weights and batches"""
+    workers: int = 0
+    """cores to use; 0 means all"""
+    threads: bool = False
+    """use threads rather than processes as workers"""
+
+
+def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
+         out: Path = Path("runs"), resume: Path | None = None):
+    """Train a teacher, cut a student out of it, distil, and show what the student kept.
+
+    Args:
+        settings: what decides the run.
+        out: folder in which the run gets a folder of its own.
+        resume: folder of a run to go on with, bit for bit, under its own settings.
+    """
+    run = RunDirectory(resume) if resume else None
+    s = run.settings(settings) if run else settings
+    if min(s.steps, s.teacher_steps) < 1 or not s.prompt:
+        raise ValueError("steps and teacher_steps must be at least 1, and the prompt not empty")
+    corpora = [data.load_corpus(name) for name in s.corpus]
+    described = [{"name": c.name, "sha256": c.sha256} for c in corpora] + [
+        {"name": file.name, "sha256": sha256(file)}
+        for file in sorted(Path(s.teacher).glob("*.safetensors")) if s.teacher]
+    if run and run.describe()["corpora"] != described:
+        raise ValueError(f"{resume}: the text or the teacher are not those it was started on")
+    like = shape(s)
+    teacher, tokenizer = load_teacher(s) if s.teacher else (
+        pretrain.make_model(like, data.ByteTokenizer.vocab_size), data.ByteTokenizer())
+    parts = [data.split(corpus, s.validation) for corpus in corpora]
+    texts = pretrain.make_batches(like, parts, tokenizer)
+    make_students(s, teacher)  # fails now, rather than when the teacher is trained
+    if run is None:
+        s = replace(s, workers=s.workers or default_workers()[0])  # other counts, other bits
+        run = RunDirectory.create(out, "distill", asdict(s), described)
+    distill(run, s, teacher, tokenizer, texts)
+
+
+def distill(run, s: Settings, teacher, tokenizer, texts):
+    """Train the teacher, unless it came trained, and all students; show and save the results."""
+    tokens = s.batch * s.context
+    print(f"{run.path}: teacher of {size(teacher):,} parameters, "
+          f"{0 if s.teacher else s.teacher_steps * tokens:,} tokens; each student "
+          f"{s.steps * tokens:,} tokens")
+    arms = {"teacher": Arm(teacher, fit(run, s, "teacher", teacher, texts,
+                                        0 if s.teacher else s.teacher_steps))}
+    save(run, "teacher", teacher, tokenizer)
+    for name, (student, loss) in make_students(s, teacher).items():
+        arms[name] = Arm(student, fit(run, s, name, student, texts, s.steps, loss))
+    best = next(name for name in arms if name != "teacher")
+    save(run, "student", arms[best].model, tokenizer)
+    arms = with_speeds(arms, texts[1][0])
+    print_table(arms, best)
+    picture = draw(run.path / "distill.png", arms, *prediction(teacher, tokenizer, s.prompt))
+    print(f"curves, and a prediction at three temperatures: {picture}" if picture
+          else 'for pictures: pip install "minilm[plots]"')
+    print(f"teacher and student, as Hugging Face folders: {run.path}/teacher, {run.path}/student")
+
+
+def shape(s: Settings) -> pretrain.Settings:
+    """What pretrain.py needs to know of a new teacher and of the batches."""
+    return pretrain.Settings(
+        family="llama" if s.objective == "causal" else "bert", layers=s.layers, heads=s.heads,
+        width=s.width, context=s.context, batch=s.batch, seed=s.seed)
+
+
+def load_teacher(s: Settings):
+    """(model, tokenizer) of a Hugging Face folder."""
+    folder = Path(s.teacher)
+    teacher = huggingface.load_model(folder)
+    tokenizer, c = data.load_tokenizer(folder / "tokenizer.json"), teacher.config
+    if c.causal != (s.objective == "causal"):
+        raise ValueError(f"{folder} has a {'causal' if c.causal else 'masked'} teacher, the "
+                         f"objective is {s.objective}")
+    if c.vocab_size < tokenizer.vocab_size or c.context < s.context:
+        raise ValueError(f"{folder} has a vocabulary of {c.vocab_size} and a context of "
+                         f"{c.context}; needed are {tokenizer.vocab_size} and {s.context}")
+    return teacher, tokenizer
+
+
+def make_students(s: Settings, teacher) -> dict[str, tuple]:
+    """name -> (student, its loss): by where it begins and what it learns from; the first is best.
+
+    A student of another width cannot begin with the teacher's weights.
+    """
+    learns = partial(Distillation, temperature=s.temperature, weights=s.weights,
+                     masked_only=s.masked_only, reverse=s.reverse, top_k=s.top_k, seed=s.seed)
+    half = partial(student_from_teacher, teacher, s.keep or None)
+    config, width = half().config, s.student_width
+    if width:
+        config = replace(config, width=width, hidden=config.hidden * width // config.width)
+    fresh = partial(Transformer, config, s.seed)
+    students = {}
+    for start, make in {"from the teacher": half, "from random": fresh}.items():
+        if make is half and width:
+            continue
+        students |= {f"{start}, distilled": (student := make(), learns(student, teacher)),
+                     f"{start}, labels alone": (make(), None)}
+    first = fresh if width else half
+    for T in s.sweep:
+        student = first()
+        students[f"distilled at T = {T:g}"] = student, learns(student, teacher, temperature=T)
+    return students
+
+
+def fit(run, s: Settings, name: str, model, texts, steps: int, loss=None) -> list[dict]:
+    """Train a model in a folder of its own, from where it was stopped; returns its records."""
+    (batches, held_out), arm = texts, RunDirectory(run.path / "arms" / name.replace(" ", "-"))
+    arm.path.mkdir(parents=True, exist_ok=True)
+    whole = Module()
+    whole.model, whole.project = model, loss and loss.project
+    params = whole.parameters()
+    optimizer = AdamW(params, s.lr, (0.9, 0.95), weight_decay=0.1,
+                      undecayed=[p for p in params if p.ndim < 2])
+    start, every = arm.restore(whole, optimizer), max(1, steps // 8)
+    schedule = partial(cosine_schedule, steps=steps, lr=s.lr, min_lr=s.lr / 20, warmup=steps // 20)
+    with (
+        Trainer(model, optimizer, s.workers, default_workers()[1] and not s.threads, s.seed,
+                loss=loss) as trainer,
+        finish_on_interrupt() as interrupted,
+        tqdm(total=steps, initial=start, desc=name, unit="step", disable=None) as bar,
+    ):
+        def note(step, every): arm.log(step=step, **pretrain.evaluate(trainer, held_out, every))
+        if not arm.records():
+            note(0, 4 if steps else 1)
+        for done in train(trainer, batches, steps, schedule, start):
+            bar.update()
+            bar.set_postfix_str(f"loss {done.loss:.3f}")
+            if done.step % every == 0 or done.step == steps:
+                note(done.step, 4 if done.step < steps else 1)
+            if done.step == steps or interrupted():
+                arm.save(done.step, whole, optimizer)
+                if done.step < steps:
+                    sys.exit(f"stopped; go on with: --resume {run.path}")
+    return arm.records()
+
+
+def save(run, name: str, model, tokenizer):
+    """A Hugging Face folder with its tokenizer."""
+    huggingface.save_model(model, run.path / name)
+    tokenizer.save(run.path / name / "tokenizer.json")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError, ImportError, Diverged) as error:
+        sys.exit(f"distill.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped before the first step")

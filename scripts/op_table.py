@@ -184,8 +184,8 @@ def loss_rows(F):
     def chosen(r, B, T, C):  # k tokens of each row, whose probabilities leave some for the others
         k = r.integers(1, C, endpoint=True)
         ids = r.permuted(np.tile(np.arange(C), (B, T, 1)), axis=-1)[..., :k]
-        z = torch.tensor(normal(r, B, T, C))
-        return [apart(r, B, T, C)], [ids, F.log_softmax(z, -1).gather(-1, torch.tensor(ids)).numpy()]
+        log_p = F.log_softmax(torch.tensor(normal(r, B, T, C)), -1).numpy()
+        return [apart(r, B, T, C)], [ids, np.take_along_axis(log_p, ids, -1)]
     def coarse_kl(z, ids, log_p):
         log_q = F.log_softmax(z / 2, -1)
         if ids.shape[-1] < z.shape[-1]:  # all others are one class more
