@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 import pretrain
 import tyro
-from distill_report import Arm, draw, prediction, print_table, size, with_speeds
+from distill_report import Arm, draw, prediction, print_table, size, speeds
 from tqdm import tqdm
 
 from minilm import data
@@ -74,7 +74,7 @@ class Settings:
     """rows in a step"""
     lr: float = 5e-3
     """learning rate after the warmup; from there it falls as a cosine to a twentieth"""
-    prompt: str = "If the object is "
+    prompt: str = "the value of th"
     """what the picture shows the teacher's next token of"""
     seed: int = 0
     """of weights and batches"""
@@ -126,10 +126,9 @@ def distill(run, s: Settings, teacher, tokenizer, texts):
     save(run, "teacher", teacher, tokenizer)
     for name, (student, loss) in make_students(s, teacher).items():
         arms[name] = Arm(student, fit(run, s, name, student, texts, s.steps, loss))
-    best = next(name for name in arms if name != "teacher")
-    save(run, "student", arms[best].model, tokenizer)
-    arms = with_speeds(arms, texts[1][0])
-    print_table(arms, best)
+    student = list(arms)[1]
+    save(run, "student", arms[student].model, tokenizer)
+    print_table(arms, speeds(arms, texts[1][0]), student)
     picture = draw(run.path / "distill.png", arms, *prediction(teacher, tokenizer, s.prompt))
     print(f"curves, and a prediction at three temperatures: {picture}" if picture
           else 'for pictures: pip install "minilm[plots]"')
@@ -158,7 +157,7 @@ def load_teacher(s: Settings):
 
 
 def make_students(s: Settings, teacher) -> dict[str, tuple]:
-    """name -> (student, its loss): by where it begins and what it learns from; the first is best.
+    """name -> (student, its loss): by where it begins and what it learns from; the first is kept.
 
     A student of another width cannot begin with the teacher's weights.
     """
@@ -170,21 +169,20 @@ def make_students(s: Settings, teacher) -> dict[str, tuple]:
         config = replace(config, width=width, hidden=config.hidden * width // config.width)
     fresh = partial(Transformer, config, s.seed)
     students = {}
-    for start, make in {"from the teacher": half, "from random": fresh}.items():
-        if make is half and width:
-            continue
+    starts = {} if width else {"from the teacher": half}
+    for start, make in (starts | {"from random": fresh}).items():
         students |= {f"{start}, distilled": (student := make(), learns(student, teacher)),
                      f"{start}, labels alone": (make(), None)}
-    first = fresh if width else half
     for T in s.sweep:
-        student = first()
-        students[f"distilled at T = {T:g}"] = student, learns(student, teacher, temperature=T)
+        student = fresh() if width else half()
+        students[f"distilled at T={T:g}"] = student, learns(student, teacher, temperature=T)
     return students
 
 
 def fit(run, s: Settings, name: str, model, texts, steps: int, loss=None) -> list[dict]:
     """Train a model in a folder of its own, from where it was stopped; returns its records."""
-    (batches, held_out), arm = texts, RunDirectory(run.path / "arms" / name.replace(" ", "-"))
+    folder = run.path / "arms" / name.replace(",", "").replace(" ", "-")
+    (batches, held_out), arm = texts, RunDirectory(folder)
     arm.path.mkdir(parents=True, exist_ok=True)
     whole = Module()
     whole.model, whole.project = model, loss and loss.project
@@ -226,4 +224,4 @@ if __name__ == "__main__":
     except (ValueError, OSError, ImportError, Diverged) as error:
         sys.exit(f"distill.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped before the first step")
+        sys.exit("\nstopped")

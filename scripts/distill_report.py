@@ -18,59 +18,56 @@ TEMPERATURES = (1, 2, 4)
 
 
 class Arm(NamedTuple):
-    """A model, what it learned, and how fast it is."""
+    """A model, and the records of its held-out loss and accuracy."""
 
     model: Transformer
-    curve: list[dict]  # records of held-out loss and accuracy
-    evaluates: float = 0.0  # tokens a second on one core
-    generates: float = 0.0
+    curve: list[dict]
 
 
-def with_speeds(arms: dict[str, Arm], tokens, rounds: int = 7) -> dict[str, Arm]:
-    """The arms with their speeds: medians of `rounds`, the models in turn, on one core."""
-    tokens, times = tokens[:16], {name: [] for name in arms}
-    jobs = [lambda model: model(tokens)]
-    sizes = [tokens.size]
+def speeds(arms: dict[str, Arm], tokens, rounds: int = 7) -> dict[str, list[float]]:
+    """Tokens a second on one core, evaluating 16 rows and, if causal, generating one row.
+
+    Medians of rounds, in which the models take turns.
+    """
+    rows, T = tokens[:16], tokens.shape[1]
+    jobs = [(rows.size, lambda model: model(rows))]
     if next(iter(arms.values())).model.config.causal:
-        jobs.append(lambda model: generate(model, tokens[:1, :1], tokens.shape[1] - 1))
-        sizes.append(tokens.shape[1] - 1)
+        jobs.append((T - 1, lambda model: generate(model, rows[:1, :1], T - 1)))
+    times = {name: [[] for _ in jobs] for name in arms}
     with threadpool_limits(1, "blas"), no_grad():
         for _ in tqdm(range(rounds), desc="speeds", unit="turn", leave=False, disable=None):
             for name, arm in arms.items():
-                times[name].append([seconds(job, arm.model.eval()) for job in jobs])
-    return {name: arm._replace(**dict(zip(("evaluates", "generates"), (
-        size / statistics.median(t) for size, t in zip(sizes, zip(*times[name]))))))
-        for name, arm in arms.items()}
-
-
-def seconds(job, *arguments) -> float:
-    start = time.perf_counter()
-    job(*arguments)
-    return time.perf_counter() - start
+                for (_, job), found in zip(jobs, times[name]):
+                    start = time.perf_counter()
+                    job(arm.model.eval())
+                    found.append(time.perf_counter() - start)
+    return {name: [n / statistics.median(t) for (n, _), t in zip(jobs, found)]
+            for name, found in times.items()}
 
 
 def size(model) -> int:
     return sum(p.size for p in model.parameters())
 
 
-def print_table(arms: dict[str, Arm], best: str):
-    """One line a model, and what the best student kept."""
-    print(f"\n{'':30}{'held out:':>10}{'next token':>12}{'of the':>11}{'':>12}{'':>7}"
-          f"{'evaluates':>11}{'generates':>11}\n{'':30}{'loss':>10}{'right':>12}{'teacher':>11}"
-          f"{'parameters':>12}{'MB':>7}{'tokens/s':>11}{'tokens/s':>11}")
+def print_table(arms: dict[str, Arm], speed: dict[str, list[float]], student: str):
+    """One line a model, and what this student kept."""
+    verbs = ["evaluates", "generates"][: len(speed[student])]
+    print(f"\n{'':30}{'held out:':>9}{'tokens':>9}{'of the':>10}{'':19}"
+          + "".join(f"{verb:>11}" for verb in verbs)
+          + f"\n{'':30}{'loss':>9}{'right':>9}{'teacher':>10}{'parameters':>12}{'MB':>7}"
+          + len(verbs) * f"{'tokens/s':>11}")
     top = arms["teacher"].curve[-1]["validation_accuracy"]
     for name, arm in arms.items():
         end, n = arm.curve[-1], size(arm.model)
         right = end["validation_accuracy"]
-        print(f"{name:30}{end['validation_loss']:>10.4f}{right:>12.2%}{right / top:>11.1%}{n:>12,}"
-              f"{4 * n / 1e6:>7.2f}{arm.evaluates:>11,.0f}{arm.generates:>11,.0f}")
-    teacher, student = arms["teacher"], arms[best]
-    kept = student.curve[-1]["validation_accuracy"] / top
-    faster = [f"{verb} {getattr(student, verb) / getattr(teacher, verb):.2f} times as fast"
-              for verb in ("evaluates", "generates") if getattr(teacher, verb)]
-    print(f"\nThe student {best} keeps {kept:.1%} of the teacher's accuracy with "
-          f"{size(student.model) / size(teacher.model):.1%} of its\nparameters, and "
-          f"{' and '.join(faster)}.")
+        print(f"{name:30}{end['validation_loss']:>9.4f}{right:>9.2%}{right / top:>10.1%}{n:>12,}"
+              f"{4 * n / 1e6:>7.2f}" + "".join(f"{v:>11,.0f}" for v in speed[name]))
+    kept = arms[student].curve[-1]["validation_accuracy"] / top
+    faster = [f"{verb} {mine / its:.2f} times as fast"
+              for verb, mine, its in zip(verbs, speed[student], speed["teacher"])]
+    print(f"\nThe distilled student keeps {kept:.1%} of the teacher's accuracy with "
+          f"{size(arms[student].model) / size(arms['teacher'].model):.1%} of its parameters, and\n"
+          f"{' and '.join(faster)}, on one core.")
 
 
 def prediction(teacher, tokenizer, prompt: str, count: int = 8):
@@ -95,14 +92,17 @@ def draw(path: Path, arms: dict[str, Arm], prompt: str, tokens, p) -> Path | Non
     left, middle, right = figure.subplots(1, 3)
     teacher, *students = arms
     left.plot(*points(arms[teacher], "validation_loss"), ".-", color="black", linewidth=1)
-    left.set(title="the teacher", xlabel="step", ylabel="held-out loss (nats a token)")
+    end = arms[teacher].curve[-1]["validation_loss"]
+    left.set(title="the teacher", xlabel="step", ylabel="held-out loss (nats a token)",
+             ylim=(0.9 * end, 1.8 * end))
     level = arms[teacher].curve[-1]["validation_accuracy"]
     middle.axhline(level, color="black", linewidth=1, label="teacher")
     middle.axhline(0.97 * level, color="black", linewidth=1, linestyle=":", label="97 % of it")
     for name in students:
         middle.plot(*points(arms[name], "validation_accuracy"), ".-", linewidth=1, label=name)
     middle.legend(frameon=False, fontsize="small")
-    middle.set(title="students", xlabel="step", ylabel="held-out tokens right")
+    middle.set(title="students", xlabel="step", ylabel="held-out tokens right",
+               ylim=(0.7 * level, 1.03 * level))
     places, width = np.arange(len(tokens)), 0.8 / len(p)
     for i, (T, heights) in enumerate(p.items()):
         right.bar(places + (i - (len(p) - 1) / 2) * width, heights, width, label=f"T = {T}")
