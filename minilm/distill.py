@@ -5,10 +5,11 @@ Hinton et al. 2015, arXiv:1503.02531. For logits v of the teacher and z of the s
     p_i = exp(v_i / T) / sum_j exp(v_j / T), q likewise of z       (1)
     dC/dz_i = (q_i - p_i) / T, C the cross-entropy of q under p    (2)
 
-A temperature T > 1 shows what the teacher thinks of the answers that it does not give. As the
-gradient (2) shrinks like 1/T^2 (4), C is multiplied by T^2. Here C is KL(p || q), which differs
-from the cross-entropy by p's entropy, a constant. Exchanging the two, KL(q || p), makes a student
-that would rather miss some of the teacher's answers than give one that the teacher would not.
+A temperature T > 1 shows what the teacher thinks of the answers that it does not give. For large T
+the gradient is (z_i - v_i) / (N T^2), N the number of classes (4), so C is multiplied by T^2. Here
+C is KL(p || q), which differs from the cross-entropy by p's entropy, a constant. Exchanging the
+two, KL(q || p), makes a student that would rather miss some of the teacher's answers than give one
+that the teacher would not.
 
 Sanh et al. 2019, arXiv:1910.01108 (DistilBERT), section 3: the student has every other layer of the
 teacher, begins with their weights, and minimises a sum of three losses, in their code's weights

@@ -232,7 +232,7 @@ def kl_divergence(student, teacher, temperature=1.0, mask=None, total=None):
 
     kl, gap = by_rows(formula, student, teacher)
 
-    def dstudent(dy):  # (q - p) / T
+    def dstudent(dy):  # (q - p) / T, Hinton's eq. (2)
         gap[...] *= (share * (dy / temperature))[..., None]
         return gap
     def dteacher(dy):  # p (log p - log q - KL) / T

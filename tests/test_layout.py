@@ -65,6 +65,7 @@ PUBLIC = {  # what other programs rely on
     "Transformer.state_dict Transformer.load_state_dict Transformer.train Transformer.eval "
     "Transformer.to",
     "generate": "generate",
+    "distill": "distillation_loss student_from_teacher Distillation TopK top_k",
     "optim": "AdamW SGD PagedAdamW LossScaler clip_grad_norm cosine_schedule",
     "quantize": "quantize_int8 Int8 Int8.dequantize int8_matmul_outliers quantize_4bit FourBit "
     "FourBit.dequantize QuantizedLinear quantize_model",
