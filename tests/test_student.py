@@ -1,5 +1,6 @@
 """minilm.distill.student_from_teacher: what a student takes from plain, adapted and quantized
-teachers, that it owns it, which layers are refused, and (marked peers) that transformers loads it.
+teachers, that it owns it, which layers are refused, that all of it works on CuPy's arrays, and
+(marked peers) that transformers loads it.
 """
 
 import dataclasses
@@ -7,6 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 from conftest import close
+from test_cuda_path import MASK, TARGETS, TOKENS, pair, same, same_parameters
 
 from minilm.distill import Distillation, student_from_teacher
 from minilm.files import read_json
@@ -16,6 +18,7 @@ from minilm.peft import add_lora, merge_lora, trainable_parameters, unload_lora,
 from minilm.peft.lora import lora_layers
 from minilm.quantize import QuantizedLinear, quantize_model
 from minilm.tensor import no_grad
+from minilm.train import Trainer
 from minilm.transformer import Config, Transformer
 
 V, CONTEXT = 23, 8
@@ -172,6 +175,39 @@ def test_an_adapted_teacher_teaches_what_acts():
     close(losses[0].data, losses[1].data, "float32")
     losses[0].backward()
     assert all(p.grad is None for p in teacher.parameters()) and teacher.parameters()
+
+
+# On a GPU, or the stand-in for CuPy
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("settings", [{}, dict(reverse=True), dict(masked_only=True),
+                                      dict(top_k=3)], ids=str)
+def test_the_loss_is_the_same_on_a_gpu(cupy, family, settings):
+    found = []
+    for teacher in pair(family):
+        student = student_from_teacher(teacher, [1]).eval()
+        loss = Distillation(student, teacher, **settings)(student, TOKENS, TARGETS, mask=MASK)
+        loss.backward()
+        found.append([loss.data, *(p.grad for p in student.parameters())])
+    for cpu, gpu in zip(*found, strict=True):
+        same(gpu, cpu, scale=1)
+
+
+@pytest.mark.kernels
+def test_a_student_is_trained_on_a_gpu(cupy):
+    students = []
+    for teacher in pair("llama"):
+        student = student_from_teacher(teacher, [1])
+        optimizer = AdamW(student.parameters(), 1e-3)
+        with Trainer(student, optimizer, loss=Distillation(student, teacher)) as trainer:
+            for step in range(2):
+                trainer.step(step, TOKENS, TARGETS)
+        students.append(student)
+    cpu, gpu = students
+    same_parameters(gpu, cpu)
+
 
 
 @pytest.mark.parametrize("layers", [[], [4], [0, 4], [-1, 2], [2, 1], [1, 1], [0, 2, 1]])
