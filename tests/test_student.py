@@ -8,7 +8,9 @@ import dataclasses
 import numpy as np
 import pytest
 from conftest import close
-from test_cuda_path import MASK, TARGETS, TOKENS, pair, same, same_parameters
+from test_cuda_path import MASK, pair, same, same_parameters
+from test_cuda_path import TARGETS as RIGHT
+from test_cuda_path import TOKENS as READ
 
 from minilm.distill import Distillation, student_from_teacher
 from minilm.files import read_json
@@ -188,7 +190,7 @@ def test_the_loss_is_the_same_on_a_gpu(cupy, family, settings):
     found = []
     for teacher in pair(family):
         student = student_from_teacher(teacher, [1]).eval()
-        loss = Distillation(student, teacher, **settings)(student, TOKENS, TARGETS, mask=MASK)
+        loss = Distillation(student, teacher, **settings)(student, READ, RIGHT, mask=MASK)
         loss.backward()
         found.append([loss.data, *(p.grad for p in student.parameters())])
     for cpu, gpu in zip(*found, strict=True):
@@ -203,7 +205,7 @@ def test_a_student_is_trained_on_a_gpu(cupy):
         optimizer = AdamW(student.parameters(), 1e-3)
         with Trainer(student, optimizer, loss=Distillation(student, teacher)) as trainer:
             for step in range(2):
-                trainer.step(step, TOKENS, TARGETS)
+                trainer.step(step, READ, RIGHT)
         students.append(student)
     cpu, gpu = students
     same_parameters(gpu, cpu)
