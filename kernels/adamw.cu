@@ -4,7 +4,7 @@
 //     m += (g - m) (1 - beta1)                               eq. (1)
 //     v += (g g - v) (1 - beta2)                             eq. (2)
 //     p *= 1 - lr weight_decay                               eq. (3)
-//     p -= m / (sqrt(v) + eps correction) rate               eq. (4)
+//     p -= (m / (sqrt(v) + eps correction)) rate             eq. (4)
 //
 // with correction = sqrt(1 - beta2^t) and rate = lr correction / (1 - beta1^t). Nothing is
 // contracted to fmaf, and what the settings give is computed in float64 before the launch, as

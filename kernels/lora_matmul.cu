@@ -6,7 +6,7 @@
 //     h = scale x A^T                 dh = scale dy B
 //     y = x W^T + h B^T               dx = dy W + dh A        dA = dh^T x        dB = dy^T h
 //
-// in NumPy, in float64 say, rounded once to REAL. P_turned says that P and P2 lie in memory as
+// as NumPy has them in float64, rounded once to REAL. P_turned says that P and P2 lie in memory as
 // (K, M) and (R, M), Q_turned the same of Q and Q2: a transpose is another order of reading. Both
 // terms are one sum of K + R products: the update costs no further pass over y or dx. Each sum is
 // one thread's, first term first, so that the result is always the same bits.

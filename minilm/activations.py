@@ -1,4 +1,7 @@
-"""The activation functions of transformers, and SwiGLU's product of two layers."""
+"""The activation functions of transformers, and SwiGLU's product of two layers.
+
+All work element by element, in at least float32, and return their input's dtype.
+"""
 
 import math
 
@@ -12,12 +15,14 @@ from minilm.tensor import op
 
 @op
 def relu(x):
+    """max(x, 0)."""
     y = array_module(x).maximum(x, 0)
     return y, lambda dy: dy * (y > 0)
 
 
 @op
-def silu(x):  # x sigmoid(x)
+def silu(x):
+    """x sigmoid(x) (Elfwing et al. 2017, arXiv:1702.03118)."""
     def formula(x):
         x = wide(x)
         s = 1 / (1 + array_module(x).exp(-x))
@@ -28,9 +33,10 @@ def silu(x):  # x sigmoid(x)
 
 
 @op
-def swiglu(gate, up):  # (..., C), (..., C) -> (..., C)
+def swiglu(gate, up):
     """silu(gate) up (Shazeer 2020, arXiv:2002.05202); its inputs are all that it keeps.
 
+    gate and up have one shape (ValueError) and one dtype (TypeError).
     On a GPU this is kernels/swiglu.cu, but for float64.
     """
     one_shape("swiglu", gate=gate, up=up)
@@ -49,6 +55,7 @@ def swiglu(gate, up):  # (..., C), (..., C) -> (..., C)
 
 
 def _swiglu(gate, up):
+    """gate / (1 + exp(-gate)) up, in one temporary."""
     y = -wide(gate)
     array_module(y).exp(y, out=y)
     y += 1
@@ -62,8 +69,8 @@ def _swiglu_backward(dy, gate, up):
     s = array_module(x).exp(-x)
     s += 1
     array_module(x).divide(1, s, out=s)
-    dup = x * s  # silu(x), whose slope is s + silu(x) (1 - s)
-    dgate = 1 - s
+    dup = x * s  # silu(x)
+    dgate = 1 - s  # to become silu's slope, s + silu(x) (1 - s)
     dgate *= dup
     dgate += s
     dgate *= up
@@ -76,7 +83,8 @@ def _swiglu_backward(dy, gate, up):
 def gelu(x, approximate="none"):
     """x P(Z <= x) for a standard normal Z (Hendrycks & Gimpel 2016, arXiv:1606.08415).
 
-    approximate="tanh" is GPT-2's form, .5 x (1 + tanh(sqrt(2/pi) (x + .044715 x^3))).
+    approximate="tanh" is GPT-2's form, .5 x (1 + tanh(sqrt(2/pi) (x + .044715 x^3))). ValueError
+    for any other but "none".
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')

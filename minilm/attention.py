@@ -1,6 +1,12 @@
-"""Attention: heads, rotary positions, and softmax(q k^T / sqrt(D)) v as one op.
+"""Attention: heads, rotary positions, and softmax(q k^T / sqrt(D)) v, by tiles, as one op.
 
 Shapes: B batch, T tokens (queries), S tokens (keys), H heads, K key/value heads, D head width.
+
+Where all scores are equal, each token gets the mean of the values that it can see:
+
+>>> qk, v = np.zeros((1, 1, 4, 1)), np.array([1.0, 3.0, 5.0, 7.0]).reshape(1, 1, 4, 1)
+>>> attention(qk, qk, v, causal=True).data.ravel()
+array([1., 2., 3., 4.])
 """
 
 import functools
@@ -15,7 +21,8 @@ from minilm.tensor import op
 
 
 @op
-def split_heads(x, heads):  # (B, T, H D) -> (B, H, T, D)
+def split_heads(x, heads):
+    """(B, T, H D) -> (B, H, T, D)."""
     B, T, C = x.shape
     if C % heads:
         raise ValueError(f"split_heads: width {C} is not a multiple of {heads} heads")
@@ -24,17 +31,19 @@ def split_heads(x, heads):  # (B, T, H D) -> (B, H, T, D)
 
 
 @op
-def merge_heads(x):  # (B, H, T, D) -> (B, T, H D)
+def merge_heads(x):
+    """(B, H, T, D) -> (B, T, H D)."""
     B, H, T, D = x.shape
     y = x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
     return y, lambda dy: dy.reshape(B, T, H, D).transpose(0, 2, 1, 3)
 
 
 @op
-def rotary(x, cos, sin):  # (..., T, D), (T, D/2), (T, D/2) -> (..., T, D)
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864), the first half against the second half.
+def rotary(x, cos, sin):
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864), as Hugging Face's Llama lays them out.
 
-    The pair (x_i, x_{i + D/2}) turns by the position's angle; the gradient turns back.
+    The pair (x_i, x_{i + D/2}) turns by the i-th angle of its position; the gradient turns back.
+    (..., T, D), (T, D/2), (T, D/2) -> (..., T, D).
     """
     half = x.shape[-1] // 2
     if x.shape[-1] % 2 or cos.shape != (x.shape[-2], half) or sin.shape != cos.shape:
@@ -50,14 +59,14 @@ def rotary(x, cos, sin):  # (..., T, D), (T, D/2), (T, D/2) -> (..., T, D)
 
 
 @op
-def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S,D) -> (B,H,T,D)
+def attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(D) + mask) v, eq. (1) of Vaswani et al. 2017, arXiv:1706.03762.
 
-    mask broadcasts to (B, H, T, S): booleans (True may be seen) or numbers added to the scores.
-    causal: the last query sees every key, each earlier query one key fewer. H is a multiple of K:
-    each key/value head serves H / K query heads. A query that may see nothing gives zeros.
+    q (B, H, T, D), k and v (B, K, S, D), of one dtype -> (B, H, T, D). H is a multiple of K: each
+    key/value head serves H / K query heads. mask broadcasts to (B, H, T, S): booleans (True may be
+    seen) or numbers added to the scores. causal: the last query sees every key, each earlier query
+    one key fewer. A query that may see nothing gives zeros.
 
-    Works on tiles of query rows; a causal tile leaves out the keys that none of its rows can see.
     On a GPU bfloat16 without a mask goes to kernels/attention.cu, for D = 16, 32 .. 128.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
@@ -75,10 +84,10 @@ def attention(q, k, v, mask=None, causal=False):  # (B,H,T,D), (B,K,S,D), (B,K,S
     bias = None if mask is None else _bias(mask, (B, H, T, S), qg.dtype).reshape(*grouped[:4], S)
     tiles = []
     for b, t in _tiles(q, S):
-        s = S - T + t.stop if causal else S
+        s = S - T + t.stop if causal else S  # none of the tile's rows sees a key beyond s
         scores = qg[b, :, :, t] @ kg[b, :, :, :s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
         P, l = _weights(scores, causal, None if bias is None else bias[b, :, :, t, :s], xp)
-        yg[b, :, :, t] = P @ vg[b, :, :, :s] * l
+        yg[b, :, :, t] = P @ vg[b, :, :, :s] * l  # eq. (1)
         tiles.append((b, t, s, P, l))
 
     @once
@@ -122,17 +131,17 @@ def _fused(q, k, v, causal):
 
 
 def _weights(scores, causal, bias, xp):  # (..., t, s) -> (..., t, s), (..., t, 1)
-    """P and l, with softmax(scores) = P l: t * D products normalise P v, t * s would P itself."""
+    """P and l with softmax(scores) = P l. The caller multiplies P v by l: it is smaller than P."""
     P, (t, s) = scores, scores.shape[-2:]
     if causal and t > 1:
         P[..., s - t :] += _future(t, P.dtype, xp)
     if bias is not None:
         P += bias
-    top = P.max(-1, keepdims=True)
+    top = P.max(-1, keepdims=True)  # -inf where a row may see nothing
     P -= top if bias is None else xp.maximum(top, xp.finfo(P.dtype).min)
     xp.exp(P, out=P)
-    l = row_sum(P)  # at least 1, but 0 where a row may see nothing
-    return P, 1 / (l if bias is None else xp.maximum(l, 1))
+    total = row_sum(P)  # at least 1, but 0 where a row may see nothing
+    return P, 1 / (total if bias is None else xp.maximum(total, 1))
 
 
 def _tiles(q, S):

@@ -25,7 +25,10 @@ def array_module(x):
 
 
 def to_device(array, device: str):
-    """The array on `device`, "cpu" or "cuda"; the same object where it is there already."""
+    """The array on `device`, "cpu" or "cuda"; the same object where it is there already.
+
+    ValueError for another device; RuntimeError that says why "cuda" cannot be used.
+    """
     if device == "cpu":
         return array if array_module(array) is np else array.get()
     if device != "cuda":
@@ -141,6 +144,11 @@ def by_rows(formula, *arrays):
 
     The arrays are (..., C) with equal leading axes; formula must treat rows independently, and
     each result has one row per row of its input: (n, C) -> (n, ...).
+
+    >>> x = np.array([[1.0, 2.0], [3.0, 5.0]])
+    >>> by_rows(lambda x: (x - x.max(-1, keepdims=True), x.sum(-1)), x)
+    (array([[-1.,  0.],
+           [-2.,  0.]]), array([3., 8.]))
     """
     x = arrays[0]
     if x.size <= 2 * BLOCK or array_module(x) is not np:
@@ -170,10 +178,10 @@ def wide(x):
 
 
 def row_sum(x):
-    """Sums over the last axis, kept: (..., C) -> (..., 1). BLAS adds faster than np.sum."""
+    """Sums over the last axis, kept: (..., C) -> (..., 1)."""
     if array_module(x) is not np:
         return x.sum(-1, keepdims=True)
-    return (x @ ones(x.shape[-1], x.dtype, np))[..., None]
+    return (x @ ones(x.shape[-1], x.dtype, np))[..., None]  # BLAS adds faster than np.sum
 
 
 def row_dot(a, b):
@@ -196,7 +204,7 @@ def ones(n, dtype, xp):
 
 
 def scatter_add(ids, dy, n: int):
-    """Rows of dy added up by their id: (N,), (N, C) -> (n, C)."""
+    """Rows of dy added up by their id, in at least float32: (N,), (N, C) -> (n, C)."""
     xp, dy = array_module(dy), wide(dy)
     total = xp.zeros((n, dy.shape[-1]), dy.dtype)
     if xp is np and len(ids):

@@ -13,7 +13,10 @@ from minilm.backend import array_module, cublas, pointer, wide
 
 
 def matmul(a, b, alpha: float = 1.0, add_to=None):  # (..., I, K), (..., K, J) -> (..., I, J)
-    """alpha a b, of one dtype; with add_to (I, J), contiguous, it is added there instead."""
+    """alpha a b, for a and b of one dtype, in that dtype.
+
+    add_to, contiguous (I, J): the product of two matrices is added to it, and it is returned.
+    """
     if a.dtype.itemsize == 2 and array_module(a) is not np:
         return _on_card(a, b, alpha, add_to)
     y = a @ b if a.dtype.itemsize > 2 else wide(a) @ wide(b)

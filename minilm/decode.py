@@ -25,7 +25,7 @@ def decodes(model: Transformer) -> bool:
 
 
 def decode(model: Transformer, token: int, cache) -> np.ndarray:
-    """Logits (V,) of the token after `token`, whose keys and values enter the cache."""
+    """Logits (V,) of the token after `token`, whose keys and values enter the generate.Cache."""
     c, place, x = model.config, cache.length, model.embed.weight.data[token]
     angles = None
     if model.position:

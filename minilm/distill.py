@@ -6,10 +6,10 @@ Hinton et al. 2015, arXiv:1503.02531. For logits v of the teacher and z of the s
     dC/dz_i = (q_i - p_i) / T, C the cross-entropy of q under p    (2)
 
 A temperature T > 1 shows what the teacher thinks of the answers that it does not give. For large T
-the gradient is (z_i - v_i) / (N T^2), N the number of classes (4), so C is multiplied by T^2. Here
-C is KL(p || q), which differs from the cross-entropy by p's entropy, a constant. Exchanging the
-two, KL(q || p), makes a student that would rather miss some of the teacher's answers than give one
-that the teacher would not.
+the gradient is (z_i - v_i) / (N T^2), where z and v have mean 0 and N is the number of classes
+(4), so C is multiplied by T^2. Here C is KL(p || q), which differs from the cross-entropy by p's
+entropy, a constant. Exchanging the two, KL(q || p), makes a student that would rather miss some of
+the teacher's answers than give one that the teacher would not.
 
 Sanh et al. 2019, arXiv:1910.01108 (DistilBERT), section 3: the student has every other layer of the
 teacher, begins with their weights, and minimises a sum of three losses, in their code's weights
@@ -33,7 +33,6 @@ import numpy as np
 from minilm import ops
 from minilm.backend import array_module, by_rows, row_dot, row_sum, rows, wide
 from minilm.nn import Linear
-from minilm.ops import row_shares
 from minilm.tensor import Tensor, no_grad, op
 from minilm.transformer import Transformer
 
@@ -53,8 +52,16 @@ def distillation_loss(student_logits: Tensor, teacher_logits, targets, temperatu
     reverse: KL(student || teacher). totals: numbers of tokens and of targets in the whole batch,
     when this is a part of one. ValueError where shapes differ, the temperature is not positive, a
     weight is negative or no loss has one.
+
+    From its own logits a student has nothing to learn:
+
+    >>> logits = Tensor([[[2.0, 0.0, 1.0]]], requires_grad=True)
+    >>> loss = distillation_loss(logits, logits, np.array([[1]]), weights=(5, 0, 0))
+    >>> loss.backward()
+    >>> float(loss.data), logits.grad.tolist()
+    (0.0, [[[0.0, 0.0, 0.0]]])
     """
-    T, (soft, hard, cosine) = temperature, _checked(temperature, weights)
+    soft, hard, cosine = _checked(temperature, weights)
     if hidden is None and not soft + hard:
         raise ValueError(f"weights {tuple(weights)} leave only the cosine loss, and there are no "
                          "hidden states")
@@ -64,8 +71,9 @@ def distillation_loss(student_logits: Tensor, teacher_logits, targets, temperatu
     terms = []
     if soft:
         compared, total = (targets != IGNORED, labels) if masked_only else (mask, tokens)
-        divergence = _soft_loss(student_logits, teacher_logits, T, compared, total, reverse)
-        terms.append(soft * T**2 * divergence)
+        divergence = _soft_loss(student_logits, teacher_logits, temperature, compared, total,
+                                reverse)
+        terms.append(soft * temperature**2 * divergence)
     del teacher_logits  # the caller may have let them go: no need to hold them any longer
     if hard:
         terms.append(hard * ops.cross_entropy(student_logits, targets, total=labels))
@@ -81,9 +89,9 @@ def _soft_loss(student, teacher, temperature, mask, total, reverse) -> Tensor:
         if reverse:
             raise ValueError("the reverse KL needs all of the teacher's logits, not its top k")
         return top_k_divergence(student, *teacher, temperature=temperature, mask=mask, total=total)
-    pair = student, _constant(teacher)
-    return ops.kl_divergence(*(pair[::-1] if reverse else pair), temperature=temperature,
-                             mask=mask, total=total)
+    teacher = _constant(teacher)
+    p, q = (student, teacher) if reverse else (teacher, student)
+    return ops.kl_divergence(q, p, temperature=temperature, mask=mask, total=total)  # KL(p || q)
 
 
 class TopK(NamedTuple):
@@ -94,14 +102,19 @@ class TopK(NamedTuple):
 
 
 def top_k(logits, k: int, temperature: float = 2.0) -> TopK:
-    """TopK of logits (..., V), a Tensor or an array. ValueError where k is not 1 to V."""
+    """TopK of logits (..., V), a Tensor or an array. ValueError where k is not 1 to V.
+
+    >>> ids, log_p = top_k(np.log([0.1, 0.2, 0.7]), k=1, temperature=1.0)
+    >>> ids.tolist(), np.exp(log_p).round(6).tolist()
+    ([2], [0.7])
+    """
     logits = _constant(logits)
     xp, V = array_module(logits), logits.shape[-1]
     if not 1 <= k <= V:
         raise ValueError(f"k must be 1 to {V}, the number of tokens; got {k}")
 
     def formula(z):
-        log_p = ops.log_softmax(wide(z) / temperature).data
+        log_p = ops.log_softmax(wide(z) / temperature).data  # eq. (1)
         ids = xp.argpartition(log_p, V - k, axis=-1)[..., V - k :]
         return ids.astype(np.int32), xp.take_along_axis(log_p, ids, -1)
     return TopK(*by_rows(formula, logits))
@@ -119,27 +132,27 @@ def top_k_divergence(student, ids, log_p, temperature=1.0, mask=None, total=None
     if ids.shape != log_p.shape or ids.shape[:-1] != student.shape[:-1]:
         raise ValueError(f"top k ids {ids.shape} and log_p {log_p.shape} do not go with logits "
                          f"{student.shape}")
-    share, V = row_shares("top_k_divergence", student, mask, total), student.shape[-1]
+    share, V = ops.row_shares("top_k_divergence", student, mask, total), student.shape[-1]
 
     def formula(z, ids, log_p):
         xp, log_p = array_module(z), wide(log_p)
-        log_q, p, at = ops.log_softmax(wide(z) / temperature).data, xp.exp(log_p), (
-            xp.arange(len(z))[:, None], ids)
+        p, at = xp.exp(log_p), (xp.arange(len(z))[:, None], ids)
+        log_q = ops.log_softmax(wide(z) / temperature).data  # eq. (1)
         q = xp.exp(log_q)
-        chosen, q[at] = q[at], 0
+        q_k, q[at] = q[at], 0  # what is left in q are the others
         tiny = np.finfo(q.dtype).tiny
         p_R = (1 - row_sum(p)).clip(0) * (ids.shape[-1] < V)
         q_R = row_sum(q).clip(tiny)
         kl = row_dot(p, log_p - log_q[at]) + p_R * xp.log(p_R.clip(tiny) / q_R)
         # dKL/dz_j = (q_j - p_j) / T, with q_j p_R / q_R for p_j of the others
         q -= q * (p_R / q_R)
-        q[at] = chosen - p
+        q[at] = q_k - p
         return kl[:, 0], q
 
     kl, gap = by_rows(formula, rows(student), rows(ids), rows(log_p))
 
     def dstudent(dy):
-        gap[...] *= (share * (dy / temperature)).reshape(-1, 1)
+        gap[...] *= (share * (dy / temperature)).reshape(-1, 1)  # eq. (2)
         return gap.reshape(student.shape)
     return (kl * share.reshape(-1)).sum(), dstudent
 
@@ -151,6 +164,7 @@ class Distillation:
     and without a graph. Where the widths differ, `project`, a linear layer, takes the student's
     hidden states to the teacher's width; its `parameters()` are to be trained beside the student's.
     top_k: see no more than this of the teacher's answers. Other arguments as in distillation_loss.
+    ValueError where the vocabularies differ, and for settings that make no loss.
     """
 
     def __init__(self, student: Transformer, teacher: Transformer, temperature: float = 2.0,
@@ -161,6 +175,9 @@ class Distillation:
             raise ValueError(f"the student has a vocabulary of {ours.vocab_size} tokens, the "
                              f"teacher one of {theirs.vocab_size}")
         _checked(temperature, weights)
+        if top_k is not None and (reverse or not 1 <= top_k <= ours.vocab_size):
+            raise ValueError(f"top_k must be 1 to {ours.vocab_size}, the number of tokens, and "
+                             f"the reverse KL needs all; got {top_k}")
         self.teacher, self.temperature, self.weights = teacher, temperature, weights
         self.masked_only, self.reverse, self.top_k = masked_only, reverse, top_k
         self.project = None
@@ -173,11 +190,12 @@ class Distillation:
         return self.project.parameters() if self.project else []
 
     def __call__(self, student, tokens, targets, totals=None, mask=None) -> Tensor:
+        """distillation_loss on tokens (B, T): integers, as are the targets."""
         with no_grad():
             theirs = self.teacher.eval().hidden(tokens, mask)
         ours, hidden = student.hidden(tokens, mask), None
         if self.weights[2]:
-            hidden = self.project(ours) if self.project else ours, theirs
+            hidden = (self.project(ours) if self.project else ours), theirs
         # The logits have no names here, so that the loss alone decides how long they live.
         return distillation_loss(student.head(ours), self._answers(theirs), targets,
                                  self.temperature, self.weights, hidden, mask, self.masked_only,
@@ -195,6 +213,13 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     layers: increasing numbers from 0; by default every other one. DistilBERT's are 0 2 4 7 9 11.
     The weights of an adapted or quantized teacher are those that act, as plain ones; all train.
     ValueError where layers are none, not increasing, or not the teacher's.
+
+    >>> from minilm.transformer import Config
+    >>> teacher = Transformer(Config.gpt2(vocab_size=50, context=16, layers=4, heads=2, width=8))
+    >>> student = student_from_teacher(teacher, layers=[0, 3])
+    >>> ours, theirs = student.blocks[1].mlp.up.weight.data, teacher.blocks[3].mlp.up.weight.data
+    >>> bool((ours == theirs).all()), ours is theirs
+    (True, False)
     """
     depth = teacher.config.layers
     layers = list(range(0, depth, 2) if layers is None else layers)
@@ -208,13 +233,13 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     student = Transformer(config).astype(embedding.dtype)
     theirs, state = dict(teacher.named_modules()), {}
     for path, _ in student.named_tensors():
-        owner, _, kind = path.rpartition(".")
+        owner, _, name = path.rpartition(".")
         if owner.startswith("blocks."):
             _, block, rest = owner.split(".", 2)
             owner = f"blocks.{layers[int(block)]}.{rest}"
         source = theirs[owner]
         source = source.plain() if hasattr(source, "plain") else source
-        state[path] = getattr(source, kind).data
+        state[path] = getattr(source, name).data
     student.load_state_dict(state)
     return student.to(embedding.device)
 

@@ -1,4 +1,7 @@
-"""Generation: one token after another, with the keys and values of earlier tokens kept."""
+"""Generation: one token after another, with the keys and values of earlier tokens kept.
+
+Shapes: B batch, T tokens, S tokens so far, K key/value heads, D head width, V vocabulary.
+"""
 
 from collections.abc import Iterator
 
@@ -41,9 +44,15 @@ class LayerCache:
 def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None,
              seed: int = 0) -> np.ndarray:
-    """tokens (B, T) and max_new_tokens sampled after them: integers (B, T + max_new_tokens).
+    """tokens (B, T) and max_new_tokens sampled after them: int64 (B, T + max_new_tokens).
 
-    The settings are those of `stream`. The model's dropout is off meanwhile.
+    The settings and errors are those of `stream`. The model's dropout is off meanwhile. The same
+    seed draws the same tokens.
+
+    >>> from minilm.transformer import Config
+    >>> model = Transformer(Config.gpt2(vocab_size=256, context=8, layers=2, heads=4, width=64))
+    >>> generate(model, [[72, 105]], 3, temperature=0)  # untrained, with a tied head: an echo
+    array([[ 72, 105, 105, 105, 105]])
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
@@ -64,7 +73,8 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
     temperature divides the logits; 0 takes the likeliest token. top_k samples among the k
     likeliest, top_p among the fewest whose probabilities reach p (Holtzman et al. 2019,
     arXiv:1904.09751). Past the model's context the window slides: then the last `context` tokens
-    are run anew for each token, because their positions change. ValueError for bad settings.
+    are run anew for each token, because their positions change. ValueError for bad settings or
+    tokens, and for a model that is not causal.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":

@@ -2,7 +2,8 @@
 
 A node says how a tensor was made: from which nodes, and with which vjps (vector-Jacobian products),
 functions that turn the gradient of its output into that of one input. `backward` visits the nodes
-from the output to the leaves and adds up what arrives at each.
+from the output to the leaves and adds up what arrives at each. What a thread decides for itself,
+whether graphs are built and which generator dropout draws from, stands at the end.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ def backward(root: Node, dy):
             else:
                 grads[parent] = grads[parent] + dx
                 sums.add(parent)
-        del dy, dx, vjps
+        del dy, dx, vjps  # or they would stay until the next node's are there
 
 
 def _deposit(leaf, dy):
@@ -85,13 +86,13 @@ def _unbroadcast(dx, node):
             dx = column_sum(dx)
         else:
             dx = wide(dx).sum(axis=tuple(range(dx.ndim - len(node.shape))))
-            ones = tuple(i for i, n in enumerate(node.shape) if n == 1 != dx.shape[i])
-            dx = dx.sum(axis=ones, keepdims=True)
+            stretched = tuple(i for i, n in enumerate(node.shape) if n != dx.shape[i])
+            dx = dx.sum(axis=stretched, keepdims=True)
     return dx.astype(node.dtype, copy=False)
 
 
 def once(fn):
-    """Share work between the vjps of one op: fn(dy) runs once, later calls get the same result."""
+    """Share work between the vjps of one op: fn(dy) runs once, later calls get its result."""
     result = []
 
     def run(dy):
@@ -104,7 +105,7 @@ def once(fn):
 
 class ThreadState(threading.local):
     graph = True  # are graphs being built?
-    marks = False  # if not, does a bare node mark what would have one?
+    marks = False  # if not, does a bare node mark what would have a gradient?
     rng = None  # the generator that dropout draws from
 
 
@@ -115,7 +116,7 @@ thread = ThreadState()
 def no_grad(marks: bool = False):
     """Inside, ops compute values only, in this thread.
 
-    marks: a tensor that depends on one with a node gets a bare node, which keeps nothing.
+    marks, for `checkpoint`: what would have a gradient gets a bare node, which keeps nothing.
     """
     before = thread.graph, thread.marks
     thread.graph, thread.marks = False, marks

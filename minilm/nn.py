@@ -55,25 +55,28 @@ class Module:
         return [t for _, t in self.named_parameters()]
 
     def replace(self, path: str, module: "Module"):
-        """Put `module` in the place that `path` names, such as "blocks.0.attention.q"."""
+        """Put `module` in the place that `path` names, such as "blocks.0.attention.q".
+
+        ValueError where there is no module.
+        """
         if not path or path not in dict(self.named_modules()):
             raise ValueError(f"there is no module {path!r} to replace")
         *parents, name = path.split(".")
-        owner = self
+        place = vars(self)  # a module's attributes, or a list or dict of modules
         for part in parents:
-            owner = owner[_key(owner, part)] if isinstance(owner, (list, dict)) else (
-                getattr(owner, part))
-        if isinstance(owner, (list, dict)):
-            owner[_key(owner, name)] = module
-        else:
-            setattr(owner, name, module)
+            child = place[_key(place, part)]
+            place = vars(child) if isinstance(child, Module) else child
+        place[_key(place, name)] = module
 
     def state_dict(self) -> dict:
         """path -> array, not copied; a shared tensor appears once."""
         return {name: t.data for name, t in self.named_tensors()}
 
     def load_state_dict(self, state: dict):
-        """Copy arrays into the tensors. Names and shapes must match, or nothing is copied."""
+        """Copy arrays into the tensors; ValueError, and nothing copied, for other names or shapes.
+
+        The tensors keep their dtypes and devices.
+        """
         own = dict(self.named_tensors())
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         wrong = [f"{k} is {state[k].shape}, expected {own[k].shape}"
@@ -102,21 +105,21 @@ class Module:
     def astype(self, dtype):
         """Convert every tensor; gradients start anew, so do it before making an optimizer."""
         for value in vars(self).values():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor):  # in place: a shared tensor stays shared
                 value.__init__(value.data.astype(dtype), value.requires_grad)
         for _, child in self.children():
             child.astype(dtype)
         return self
 
     def to(self, device: str):
-        """Move every tensor to "cpu" or "cuda"; RuntimeError that says why where no GPU is."""
+        """Move every tensor to "cpu" or "cuda"; RuntimeError says why where that cannot be."""
         for _, t in self.named_tensors():
             t.data = to_device(t.data, device)
         return self
 
 
 class Linear(Module):
-    """x W^T + b, with W (O, I) as in PyTorch."""
+    """x W^T + b, with W (O, I) as in PyTorch, drawn from N(0, std^2), and b (O,) zero."""
 
     def __init__(self, inputs, outputs, rng, bias=True, std=0.02):
         self.weight = normal(rng, (outputs, inputs), std)
@@ -138,7 +141,7 @@ class Linear(Module):
 
 
 class Embedding(Module):
-    """A table of N rows, looked up by integers."""
+    """A table of `count` rows, looked up by integers."""
 
     def __init__(self, count, width, rng, std=0.02):
         self.weight = normal(rng, (count, width), std)
@@ -148,6 +151,8 @@ class Embedding(Module):
 
 
 class LayerNorm(Module):
+    """ops.layer_norm with a weight and a bias, (C,) each."""
+
     def __init__(self, width, eps):
         self.weight, self.bias = parameter(np.ones(width)), parameter(np.zeros(width))
         self.eps = eps
@@ -157,6 +162,8 @@ class LayerNorm(Module):
 
 
 class RMSNorm(Module):
+    """ops.rms_norm with a weight (C,)."""
+
     def __init__(self, width, eps):
         self.weight, self.eps = parameter(np.ones(width)), eps
 
@@ -174,8 +181,8 @@ class Dropout(Module):
         return ops.dropout(x, self.p, current_rng()) if self.training and self.p else x
 
 
-def _key(owner, name):
-    return int(name) if isinstance(owner, list) else name
+def _key(place, name):
+    return int(name) if isinstance(place, list) else name
 
 
 def parameter(data) -> Tensor:

@@ -26,13 +26,19 @@ from minilm.backend import array_module, one_dtype, wide
 from minilm.blas import matmul as product
 from minilm.graph import Node, backward, no_grad, once, randomness, thread
 
+__all__ = ["Tensor", "checkpoint", "no_grad", "op"]
+
 
 class Tensor:
     """An array and, where a gradient is wanted, its node in the graph.
 
     data: a NumPy or CuPy array, or anything np.asarray takes (floats become float32).
-    requires_grad=True makes a leaf: `backward` adds into its `.grad`, or, when it is set, calls
-    `.on_grad(gradient)` instead.
+    requires_grad=True makes a leaf: `backward` adds into its `.grad`. TypeError for integers.
+
+    >>> x = Tensor([3.0, 4.0], requires_grad=True)
+    >>> (x * x).sum().backward()
+    >>> x.grad
+    array([6., 8.], dtype=float32)
     """
 
     __slots__ = ("data", "node")
@@ -56,6 +62,7 @@ class Tensor:
 
     @property
     def grad(self):
+        """What `backward` added up for this leaf, an array like data; None before."""
         return self.node and self.node.grad
 
     @grad.setter
@@ -64,6 +71,7 @@ class Tensor:
 
     @property
     def on_grad(self):
+        """Where set on a leaf, `backward` calls on_grad(gradient) and leaves .grad alone."""
         return self.node.on_grad
 
     @on_grad.setter
@@ -73,7 +81,8 @@ class Tensor:
     def backward(self, dy=None):
         """Add d(self)/d(leaf), weighted by dy (1 for a scalar), into every leaf of the graph.
 
-        The graph is used up: saved arrays are let go as the walk passes them.
+        The graph is used up: saved arrays are let go as the walk passes them. ValueError where
+        nothing requires a gradient or dy does not fit; RuntimeError the second time.
         """
         if self.node is None:
             raise ValueError("backward() needs a tensor made from one with requires_grad=True")
@@ -109,7 +118,17 @@ class Tensor:
 
 
 def op(fn):
-    """Lift fn(*arrays, **settings) -> (y, *vjps) to Tensors; vjp i maps dL/dy to dL/d(input i)."""
+    """Lift fn(*arrays, **settings) -> (y, *vjps) to Tensors; vjp i maps dL/dy to dL/d(input i).
+
+    >>> @op
+    ... def square(x):
+    ...     def dx(dy): return dy * 2 * x
+    ...     return x * x, dx
+    >>> x = Tensor(3.0, requires_grad=True)
+    >>> square(square(x)).backward()
+    >>> float(x.grad)
+    108.0
+    """
 
     @functools.wraps(fn)
     def apply(*inputs, **settings):
@@ -119,9 +138,11 @@ def op(fn):
         out.node = None
         if thread.graph or thread.marks:
             kept = [(x.node, vjp) for x, vjp in zip(inputs, vjps) if type(x) is Tensor and x.node]
-            if kept:
-                made = (*zip(*kept), fn.__name__) if thread.graph else ()
-                out.node = Node(out.data, *made)
+            if kept and thread.graph:
+                parents, vjps = zip(*kept)
+                out.node = Node(out.data, parents, vjps, fn.__name__)
+            elif kept:
+                out.node = Node(out.data)
         return out
 
     return apply
@@ -157,7 +178,10 @@ def checkpoint(segment, *inputs):
     parents = [inputs[i].node for i in needed]
     vjps = [lambda dy, i=i: run_again(dy)[i].grad for i in needed]
     if not needed:  # parameters inside still want theirs: hang the run on a leaf that nobody reads
-        parents, vjps = [Node(y.data)], [lambda dy: (run_again(dy), dy)[1]]
+        def run_for_parameters(dy):
+            run_again(dy)
+            return dy
+        parents, vjps = [Node(y.data)], [run_for_parameters]
     out = Tensor(y.data)
     out.node = Node(y.data, parents, vjps, "checkpoint")
     return out
@@ -174,6 +198,7 @@ def _alike(a, b):
 
 @op
 def add(a, b):
+    """a + b, broadcast as in NumPy."""
     a, b = _alike(a, b)
     return a + b, lambda dy: dy, lambda dy: dy
 
@@ -186,6 +211,7 @@ def sub(a, b):
 
 @op
 def mul(a, b):
+    """a * b element by element, broadcast as in NumPy."""
     a, b = _alike(a, b)
     return a * b, lambda dy: dy * b, lambda dy: dy * a
 
@@ -197,7 +223,8 @@ def div(a, b):
 
 
 @op
-def matmul(a, b):  # (..., I, K), (..., K, J) -> (..., I, J)
+def matmul(a, b):
+    """a b, summed in at least float32: (..., I, K), (..., K, J) -> (..., I, J)."""
     if a.ndim < 2 or b.ndim < 2:
         raise ValueError(f"matmul needs at least two axes each, got shapes {a.shape} and {b.shape}")
     one_dtype("matmul", a=a, b=b)

@@ -25,7 +25,14 @@ from minilm.tensor import Tensor, checkpoint
 
 @dataclass(frozen=True)
 class Config:
-    """The facts of an architecture."""
+    """The facts of an architecture. ValueError where one is impossible, or two do not go together.
+
+    The presets `gpt2`, `llama` and `bert` know a family's choices; sizes are theirs to ask for.
+
+    >>> c = Config.llama(vocab_size=256, context=64, layers=2, heads=4, width=32, hidden=96)
+    >>> c.norm, c.positions, c.activation, c.tied
+    ('rms', 'rotary', 'swiglu', False)
+    """
 
     vocab_size: int
     context: int  # the largest T
@@ -165,9 +172,16 @@ class Transformer(Module):
     """model(tokens, mask=None) -> logits.
 
     tokens: integers (B, T), T <= config.context. mask: (B, T), 1 for a token and 0 for padding.
-    logits: Tensor (B, T, V). The weights are drawn from `seed` as GPT-2's: N(0, 0.02^2), output
-    projections of the residual branches divided by sqrt(2 layers).
+    logits: Tensor (B, T, V), float32 unless `astype` changed the model. ValueError for other tokens
+    or masks. The weights are drawn from `seed` as GPT-2's: N(0, 0.02^2), output projections of the
+    residual branches divided by sqrt(2 layers).
     checkpoint_every = k runs each k blocks under `checkpoint`; 0 keeps every activation.
+
+    >>> model = Transformer(Config.gpt2(vocab_size=256, context=8, layers=2, heads=4, width=32))
+    >>> model(np.array([[72, 105, 33]])).shape
+    (1, 3, 256)
+    >>> sum(p.size for p in model.parameters())
+    33920
     """
 
     def __init__(self, config: Config, seed: int = 0):
@@ -189,7 +203,10 @@ class Transformer(Module):
         return self.head(self.hidden(tokens, mask, cache))
 
     def hidden(self, tokens, mask=None, cache=None) -> Tensor:
-        """The last hidden states, in front of the head: (B, T, C)."""
+        """The last hidden states, in front of the head: (B, T, C).
+
+        cache: a generate.Cache, which holds the tokens before these and takes these up.
+        """
         past = cache.length if cache else 0
         tokens, mask = self._checked(tokens, mask, past)
         x = self.embed(tokens)
@@ -197,7 +214,7 @@ class Transformer(Module):
         if self.position:
             x = x + self.position(places)
         if self.segment:
-            x = x + self.segment(places * 0)
+            x = x + self.segment(places * 0)  # all tokens are of one text
         if self.embed_norm:
             x = self.embed_norm(x)
         x = self.drop(x)

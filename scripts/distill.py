@@ -11,6 +11,7 @@ three temperatures (needs the extra `plots`). --sweep distils at other temperatu
 run directory with teacher and student as Hugging Face folders.
 """
 
+import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -46,20 +47,23 @@ class Settings:
     objective: Literal["causal", "masked"] = "causal"
     """go on, or fill in masked tokens: a new teacher is then a Llama or a BERT"""
     layers: int = 8
-    """of a new teacher, as are the next four"""
+    """of a new teacher"""
     heads: int = 4
+    """of a new teacher"""
     width: int = 64
+    """of a new teacher"""
     context: int = 128
     """tokens in a row"""
     teacher_steps: int = 2400
+    """of a new teacher"""
     keep: tuple[int, ...] = ()
     """the teacher's layers, from 0, that the student gets; by default every other one"""
     student_width: int = 0
-    """of a student that is narrower or wider than its teacher, and so begins at random"""
+    """another width than the teacher's: the student then begins at random"""
     steps: int = 800
     """of each student"""
-    temperature: float = 2.0
-    """of both distributions in the soft loss"""
+    temperature: float = 1.0
+    """of both distributions in the soft loss; DistilBERT's is 2, see --sweep"""
     weights: tuple[float, float, float] = (5.0, 2.0, 1.0)
     """of the soft, the hard and the cosine loss"""
     reverse: bool = False
@@ -95,12 +99,10 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     """
     run = RunDirectory(resume) if resume else None
     s = run.settings(settings) if run else settings
-    if min(s.steps, s.teacher_steps) < 1 or not s.prompt:
-        raise ValueError("steps and teacher_steps must be at least 1, and the prompt not empty")
+    check(s)
     corpora = [data.load_corpus(name) for name in s.corpus]
     described = [{"name": c.name, "sha256": c.sha256} for c in corpora] + [
-        {"name": file.name, "sha256": sha256(file)}
-        for file in sorted(Path(s.teacher).glob("*.safetensors")) if s.teacher]
+        {"name": file.name, "sha256": sha256(file)} for file in files_of_teacher(s)]
     if run and run.describe()["corpora"] != described:
         raise ValueError(f"{resume}: the text or the teacher are not those it was started on")
     like = shape(s)
@@ -108,11 +110,23 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         pretrain.make_model(like, data.ByteTokenizer.vocab_size), data.ByteTokenizer())
     parts = [data.split(corpus, s.validation) for corpus in corpora]
     texts = pretrain.make_batches(like, parts, tokenizer)
-    make_students(s, teacher)  # fails now, rather than when the teacher is trained
+    make_students(s, teacher)  # fails now, rather than when the teacher is trained,
+    prediction(teacher, tokenizer, s.prompt)  # and so does this
     if run is None:
         s = replace(s, workers=s.workers or default_workers()[0])  # other counts, other bits
         run = RunDirectory.create(out, "distill", asdict(s), described)
     distill(run, s, teacher, tokenizer, texts)
+
+
+def check(s: Settings):
+    """ValueError for what nothing else refuses before the run has its folder."""
+    for name, least in dict(steps=1, teacher_steps=1, context=2, workers=0).items():
+        if getattr(s, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(s, name)}")
+    if not 0 < s.lr < math.inf:
+        raise ValueError(f"lr must be positive, got {s.lr}")
+    if not s.prompt:
+        raise ValueError("the prompt must not be empty")
 
 
 def distill(run, s: Settings, teacher, tokenizer, texts):
@@ -142,6 +156,12 @@ def shape(s: Settings) -> pretrain.Settings:
         width=s.width, context=s.context, batch=s.batch, seed=s.seed)
 
 
+def files_of_teacher(s: Settings) -> list[Path]:
+    """What decides a teacher that is not trained here: its weights, its shape and its tokenizer."""
+    files = Path(s.teacher).iterdir() if s.teacher else []
+    return sorted(file for file in files if file.suffix in (".safetensors", ".json"))
+
+
 def load_teacher(s: Settings):
     """(model, tokenizer) of a Hugging Face folder."""
     folder = Path(s.teacher)
@@ -152,7 +172,8 @@ def load_teacher(s: Settings):
                          f"objective is {s.objective}")
     if c.vocab_size < tokenizer.vocab_size or c.context < s.context:
         raise ValueError(f"{folder} has a vocabulary of {c.vocab_size} and a context of "
-                         f"{c.context}; needed are {tokenizer.vocab_size} and {s.context}")
+                         f"{c.context}; its tokenizer needs {tokenizer.vocab_size}, and --context "
+                         f"is {s.context}")
     return teacher, tokenizer
 
 
@@ -164,17 +185,16 @@ def make_students(s: Settings, teacher) -> dict[str, tuple]:
     learns = partial(Distillation, temperature=s.temperature, weights=s.weights,
                      masked_only=s.masked_only, reverse=s.reverse, top_k=s.top_k, seed=s.seed)
     half = partial(student_from_teacher, teacher, s.keep or None)
-    config, width = half().config, s.student_width
-    if width:
-        config = replace(config, width=width, hidden=config.hidden * width // config.width)
-    fresh = partial(Transformer, config, s.seed)
-    students = {}
-    starts = {} if width else {"from the teacher": half}
+    config = half().config
+    width = s.student_width or config.width
+    starts = {"from the teacher": half} if width == config.width else {}
+    config = replace(config, width=width, hidden=config.hidden * width // config.width)
+    fresh, students = partial(Transformer, config, s.seed), {}
     for start, make in (starts | {"from random": fresh}).items():
         students |= {f"{start}, distilled": (student := make(), learns(student, teacher)),
                      f"{start}, labels alone": (make(), None)}
     for T in s.sweep:
-        student = fresh() if width else half()
+        student = half() if starts else fresh()
         students[f"distilled at T={T:g}"] = student, learns(student, teacher, temperature=T)
     return students
 
@@ -207,8 +227,9 @@ def fit(run, s: Settings, name: str, model, texts, steps: int, loss=None) -> lis
                 note(done.step, 4 if done.step < steps else 1)
             if done.step == steps or interrupted():
                 arm.save(done.step, whole, optimizer)
-                if done.step < steps:
-                    sys.exit(f"stopped; go on with: --resume {run.path}")
+                break
+        if interrupted():
+            sys.exit(f"stopped; go on with: --resume {run.path}")
     return arm.records()
 
 

@@ -1,5 +1,6 @@
 """What distill.py shows: a table of all models, their curves, and one prediction of the teacher."""
 
+import math
 import statistics
 import time
 from pathlib import Path
@@ -56,7 +57,7 @@ def print_table(arms: dict[str, Arm], speed: dict[str, list[float]], student: st
           + "".join(f"{verb:>11}" for verb in verbs)
           + f"\n{'':30}{'loss':>9}{'right':>9}{'teacher':>10}{'parameters':>12}{'MB':>7}"
           + len(verbs) * f"{'tokens/s':>11}")
-    top = arms["teacher"].curve[-1]["validation_accuracy"]
+    top = arms["teacher"].curve[-1]["validation_accuracy"] or math.nan
     for name, arm in arms.items():
         end, n = arm.curve[-1], size(arm.model)
         right = end["validation_accuracy"]
@@ -76,7 +77,7 @@ def prediction(teacher, tokenizer, prompt: str, count: int = 8):
     ids = ids if teacher.config.causal else np.append(ids, tokenizer.mask)
     with no_grad():
         logits = teacher.eval()(ids[None]).data[0, -1]
-    first = np.argsort(-logits)[:count]
+    first = np.argsort(-logits[: tokenizer.vocab_size])[:count]  # there may be more, unused
     def name(id): return "end" if id == tokenizer.end else repr(tokenizer.decode([id]))[1:-1]
     p = {T: ops.softmax(logits / T).data[first] for T in TEMPERATURES}
     return prompt, [name(id).replace(" ", "\u2423") for id in first], p
@@ -95,20 +96,21 @@ def draw(path: Path, arms: dict[str, Arm], prompt: str, tokens, p) -> Path | Non
     end = arms[teacher].curve[-1]["validation_loss"]
     left.set(title="the teacher", xlabel="step", ylabel="held-out loss (nats a token)",
              ylim=(0.9 * end, 1.8 * end))
-    level = arms[teacher].curve[-1]["validation_accuracy"]
+    level, *_ = ends = [arm.curve[-1]["validation_accuracy"] for arm in arms.values()]
     middle.axhline(level, color="black", linewidth=1, label="teacher")
     middle.axhline(0.97 * level, color="black", linewidth=1, linestyle=":", label="97 % of it")
     for name in students:
         middle.plot(*points(arms[name], "validation_accuracy"), ".-", linewidth=1, label=name)
     middle.legend(frameon=False, fontsize="small")
     middle.set(title="students", xlabel="step", ylabel="held-out tokens right",
-               ylim=(0.7 * level, 1.03 * level))
+               ylim=(min(0.7 * level, *ends), 1.03 * max(ends) or 1))
     places, width = np.arange(len(tokens)), 0.8 / len(p)
     for i, (T, heights) in enumerate(p.items()):
         right.bar(places + (i - (len(p) - 1) / 2) * width, heights, width, label=f"T = {T}")
-    right.set_xticks(places, tokens, family="monospace")
+    right.set_xticks(places, tokens, family="monospace", parse_math=False)
     right.legend(frameon=False)
-    right.set(title=f"the teacher after {prompt!r}", xlabel="next token", ylabel="probability")
+    right.set_title(f"the teacher after {prompt!r}", parse_math=False)
+    right.set(xlabel="next token", ylabel="probability")
     figure.savefig(path, dpi=110)
     return path
 

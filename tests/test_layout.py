@@ -22,7 +22,7 @@ FLOORS = [
     {"nn", "transformer", "decode", "generate"},
     {"quantize", "peft", "distill", "optim"},
     {"data", "interop", "measure"},
-    {"train", "run", "checkpoint", "workers"},
+    {"train", "run", "checkpoint", "workers", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
@@ -45,6 +45,8 @@ WITHIN = {  # the arrows inside a floor
     ("optim", "quantize"),
     ("train", "workers"),
     ("run", "checkpoint"),
+    ("__main__", "run"),
+    ("__main__", "train"),
 }
 NARROWER = {
     "data": {"files"},

@@ -202,12 +202,12 @@ class Paging(RuleBasedStateMachine):
 
     @rule(nbytes=st.integers(0, 1000), k=st.integers(0, 9))
     def evict(self, nbytes, k):
-        before, free = self.opt.table.held, 0
+        before, free = self.opt.table.nbytes, 0
         self.device.fail(k, times=k > 0)
         with suppress(RuntimeError):
             free = self.opt.evict(nbytes)
         self.device.failing = range(0)
-        assert before - self.opt.table.held == free
+        assert before - self.opt.table.nbytes == free
 
     @rule(k=st.integers(0, 4))
     def prefetch(self, k):
@@ -241,9 +241,9 @@ class Paging(RuleBasedStateMachine):
         if hasattr(self, "opt"):
             table, device = self.opt.table, self.device
             frames = [*table.slots, *(page.frame for page in table.pages if page.frame)]
-            assert table.held == sum(frame.memory.size for frame in frames)
-            assert device.used == table.held + sum(self.spikes)
-            assert table.held <= (table.budget or math.inf)
+            assert table.nbytes == sum(frame.memory.size for frame in frames)
+            assert device.used == table.nbytes + sum(self.spikes)
+            assert table.nbytes <= (table.budget or math.inf)
             assert device.used <= (device.limit or math.inf)
 
     def teardown(self):
@@ -587,14 +587,14 @@ def test_states_of_another_size():
     with pytest.raises(ValueError, match="v has 96 elements, got 95"):
         opt.put_back({"m": before["m"] + 1, "v": before["v"][:-1]})
     assert all(np.array_equal(opt.states()[name], before[name]) for name in "mv")
-    held = opt.table.held
+    held = opt.table.nbytes
     opt.put_back(before)
-    assert opt.table.held == held
+    assert opt.table.nbytes == held
 
 
 def test_short_pages_become_no_slots():
     opt = make_paged(page_size=64)
-    assert opt.evict(100) == 160 == 768 - opt.table.held
+    assert opt.evict(100) == 160 == 768 - opt.table.nbytes
 
 
 def test_pages_used_longest_ago_go_first():

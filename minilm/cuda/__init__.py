@@ -1,4 +1,7 @@
-"""The CUDA kernels: one launcher each, which checks shapes, makes the results and launches."""
+"""The CUDA kernels: one launcher each, which checks shapes, makes the results and launches.
+
+All rest on raw.py, which compiles a kernel and checks dtypes, layout and alignment.
+"""
 
 from minilm.cuda.attention import attention_backward, attention_forward
 from minilm.cuda.codes import Codes, nf4_dequantize, nf4_matmul, nf4_quantize

@@ -26,6 +26,7 @@ class Codes(NamedTuple):
 
     @property
     def arrays(self):
+        """The arrays, in the order in which the kernels take them."""
         return self[:7]
 
     def checked(self, what: str):

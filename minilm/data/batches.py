@@ -63,6 +63,10 @@ def rows(stream: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
 
     Every token but the first is a target exactly once. The last row is filled up with tokens 0 and
     targets -100.
+
+    >>> tokens, targets = rows(np.arange(10, 16), 3)
+    >>> tokens.tolist(), targets.tolist()
+    ([[10, 11, 12], [13, 14, 0]], [[11, 12, 13], [14, 15, -100]])
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
@@ -83,7 +87,9 @@ def mask_tokens(
     rate: float = 0.15,
     special: Collection[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """BERT's corruption (Devlin et al. 2019, section 3.1): inputs and targets shaped like tokens.
+    """BERT's corruption: inputs and targets shaped like tokens.
+
+    Devlin et al. 2018, arXiv:1810.04805, section 3.1.
 
     Each token that is neither special nor mask becomes a target with probability `rate`. Of the
     targets 80 % are replaced by mask, 10 % by a random ordinary id, and 10 % stay: the model cannot

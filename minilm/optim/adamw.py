@@ -22,7 +22,10 @@ from minilm.optim.flat import FlatParameters
 
 
 class SGD:
-    """p = p - lr (g + weight_decay p). `lr` may be changed between steps."""
+    """p = p - lr (g + weight_decay p). `lr` may be changed between steps.
+
+    ValueError for negative settings, and as from FlatParameters.
+    """
 
     def __init__(self, params, lr: float = 1e-2, weight_decay: float = 0.0):
         if lr < 0 or weight_decay < 0:
@@ -31,11 +34,13 @@ class SGD:
         self.steps = 0
 
     def step(self):
+        """Update all parameters by their gradients; one that has none counts as 0."""
         self.flat.complete()
         self.steps += 1
-        self.update(slice(0, self.flat.data.size), self.steps, self.lr)
+        self.update(slice(0, self.flat.size), self.steps, self.lr)
 
     def zero_grad(self):
+        """Forget the gradients."""
         self.flat.zero_grad()
 
     def update(self, part: slice, t: int, lr: float, scale: float = 1.0):
@@ -48,7 +53,19 @@ class SGD:
 class AdamW:
     """AdamW over one flat buffer. `lr` may be changed between steps.
 
-    undecayed: those of `params` that weight decay leaves alone (usually norms and biases).
+    params: leaves, whose .data and .grad become views of flat buffers (see FlatParameters).
+    undecayed: those of them that weight decay leaves alone (usually norms and biases).
+    ValueError for settings out of range, and as from FlatParameters.
+
+    The first step has the length lr in each coordinate, however large the gradient:
+
+    >>> from minilm.tensor import Tensor
+    >>> p = Tensor([1.0, -20.0], requires_grad=True)
+    >>> optimizer = AdamW([p], lr=0.5, weight_decay=0.0)
+    >>> (p * p).sum().backward()
+    >>> optimizer.step()
+    >>> p.data.tolist()
+    [0.5, -19.5]
     """
 
     def __init__(self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8,
@@ -68,11 +85,13 @@ class AdamW:
         self.m, self.v = self.flat.zeros(), self.flat.zeros()
 
     def step(self):
+        """Update all parameters by their gradients; one that has none counts as 0."""
         self.flat.complete()
         self.steps += 1
         self.update(slice(0, self.flat.size), self.steps, self.lr)
 
     def zero_grad(self):
+        """Forget the gradients."""
         self.flat.zero_grad()
 
     def states(self) -> dict:
@@ -112,7 +131,8 @@ def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay, scale=1.0):
     v += u  # eq. (2)
     if weight_decay:
         p *= 1 - lr * weight_decay  # eq. (3)
-    correction = math.sqrt(1 - beta2**t)  # sqrt(v) / correction + eps, times correction
+    # the fraction of (4), both sides times sqrt(1 - beta2^t): one division an element fewer
+    correction = math.sqrt(1 - beta2**t)
     xp.sqrt(v, out=u)
     u += eps * correction
     xp.divide(m, u, out=u)

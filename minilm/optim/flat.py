@@ -27,7 +27,8 @@ class FlatParameters:
     rounded: what the parameters are views of: data itself, or 16-bit numbers
 
     All must have one dtype and device. The first gradient of a step overwrites its place, later
-    ones add to it. ValueError for an empty list, a parameter given twice, or a frozen one.
+    ones add to it. ValueError for an empty list, a parameter given twice, a frozen one, or several
+    dtypes.
     """
 
     def __init__(self, params):
@@ -122,7 +123,12 @@ def squares(x) -> float:
 def clip_grad_norm(params: list[Tensor], max_norm: float) -> float:
     """Scale the gradients to a global L2 norm of at most max_norm; returns the norm before.
 
-    With max_norm=inf it only measures. Pascanu et al. 2013, arXiv:1211.5063.
+    With max_norm=inf it only measures. Source: Pascanu et al. 2013, arXiv:1211.5063, algorithm 1.
+
+    >>> p = Tensor([3.0, 4.0], requires_grad=True)
+    >>> (p * p).sum().backward()
+    >>> clip_grad_norm([p], max_norm=5.0), p.grad.tolist()
+    (10.0, [3.0, 4.0])
     """
     grads = [p.grad.reshape(-1) for p in params if p.grad is not None]
     norm = math.sqrt(sum(squares(g) for g in grads))

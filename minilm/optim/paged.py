@@ -63,7 +63,7 @@ class PagedAdamW(AdamW):
         array wants the memory
     device: see streams.py; by default the GPU where the parameters are on one, else a simulated
         one without limit
-    state: the format of the states, Float32() or EightBit()
+    state: the format of the states, Float32() or eightbit.EightBit()
     pageable: keep pages at home in ordinary host memory, where pinned memory cannot be had; slower
 
     A step whose gradient is not finite changes nothing and is counted in `skipped`. close(), or the
@@ -97,9 +97,10 @@ class PagedAdamW(AdamW):
                  for i in range(start, stop, self.page_size)]
         self.table = PageTable(parts, self.state, self.device, self.budget, self.pageable)
         self.device.relieve_with(self.table.evict)
-        weakref.finalize(self, self.device.close).atexit = False
+        weakref.finalize(self, self.device.close).atexit = False  # dropped without close()
 
     def step(self):
+        """As of AdamW, where all gradients are finite; else nothing."""
         self.flat.complete()
         if not math.isfinite(squares(self.flat.grad)):
             self.skipped += 1
@@ -135,7 +136,7 @@ class PagedAdamW(AdamW):
         pieces, block = [], self.state.block
         for page in self.table.pages:
             first, end = page.part.start, page.part.stop
-            start, stop = (min(max(first - (first - x) // block * block, first), end)
+            start, stop = (min(max(first + -(-(x - first) // block) * block, first), end)
                            for x in (part.start, part.stop))
             if start < stop:
                 pieces.append((page, slice(start, stop)))

@@ -56,7 +56,8 @@ class PageTable:
         self.frame_bytes = max(page.nbytes for page in self.pages)
         self.total = sum(page.nbytes for page in self.pages)
         self.spare = max(map(state.spare, self.layouts))
-        self.held, self.slots, self.lock = 0, [], threading.Lock()
+        self.nbytes = 0  # of device memory: all frames
+        self.slots, self.lock = [], threading.Lock()
         self.busy, self.begun = 0, False  # threads that update; are the pages back for it?
         streams = budget is not None and budget < self.total
         if streams and budget < SLOTS * self.frame_bytes:
@@ -88,8 +89,6 @@ class PageTable:
         """A page's states as views of its home or of a frame."""
         places, _ = self.layouts[page.size]
         return tuple(memory[place].view(dtype) for place, dtype in places)
-
-    nbytes = property(lambda self: self.held)  # of device memory
 
     @contextlib.contextmanager
     def in_use(self):
@@ -213,18 +212,18 @@ class PageTable:
 
     def _frame(self, nbytes):
         """A frame, or None where there is no room."""
-        if self.budget is not None and self.held + nbytes > self.budget:
+        if self.budget is not None and self.nbytes + nbytes > self.budget:
             return None
         try:
             memory = self.device.frame(nbytes)
         except MemoryError:
             return None
-        self.held += nbytes
+        self.nbytes += nbytes
         self.device.wait("in", self.device.record("main"))  # it may still use this memory's last
         return Frame(memory)
 
     def _free(self, frame):
-        self.held -= frame.memory.size
+        self.nbytes -= frame.memory.size
         self.device.free(frame.memory)
 
     def _slot_with(self, page):

@@ -30,7 +30,12 @@ class LossScaler:
 
     Trainer does this when it is given a scaler. The scale is multiplied by `backoff` where a
     gradient was not finite, and by `growth` after `interval` good steps in a row. It is a float32
-    number, as the loss is, and grows no further than they reach.
+    number, as the loss is, and grows no further than they reach. ValueError for settings with
+    which it would not grow, shrink, or stay a number.
+
+    >>> scaler = LossScaler(scale=1024.0, interval=2)
+    >>> [(scaler.update(finite), scaler.scale) for finite in (True, True, False)]
+    [(True, 1024.0), (True, 2048.0), (False, 1024.0)]
     """
 
     SMALLEST = 2.0**-24  # as is float16's smallest number: there is nothing to scale with below

@@ -7,9 +7,12 @@ def cosine_schedule(step: int, steps: int, lr: float, min_lr: float = 0.0,
                     warmup: int = 0) -> float:
     """Linear warmup to lr over `warmup` steps, then half a cosine down to min_lr at `steps`.
 
-    Loshchilov & Hutter 2017, arXiv:1608.03983, eq. (5), without restarts.
+    step counts from 0. Source: Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts.
+
+    >>> [cosine_schedule(step, steps=7, lr=1.0, warmup=3) for step in (0, 1, 2, 3, 5, 7)]
+    [0.25, 0.5, 0.75, 1.0, 0.5, 0.0]
     """
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))  # eq. (5)

@@ -11,29 +11,27 @@ that alpha / sqrt(r) keeps the update's size at any rank (rslora).
     add_lora        put an adapter on chosen layers, and freeze everything else
     use_adapter     which of several named adapters acts, or none
     merge_lora      h = (W0 + (alpha / r) B A) x, one product again; unmerge_lora takes it back
-    unload_lora     plain layers again, merged ones with their update
-    requantize_lora merged weights back into the base's codes, and how much of the update survives
+    unload_lora     plain layers again, merged ones with their update (requantize.py: in codes)
 
 The paper leaves open how wide A is drawn: here N(0, 1/I), so that A x is of x's size.
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
-from minilm.backend import array_module, one_dtype, rows, wide
+from minilm.backend import array_module, one_dtype, rows
 from minilm.blas import matmul as product
 from minilm.graph import once
 from minilm.nn import Dropout, Linear, Module
 from minilm.peft.qlora import quantized_lora
-from minilm.quantize.linear import QuantizedLinear, quantize_weight
+from minilm.quantize.linear import QuantizedLinear
 from minilm.tensor import Tensor, op
 
 
 @op
 def add_low_rank(y, x, A, B, scale):  # (..., O), (..., I), (r, I), (O, r) -> (..., O)
-    """y + scale x A^T B^T, for y = x W0^T: eq. (3) with rows for columns."""
+    """y + scale x A^T B^T, for y = x W0^T: eq. (3) with rows for columns. All of one dtype."""
     one_dtype("add_low_rank", y=y, x=x, A=A, B=B)
     lead, scale = x.shape[:-1], x.dtype.type(scale)
     h = product(rows(x), A.T) * scale  # (N, r)
@@ -44,12 +42,12 @@ def add_low_rank(y, x, A, B, scale):  # (..., O), (..., I), (r, I), (O, r) -> (.
     def dA(dy): return product(dh(dy).T, rows(x))
     def dB(dy): return product(rows(dy).T, h)
     z = product(h, B.T)
-    z += rows(y)
+    z += rows(y)  # eq. (3)
     return z.reshape(*lead, -1), lambda dy: dy, dx, dA, dB
 
 
 class Adapter(Module):
-    """One layer's A (r, I) and B (O, r), and how they act."""
+    """One layer's A (r, I) and B (O, r), and how they act; the settings are add_lora's."""
 
     def __init__(self, A, B, alpha: float, dropout: float = 0.0, rslora: bool = False):
         if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or not len(A):
@@ -107,6 +105,7 @@ class LoRALinear(Module):
         return not drops and base.threshold is None and base.compute_dtype in (None, x.dtype)
 
     def use(self, name):
+        """Let the adapter of this name act, if there is one here."""
         self.active = name
         for other, adapter in self.adapters.items():
             adapter.activate(other == name)
@@ -119,25 +118,31 @@ class LoRALinear(Module):
         update = adapter.update()
         return Linear.of(Tensor((base.weight.data + update).astype(update.dtype)), base.bias)
 
-    def merge(self):
-        self.merged = self.plain()
-
 
 def add_lora(model: Module, r: int, alpha: float, targets=("q", "v"), dropout: float = 0.0,
              rslora: bool = False, name: str = "default", seed: int = 0) -> Module:
     """Freeze the model, and put an adapter of rank r on each target; returns the model.
 
-    targets: last parts of layers' paths, such as "q", "mlp.up" or "blocks.0.attention.q", or
-    "all-linear" for all but the head. A second adapter needs another name; the newest one acts.
-    ValueError for targets that match nothing, r < 1 or above a layer's size, a name that is taken,
-    and while another adapter is merged; the model is then as it was.
+    alpha: the update's factor is alpha / r, with rslora alpha / sqrt(r). targets: last parts of
+    layers' paths, such as "q", "mlp.up" or "blocks.0.attention.q", or "all-linear" for all but the
+    head. dropout: of what A sees while training. seed: of A. A second adapter needs another name;
+    the newest one acts. ValueError for targets that match nothing, r < 1 or above a layer's size,
+    a name that is taken, and while another adapter is merged; the model is then as it was.
+
+    >>> from minilm.transformer import Config, Transformer
+    >>> model = Transformer(Config.gpt2(vocab_size=50, context=16, layers=2, heads=2, width=8))
+    >>> model = add_lora(model, r=2, alpha=4, targets=("q", "v"))
+    >>> [name for name, _ in model.named_parameters()][:2]
+    ['blocks.0.attention.q.adapters.default.A', 'blocks.0.attention.q.adapters.default.B']
+    >>> sum(p.size for p in trainable_parameters(model))  # 2 blocks x 2 targets x r (I + O)
+    128
     """
     layers = _chosen(model, targets)
     for path, layer in layers.items():
         O, I = _base(layer).weight.shape
         if not isinstance(r, (int, np.integer)) or not 1 <= r <= min(I, O):
             raise ValueError(f"r must be 1 to {min(I, O)}, the size of {path} {O, I}; got {r}")
-    like = next(t.data for _, t in model.named_tensors() if t.dtype.kind in "fV")
+    like = next(t.data for _, t in model.named_tensors() if t.dtype.kind in "fV")  # dtype, device
     xp, rng, adapters = array_module(like), np.random.default_rng(seed), {}
     for path, layer in layers.items():
         O, I = _base(layer).weight.shape
@@ -178,7 +183,10 @@ def insert_adapters(model: Module, name: str, adapters: dict[str, Adapter]) -> M
 
 
 def use_adapter(model: Module, name: str | None) -> Module:
-    """Let the adapter of this name act from now on, in place; None: the base alone."""
+    """Let the adapter of this name act from now on, in place; None: the base alone.
+
+    ValueError for a name that no layer has, and while an adapter is merged.
+    """
     layers = lora_layers(model)
     names = {n for layer in layers.values() for n in layer.adapters}
     if name is not None and name not in names:
@@ -193,19 +201,23 @@ def merge_lora(model: Module) -> Module:
     """Add the acting adapter's update into the weights: the same function, one product a layer.
 
     A quantized base is dequantized for it. The base is kept, so that unmerge_lora is exact.
+    ValueError where no adapter acts or one is merged already.
     """
     _refuse_merged(model, "merging again")
     layers = [m for m in lora_layers(model).values() if m.active in m.adapters]
     if not layers:
         raise ValueError("no adapter acts on this model: there is nothing to merge")
     for layer in layers:
-        layer.merge()
+        layer.merged = layer.plain()
     return model
 
 
 def unmerge_lora(model: Module) -> Module:
-    """Undo merge_lora: the base's weights bit for bit, and the adapter beside them."""
-    for layer in _merged_layers(model).values():
+    """Undo merge_lora: the base's weights bit for bit, and the adapter beside them.
+
+    ValueError where nothing is merged.
+    """
+    for layer in merged_layers(model).values():
         layer.merged = None
     return model
 
@@ -217,47 +229,17 @@ def unload_lora(model: Module) -> Module:
     return model
 
 
-class Survival(NamedTuple):
-    """What is left of an update D after the codes took it up as D'."""
-
-    kept: float  # <D', D> / <D, D>: 1 all of it, 0 nothing
-    error: float  # |D' - D| / |D|: above 1 there is more noise than update
-
-
-def requantize_lora(model: Module) -> dict[str, Survival]:
-    """Quantize merged weights as their bases are, and leave plain quantized layers: lossy.
-
-    An update that is small beside the gaps between codes drowns in the noise of rounding. All
-    adapters of these layers are gone. Returns, by path, what survived. ValueError where nothing is
-    merged or a merged base is not quantized.
-    """
-    layers = _merged_layers(model)
-    if plain := [path for path, m in layers.items() if type(m.base) is not QuantizedLinear]:
-        raise ValueError(f"the base of {plain[0]} is not quantized")
-    done = {path: _requantized(layer) for path, layer in layers.items()}
-    for path, (new, _) in done.items():
-        model.replace(path, new)
-    return {path: survival for path, (_, survival) in done.items()}
-
-
-def _requantized(layer):
-    """The merged layer in its base's codes, and what survived."""
-    base, old, D = layer.base, layer.base.weight, wide(layer.adapters[layer.active].update())
-    if hasattr(old, "codebook"):
-        form = "int8" if old.c2.dtype == np.int8 else old.c1 is not None
-        new = quantize_weight(layer.merged.weight.data, old.codebook, form, old.block_size)
-    else:
-        new = quantize_weight(layer.merged.weight.data, "int8")
-    found, size = new.dequantize() - old.dequantize(), float((D * D).sum())
-    noise = float(((found - D) ** 2).sum())
-    survival = Survival(float((found * D).sum()) / size, math.sqrt(noise / size)) if size else (
-        Survival(1.0, 0.0))
-    return QuantizedLinear(new, base.bias, base.compute_dtype, base.threshold), survival
-
-
 def lora_layers(model: Module) -> dict[str, LoRALinear]:
     """path -> layer that has adapters."""
     return {path: m for path, m in model.named_modules() if type(m) is LoRALinear}
+
+
+def merged_layers(model: Module) -> dict[str, LoRALinear]:
+    """path -> layer whose adapter is merged; ValueError where none is."""
+    layers = {path: m for path, m in lora_layers(model).items() if m.merged}
+    if not layers:
+        raise ValueError("nothing is merged in this model")
+    return layers
 
 
 def adaptable_layers(model: Module) -> dict[str, Module]:
@@ -294,13 +276,6 @@ def _chosen(model, targets):
 
 def _base(layer):
     return layer.base if type(layer) is LoRALinear else layer
-
-
-def _merged_layers(model):
-    layers = {path: m for path, m in lora_layers(model).items() if m.merged}
-    if not layers:
-        raise ValueError("nothing is merged in this model")
-    return layers
 
 
 def _refuse_merged(model, verb):

@@ -11,6 +11,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+# normal_float(4) as QLoRA published it, which differs by up to 2e-7
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
@@ -38,12 +39,16 @@ def normal_float(k: int) -> list[float]:
 
     Equally probable steps from the tail to the median, 2^(k-1) - 1 on the negative side and one
     more on the positive (QLoRA, section 3 and appendix E).
+
+    >>> [round(q, 3) for q in normal_float(3)]
+    [-1.0, -0.535, -0.247, 0.0, 0.183, 0.382, 0.623, 1.0]
     """
-    half, tail = 2 ** (k - 1), 1 - (1 / 2 ** (k + 1) + 1 / (2 ** (k + 1) - 2)) / 2
+    half = 2 ** (k - 1)
+    tail = 1 - (1 / 2 ** (k + 1) + 1 / (2 ** (k + 1) - 2)) / 2  # bitsandbytes' 0.9677083 for k = 4
 
     def side(n):  # n quantiles, outermost first
-        steps = [tail + (0.5 - tail) * i / n for i in range(n)]
-        return [NormalDist().inv_cdf(p) / NormalDist().inv_cdf(tail) for p in steps]
+        probabilities = [tail + (0.5 - tail) * i / n for i in range(n)]
+        return [NormalDist().inv_cdf(p) / NormalDist().inv_cdf(tail) for p in probabilities]
     return [*(-q for q in side(half - 1)), 0.0, *reversed(side(half))]
 
 

@@ -42,7 +42,8 @@ class FourBit:
 
     packed: uint8, the codes as one stream of bits, first code in the highest bits.
     c2: one constant a block: float32, or with double quantization uint8 (codes of the dynamic map)
-    or int8. c1, offset: float32 constants of each 256 of them and what is added to all; else None.
+    or int8. c1, offset: float32, the constants of each 256 of these and what is added to all; None
+    without double quantization.
     """
 
     packed: np.ndarray
@@ -69,12 +70,12 @@ class FourBit:
         return xp.asarray(dynamic_map())[self.c2] * xp.repeat(self.c1, GROUP)[:n] + self.offset
 
     def dequantize(self, dtype="float32"):
-        """The numbers, float32 products of code and constant rounded once to dtype: eq. (6)."""
+        """The numbers in self.shape: eq. (6) in float32, rounded once to dtype."""
         k, size = bits_of(self.codebook), self.block_size
         if _has_kernels(self.packed, self.codebook):
             real = dtype if str(np.dtype(dtype)) in cuda.REAL else "float32"
             return cuda.nf4_dequantize(self.on_card(), real).astype(dtype, copy=False)
-        c2 = self.absmax  # the inner dequant
+        c2 = self.absmax  # eq. (6), the inner dequant
         xp, n = array_module(c2), math.prod(self.shape)
         x = xp.empty(len(self.packed) * 8 // k, np.float32)  # up to 7 more than n
         step = BLOCK if xp is np else max(x.size, 1)
@@ -91,16 +92,17 @@ class FourBit:
         """The arrays as CUDA kernels take them; they must be on the GPU, with codes of 4 bits."""
         xp = array_module(self.packed)
         def empty(dtype): return xp.empty(0, dtype)
-        tables = self.packed, _levels_on(self.codebook, xp)
         if self.c1 is None:
-            arrays = self.c2, empty("uint8"), empty("float32"), empty("float32"), empty("float32")
+            constants = (self.c2, empty("uint8"), empty("float32"), empty("float32"),
+                         empty("float32"))
         elif self.offset is None:  # the lectures' form: 256 equal steps
-            arrays = (empty("float32"), self.c2.view(np.uint8), self.c1 * np.float32(1 / 127),
-                      _map_on("int8", xp), xp.zeros(1, np.float32))
+            constants = (empty("float32"), self.c2.view(np.uint8), self.c1 * np.float32(1 / 127),
+                         _map_on("int8", xp), xp.zeros(1, np.float32))
         else:
-            arrays = (empty("float32"), self.c2, self.c1, _map_on("dynamic", xp),
-                      self.offset.reshape(1))
-        return cuda.Codes(*tables, *arrays, self.shape, self.block_size)
+            constants = (empty("float32"), self.c2, self.c1, _map_on("dynamic", xp),
+                         self.offset.reshape(1))
+        return cuda.Codes(self.packed, _levels_on(self.codebook, xp), *constants, self.shape,
+                          self.block_size)
 
 
 def _has_kernels(x, codebook):
@@ -128,9 +130,22 @@ def quantize_4bit(x, codebook: str = "nf4", block_size: int = 64,
     floating-point map; "int8" is the lectures' simpler c2_i8 = round(127 / absmax(c2) c2), which
     never uses its sign and makes zeros of constants below absmax(c2) / 254; False leaves them be.
 
-    ValueError for an unknown codebook or block size, and where x is not finite.
+    TypeError for integers; ValueError for an unknown codebook or block size, and where x is not
+    finite.
+
+    >>> q = quantize_4bit(np.array([0.5, -1.0, 2.0, 0.0]), double_quant=False)
+    >>> q.absmax.tolist(), [f"{byte:08b}" for byte in q.packed]  # two codes a byte
+    ([2.0], ['10100010', '11110111'])
+    >>> q.dequantize()  # 1 and 0 are levels of nf4, 0.25 and -0.5 are not
+    array([ 0.4922246, -1.0501461,  2.       ,  0.       ], dtype=float32)
+
+    The bits of a number, constants included, with and without double quantization:
+
+    >>> x = np.random.default_rng(0).standard_normal((256, 256))
+    >>> [8 * quantize_4bit(x, double_quant=d).nbytes / x.size for d in (True, False)]
+    [4.12744140625, 4.5]
     """
-    levels(codebook)
+    levels(codebook)  # refuses an unknown one
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
     if double_quant not in (False, True, *DOUBLE):
@@ -183,7 +198,7 @@ def _nearest(s, name):  # (n,) -> (n,) uint8
 
 @functools.lru_cache(64)
 def _steps_on(name, xp):
-    """The same for the kernel, as if there were 16 levels: (15,), (16,)."""
+    """What `steps` returns, for the kernel, as if there were 16 levels: (15,), (16,)."""
     middles, order = steps(name)
     middles = np.pad(middles, (0, 15 - len(middles)), constant_values=np.inf)
     return xp.asarray(middles), xp.asarray(np.resize(order, 16))

@@ -28,7 +28,11 @@ from minilm.blas import matmul
 
 @dataclass(frozen=True)
 class Int8:
-    """Codes int8 in the shape of the data, absmax float32 in the shape that goes with them."""
+    """A tensor as 8-bit codes and constants; made by quantize_int8.
+
+    codes: int8, in the tensor's shape.
+    absmax: float32, () or with as many axes as codes, of size 1 where a constant is shared.
+    """
 
     codes: np.ndarray
     absmax: np.ndarray
@@ -52,7 +56,14 @@ def quantize_int8(x, axis=None) -> Int8:
     """Absmax quantization of floats x to codes from -127 to 127, ties to even.
 
     axis: what shares a constant, as in NumPy's reductions: None the whole tensor, -1 (of a matrix)
-    each row, 0 each column. ValueError where x is not finite.
+    each row, 0 each column. TypeError for integers, ValueError where x is not finite.
+
+    >>> q = quantize_int8([[0.5, -2.0], [3.0, 1.0]], axis=-1)
+    >>> q.codes.tolist(), q.absmax.tolist()
+    ([[32, -127], [127, 42]], [[2.0], [3.0]])
+    >>> q.dequantize()
+    array([[ 0.503937, -2.      ],
+           [ 3.      ,  0.992126]], dtype=float32)
     """
     x = finite(x, "quantize_int8")
     absmax = _largest(array_module(x).abs(x), axis)

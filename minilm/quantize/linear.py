@@ -72,15 +72,19 @@ def _few_rows(x, W):
 
 
 class QuantizedLinear(Module):
-    """x dequant(W)^T + b. The arrays of W are frozen tensors, so that they move and are saved."""
+    """x dequant(W)^T + b, in place of a Linear: (..., I) -> (..., O).
+
+    weight: W (O, I). Its arrays are kept as frozen tensors, so that they move and are saved.
+    compute_dtype and threshold as in quantized_linear.
+    """
 
     def __init__(self, weight: FourBit | Int8, bias: Tensor | None = None, compute_dtype=None,
                  threshold=None):
-        arrays = {f.name: getattr(weight, f.name) for f in fields(weight)}
-        arrays = {name: a for name, a in arrays.items() if hasattr(a, "dtype")}
-        for name, array in arrays.items():
-            setattr(self, name, Tensor(array))
-        self.form, self.arrays = replace(weight, **dict.fromkeys(arrays)), tuple(arrays)
+        names = [field.name for field in fields(weight)]
+        self.arrays = tuple(name for name in names if hasattr(getattr(weight, name), "dtype"))
+        for name in self.arrays:
+            setattr(self, name, Tensor(getattr(weight, name)))
+        self.form = replace(weight, **dict.fromkeys(self.arrays))  # what is left: shape, codebook
         self.bias, self.compute_dtype, self.threshold = bias, compute_dtype, threshold
 
     @property
@@ -123,6 +127,7 @@ def quantize_model(model: Module, kind: str = "nf4", double_quant: bool | str = 
               if type(m) is Linear and not skipped(path)}
     if not layers:
         raise ValueError(f"there is no Linear to quantize outside of {skip}")
+    # Whatever is wrong is found before the first layer is replaced.
     quantize_weight(np.zeros((1, 1), np.float32), kind, double_quant, block_size)
     for path, layer in layers.items():
         finite(layer.weight.data, path)
@@ -134,7 +139,7 @@ def quantize_model(model: Module, kind: str = "nf4", double_quant: bool | str = 
 
 
 def quantize_weight(W, kind: str, double_quant: bool | str = True, block_size: int = 64):
-    """W (O, I) as a layer of this kind holds it."""
+    """W (O, I) as a layer of this kind holds it: an Int8 with a constant a row, or a FourBit."""
     if kind in ("int8", "llm.int8"):
         return quantize_int8(W, axis=-1)
     return quantize_4bit(W, kind, block_size, double_quant)

@@ -1,0 +1,45 @@
+"""What this machine has for minilm: python -m minilm."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from minilm import backend
+from minilm.run import versions
+from minilm.train import default_workers
+
+EXTRAS = ("tokenizers", "matplotlib", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def main():
+    told = versions()
+    print(f"minilm {told['minilm']}, Python {told['python']}, {told['platform']}")
+    print(f"numpy {told['numpy']}, ml_dtypes {told['ml_dtypes']}")
+    for blas in told["blas"] or [{"internal_api": "unknown"}]:
+        print("BLAS: " + ", ".join(f"{key} {value}" for key, value in blas.items() if value))
+    count, processes = default_workers()
+    print(f"workers: {count} {'processes' if processes else 'threads'}")
+    print(f"GPU: {gpu()}")
+    print("also installed: " + ", ".join(filter(None, map(installed, EXTRAS))))
+
+
+def gpu() -> str:
+    """The card that arrays would be on, or why there is none."""
+    try:
+        cp = backend.cupy()
+    except RuntimeError as error:
+        return f"none; {error}"
+    card = cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)
+    cuda = cp.cuda.runtime.runtimeGetVersion()
+    return (f"{card['name'].decode()}, {card['totalGlobalMem'] / 2**30:.0f} GiB, sm_{card['major']}"
+            f"{card['minor']}; CuPy {cp.__version__}, CUDA {cuda // 1000}.{cuda % 1000 // 10}")
+
+
+def installed(package: str) -> str | None:
+    """The package and its version, where it is there."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()
