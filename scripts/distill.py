@@ -115,7 +115,10 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if run is None:
         s = replace(s, workers=s.workers or default_workers()[0])  # other counts, other bits
         run = RunDirectory.create(out, "distill", asdict(s), described)
-    distill(run, s, teacher, tokenizer, texts)
+    try:
+        distill(run, s, teacher, tokenizer, texts)
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; go on with: --resume {run.path}")
 
 
 def check(s: Settings):
@@ -132,8 +135,8 @@ def check(s: Settings):
 def distill(run, s: Settings, teacher, tokenizer, texts):
     """Train the teacher, unless it came trained, and all students; show and save the results."""
     tokens = s.batch * s.context
-    print(f"{run.path}: teacher of {size(teacher):,} parameters, "
-          f"{0 if s.teacher else s.teacher_steps * tokens:,} tokens; each student "
+    trained = f"trained in {s.teacher}" if s.teacher else f"{s.teacher_steps * tokens:,} tokens"
+    print(f"{run.path}: teacher of {size(teacher):,} parameters, {trained}; each student "
           f"{s.steps * tokens:,} tokens")
     arms = {"teacher": Arm(teacher, fit(run, s, "teacher", teacher, texts,
                                         0 if s.teacher else s.teacher_steps))}
@@ -189,7 +192,8 @@ def make_students(s: Settings, teacher) -> dict[str, tuple]:
     width = s.student_width or config.width
     starts = {"from the teacher": half} if width == config.width else {}
     config = replace(config, width=width, hidden=config.hidden * width // config.width)
-    fresh, students = partial(Transformer, config, s.seed), {}
+    fresh = partial(Transformer, config, s.seed + 1)  # a new teacher's first weights are of seed
+    students = {}
     for start, make in (starts | {"from random": fresh}).items():
         students |= {f"{start}, distilled": (student := make(), learns(student, teacher)),
                      f"{start}, labels alone": (make(), None)}
@@ -223,13 +227,15 @@ def fit(run, s: Settings, name: str, model, texts, steps: int, loss=None) -> lis
         for done in train(trainer, batches, steps, schedule, start):
             bar.update()
             bar.set_postfix_str(f"loss {done.loss:.3f}")
-            if done.step % every == 0 or done.step == steps:
+            due = done.step % every == 0 or done.step == steps
+            if due:
                 note(done.step, 4 if done.step < steps else 1)
-            if done.step == steps or interrupted():
+            if due or interrupted():
                 arm.save(done.step, whole, optimizer)
+            if interrupted():
                 break
         if interrupted():
-            sys.exit(f"stopped; go on with: --resume {run.path}")
+            raise KeyboardInterrupt
     return arm.records()
 
 

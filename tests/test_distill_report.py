@@ -60,7 +60,7 @@ def curve(*accuracies):
 def arms():
     """A teacher and two students, and what they were worth at each step."""
     def model(layers):
-        return Transformer(Config.gpt2(20, 8, layers=layers, heads=2, width=4))
+        return Transformer(Config.gpt2(20_000, 8, layers=layers, heads=2, width=4))
     return {"teacher": Arm(model(3), curve(0.1, 0.5)), "a student": Arm(model(1), curve(0.2, 0.4)),
             "another": Arm(model(2), curve(0.0, 0.6, 0.1))}
 
@@ -71,11 +71,12 @@ def test_the_table(arms, capsys):
     said = capsys.readouterr().out
     rows = {line[:30].rstrip(): line[30:].split() for line in said.splitlines()}
     # each block: 4 (4 * 4 + 4) in attention, 4 * 16 + 16 + 16 * 4 + 4 in the MLP, two norms of 8;
-    # embeddings of 20 tokens and 8 places, and the last norm
-    sizes = [n * (80 + 148 + 16) + 80 + 32 + 8 for n in (3, 1, 2)]
-    assert rows["teacher"] == ["4.0000", "50.00%", "100.0%", f"{sizes[0]}", "0.00", "1,000", "50"]
-    assert rows["a student"] == ["4.0000", "40.00%", "80.0%", f"{sizes[1]}", "0.00", "2,500", "60"]
-    assert rows["another"] == ["3.0000", "10.00%", "20.0%", f"{sizes[2]}", "0.00", "12,346", "7"]
+    # embeddings of 20,000 tokens and 8 places, and the last norm
+    sizes = [n * (80 + 148 + 16) + 80_000 + 32 + 8 for n in (3, 1, 2)]
+    counts = [f"{size:,}" for size in sizes]
+    assert rows["teacher"] == ["4.0000", "50.00%", "100.0%", counts[0], "0.32", "1,000", "50"]
+    assert rows["a student"] == ["4.0000", "40.00%", "80.0%", counts[1], "0.32", "2,500", "60"]
+    assert rows["another"] == ["3.0000", "10.00%", "20.0%", counts[2], "0.32", "12,346", "7"]
     assert said.endswith(
         f"keeps 80.0% of the teacher's accuracy with {sizes[1] / sizes[0]:.1%} of its parameters, "
         "and\nevaluates 2.50 times as fast and generates 1.20 times as fast, on one core.\n")
@@ -102,6 +103,7 @@ def test_speeds_are_each_models_own(monkeypatch, causal):
             return self
 
         def __call__(self, rows):
+            assert rows.shape == (16, 8)
             turns.append(self.name)
             slow = 10 if turns.count(self.name) == 2 else 1
             clock[0] += self.seconds * slow * rows.size
@@ -131,7 +133,8 @@ PROMPT = "The longest prompt of all"
 def test_a_prediction_is_the_teachers_at_each_temperature(tmp_path, family):
     """Of the next token, or of a mask after the prompt's end, which leaves room for it; also where
     the likeliest of all ids is none of the tokenizer's."""
-    teacher = huggingface.load_model(save_teacher(tmp_path / "t", family, vocab_size=300))
+    teacher = huggingface.load_model(
+        save_teacher(tmp_path / "t", family, vocab_size=300), dropout=0.5)
     tokens = np.array([[*PROMPT[-15:].encode(), *([257] if family == "bert" else [])]])
     with no_grad():
         state = teacher.eval().hidden(tokens).data[0, -1]

@@ -267,14 +267,14 @@ def test_steps_on_one_batch_lower_the_loss(family, settings):
 
 
 def test_a_projection_is_there_where_widths_differ():
-    narrow, teacher = make("gpt2", width=8), make("gpt2")
-    loss = Distillation(narrow, teacher)
+    narrow, wide = make("gpt2", width=8), make("gpt2")
+    loss, again, other = (Distillation(narrow, wide, **s) for s in ({}, {"seed": 0}, {"seed": 1}))
     assert type(loss.project) is Linear and loss.parameters() == [loss.project.weight]
     assert loss.project.weight.shape == (16, 8) and loss.project.bias is None
-    again, other = (Distillation(narrow, teacher, seed=s).project.weight.data for s in (0, 1))
-    assert equal(again, loss.project.weight.data) and not equal(other, again)
-    assert not Distillation(narrow, teacher, weights=(1, 1, 0)).parameters()
-    assert not Distillation(make("gpt2", layers=1), teacher).parameters()
+    W, same, different = (d.project.weight.data for d in (loss, again, other))
+    assert equal(same, W) and not equal(different, W) and abs(W.std() * 8**0.5 - 1) < 0.1
+    assert not Distillation(narrow, wide, weights=(1, 1, 0)).parameters()
+    assert not Distillation(make("gpt2", layers=1), wide).parameters()
 
 
 # Memory
