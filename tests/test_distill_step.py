@@ -143,14 +143,14 @@ def test_bad_settings_are_refused_before_the_first_step(settings, message):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(top_k=V + 1), f"k must be 1 to {V}, .*; got {V + 1}"),
-    (dict(top_k=0), f"k must be 1 to {V}, .*; got 0"),
+    (dict(top_k=V + 1), f"top_k must be 1 to {V}, .*; got {V + 1}"),
+    (dict(top_k=0), f"top_k must be 1 to {V}, .*; got 0"),
     (dict(top_k=3, reverse=True), "reverse KL needs all"),
 ])
 def test_bad_top_k_is_refused(settings, message):
     model = make("gpt2")
     with pytest.raises(ValueError, match=message):
-        Distillation(model, model, **settings)(model, *draw())
+        Distillation(model, model, **settings)
 
 
 @families

@@ -12,10 +12,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from compare_torch import forward as torch_forward
 from conftest import close
 from hypothesis import given
 from hypothesis import strategies as st
+from torch_families import forward as torch_forward
 
 from minilm import ops
 from minilm.generate import generate
@@ -440,6 +440,26 @@ def test_a_frozen_layer_keeps_its_input_for_the_adapter_alone(base, adapted):
     assert (alive() is not None) == adapted
     y.backward(np.ones((4, 5), np.float32))
     assert alive() is None and h.grad.shape == (4, 6)
+
+
+@pytest.mark.parametrize("base, settings, dropout, op", [
+    ("nf4", {}, 0.0, "quantized_lora"),
+    ("int8", {"compute_dtype": np.dtype("float32")}, 0.0, "quantized_lora"),
+    ("nf4", {"compute_dtype": np.dtype("float64")}, 0.0, "add_low_rank"),
+    ("llm.int8", {}, 0.0, "add_low_rank"),
+    ("nf4", {}, 0.5, "add_low_rank"),
+    ("plain", {}, 0.0, "add_low_rank"),
+])  # fmt: skip
+def test_codes_and_update_are_one_op_where_they_see_the_same_x(base, settings, dropout, op):
+    """Dropout counts in training mode alone."""
+    model = One(6, 5, "plain", "float32")
+    if base != "plain":
+        quantize_model(model, base, **settings)
+    add_lora(model, 2, 4, "fc", dropout)
+    x = Tensor(np.ones((4, 6), np.float32))
+    with randomness(np.random.default_rng(0)):
+        assert model(x).node.op == op
+    assert model.eval()(x).node.op == ("quantized_lora" if dropout else op)
 
 
 def test_the_update_keeps_its_input_and_not_what_it_is_added_to():

@@ -265,6 +265,24 @@ def test_dropout_drops_a_share_p_and_scales_the_rest(p, seed):
     close(x.grad, 3 * y.data, "float64")
 
 
+def test_a_draw_of_exactly_p_is_kept():
+    """Numbers from 0 to below 1 are below p with probability p; p itself is one of the others."""
+    class Generator:
+        def random(self, shape, dtype):
+            return np.array([0, 0.25, 0.5, 0.75], dtype)
+    y = ops.dropout(np.ones(4), 0.5, Generator())
+    assert y.data.tolist() == [0, 0, 2, 2]
+
+
+def test_eps_and_temperature_where_none_is_given():
+    x, one = np.array([[1e-3, -1e-3]]), np.ones(2)  # so small that eps is what counts
+    close(ops.layer_norm(x, one, 0 * one).data, x / math.sqrt(1e-6 + 1e-5), "float64")
+    close(ops.rms_norm(x, one).data, x / math.sqrt(1e-6 + 1e-6), "float64")
+    s, t = normal(2, 3, 4)
+    p, q = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (t, s))
+    close(ops.kl_divergence(s, t).data, (p * np.log(p / q)).sum(-1).mean(), "float64")
+
+
 def test_dropout_of_nothing_draws_nothing():
     x = normal(3, 4)
     assert (ops.dropout(Tensor(x), 0.0, None).data == x).all()

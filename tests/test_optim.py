@@ -114,11 +114,12 @@ def test_parts_and_chunks_leave_the_bits_alone(make, block, borders):
 
 
 @pytest.mark.parametrize("make", [decaying, SGD])
-def test_an_update_scales_the_gradient(make):
+@pytest.mark.parametrize("scale", [0.25, 2.0])
+def test_an_update_scales_the_gradient(make, scale):
     scaled, plain = (make(leaves()) for _ in "12")
-    give(scaled.flat.params, seed=0, scale=8.0)
+    give(scaled.flat.params, seed=0, scale=2.0 / scale)
     give(plain.flat.params, seed=0, scale=2.0)
-    scaled.update(slice(0, 89), 1, 0.1, scale=0.25)
+    scaled.update(slice(0, 89), 1, 0.1, scale)
     plain.update(slice(0, 89), 1, 0.1)
     assert np.array_equal(scaled.flat.data, plain.flat.data)
 
@@ -224,6 +225,14 @@ def test_a_gradient_below_the_limit_is_only_measured(limit):
     assert all(np.array_equal(p.grad, g) for p, g in zip(params, before, strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_gradients_are_measured_in_float32(dtype, monkeypatch):
+    monkeypatch.setattr("minilm.optim.flat.PIECE", 4)
+    (p,) = leaves(dtype, shapes=[(10,)])
+    p.grad = np.full(10, 300).astype(dtype)  # the square is beyond float16
+    assert clip_grad_norm([p], math.inf) == pytest.approx(300 * math.sqrt(10))
+
+
 def test_clipping_takes_no_gradients_and_zero_ones():
     params = leaves()
     assert clip_grad_norm(params, 1.0) == 0
@@ -288,3 +297,20 @@ def test_sgd_refuses_bad_settings(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"bad settings.*{name}="):
         SGD(leaves(), **bad)
+
+
+def test_settings_may_be_zero():
+    """Without moments and eps a step of AdamW is lr times the gradient's sign."""
+    (p,) = leaves(shapes=[(8,)])
+    before = p.data.copy()
+    signs = AdamW([p], lr=0.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0)
+    give([p], seed=1)
+    signs.step()
+    assert np.array_equal(p.data, before)
+    signs.lr = 0.5
+    signs.step()
+    close(p.data, before - 0.5 * np.sign(p.grad), "float64")
+    still = SGD(leaves(), lr=0.0, weight_decay=0.0)
+    give(still.flat.params, seed=1)
+    still.step()
+    assert all(np.array_equal(p.data, a.data) for p, a in zip(still.flat.params, leaves()))

@@ -10,11 +10,13 @@ import inspect
 import itertools
 import math
 import os
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ from minilm.files import FormatError
 from minilm.optim import AdamW, PagedAdamW, paged, pages
 from minilm.optim.eightbit import EightBit
 from minilm.optim.pages import SLOTS
-from minilm.optim.streams import CudaDevice, SimulatedDevice
+from minilm.optim.streams import CudaDevice, Event, SimulatedDevice
 from minilm.run import RunDirectory
 from minilm.tensor import Tensor
 from minilm.train import Trainer
@@ -369,6 +371,13 @@ def test_every_wait_is_needed(site):
     assert any(differs(seed, case, site) for seed in range(60) for case in BUDGETS)
 
 
+def test_queues_that_wait_for_what_nobody_records():
+    device = SimulatedDevice(seed=0)
+    device.wait("in", Event())
+    with pytest.raises(RuntimeError, match="an event that nobody records"):
+        device.synchronize()
+
+
 # failures
 
 
@@ -631,6 +640,25 @@ def test_an_optimizer_that_is_dropped_frees_nothing_in_use():
         device.allocate(2000)
 
 
+AT_EXIT = """
+import numpy as np
+from minilm.optim import PagedAdamW
+from minilm.optim.streams import SimulatedDevice
+from minilm.tensor import Tensor
+
+class Device(SimulatedDevice):
+    def close(self): print("closed")
+
+optimizer = PagedAdamW([Tensor(np.ones(3, np.float32), requires_grad=True)], device=Device())
+"""
+
+
+def test_at_exit_a_device_is_left_alone():
+    """The driver may be gone by then."""
+    run = [sys.executable, "-c", AT_EXIT]
+    assert subprocess.run(run, check=True, capture_output=True, text=True).stdout == ""
+
+
 # in training
 
 ROWS = np.random.default_rng(0).integers(0, 11, (2, 4, 8))
@@ -882,6 +910,14 @@ def test_the_allocator_is_put_back(cupy, on_gpu):
     assert fourth.table.nbytes < 8 * fourth.flat.size
     fourth.close()
     cupy.zeros(10)
+
+
+def test_a_gpu_is_closed_when_its_copies_are_done(cupy):
+    device, waited = CudaDevice(), []
+    device.streams = {name: SimpleNamespace(synchronize=functools.partial(waited.append, name))
+                      for name in device.streams}
+    device.close()
+    assert waited == ["in", "update", "out"]
 
 
 def test_copies_are_asynchronous(cupy, on_gpu):

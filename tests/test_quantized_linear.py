@@ -386,6 +386,14 @@ def test_settings_reach_every_layer():
     assert logits.dtype == np.float32 and 0 < relative(logits, exact) < 2e-2
 
 
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16", "float64", np.float32])
+def test_every_compute_dtype_is_taken(compute):
+    """By its name or as a type."""
+    model = quantize_model(make("gpt2"), "int8", compute_dtype=compute)
+    logits, exact = model(TOKENS).data, plain(model)(TOKENS).data
+    assert logits.dtype == np.float32 and relative(logits, exact) < 2e-2
+
+
 def test_the_name_bfloat16_is_known():
     """NumPy knows it only once ml_dtypes is imported; the quantizers see to that."""
     program = (

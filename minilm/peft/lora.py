@@ -102,7 +102,9 @@ class LoRALinear(Module):
     def _as_one(self, x, adapter):
         """Whether base and adapter see the same x in the same dtype."""
         base, drops = self.base, adapter.training and adapter.drop.p
-        return not drops and base.threshold is None and base.compute_dtype in (None, x.dtype)
+        # `is None`, for NumPy finds its dtype of float64 equal to None
+        same = base.compute_dtype is None or base.compute_dtype == x.dtype
+        return same and base.threshold is None and not drops
 
     def use(self, name):
         """Let the adapter of this name act, if there is one here."""
