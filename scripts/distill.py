@@ -33,6 +33,8 @@ from minilm.run import RunDirectory
 from minilm.train import Diverged, Trainer, default_workers, finish_on_interrupt, train
 from minilm.transformer import Transformer
 
+LR = {"causal": 5e-3, "masked": 1e-3}  # with its norms behind the branches BERT stands less
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -76,8 +78,8 @@ class Settings:
     """temperatures at which the student is distilled once more"""
     batch: int = 8
     """rows in a step"""
-    lr: float = 5e-3
-    """learning rate after the warmup; from there it falls as a cosine to a twentieth"""
+    lr: float = 0.0
+    """learning rate after the warmup, falling as a cosine to a twentieth; 0: the objective's own"""
     prompt: str = "the value of th"
     """what the picture shows the teacher's next token of"""
     seed: int = 0
@@ -113,7 +115,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     make_students(s, teacher)  # fails now, rather than when the teacher is trained,
     prediction(teacher, tokenizer, s.prompt)  # and so does this
     if run is None:
-        s = replace(s, workers=s.workers or default_workers()[0])  # other counts, other bits
+        s = replace(s, lr=s.lr or LR[s.objective],
+                    workers=s.workers or default_workers()[0])  # other counts, other bits
         run = RunDirectory.create(out, "distill", asdict(s), described)
     try:
         distill(run, s, teacher, tokenizer, texts)
@@ -126,8 +129,8 @@ def check(s: Settings):
     for name, least in dict(steps=1, teacher_steps=1, context=2, workers=0).items():
         if getattr(s, name) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(s, name)}")
-    if not 0 < s.lr < math.inf:
-        raise ValueError(f"lr must be positive, got {s.lr}")
+    if not 0 <= s.lr < math.inf:
+        raise ValueError(f"lr must be positive, or 0 for the objective's own; got {s.lr}")
     if not s.prompt:
         raise ValueError("the prompt must not be empty")
 
