@@ -6,7 +6,8 @@ from minilm import backend
 from minilm.run import versions
 from minilm.train import default_workers
 
-EXTRAS = ("tokenizers", "matplotlib", "torch", "transformers", "peft", "bitsandbytes")
+EXTRAS = {"hf": ("tokenizers",), "plots": ("matplotlib",), "test": ("torch", "pytest"),
+          "peers": ("transformers", "peft", "bitsandbytes")}
 
 
 def main():
@@ -16,9 +17,11 @@ def main():
     for blas in told["blas"] or [{"internal_api": "unknown"}]:
         print("BLAS: " + ", ".join(f"{key} {value}" for key, value in blas.items() if value))
     count, processes = default_workers()
-    print(f"workers: {count} {'processes' if processes else 'threads'}")
+    print(f"workers: {count}, as {'processes' if processes else 'threads'}")
     print(f"GPU: {gpu()}")
-    print("also installed: " + ", ".join(filter(None, map(installed, EXTRAS))))
+    for extra, packages in EXTRAS.items():
+        found = [installed(package) for package in packages]
+        print(f"{extra}: " + (", ".join(found) if all(found) else f'pip install "minilm[{extra}]"'))
 
 
 def gpu() -> str:

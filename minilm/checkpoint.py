@@ -37,8 +37,8 @@ def save(
 ) -> None:
     """Save a checkpoint into the folder `path`, then remove all but the newest `keep`.
 
-    `state` is JSON-able and holds an int "step". Checkpoints of later steps are left alone. The
-    disk must have room for one more than `keep`.
+    `state` is JSON-able and holds an int "step" of at least 0, else ValueError. Checkpoints of
+    later steps are left alone. The disk must have room for one more than `keep`.
     """
     step = state.get("step")
     if type(step) is not int or step < 0:

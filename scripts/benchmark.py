@@ -13,21 +13,27 @@ Needs the extras `test` and, for lora and codes, `peers`. gpu_table.py says what
 GPU, and kernels/RESULTS.md holds what came out.
 """
 
+import importlib.util
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
 from dataclasses import replace
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import Literal, get_args
 
 import tyro
 from contenders import SHAPES, Shape, bitsandbytes_codes, our_codes, our_side, torch_side
+from tqdm import tqdm
 
 GROWTH = Shape(6, 6, 384, 256, 8, 512), Shape(6, 6, 384, 1024, 2, 512)
 OnCPU = Literal["train", "lora", "qlora", "paged", "generate", "memory", "growth", "codes"]
 OnGPU = Literal["dequantize", "quantize", "matmul", "lora", "reference", "attention", "swiglu",
                 "rms_norm", "adamw", "step", "pages"]
+OTHERS = {"torch": ("test", ("train", "lora", "generate", "memory", "growth", "codes")),
+          "peft": ("peers", ("lora",)), "bitsandbytes": ("peers", ("codes",))}
 
 
 def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
@@ -42,6 +48,8 @@ def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
         threads: let our workers be threads rather than processes.
         device: cuda measures the kernels, a step of QLoRA, and its optimizer's pages.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
     known = get_args(OnCPU if device == "cpu" else OnGPU)
     if unknown := sorted(set(rows) - set(known)):
         sys.exit(f"benchmark.py: there are no rows {unknown} on {device}, only {known}")
@@ -54,6 +62,9 @@ def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
 
 def on_cpu(rows, configs, rounds, threads):
     """The rows beside PyTorch, PEFT and bitsandbytes."""
+    for package, (extra, compared) in OTHERS.items():
+        if {*rows} & {*compared} and importlib.util.find_spec(package) is None:
+            raise ImportError(f'{package} is not installed: pip install "minilm[{extra}]"')
     print("| what | the other | minilm | ratio | lowest - highest |\n|---|---|---|---|---|")
     turns = partial(compare, rounds=rounds)
     for row in rows:
@@ -90,10 +101,7 @@ def on_gpu(rows, rounds):
 
     from minilm.backend import cupy
 
-    try:
-        cupy()
-    except RuntimeError as error:
-        sys.exit(f"benchmark.py: {error}")
+    cupy()
     print(f"{heading()}\n{HEAD}", flush=True)
     ceilings, lines = measured_ceilings(rounds)
     print(*lines, sep="\n", flush=True)
@@ -134,7 +142,8 @@ def compare(title, theirs, ours, rounds) -> tuple[float, float]:
 def take_turns(theirs, ours, rounds) -> list:
     """The answers of both sides, asked in turn: those of theirs, those of ours."""
     with Contender(*theirs) as first, Contender(*ours) as second:
-        return list(zip(*[(first.run(), second.run()) for _ in range(rounds)]))
+        turns = tqdm(range(rounds), unit="turn", leave=False, disable=None)
+        return list(zip(*[(first.run(), second.run()) for _ in turns]))
 
 
 def compare_memory(title, shape, threads):
@@ -149,22 +158,38 @@ class Contender:
     """A process that waits, runs a job once when told to, and answers with a number."""
 
     def __init__(self, side, *args):
+        from minilm.train import finish_on_interrupt
+
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, side, *args))
-        self.process.start()
+        resource_tracker.ensure_running()  # started below, it would end the blocking
+        with finish_on_interrupt() as interrupted:
+            # Ctrl-C is for this process alone: a child inherits that it is blocked.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            self.process.start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
+        if interrupted():
+            self.process.terminate()
+            raise KeyboardInterrupt
 
     def run(self) -> float:
         time.sleep(0.02)  # threads of the contender before may still be spinning
-        self.pipe.send("go")
-        return self.pipe.recv()
+        try:
+            self.pipe.send("go")
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            raise RuntimeError("a contender died; what it said is above") from None
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.pipe.send(None)
+    def __exit__(self, error, *_):
+        if error:
+            self.process.terminate()
+        else:
+            self.pipe.send(None)
         self.process.join()
 
 
@@ -177,4 +202,9 @@ def serve(pipe, side, *args):
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except (ValueError, ImportError, RuntimeError) as error:
+        sys.exit(f"benchmark.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

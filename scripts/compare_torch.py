@@ -11,14 +11,12 @@ import sys
 
 import numpy as np
 import tyro
-from op_table import TOLERANCE, cast, error, import_torch, op_error, run_ours, run_torch, table
+from op_table import TOLERANCE, cast, error, op_error, run_ours, run_torch, table
+from tqdm import tqdm
 
 from minilm import ops
 from minilm.optim import AdamW
-from minilm.transformer import Config, Transformer, rotary_tables
-
-torch = import_torch()
-F = torch.nn.functional
+from minilm.transformer import Config, Transformer
 
 DTYPES = ("float64", "float32")
 SIZES = dict(vocab_size=61, context=24, layers=2, heads=4, width=32)
@@ -33,13 +31,26 @@ ADAMW = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.1)
 
 
 def main(steps: int = 20):
-    """Print both tables. steps: how many of AdamW."""
+    """Compare every op with PyTorch, then three families in training.
+
+    Args:
+        steps: how many of AdamW the families are trained for.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    rows = table()
     print("Errors of the value, then of each gradient.\n")
-    passed = print_table("op", (op_errors(row) for row in table()))
+    passed = print_table("op", [op_errors(row) for row in progress(rows, "op")])
     print(f"\nErrors of the losses, the gradients and the weights over {steps} steps of AdamW.\n")
-    families = (family_errors(name, config, steps) for name, config in FAMILIES.items())
+    families = [family_errors(name, config, steps)
+                for name, config in progress(FAMILIES.items(), "family")]
     passed = print_table("family", families) and passed
     sys.exit(0 if passed else 1)
+
+
+def progress(items, unit: str):
+    """The items, with a bar that goes when they are through."""
+    return tqdm(items, unit=unit, leave=False, disable=None)
 
 
 def print_table(subject, results):
@@ -115,6 +126,8 @@ def train_ours(config, dtype, steps):
 
 def train_torch(config, dtype, steps):
     """The same with PyTorch."""
+    from torch_families import F, forward, torch
+
     weights = start(config, dtype).state_dict()
     params = {name: torch.tensor(w, requires_grad=True) for name, w in weights.items()}
     optimizer, losses, grads = torch.optim.AdamW(params.values(), **ADAMW), [], []
@@ -134,63 +147,10 @@ def flat(arrays):
     return np.concatenate([a.ravel() for a in arrays])
 
 
-def forward(c, p, tokens, seen=None):
-    """Logits (B, T, V) of the families in plain PyTorch; the weights p have minilm's names."""
-    x = F.embedding(tokens, p["embed.weight"])
-    cos, sin = None, None
-    if c.positions == "rotary":
-        tables = rotary_tables(c, np.arange(tokens.shape[1]), x.detach().numpy().dtype)
-        cos, sin = (torch.tensor(t).repeat(1, 2) for t in tables)
-    else:
-        x = x + p["position.weight"][: tokens.shape[1]]
-    if c.segments:
-        x = x + p["segment.weight"][0]
-    if not c.norm_first:
-        x = norm(c, p, "embed_norm", x)
-    for i in range(c.layers):
-        b = f"blocks.{i}"
-        if c.norm_first:
-            x = x + attention(c, p, b, norm(c, p, f"{b}.norm1", x), seen, cos, sin)
-            x = x + mlp(c, p, b, norm(c, p, f"{b}.norm2", x))
-        else:
-            x = norm(c, p, f"{b}.norm1", x + attention(c, p, b, x, seen, cos, sin))
-            x = norm(c, p, f"{b}.norm2", x + mlp(c, p, b, x))
-    if c.head == "masked":
-        x = norm(c, p, "head.norm", F.gelu(linear(p, "head.transform", x)))
-        return F.linear(x, p["embed.weight"], p["head.out.bias"])
-    return F.linear(norm(c, p, "norm", x), p["embed.weight" if c.tied else "head.weight"])
-
-
-def linear(p, name, x):
-    return F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
-
-
-def norm(c, p, name, x):
-    gain = p[f"{name}.weight"]
-    if c.norm == "rms":
-        return F.rms_norm(x, gain.shape, gain, c.norm_eps)
-    return F.layer_norm(x, gain.shape, gain, p[f"{name}.bias"], c.norm_eps)
-
-
-def attention(c, p, block, x, seen, cos, sin):
-    name = f"{block}.attention"
-    q, k, v = (linear(p, f"{name}.{n}", x).unflatten(-1, (-1, c.width // c.heads)).transpose(1, 2)
-               for n in "qkv")
-    if c.positions == "rotary":
-        q, k = (y * cos + torch.cat([-y2, y1], -1) * sin
-                for y in (q, k) for y1, y2 in [y.chunk(2, -1)])
-    y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=c.causal, enable_gqa=True)
-    return linear(p, f"{name}.o", y.transpose(1, 2).flatten(2))
-
-
-def mlp(c, p, block, x):
-    up = linear(p, f"{block}.mlp.up", x)
-    if c.activation == "swiglu":
-        hidden = F.silu(linear(p, f"{block}.mlp.gate", x)) * up
-    else:
-        hidden = F.gelu(up, approximate="tanh" if c.activation == "gelu_tanh" else "none")
-    return linear(p, f"{block}.mlp.down", hidden)
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except (ValueError, ImportError) as error:
+        sys.exit(f"compare_torch.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

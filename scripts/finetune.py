@@ -155,26 +155,24 @@ def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
     step = run.restore(model, optimizer, scaler)
     print(f"{run.path}: {s.method} on {s.model}, {sum(p.size for p in params):,} trainable "
           f"parameters, {s.workers} workers, from step {step}")
-    with (
-        Trainer(model, optimizer, s.workers, default_workers()[1] and not s.threads, s.seed,
-                scaler) as t,
-        finish_on_interrupt() as interrupted,
-        tqdm(total=s.steps, initial=step, unit="step", disable=None) as bar,
-    ):
+    with Trainer(model, optimizer, s.workers, default_workers()[1] and not s.threads, s.seed,
+                 scaler) as t:
         examine = partial(examined, t, model, tokenizer, test, asked, known)
         if not run.records():
             run.log(**examine(step))
-        for done in train(t, batches, s.steps, schedule, step, s.clip):
-            step, last = done.step, done.step == s.steps or interrupted()
-            bar.update()
-            bar.set_postfix_str(f"loss {done.loss:.3f}")
-            if step % s.eval_every == 0:
-                bar.write(f"step {step}: held out: loss {t.evaluate(*asked)[0]:.4f}")
-            run.log(**asdict(done))
-            if step % s.save_every == 0 or last:
-                run.save(step, model, optimizer, scaler)
-            if last:
-                break
+        with finish_on_interrupt() as interrupted, tqdm(
+                total=s.steps, initial=step, unit="step", disable=None) as bar:
+            for done in train(t, batches, s.steps, schedule, step, s.clip):
+                step, last = done.step, done.step == s.steps or interrupted()
+                bar.update()
+                bar.set_postfix_str(f"loss {done.loss:.3f}")
+                if step % s.eval_every == 0:
+                    bar.write(f"step {step}: held out: loss {t.evaluate(*asked)[0]:.4f}")
+                run.log(**asdict(done))
+                if step % s.save_every == 0 or last:
+                    run.save(step, model, optimizer, scaler)
+                if last:
+                    break
         if step == s.steps and "right" not in run.records()[-1]:  # it is, in a run that was done
             run.log(**examine(step))
     finish(run, model, tokenizer, s, step, test[0])
@@ -200,7 +198,8 @@ def answers(model, records, tokenizer) -> list[str]:
     prompts = [tokenizer.encode(data.prompt(record)) for record in records]
     longest = max(len(tokenizer.encode(record.output)) for record in records) + 1
     found = {}
-    for size in sorted({len(prompt) for prompt in prompts}):  # rows of one length make a batch
+    sizes = sorted({len(prompt) for prompt in prompts})  # rows of one length make a batch
+    for size in tqdm(sizes, "answers", unit="batch", leave=False, disable=None):
         rows = [i for i, prompt in enumerate(prompts) if len(prompt) == size]
         ended, drawn = np.zeros(len(rows), bool), []
         for ids in islice(stream(model.eval(), [prompts[i] for i in rows], 0), longest):
@@ -275,4 +274,4 @@ if __name__ == "__main__":
     except (ValueError, OSError, ImportError, Diverged) as error:
         sys.exit(f"finetune.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped before the first step")
+        sys.exit("\nstopped at once; a run that had begun goes on with --resume")

@@ -43,6 +43,8 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
         raise ValueError(f"tokens must not be negative, got {tokens}")
     tune_allocator()
     folder = model or newest_model(Path("runs"))
+    if not model:
+        print(f"{folder}:", file=sys.stderr)
     transformer = huggingface.load_model(folder).eval()
     if adapter:
         unload_lora(merge_lora(peft.load_adapter(transformer, adapter)))

@@ -21,6 +21,7 @@ import numpy as np
 import tyro
 from lecture_numbers import print_lectures
 from memory_of_step import Plan, Step, parameters, plan, trainable
+from tqdm import tqdm
 
 from minilm import ops
 from minilm.files import read_json
@@ -39,15 +40,19 @@ class Widths:
     """A model that is in no folder."""
 
     family: Literal["gpt2", "llama", "bert"] = "gpt2"
+    """its architecture"""
     layers: int | None = None
+    """blocks of the model"""
     width: int | None = None
+    """numbers that stand for a token"""
     heads: int | None = None
-    """by default one for every 64 of the width"""
+    """attention heads in a block; by default one for every 64 of the width"""
     kv_heads: int | None = None
     """llama's key and value heads; by default as many as heads"""
     hidden: int | None = None
     """width of the MLP; by default 4 times the width, for llama 8/3 of it"""
     vocab_size: int = 50257
+    """tokens that the model knows"""
 
 
 def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name="")] = Widths(),
@@ -59,17 +64,14 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
     """Say how much memory a training run takes.
 
     Args:
-        model: folder with a config.json of GPT-2, Llama, Mistral, BERT or DistilBERT; its weights
-            need not be there. Without it, give at least layers and width.
+        model: Hugging Face folder, of which config.json is enough; else give layers and width.
         widths: of a model that is in no folder.
-        method: full trains every weight, lora adapters, qlora adapters on weights in NF4 with
-            double quantization.
+        method: full trains every weight, lora adapters, qlora adapters on weights in NF4.
         batch: rows in a step.
         context: tokens in a row; by default as many as the folder's model takes, else 1024.
         rank: of the adapters.
         targets: layers that get adapters, such as q v mlp.up, or all-linear.
-        dtype: of weights and adapters; what the optimizer works on is float32: gradients, the two
-            states, and, where parameters are of 16 bits, their masters.
+        dtype: of weights and adapters; AdamW has float32 gradients, states and masters.
         checkpoint_every: run so many blocks under a checkpoint; 0 keeps every activation.
         device: cuda works on whole arrays where cpu works on blocks that fit its cache.
         card: memory in GB (10^9 bytes) that the run should fit in.
@@ -145,13 +147,14 @@ METHODS = (("full", ("q", "v")), ("lora", ("q", "v")), ("lora", "all-linear"),
 def print_check():
     """Predicted and measured bytes of a step, for three sizes and five ways to train them."""
     print(f"{'size':17}{'method':8}{'targets':12}{'predicted':>13}{'measured':>13}{'error':>8}")
-    for name, (config, batch) in SIZES.items():
-        for method, targets in METHODS:
-            step = Step(config, method, batch, config.context, targets=targets)
-            predicted, found = plan(step).total, sum(measured(step).values())
-            on = "" if method == "full" else targets if type(targets) is str else " ".join(targets)
-            print(f"{name:17}{method:8}{on:12}{predicted / 1e6:10.2f} MB{found / 1e6:10.2f} MB"
-                  f"{predicted / found - 1:8.1%}", flush=True)
+    cases = [(*size, *how) for size in SIZES.items() for how in METHODS]
+    for name, (config, batch), method, targets in tqdm(cases, unit="step", leave=False,
+                                                       disable=None):
+        step = Step(config, method, batch, config.context, targets=targets)
+        predicted, found = plan(step).total, sum(measured(step).values())
+        on = "" if method == "full" else targets if type(targets) is str else " ".join(targets)
+        tqdm.write(f"{name:17}{method:8}{on:12}{predicted / 1e6:10.2f} MB{found / 1e6:10.2f} MB"
+                   f"{predicted / found - 1:8.1%}")
 
 
 def measured(step: Step, make_optimizer=AdamW) -> dict[str, int]:
@@ -186,3 +189,5 @@ if __name__ == "__main__":
         tyro.cli(main)
     except (ValueError, OSError) as error:
         sys.exit(f"plan_memory.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

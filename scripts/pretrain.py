@@ -45,16 +45,21 @@ class Settings:
     family: Literal["gpt2", "llama", "bert"] = "gpt2"
     """architecture; bert learns to fill in masked tokens, the others to go on"""
     layers: int = 4
+    """blocks of the model"""
     heads: int = 4
+    """attention heads in a block"""
     width: int = 128
+    """numbers that stand for a token; a multiple of heads"""
     context: int = 128
     """tokens in a row"""
     dropout: float = 0.0
+    """share of the activations that a training step leaves out"""
     batch: int = 16
     """rows in a step"""
     accumulate: int = 1
     """micro-batches, one after another, in which a step's rows are run"""
     steps: int = 1200
+    """updates in the whole run"""
     lr: float = 5e-3
     """learning rate after the warmup; from there it falls as a cosine"""
     min_lr: float = 3e-4
@@ -100,7 +105,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         raise ValueError("corpus and prompt must not be empty")
     run = RunDirectory(resume) if resume else None
     s = run.settings(settings) if run else settings
-    corpora = [data.load_corpus(name) for name in s.corpus]
+    corpora = [data.load_corpus(name) for name in progress(s.corpus, "reading", "corpus")]
     described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
     if run and run.describe()["corpora"] != described:
         raise ValueError(f"{resume}: the text is not the one that this run was started on")
@@ -126,32 +131,30 @@ def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer
     size = sum(p.size for p in params)
     print(f"{run.path}: {size:,} parameters, {s.workers} workers, from step {step}")
     show = partial(show_sample, run, model, tokenizer, s)
-    if step == 0:
-        show(step)
     schedule = partial(cosine_schedule, steps=s.steps, lr=s.lr, min_lr=s.min_lr, warmup=s.warmup)
-    with (
-        Trainer(model, optimizer, s.workers, processes and not s.threads, s.seed,
-                scaler) as trainer,
-        finish_on_interrupt() as interrupted,
-        tqdm(total=s.steps, initial=step, unit="step", disable=None) as bar,
-    ):
-        for done in train(trainer, batches, s.steps, schedule, step, s.clip, s.accumulate):
-            step, last = done.step, done.step == s.steps or interrupted()
-            bar.update()
-            speed = done.targets / done.seconds
-            bar.set_postfix_str(f"loss {done.loss:.3f}, {speed:,.0f} tokens/s")
-            validation = {}
-            if step % s.eval_every == 0 or step == s.steps:
-                validation = evaluate(trainer, held_out, every=1 if step == s.steps else 4)
-                bar.write(f"step {step}: held out: loss {validation['validation_loss']:.4f}, "
-                          f"next token right {validation['validation_accuracy']:.1%}")
-            run.log(**asdict(done), **validation)
-            if step % s.save_every == 0 or last:
-                run.save(step, model, optimizer, scaler)
-            if step in (100, s.steps):
-                show(step)
-            if last:
-                break
+    with Trainer(model, optimizer, s.workers, processes and not s.threads, s.seed,
+                 scaler) as trainer:
+        if step == 0:  # in here, where BLAS has one thread: two may wait for each other
+            show(step)
+        with finish_on_interrupt() as interrupted, tqdm(
+                total=s.steps, initial=step, unit="step", disable=None) as bar:
+            for done in train(trainer, batches, s.steps, schedule, step, s.clip, s.accumulate):
+                step, last = done.step, done.step == s.steps or interrupted()
+                bar.update()
+                speed = done.targets / done.seconds
+                bar.set_postfix_str(f"loss {done.loss:.3f}, {speed:,.0f} tokens/s")
+                validation = {}
+                if step % s.eval_every == 0 or step == s.steps:
+                    validation = evaluate(trainer, held_out, every=1 if step == s.steps else 4)
+                    bar.write(f"step {step}: held out: loss {validation['validation_loss']:.4f}, "
+                              f"next token right {validation['validation_accuracy']:.1%}")
+                run.log(**asdict(done), **validation)
+                if step % s.save_every == 0 or last:
+                    run.save(step, model, optimizer, scaler)
+                if step in (100, s.steps):
+                    show(step)
+                if last:
+                    break
     finish(run, model, tokenizer, step, s.steps)
 
 
@@ -195,7 +198,8 @@ def fill_in(model, tokens, tokenizer, seed):
 
 def make_batches(s: Settings, parts, tokenizer):
     """(batches of the training parts, rows of those held out): as the family learns."""
-    streams = [data.pack(training, tokenizer) for training, _ in parts]
+    streams = [data.pack(progress(training, "tokens of the text", "document"), tokenizer)
+               for training, _ in parts]
     weights = s.weights or [len(stream) for stream in streams]
     batches = data.Batches(streams, weights, s.batch, s.context, s.seed)
     held_out = data.rows(np.concatenate([data.pack(v, tokenizer) for _, v in parts]), s.context)
@@ -213,8 +217,14 @@ def make_tokenizer(s: Settings, parts):
         held_out = [text for _, validation in parts for text in validation]
         return data.CharTokenizer.train([s.prompt, *held_out, *training])
     if s.tokenizer == "bpe":
-        return data.BPETokenizer.train(training, s.vocab_size)
+        documents = progress(training, "words for the tokenizer", "document")
+        return data.BPETokenizer.train(documents, s.vocab_size)
     return data.load_tokenizer(s.tokenizer)
+
+
+def progress(items, title: str, unit: str):
+    """The items, with a bar that goes when they are through."""
+    return tqdm(items, title, unit=unit, leave=False, disable=None)
 
 
 def make_model(s: Settings, vocab_size: int) -> Transformer:
@@ -230,7 +240,7 @@ def make_model(s: Settings, vocab_size: int) -> Transformer:
 if __name__ == "__main__":
     try:
         tyro.cli(main)
-    except (ValueError, OSError, Diverged) as error:
+    except (ValueError, OSError, ImportError, Diverged) as error:
         sys.exit(f"pretrain.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped before the first step")
+        sys.exit("\nstopped at once; a run that had begun goes on with --resume")

@@ -34,8 +34,8 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     """What quantization costs.
 
     Args:
-        model: Hugging Face folder with a tokenizer.json; by default the newest runs/pretrain-*.
-        block_sizes: numbers that share a constant.
+        model: Hugging Face folder and tokenizer.json; by default the newest runs/pretrain-*/model.
+        block_sizes: how many numbers share a constant; powers of 2 from 32 to 4096.
         corpus: text whose held-out tenth the perplexity is of; as for pretrain.py.
         out: the picture.
     """
@@ -44,7 +44,9 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     loaded = huggingface.load_model(folder)
     weights = [m.weight.data for path, m in loaded.named_modules()
                if type(m) is Linear and path != "head"]
+    text = data.split(data.load_corpus(corpus), 0.1)[1]
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
+    rows = data.rows(data.pack(text, tokenizer), loaded.config.context)
     normal = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
     print_examples()
     print("\nnormal numbers")
@@ -53,8 +55,6 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
           "mean |error / x| 0.2033)")
     print(f"\nthe weights of {folder}, but for the head")
     print_errors(weights, block_sizes)
-    text = data.split(data.load_corpus(corpus), 0.1)[1]
-    rows = data.rows(data.pack(text, tokenizer), loaded.config.context)
     print(f"\nthe model on the held-out tenth of {corpus}")
     print_perplexities(folder, rows)
     if drawn := draw_codebooks(weights, out):

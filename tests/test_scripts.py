@@ -1,0 +1,220 @@
+"""The first minutes with the scripts: --help, extras that are not there, Ctrl-C, wrong input."""
+
+import contextlib
+import importlib
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import benchmark
+import memory_report
+import numpy as np
+import pretrain
+import pytest
+import quantize
+import tyro
+
+from minilm import data
+from minilm.interop import huggingface
+from minilm.run import RunDirectory
+from minilm.transformer import Config, Transformer
+
+FOLDER = Path(__file__).resolve().parents[1] / "scripts"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py")
+                 if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8"))
+EXTRAS = ("bitsandbytes", "cupy", "matplotlib", "peft", "tokenizers", "torch", "transformers")
+
+
+def without(packages, program):
+    """The words of a process that runs a program where packages are not installed."""
+    return [sys.executable, "-c", f"""
+import importlib.util, runpy, sys
+from importlib.machinery import PathFinder
+def find(name, *rest): return None if name in {packages} else PathFinder.find_spec(name, *rest)
+finder = type("Finder", (), {{"find_spec": staticmethod(find)}})
+sys.meta_path[sys.meta_path.index(PathFinder)] = finder
+sys.path[:0] = {[str(FOLDER), str(FOLDER.parent)]}
+{program}"""]
+
+
+def start(*words):
+    """A process of its own group, as a terminal's, which hears Ctrl-C."""
+    return subprocess.Popen(
+        [sys.executable, "-u", *map(str, words)], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(FOLDER.parent)},
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+@contextlib.contextmanager
+def killed_in_the_end(process):
+    """Where something went wrong, its whole group."""
+    try:
+        yield
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The folder of a small model."""
+    huggingface.save_model(Transformer(Config.gpt2(258, 48, 1, 2, 64)), tmp_path / "model")
+    data.ByteTokenizer().save(tmp_path / "model" / "tokenizer.json")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_describes_every_setting(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as ended:
+        tyro.cli(importlib.import_module(script).main, prog=script, args=["--help"])
+    assert ended.value.code == 0
+    lines = [line.strip("│|+ ") for line in capsys.readouterr().out.splitlines()]
+    head, *settings = re.split(r"\n(?=--[a-z])", "\n".join(lines))
+    assert "show this help" in head and settings
+    for setting in settings:
+        words = re.sub(r"(?s)--[\w-]+|\{[^}]*\}|\(default: .*|[^a-z]", "", setting)
+        assert words, f"{setting} is not described"
+
+
+def test_help_needs_no_extra():
+    program = ("import contextlib, io, importlib, tyro\n"
+               f"for script in {SCRIPTS}:\n"
+               "    said = io.StringIO()\n"
+               "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(said):\n"
+               "        tyro.cli(importlib.import_module(script).main, args=['--help'])\n"
+               "    print('show this help' in said.getvalue())\n")
+    done = subprocess.run(without(EXTRAS, program), capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (["True"] * len(SCRIPTS), "")
+
+
+@pytest.mark.parametrize("missing, script, words, extra", [
+    ("tokenizers", "pretrain", ["--tokenizer", "bpe"], "hf"),
+    ("torch", "compare_torch", [], "test"),
+    ("torch", "benchmark", ["--rows", "qlora", "train"], "test"),
+    ("peft", "benchmark", ["--rows", "lora"], "peers"),
+    ("bitsandbytes", "benchmark", ["--rows", "codes"], "peers"),
+])
+def test_a_missing_extra_is_named_in_one_line(tmp_path, missing, script, words, extra):
+    program = (f"sys.argv = {[f'{script}.py', *words]}\n"
+               f"runpy.run_path({str(FOLDER / f'{script}.py')!r}, run_name='__main__')")
+    done = subprocess.run(without([missing], program), capture_output=True, text=True,
+                          cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{script}.py: ") and line.endswith(f'pip install "minilm[{extra}]"')
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_each_says_how_to_get_pictures(tmp_path, model, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert quantize.draw_codebooks([np.ones((64, 64), np.float32)], tmp_path / "a.png") is None
+    assert not memory_report.draw({}, [], 0, 0, tmp_path / "b.png")
+    run = RunDirectory.create(tmp_path, "pretrain", {}, [])
+    pretrain.finish(run, huggingface.load_model(model), data.ByteTokenizer(), 3, 3)
+    said = capsys.readouterr().out
+    assert said.count('for a picture: pip install "minilm[plots]"') == 2
+    assert 'for curves: pip install "minilm[plots]"' in said
+    assert f"--model {run.path / 'model'}" in said and not list(tmp_path.rglob("*.png"))
+
+
+BENCHMARK = ["--rows", "qlora", "--configs", "L"]
+
+
+@pytest.mark.parametrize("script, words, children, seconds", [
+    ("compare_torch", [], 0, 0),
+    ("plan_memory", ["--check"], 0, 0),
+    ("quantize", ["--model", "MODEL"], 0, 0),
+    ("memory_report", [], 0, 0),
+    ("benchmark", BENCHMARK, 3, 0),  # while the second contender starts; the third is a helper
+    ("benchmark", BENCHMARK, 3, 0.15),  # while they import
+])
+def test_ctrl_c_is_one_line_and_leaves_nobody_behind(model, script, words, children, seconds):
+    """The terminal sends it to every process of the group."""
+    words = [str(model) if word == "MODEL" else word for word in words]
+    process = start(FOLDER / f"{script}.py", *words)
+    with killed_in_the_end(process):
+        assert process.stdout.readline()
+        family = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while children and len(family.read_text().split()) < children:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (1, "\nstopped\n")
+        limit = time.monotonic() + 5
+        with pytest.raises(ProcessLookupError):
+            while time.monotonic() < limit:
+                os.killpg(process.pid, 0)
+
+
+def test_a_contender_that_dies_is_said_to_have(capfd):
+    with pytest.raises(RuntimeError, match="a contender died; what it said is above"):
+        with benchmark.Contender(iter, ()) as contender:
+            contender.run()
+    assert "StopIteration" in capfd.readouterr().err
+
+
+def test_ctrl_c_before_the_first_step_costs_no_time(tmp_path):
+    """While the first sample is drawn; the run can still be gone on with."""
+    (tmp_path / "text.txt").write_text("A cat sat on a mat. " * 200)
+    process = start(FOLDER / "pretrain.py", "--corpus", tmp_path / "text.txt", "--out", tmp_path,
+                    "--sample", 10**6, "--workers", 1, "--steps", 2, "--prompt", "A ")
+    with killed_in_the_end(process):
+        line = process.stdout.readline()
+        assert line.startswith(f"{tmp_path / 'pretrain-1'}: ") and "from step 0" in line
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert err == "\nstopped at once; a run that had begun goes on with --resume\n"
+    assert RunDirectory(tmp_path / "pretrain-1").records() == []
+
+
+WRONG = [
+    ("quantize --model nowhere", "nowhere/config.json"),
+    ("finetune --model nowhere", "nowhere/tokenizer.json"),
+    ("plan_memory --model nowhere", "nowhere/config.json"),
+    ("pretrain --resume nowhere", "nowhere/run.json"),
+    ("finetune --resume nowhere", "nowhere/run.json"),
+    ("generate --model file", "file/config.json: cannot be read: Not a directory"),
+    ("quantize --model file", "file/config.json: cannot be read: Not a directory"),
+    ("pretrain --tokenizer file", "file: "),
+    ("finetune", "no model in runs/pretrain-*/model: run pretrain.py first, or give --model"),
+    ("quantize", "no model in runs/pretrain-*/model: run pretrain.py first, or give --model"),
+    ("quantize --model MODEL --corpus nowhere", "'nowhere' is no path and none of python-"),
+    ("finetune --model MODEL --data nowhere", "nowhere"),
+    ("generate --model MODEL --adapter nowhere", "nowhere/adapter_config.json"),
+    ("plan_memory", "give --model, or --layers and --width"),
+    ("compare_torch --steps 0", "steps must be at least 1, got 0"),
+    ("benchmark --rounds 0", "rounds must be at least 1, got 0"),
+    ("memory_report --layers 0", "layers must be positive, got 0"),
+]
+
+
+@pytest.mark.parametrize("command, expected", WRONG, ids=[command for command, _ in WRONG])
+def test_wrong_input_is_one_line(tmp_path, model, monkeypatch, capsys, command, expected):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("no model")
+    script, *words = command.replace("MODEL", "model").split()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FOLDER / f"{script}.py"), run_name="__main__")
+    line = ended.value.code
+    assert line.startswith(f"{script}.py: ") and expected in line and "\n" not in line
+    assert capsys.readouterr().out == "" and not Path("runs").exists()
+
+
+def test_the_model_that_was_chosen_is_said(model, monkeypatch, capsys):
+    import generate
+
+    (model.parent / "runs" / "pretrain-1").mkdir(parents=True)
+    model.rename(model.parent / "runs" / "pretrain-1" / "model")
+    monkeypatch.chdir(model.parent)
+    generate.main(tokens=1)
+    assert capsys.readouterr().err.startswith("runs/pretrain-1/model:\n1 tokens, ")
