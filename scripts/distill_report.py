@@ -101,7 +101,7 @@ def draw(path: Path, arms: dict[str, Arm], prompt: str, tokens, p) -> Path | Non
     middle.axhline(0.97 * level, color="black", linewidth=1, linestyle=":", label="97 % of it")
     for name in students:
         middle.plot(*points(arms[name], "validation_accuracy"), ".-", linewidth=1, label=name)
-    middle.legend(frameon=False, fontsize="small")
+    middle.legend(loc="lower right", fontsize="small")
     middle.set(title="students", xlabel="step", ylabel="held-out tokens right",
                ylim=(min(0.7 * level, *ends), 1.03 * max(ends) or 1))
     places, width = np.arange(len(tokens)), 0.8 / len(p)
