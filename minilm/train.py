@@ -19,13 +19,12 @@ import numpy as np
 
 from minilm import ops
 from minilm.backend import array_module, to_device, tune_allocator, wide
+from minilm.data import IGNORED
 from minilm.optim.flat import squares
 from minilm.optim.paged import PagedAdamW
 from minilm.optim.precision import LossScaler
 from minilm.tensor import Tensor, no_grad, randomness
 from minilm.workers import Workers
-
-IGNORED = -100
 
 
 class Diverged(ArithmeticError):
