@@ -27,13 +27,15 @@ __device__ __forceinline__ float largest_of(float v, int width) {
     return v;
 }
 
-// The code of s, by bisection: all middles before m are less than s.
+// The code of s, by bisection: the first i middles are less than s. (A pointer into `middle` that
+// moves along instead of i was compiled wrongly by NVRTC 13.0: the last step compared with the
+// middle of the step before. A CPU cannot show that; check_gpu.py did.)
 __device__ __forceinline__ unsigned code_of(float s, const float* middle, const unsigned* code) {
-    const float* m = middle;
+    int i = 0;
     #pragma unroll
     for (int step = 8; step > 0; step /= 2)
-        if (s > m[step - 1]) m += step;
-    return code[m - middle];
+        if (s > middle[i + step - 1]) i += step;
+    return code[i];
 }
 
 extern "C" __global__ void __launch_bounds__(256) nf4_quantize(

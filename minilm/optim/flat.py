@@ -100,14 +100,13 @@ def _receiver(param, view):
     lock = threading.Lock()  # threads may bring gradients of one parameter at once
 
     def receive(dy):
-        dy = wide(dy)
         with lock:
             if param.grad is None:
                 view[...] = dy
                 param.grad = view
             else:
                 with np.errstate(invalid="ignore"):  # inf - inf: the norm will tell
-                    view[...] += dy
+                    view[...] += wide(dy)
 
     return receive
 

@@ -174,7 +174,7 @@ def _quantize(x, codebook, block_size):  # (n,) -> (bytes,), (blocks,)
 def _quantize_blocks(x, name):  # (n, block) -> (bytes,), (n,)
     xp = array_module(x)
     c2 = xp.abs(x).max(-1)
-    s = x * (1 / xp.maximum(c2, np.float32(1e-38)))[:, None]
+    s = x * (1 / _not_zero(xp.maximum(c2, np.float32(1e-38))))[:, None]
     return _pack(_nearest(s.reshape(-1), name), name), c2
 
 
@@ -183,8 +183,13 @@ def _quantize_short_block(x, name):  # (less than a block,) -> (bytes,), (1,)
     xp, per_group = array_module(x), 8 // math.gcd(8, bits_of(name))
     c2 = xp.maximum(xp.abs(x).max(keepdims=True), np.float32(1e-38))
     s = xp.zeros(-(-x.size // per_group) * per_group, np.float32)  # codes of whole bytes
-    s[: x.size] = x / c2
+    s[: x.size] = x / _not_zero(c2)
     return _pack(_nearest(s, name), name), c2
+
+
+def _not_zero(c2):
+    """c2, which is at least 1e-38: to a card that is 0, as all below 1.2e-38, and so would be c2."""
+    return array_module(c2).where(c2 > 0, c2, np.float32(1))
 
 
 def _nearest(s, name):  # (n,) -> (n,) uint8
@@ -210,14 +215,14 @@ def _pack(codes, name):
     if k == 4:  # two codes are the bytes of a little-endian number
         pairs = codes.view(np.uint16)
         return (pairs << 4 | pairs >> 8).astype(np.uint8)
-    return xp.packbits(codes[:, None] >> xp.arange(k - 1, -1, -1, dtype=np.uint8) & 1)
+    return xp.packbits(codes[:, None] >> xp.arange(k, dtype=np.uint8)[::-1] & 1)
 
 
 def _look_up(packed, name, out):
     """Write the levels that packed codes stand for into out."""
     xp, k = array_module(packed), bits_of(name)
     if 8 % k:
-        places = 1 << xp.arange(k - 1, -1, -1, dtype=np.uint8)
+        places = 1 << xp.arange(k, dtype=np.uint8)[::-1]
         codes = xp.unpackbits(packed).reshape(-1, k) @ places
         out[...] = xp.asarray(levels(name))[codes]
     elif xp is np:  # "clip" lets take write into out without a copy
