@@ -8,7 +8,8 @@ import math
 import numpy as np
 
 from minilm import cuda
-from minilm.backend import array_module, by_rows, erf, one_dtype, one_shape, wide
+from minilm.arrays import by_rows, erf, one_dtype, one_shape, wide
+from minilm.backend import array_module
 from minilm.graph import once
 from minilm.tensor import op
 

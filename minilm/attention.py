@@ -15,7 +15,8 @@ import math
 import numpy as np
 
 from minilm import cuda
-from minilm.backend import BLOCK, array_module, one_dtype, row_dot, row_sum, wide
+from minilm.arrays import BLOCK, one_dtype, row_dot, row_sum, wide
+from minilm.backend import array_module
 from minilm.graph import once
 from minilm.tensor import op
 

@@ -1,21 +1,16 @@
-"""Where arrays live, and the few array routines that differ between NumPy and CuPy.
+"""Devices: where arrays live, and what is asked of the CPU's and the GPU's memory.
 
 An array decides by itself where work on it runs: code asks `array_module(x)` for the module's
-functions and uses operators and methods elsewhere. CuPy is imported here only, and only when used.
-
-On a CPU every operator of a plain formula writes a new array. `by_rows` runs the formula on blocks
-of rows, which bounds these temporaries, so that formulas can stay as the textbook has them.
+functions and uses operators and methods elsewhere. Only this module and arrays.py import CuPy, and
+only when it is used.
 """
 
 import contextlib
 import ctypes
 import functools
-import math
 import sys
 
 import numpy as np
-
-BLOCK = 1 << 18  # elements of a block: a few float32 temporaries of 1 MiB each
 
 
 def array_module(x):
@@ -121,128 +116,3 @@ def tune_allocator():
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def one_dtype(op: str, **arrays):
-    """TypeError where the arrays differ in dtype: a product would quietly change its precision."""
-    first, *others = arrays.values()
-    if any(a.dtype != first.dtype for a in others):
-        found = ", ".join(f"{name} {a.dtype}" for name, a in arrays.items())
-        raise TypeError(f"{op} needs one dtype, got {found}")
-
-
-def one_shape(op: str, **arrays):
-    """ValueError where the arrays differ in shape: broadcasting would hide it."""
-    first, *others = arrays.values()
-    if any(a.shape != first.shape for a in others):
-        found = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
-        raise ValueError(f"{op} needs one shape, got {found}")
-
-
-def by_rows(formula, *arrays):
-    """formula(*arrays), an array or a tuple of arrays, computed in blocks of rows on the CPU.
-
-    The arrays are (..., C) with equal leading axes; formula must treat rows independently, and
-    each result has one row per row of its input: (n, C) -> (n, ...).
-
-    >>> x = np.array([[1.0, 2.0], [3.0, 5.0]])
-    >>> by_rows(lambda x: (x - x.max(-1, keepdims=True), x.sum(-1)), x)
-    (array([[-1.,  0.],
-           [-2.,  0.]]), array([3., 8.]))
-    """
-    x = arrays[0]
-    if x.size <= 2 * BLOCK or array_module(x) is not np:
-        return formula(*arrays)
-    lead = x.shape[:-1]
-    arrays = [rows(a) for a in arrays]
-    n, step, results = len(arrays[0]), max(1, BLOCK // x.shape[-1]), None
-    for i in range(0, n, step):
-        block = formula(*(a[i : i + step] for a in arrays))
-        parts = block if isinstance(block, tuple) else (block,)
-        if results is None:
-            results = [np.empty((n, *p.shape[1:]), p.dtype) for p in parts]
-        for result, part in zip(results, parts):
-            result[i : i + step] = part
-    results = tuple(r.reshape(*lead, *r.shape[1:]) for r in results)
-    return results if isinstance(block, tuple) else results[0]
-
-
-def rows(x):
-    """(..., C) -> (N, C), a view where the memory allows it."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def wide(x):
-    """x in at least float32, the precision of sums, norms and exponentials."""
-    return x.astype(np.float32) if x.dtype.itemsize == 2 else x
-
-
-def row_sum(x):
-    """Sums over the last axis, kept: (..., C) -> (..., 1)."""
-    if array_module(x) is not np:
-        return x.sum(-1, keepdims=True)
-    return (x @ ones(x.shape[-1], x.dtype, np))[..., None]  # BLAS adds faster than np.sum
-
-
-def row_dot(a, b):
-    """Sums of a * b over the last axis, kept: (..., C), (..., C) -> (..., 1)."""
-    if array_module(a) is np:
-        return np.vecdot(a, b)[..., None]
-    return (a * b).sum(-1, keepdims=True)
-
-
-def column_sum(x):
-    """Sums over all axes but the last: (..., C) -> (C,)."""
-    x = rows(wide(x))
-    return ones(len(x), x.dtype, array_module(x)) @ x
-
-
-@functools.lru_cache(64)
-def ones(n, dtype, xp):
-    """A vector of ones that everybody shares: not to be changed."""
-    return xp.ones(n, dtype)
-
-
-def scatter_add(ids, dy, n: int):
-    """Rows of dy added up by their id, in at least float32: (N,), (N, C) -> (n, C)."""
-    xp, dy = array_module(dy), wide(dy)
-    total = xp.zeros((n, dy.shape[-1]), dy.dtype)
-    if xp is np and len(ids):
-        order = np.argsort(ids, kind="stable")  # sorted runs add up ten times as fast as np.add.at
-        unique, starts = np.unique(ids[order], return_index=True)
-        total[unique] = np.add.reduceat(dy[order], starts, axis=0)
-    elif len(ids):
-        xp.add.at(total, ids, dy)
-    return total
-
-
-def erf(x):
-    """The error function, float32 or float64, to the last bit or two (NumPy has none).
-
-    A Taylor series around the nearest of a table of points, whose values are math.erf's.
-    """
-    if array_module(x) is not np:
-        from cupyx.scipy.special import erf
-
-        return erf(x)
-    step, coefficients = _erf_table()
-    near = np.clip(x, -6, 6)  # beyond, erf is +-1 in float64
-    index = np.rint(np.fmax(near, -6) / step).astype(np.intp)  # any point will do for nan
-    d = near - (index * step).astype(x.dtype)
-    index += len(coefficients[0]) // 2
-    y = np.zeros_like(x)
-    for c in reversed(coefficients):
-        y = y * d + c.astype(x.dtype)[index]
-    return y
-
-
-@functools.cache
-def _erf_table(step=1 / 32, order=8):
-    """Coefficients erf^(n)(p) / n! at the points p of a grid over [-6, 6]."""
-    p = np.arange(-round(6 / step), round(6 / step) + 1) * step
-    series = [2 / math.sqrt(math.pi) * np.exp(-p * p)]  # of erf', whose derivative is -2 p erf'
-    series.append(-2 * p * series[0])
-    for n in range(1, order):
-        series.append(-2 * (p * series[n] + series[n - 1]) / (n + 1))
-    values = np.array([math.erf(v) for v in p])
-    return step, [values] + [s / (n + 1) for n, s in enumerate(series)]

@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 
-from minilm.backend import array_module, cublas, pointer, wide
+from minilm.arrays import wide
+from minilm.backend import array_module, cublas, pointer
 
 
 def matmul(a, b, alpha: float = 1.0, add_to=None):  # (..., I, K), (..., K, J) -> (..., I, J)

@@ -31,7 +31,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minilm import ops
-from minilm.backend import array_module, by_rows, row_dot, row_sum, rows, wide
+from minilm.arrays import by_rows, row_dot, row_sum, rows, wide
+from minilm.backend import array_module
 from minilm.nn import Linear
 from minilm.tensor import Tensor, no_grad, op
 from minilm.transformer import Transformer

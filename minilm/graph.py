@@ -11,7 +11,7 @@ import threading
 
 import numpy as np
 
-from minilm.backend import column_sum, wide
+from minilm.arrays import column_sum, wide
 
 
 class Node:

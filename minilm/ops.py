@@ -19,18 +19,9 @@ import numpy as np
 
 from minilm import cuda
 from minilm.activations import gelu, relu, silu, swiglu
+from minilm.arrays import by_rows, one_dtype, one_shape, row_dot, row_sum, rows, scatter_add, wide
 from minilm.attention import attention, merge_heads, rotary, split_heads
-from minilm.backend import (
-    array_module,
-    by_rows,
-    one_dtype,
-    one_shape,
-    row_dot,
-    row_sum,
-    rows,
-    scatter_add,
-    wide,
-)
+from minilm.backend import array_module
 from minilm.blas import matmul as product
 from minilm.tensor import add, matmul, mul, op
 

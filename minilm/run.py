@@ -161,6 +161,16 @@ class RunDirectory:
         return self.path / "loss.png"
 
 
+def newest_model(runs: Path, run: str = "*") -> Path:
+    """The model that was saved last in one of the folders of `runs` whose names match `run`."""
+    # save_model writes config.json last, so only whole models are found.
+    found = runs.glob(f"{run}/model/config.json")
+    configs = sorted(found, key=lambda path: path.stat().st_mtime)
+    if not configs:
+        raise ValueError(f"no model in {runs}/{run}/model: run pretrain.py first, or give --model")
+    return configs[-1].parent
+
+
 def versions() -> dict:
     """What else decides the bits of a run."""
     told = ("internal_api", "version", "architecture", "num_threads")

@@ -22,7 +22,8 @@ import functools
 
 import numpy as np
 
-from minilm.backend import array_module, one_dtype, wide
+from minilm.arrays import one_dtype, wide
+from minilm.backend import array_module
 from minilm.blas import matmul as product
 from minilm.graph import Node, backward, no_grad, once, randomness, thread
 

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from minilm import ops
-from minilm.backend import array_module, to_device, tune_allocator, wide
+from minilm.arrays import wide
+from minilm.backend import array_module, to_device, tune_allocator
 from minilm.data import IGNORED
 from minilm.optim.flat import squares
 from minilm.optim.paged import PagedAdamW
 from minilm.optim.precision import LossScaler
+from minilm.parallel.cores import Workers
 from minilm.tensor import Tensor, no_grad, randomness
-from minilm.workers import Workers
 
 
 class Diverged(ArithmeticError):

@@ -16,23 +16,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import tyro
-from generate import newest_model
 from tqdm import tqdm
 
 from minilm import data
 from minilm.files import sha256
-from minilm.generate import stream
 from minilm.interop import huggingface, peft
+from minilm.measure.answers import answers
 from minilm.optim import AdamW, LossScaler, cosine_schedule
 from minilm.peft import add_lora, trainable_parameters
 from minilm.quantize import quantize_model
-from minilm.run import RunDirectory
+from minilm.run import RunDirectory, newest_model
 from minilm.train import Diverged, Trainer, default_workers, finish_on_interrupt, train
 
 
@@ -191,26 +189,6 @@ def examined(trainer, model, tokenizer, test, asked, known, step: int) -> dict:
     known = {name: trainer.evaluate(*rows)[0] for name, rows in known.items()}
     return {"step": step, "right": {task: float(np.mean(r)) for task, r in right.items()},
             "loss_held_out": trainer.evaluate(*asked)[0], "loss_known": known}
-
-
-def answers(model, records, tokenizer) -> list[str]:
-    """What the model writes after each prompt, the likeliest token each time, until its end."""
-    prompts = [tokenizer.encode(data.prompt(record)) for record in records]
-    longest = max(len(tokenizer.encode(record.output)) for record in records) + 1
-    found = {}
-    sizes = sorted({len(prompt) for prompt in prompts})  # rows of one length make a batch
-    for size in tqdm(sizes, "answers", unit="batch", leave=False, disable=None):
-        rows = [i for i, prompt in enumerate(prompts) if len(prompt) == size]
-        ended, drawn = np.zeros(len(rows), bool), []
-        for ids in islice(stream(model.eval(), [prompts[i] for i in rows], 0), longest):
-            drawn.append(ids)
-            ended |= ids == tokenizer.end
-            if ended.all():
-                break
-        for i, ids in zip(rows, np.transpose(drawn)):
-            end = np.flatnonzero(ids == tokenizer.end)
-            found[i] = tokenizer.decode(ids[: end[0]] if len(end) else ids)
-    return [found[i] for i in range(len(records))]
 
 
 def finish(run, model, tokenizer, s: Settings, step: int, record):

@@ -22,6 +22,7 @@ from minilm.data import Tokenizer, load_tokenizer, printable
 from minilm.generate import stream
 from minilm.interop import huggingface, peft
 from minilm.peft import merge_lora, unload_lora
+from minilm.run import newest_model
 
 
 def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
@@ -57,16 +58,6 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
     count = write(ids, tokenizer, before)
     speed = count / (time.perf_counter() - start)
     print(f"{count} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
-
-
-def newest_model(runs: Path, run: str = "*") -> Path:
-    """The model that was saved last in one of the folders of `runs` whose names match `run`."""
-    # save_model writes config.json last, so only whole models are found.
-    found = runs.glob(f"{run}/model/config.json")
-    configs = sorted(found, key=lambda path: path.stat().st_mtime)
-    if not configs:
-        raise ValueError(f"no model in {runs}/{run}/model: run pretrain.py first, or give --model")
-    return configs[-1].parent
 
 
 def write(ids: Iterable[int], tokenizer: Tokenizer, before: list[int]) -> int:

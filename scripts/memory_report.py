@@ -24,14 +24,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
-from memory_of_step import Step, parameters, plan
-from plan_memory import make_model, measured
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from minilm import ops
 from minilm.backend import memory_limit, tune_allocator
 from minilm.measure import KINDS, Ledger, held
+from minilm.measure.memory import make_model, measured
+from minilm.measure.plan import Step, parameters, plan
 from minilm.optim import AdamW, PagedAdamW
 from minilm.optim.pages import SLOTS
 from minilm.optim.streams import SimulatedDevice

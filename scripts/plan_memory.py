@@ -9,7 +9,7 @@
 
 Prints, for each method, the bytes of weights, adapters, gradients, optimizer states, and of
 activations: all else that is alive at the highest moment of a training step. They follow from
-the shapes and from what each op keeps for its backward pass (scripts/memory_of_step.py).
+the shapes and from what each op keeps for its backward pass (minilm/measure/plan.py).
 """
 
 import sys
@@ -17,20 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
-from lecture_numbers import print_lectures
-from memory_of_step import Plan, Step, parameters, plan, trainable
 from tqdm import tqdm
 
-from minilm import ops
 from minilm.files import read_json
 from minilm.interop import huggingface
-from minilm.measure import Ledger
-from minilm.optim import AdamW
-from minilm.peft import add_lora
-from minilm.quantize import quantize_model
-from minilm.transformer import Config, Transformer
+from minilm.measure.lecture_numbers import print_lectures
+from minilm.measure.memory import measured
+from minilm.measure.plan import Plan, Step, parameters, plan, trainable
+from minilm.transformer import Config
 
 Method = Literal["full", "lora", "qlora"]
 
@@ -155,33 +150,6 @@ def print_check():
         on = "" if method == "full" else targets if type(targets) is str else " ".join(targets)
         tqdm.write(f"{name:17}{method:8}{on:12}{predicted / 1e6:10.2f} MB{found / 1e6:10.2f} MB"
                    f"{predicted / found - 1:8.1%}")
-
-
-def measured(step: Step, make_optimizer=AdamW) -> dict[str, int]:
-    """Bytes by kind at the highest moment of a training step, the second one."""
-    rng = np.random.default_rng(0)
-    tokens, targets = rng.integers(0, step.config.vocab_size, (2, step.batch, step.T))
-    model = make_model(step)
-    optimizer = make_optimizer(model.parameters())
-    for _ in range(2):
-        with Ledger(model, optimizer) as ledger:
-            optimizer.zero_grad()
-            loss = ops.cross_entropy(model(tokens), targets)
-            ledger.forward_done()
-            loss.backward()
-            optimizer.step()
-    return ledger.peak
-
-
-def make_model(step: Step) -> Transformer:
-    """A model that is trained as the step says, in float32."""
-    model = Transformer(step.config)
-    model.checkpoint_every = step.checkpoint_every
-    if step.method == "qlora":
-        quantize_model(model)
-    if step.method != "full":
-        add_lora(model, step.r, 2 * step.r, step.targets)
-    return model.to(step.device)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from generate import newest_model
 from tqdm import tqdm
 
-from minilm import data, ops
+from minilm import data
 from minilm.backend import tune_allocator
 from minilm.interop import huggingface
+from minilm.measure.losses import loss_of
 from minilm.nn import Linear
 from minilm.quantize import quantize_4bit, quantize_int8, quantize_model
 from minilm.quantize.fourbit import levels
-from minilm.tensor import no_grad
+from minilm.run import newest_model
 
 KINDS = ("nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2")
 
@@ -121,16 +121,6 @@ def print_perplexities(folder, rows):
     for title, size, loss in results:
         print(f"{title:24}{size / 1e6:>7.2f}{loss:>9.4f}{math.exp(loss):>12.4f}"
               f"{math.expm1(loss - base[2]):>8.2%}")
-
-
-def loss_of(model, tokens, targets, batch: int = 32) -> float:
-    """Mean loss over the targets that count."""
-    total = 0.0
-    with no_grad():
-        for i in range(0, len(tokens), batch):
-            logits = model.eval()(tokens[i : i + batch])
-            total += float(ops.cross_entropy(logits, targets[i : i + batch], total=1).data)
-    return total / int((targets != data.IGNORED).sum())
 
 
 def draw_codebooks(weights, path: Path) -> Path | None:

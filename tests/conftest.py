@@ -2,7 +2,7 @@
 
 HYPOTHESIS_PROFILE=thorough draws many more examples, few is for kernels under sanitizers; CI, where
 set, makes them the same every time.
-The tolerances of `close`, by dtype and with their reason, are in `scripts/op_table.py`.
+The tolerances of `close`, by dtype and with their reason, are in `scripts/bench/op_table.py`.
 """
 
 import contextlib

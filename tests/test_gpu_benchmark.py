@@ -1,4 +1,4 @@
-"""scripts/benchmark.py --device cuda, without a GPU: what it runs and what it prints is right.
+"""bench/benchmark.py --device cuda, without a GPU: what it runs and what it prints is right.
 
 Every row's calls run once, at tiny sizes, on the stand-in for CuPy, and are held against NumPy;
 the step's twin in PyTorch, on the CPU, against our model. Nothing here takes times.
@@ -519,7 +519,7 @@ def test_the_table_from_end_to_end(cupy, monkeypatch, capsys):
 
 def test_without_a_gpu_it_says_so():
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "benchmark.py", "--device", "cuda"],
+        [sys.executable, ROOT / "scripts" / "bench" / "benchmark.py", "--device", "cuda"],
         env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")

@@ -61,12 +61,12 @@ def test_an_array_that_is_indexed_at_run_time_takes_stack():
 
 
 def test_an_error_and_a_warning_name_the_kernels_file_and_line():
-    source = cuda.read("nf4_dequantize.cu")
+    source, declared = cuda.read("nf4_dequantize.cu"), "unsigned word[4], code[4];"
     lines = (cuda.KERNELS / "nf4_dequantize.cu").read_text().splitlines()
-    line = next(n for n, text in enumerate(lines, 1) if "unsigned word[4], code[4];" in text)
+    line = next(n for n, text in enumerate(lines, 1) if declared in text)
     with pytest.raises(RuntimeError, match=rf"nf4_dequantize.cu\({line}\): error"):
-        nvrtc.compile_cuda(source.replace("unsigned word[4], code[4];", "unsinged word[4], code[4];"),
+        nvrtc.compile_cuda(source.replace(declared, "unsinged word[4], code[4];"),
                            "nf4_dequantize.cu", "sm_90", "-DREAL=float")
     with pytest.raises(RuntimeError, match=rf"nf4_dequantize.cu\({line}\): warning"):
-        nvrtc.compile_cuda(source.replace("unsigned word[4], code[4];", "unsigned word[4], code[4]; int spare;"),
+        nvrtc.compile_cuda(source.replace(declared, f"{declared} int spare;"),
                            "nf4_dequantize.cu", "sm_90", "-DREAL=float")

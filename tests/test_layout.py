@@ -17,17 +17,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
-    {"backend", "blas", "cuda", "files"},
+    {"backend", "arrays", "blas", "cuda", "files"},
     {"graph", "tensor", "ops", "activations", "attention"},
     {"nn", "transformer", "decode", "generate"},
-    {"quantize", "peft", "distill", "optim"},
+    {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure"},
-    {"train", "run", "checkpoint", "workers", "__main__"},
+    {"train", "run", "checkpoint", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
+    ("arrays", "backend"),
     ("blas", "backend"),
+    ("blas", "arrays"),
     ("cuda", "backend"),
+    ("cuda", "arrays"),
     ("tensor", "graph"),
     ("attention", "graph"),
     ("ops", "tensor"),
@@ -43,14 +46,15 @@ WITHIN = {  # the arrows inside a floor
     ("decode", "transformer"),
     ("peft", "quantize"),
     ("optim", "quantize"),
-    ("train", "workers"),
+    ("parallel", "optim"),
+    ("measure", "data"),
     ("run", "checkpoint"),
     ("__main__", "run"),
     ("__main__", "train"),
 }
 NARROWER = {
     "data": {"files"},
-    "optim": {"backend", "cuda", "tensor", "attention", "ops", "quantize"},
+    "optim": {"backend", "arrays", "cuda", "tensor", "attention", "ops", "quantize"},
 }
 
 REQUIRED = {"numpy", "ml_dtypes", "safetensors", "threadpoolctl", "tqdm", "tyro"}
@@ -169,14 +173,14 @@ def test_scripts_import_optional_packages_late(path):
     assert not early & LATE
 
 
-def test_only_backend_imports_cupy():
+def test_only_backend_and_arrays_import_cupy():
     cupy = {"cupy", "cupy_backends", "cupyx"}
     found = {
         from_root(path)
         for path in source("minilm", "scripts")
         if cupy & {m.split(".")[0] for m in imports(ast.walk(tree(path)))}
     }
-    assert found == {"minilm/backend.py"}
+    assert found == {"minilm/backend.py", "minilm/arrays.py"}
 
 
 def test_importing_every_module_loads_no_optional_package():

@@ -9,13 +9,13 @@ from dataclasses import replace
 import memory_report
 import numpy as np
 import pytest
-from memory_of_step import Step
 from memory_report import limited, main, print_checkpoints, print_spike, random_batch, unlimited
-from plan_memory import make_model
 from threadpoolctl import threadpool_limits
 
 from minilm import ops
 from minilm.measure import KINDS
+from minilm.measure.memory import make_model
+from minilm.measure.plan import Step
 from minilm.optim import AdamW
 from minilm.optim.pages import SLOTS
 from minilm.transformer import Config, Transformer

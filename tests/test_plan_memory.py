@@ -3,19 +3,20 @@ against what tracemalloc sees, the lectures' numbers, and the command line."""
 
 import sys
 
-import lecture_numbers as lectures
 import numpy as np
 import plan_memory
 import pytest
 import tyro
-from memory_of_step import Plan, Step, nf4, norm, parameters, plan, probabilities, trainable
-from plan_memory import METHODS, Widths, amount, main, make_config, make_model, measured
+from plan_memory import METHODS, Widths, amount, main, make_config
 from threadpoolctl import threadpool_limits
 
-from minilm.backend import BLOCK
+from minilm.arrays import BLOCK
 from minilm.files import FormatError
 from minilm.interop import huggingface
 from minilm.measure import held
+from minilm.measure import lecture_numbers as lectures
+from minilm.measure.memory import make_model, measured
+from minilm.measure.plan import Plan, Step, nf4, norm, parameters, plan, probabilities, trainable
 from minilm.optim import AdamW
 from minilm.quantize import quantize_4bit
 from minilm.transformer import Config, Transformer

@@ -25,11 +25,11 @@ from minilm import data
 from minilm.files import FormatError
 from minilm.nn import Dropout, Module
 from minilm.optim import SGD, AdamW, FlatParameters, cosine_schedule
+from minilm.parallel.cores import GaveUp, GradientQueue, Workers
 from minilm.run import RunDirectory
 from minilm.tensor import Tensor, op
 from minilm.train import Diverged, Trainer, default_workers, finish_on_interrupt, train
 from minilm.transformer import Config, Transformer
-from minilm.workers import GaveUp, GradientQueue, Workers
 
 # Python 3.12 warns of every fork in a process that has threads, as BLAS does.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

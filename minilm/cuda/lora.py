@@ -1,6 +1,7 @@
 """Launchers of the reference kernel for LoRA's products."""
 
-from minilm.backend import array_module, one_dtype
+from minilm.arrays import one_dtype
+from minilm.backend import array_module
 from minilm.cuda.raw import kernel
 
 

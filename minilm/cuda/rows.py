@@ -4,7 +4,8 @@ Arrays are float32, float16 or bfloat16, all of one dtype: TypeError else, and V
 that do not go together.
 """
 
-from minilm.backend import array_module, one_shape
+from minilm.arrays import one_shape
+from minilm.backend import array_module
 from minilm.cuda.raw import kernel
 
 

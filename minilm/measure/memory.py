@@ -22,9 +22,15 @@ import tracemalloc
 
 import numpy as np
 
+from minilm import ops
 from minilm.backend import array_module, peak_memory
+from minilm.measure.plan import Step
 from minilm.nn import Module
+from minilm.optim import AdamW
+from minilm.peft import add_lora
 from minilm.peft.lora import Adapter
+from minilm.quantize import quantize_model
+from minilm.transformer import Transformer
 
 KINDS = ("weights", "adapters", "gradients", "optimizer", "activations", "workspace")
 
@@ -84,3 +90,30 @@ class TracedMemory:
     def __exit__(self, *error):
         if self.starts:
             tracemalloc.stop()
+
+
+def measured(step: Step, make_optimizer=AdamW) -> dict[str, int]:
+    """Bytes by kind at the highest moment of a training step, the second one."""
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(0, step.config.vocab_size, (2, step.batch, step.T))
+    model = make_model(step)
+    optimizer = make_optimizer(model.parameters())
+    for _ in range(2):
+        with Ledger(model, optimizer) as ledger:
+            optimizer.zero_grad()
+            loss = ops.cross_entropy(model(tokens), targets)
+            ledger.forward_done()
+            loss.backward()
+            optimizer.step()
+    return ledger.peak
+
+
+def make_model(step: Step) -> Transformer:
+    """A model that is trained as the step says, in float32."""
+    model = Transformer(step.config)
+    model.checkpoint_every = step.checkpoint_every
+    if step.method == "qlora":
+        quantize_model(model)
+    if step.method != "full":
+        add_lora(model, step.r, 2 * step.r, step.targets)
+    return model.to(step.device)

@@ -17,7 +17,8 @@ import math
 import numpy as np
 
 from minilm import cuda
-from minilm.backend import BLOCK, array_module
+from minilm.arrays import BLOCK
+from minilm.backend import array_module
 from minilm.optim.flat import FlatParameters
 
 

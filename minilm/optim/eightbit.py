@@ -20,7 +20,8 @@ import functools
 
 import numpy as np
 
-from minilm.backend import BLOCK, array_module
+from minilm.arrays import BLOCK
+from minilm.backend import array_module
 from minilm.optim.adamw import adamw
 from minilm.quantize.codebooks import dynamic_map
 

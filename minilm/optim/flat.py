@@ -13,7 +13,8 @@ import threading
 
 import numpy as np
 
-from minilm.backend import array_module, wide
+from minilm.arrays import wide
+from minilm.backend import array_module
 from minilm.tensor import Tensor
 
 PIECE = 1 << 24  # elements

@@ -24,7 +24,8 @@ from collections import deque
 
 import numpy as np
 
-from minilm.backend import BLOCK, array_module
+from minilm.arrays import BLOCK
+from minilm.backend import array_module
 from minilm.optim.adamw import AdamW, adamw
 from minilm.optim.flat import squares
 from minilm.optim.pages import PageTable

@@ -11,7 +11,7 @@ bfloat16 has 8 bits and float32's reach.
                                                   2^16, which float16 holds; the update divides
     3 a large gradient overflows: it becomes inf  LossScaler: that step is skipped, the scale halved
 
-And sums, norms, exponentials and losses are computed in float32 whatever the dtype (backend.wide).
+And sums, norms, exponentials and losses are computed in float32 whatever the dtype (arrays.wide).
 In bfloat16 2 and 3 do not happen: it needs masters and no scaler.
 """
 

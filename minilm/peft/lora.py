@@ -20,7 +20,8 @@ import math
 
 import numpy as np
 
-from minilm.backend import array_module, one_dtype, rows
+from minilm.arrays import one_dtype, rows
+from minilm.backend import array_module
 from minilm.blas import matmul as product
 from minilm.graph import once
 from minilm.nn import Dropout, Linear, Module

@@ -9,7 +9,7 @@ product is written first and the large one adds to it in passing, forward and ba
 is not written again.
 """
 
-from minilm.backend import one_dtype, rows
+from minilm.arrays import one_dtype, rows
 from minilm.blas import matmul as product
 from minilm.graph import once
 from minilm.quantize.linear import product_with_codes

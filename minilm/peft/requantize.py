@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilm.backend import wide
+from minilm.arrays import wide
 from minilm.nn import Module
 from minilm.peft.lora import merged_layers
 from minilm.quantize.fourbit import FourBit

@@ -27,7 +27,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from minilm import cuda
-from minilm.backend import BLOCK, array_module
+from minilm.arrays import BLOCK
+from minilm.backend import array_module
 from minilm.quantize.codebooks import bits_of, dynamic_map, levels, steps
 from minilm.quantize.int8 import finite, quantize_int8
 
@@ -188,7 +189,7 @@ def _quantize_short_block(x, name):  # (less than a block,) -> (bytes,), (1,)
 
 
 def _not_zero(c2):
-    """c2, which is at least 1e-38: to a card that is 0, as all below 1.2e-38, and so would be c2."""
+    """c2, which is at least 1e-38, or 1 where a card has made that 0, as all below 1.2e-38."""
     return array_module(c2).where(c2 > 0, c2, np.float32(1))
 
 

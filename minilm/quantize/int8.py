@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import ml_dtypes  # noqa: F401  makes "bfloat16" the name of a dtype
 import numpy as np
 
-from minilm.backend import array_module, rows, wide
+from minilm.arrays import rows, wide
+from minilm.backend import array_module
 from minilm.blas import matmul
 
 

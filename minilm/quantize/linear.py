@@ -14,7 +14,8 @@ from dataclasses import fields, replace
 import numpy as np
 
 from minilm import cuda
-from minilm.backend import array_module, rows
+from minilm.arrays import rows
+from minilm.backend import array_module
 from minilm.blas import matmul as product
 from minilm.nn import Linear, Module
 from minilm.quantize.codebooks import bits_of

@@ -1,6 +1,6 @@
 """Compare every op with PyTorch, then three families in training.
 
-    python scripts/compare_torch.py
+    python scripts/bench/compare_torch.py
 
 prints two Markdown tables of errors and ends with exit status 1 where one is above its tolerance.
 The expected numbers are PyTorch's in float64, for float32 inputs too. The last column is the error

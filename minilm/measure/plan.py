@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
-from minilm.backend import BLOCK
+from minilm.arrays import BLOCK
 from minilm.quantize.fourbit import GROUP
 from minilm.transformer import Config
 

@@ -1,8 +1,8 @@
 """Measure this project against PyTorch eager, PEFT and bitsandbytes on the same machine.
 
-    python scripts/benchmark.py                     # everything, about fifteen minutes
-    python scripts/benchmark.py --rows train --configs S M --rounds 30
-    python scripts/benchmark.py --device cuda       # kernels and a step of QLoRA on an NVIDIA GPU
+    python scripts/bench/benchmark.py                 # everything, about fifteen minutes
+    python scripts/bench/benchmark.py --rows train --configs S M --rounds 30
+    python scripts/bench/benchmark.py --device cuda   # kernels and a QLoRA step on an NVIDIA GPU
 
 Each contender runs in a process of its own; they are woken in turn, A B A B ..., so that a change
 of the machine's speed meets both. A ratio is the other's median time over ours (above 1: we are

@@ -8,8 +8,7 @@ tests/test_plan_memory.py.
 import math
 from typing import NamedTuple
 
-from memory_of_step import Step, parameters, plan, trainable
-
+from minilm.measure.plan import Step, parameters, plan, trainable
 from minilm.transformer import Config
 
 RANKS = (1, 2, 8, 16, 512, 1024, 8192)
@@ -31,7 +30,7 @@ def full_float32(parameters: float) -> Bytes:
     """Full fine-tuning in float32, 20 bytes a parameter ("Computational challenges").
 
     The 4 bytes of activations are the slide's own estimate: they grow with the batch and its
-    length, not with the parameters alone. `memory_of_step` counts them.
+    length, not with the parameters alone. `measure/plan.py` counts them.
     """
     return Bytes(4 * parameters, 8 * parameters, 4 * parameters, 4 * parameters)
 
@@ -51,7 +50,7 @@ def lora_16bit(parameters: float, trained: float) -> Bytes:
 
     The slide says "10B -> ~40GB". The base is 20 GB of it; adapters of 1 % with gradients and
     states add 1.2 GB. The other 19 GB, nearly half, are the slide's approximation: room for
-    activations, which no count of parameters gives. `memory_of_step` finds as much for one row of
+    activations, which no count of parameters gives. `measure/plan.py` finds as much for one row of
     1400 tokens in a GPT of that size (32 layers of width 5120) without checkpoints.
     """
     adapters = full_16bit(trained)

@@ -1,0 +1,14 @@
+"""The loss of a model on rows of text."""
+
+from minilm import data, ops
+from minilm.tensor import no_grad
+
+
+def loss_of(model, tokens, targets, batch: int = 32) -> float:
+    """Mean loss over the targets that count."""
+    total = 0.0
+    with no_grad():
+        for i in range(0, len(tokens), batch):
+            logits = model.eval()(tokens[i : i + batch])
+            total += float(ops.cross_entropy(logits, targets[i : i + batch], total=1).data)
+    return total / int((targets != data.IGNORED).sum())
