@@ -168,7 +168,7 @@ def test_an_answer_stops_at_its_own_end_token(base, monkeypatch):
     """Two prompts of one length, which end at different times."""
     tokenizer = data.ByteTokenizer()
     rows = [[*b"ab", tokenizer.end, *b"cd"], [*b"efgh", tokenizer.end]]
-    monkeypatch.setattr(finetune, "stream", lambda *a: map(np.array, zip(*rows)))
+    monkeypatch.setattr("minilm.measure.answers.stream", lambda *a: map(np.array, zip(*rows)))
     records = [data.Record("Say", "", "abcdef"), data.Record("Ask", "", "x")]
     assert answers(huggingface.load_model(base), records, tokenizer) == ["ab", "efgh"]
 

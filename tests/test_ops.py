@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from op_table import TOLERANCE, cast, error, op_error, run_ours, run_torch, table, weights
 
 import minilm
-from minilm import attention, backend, ops, tensor
+from minilm import arrays, attention, ops, tensor
 from minilm.tensor import Tensor
 
 LOSSES = ("cross_entropy", "kl_divergence", "cosine_embedding", "top_k_divergence", "mse")
@@ -110,7 +110,7 @@ def test_an_op_changes_neither_its_inputs_nor_dy(row):
 def test_blocks_of_rows_change_nothing(row, monkeypatch):
     inputs = row.draw(np.random.default_rng(0), 2, 9, 5)
     whole = run_ours(row.ours, *inputs)
-    monkeypatch.setattr(backend, "BLOCK", 16)
+    monkeypatch.setattr(arrays, "BLOCK", 16)
     monkeypatch.setattr(attention, "BLOCK", 16)
     assert max(op_error(run_ours(row.ours, *inputs), whole)) <= TOLERANCE["float64"]
 
@@ -237,8 +237,8 @@ def test_erf_is_maths():
             x = x.astype(dtype)
         expected = np.array([math.erf(v) for v in x])
         unit = np.spacing(np.abs(expected).astype(dtype)).astype(np.float64)
-        assert (np.abs(backend.erf(x) - expected) / unit).max() <= ulps
-        assert np.isnan(backend.erf(np.array([np.nan], dtype))).all()
+        assert (np.abs(arrays.erf(x) - expected) / unit).max() <= ulps
+        assert np.isnan(arrays.erf(np.array([np.nan], dtype))).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, ml_dtypes.bfloat16])
@@ -247,7 +247,7 @@ def test_scatter_add_is_add_at(dtype, ids, C, seed):
     ids, dy = np.array(ids, np.int64), normal(len(ids), C, seed=seed).astype(dtype)
     expected = np.zeros((7, C))
     np.add.at(expected, ids, dy.astype(np.float64))
-    total = backend.scatter_add(ids, dy, 7)
+    total = arrays.scatter_add(ids, dy, 7)
     assert total.dtype == (np.float64 if dtype == np.float64 else np.float32)
     close(total, expected, total.dtype, scale=1)
 

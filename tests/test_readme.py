@@ -20,7 +20,7 @@ from minilm.transformer import Config, Transformer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {path.name for path in (ROOT / "scripts").glob("*.py")}
+SCRIPTS = {path.name for path in (ROOT / "scripts").rglob("*.py")}
 
 
 def table_under(title):
@@ -61,8 +61,8 @@ def test_what_is_named_is_there():
 
 def commands():
     """Every command of a script: in an indented line, or in `code`."""
-    lines = re.findall(r"^    (.*scripts/\w+\.py.*)$", README, re.MULTILINE)
-    code = re.findall(r"`((?:scripts/)?\w+\.py(?: [^`]*)?)`", README)
+    lines = re.findall(r"^    (.*scripts/[\w/]*\w+\.py.*)$", README, re.MULTILINE)
+    code = re.findall(r"`((?:scripts/)?[\w/]*\w+\.py(?: [^`]*)?)`", README)
     for text in lines + code:
         text = text.split("&&")[-1].replace("$'", "'")
         name, options = re.search(r"(\w+\.py)(.*)", text).groups()

@@ -25,8 +25,9 @@ from minilm.run import RunDirectory
 from minilm.transformer import Config, Transformer
 
 FOLDER = Path(__file__).resolve().parents[1] / "scripts"
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py")
-                 if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8"))
+FILES = {path.stem: path for path in FOLDER.rglob("*.py")}
+SCRIPTS = sorted(path.stem for path in FOLDER.rglob("*.py")
+                 if 'tyro.cli(main)' in path.read_text(encoding="utf-8"))
 EXTRAS = ("bitsandbytes", "cupy", "matplotlib", "peft", "tokenizers", "torch", "transformers")
 
 
@@ -38,7 +39,7 @@ from importlib.machinery import PathFinder
 def find(name, *rest): return None if name in {packages} else PathFinder.find_spec(name, *rest)
 finder = type("Finder", (), {{"find_spec": staticmethod(find)}})
 sys.meta_path[sys.meta_path.index(PathFinder)] = finder
-sys.path[:0] = {[str(FOLDER), str(FOLDER.parent)]}
+sys.path[:0] = {[str(FOLDER), str(FOLDER / "bench"), str(FOLDER.parent)]}
 {program}"""]
 
 
@@ -103,7 +104,7 @@ def test_help_needs_no_extra():
 ])
 def test_a_missing_extra_is_named_in_one_line(tmp_path, missing, script, words, extra):
     program = (f"sys.argv = {[f'{script}.py', *words]}\n"
-               f"runpy.run_path({str(FOLDER / f'{script}.py')!r}, run_name='__main__')")
+               f"runpy.run_path({str(FILES[script])!r}, run_name='__main__')")
     done = subprocess.run(without([missing], program), capture_output=True, text=True,
                           cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
@@ -138,7 +139,7 @@ BENCHMARK = ["--rows", "qlora", "--configs", "L"]
 def test_ctrl_c_is_one_line_and_leaves_nobody_behind(model, script, words, children, seconds):
     """The terminal sends it to every process of the group."""
     words = [str(model) if word == "MODEL" else word for word in words]
-    process = start(FOLDER / f"{script}.py", *words)
+    process = start(FILES[script], *words)
     with killed_in_the_end(process):
         assert process.stdout.readline()
         family = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -204,7 +205,7 @@ def test_wrong_input_is_one_line(tmp_path, model, monkeypatch, capsys, command, 
     script, *words = command.replace("MODEL", "model").split()
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(FOLDER / f"{script}.py"), run_name="__main__")
+        runpy.run_path(str(FILES[script]), run_name="__main__")
     line = ended.value.code
     assert line.startswith(f"{script}.py: ") and expected in line and "\n" not in line
     assert capsys.readouterr().out == "" and not Path("runs").exists()
