@@ -3,12 +3,12 @@
 Importing it loads nothing: import its modules. `python -m minilm` says what this machine has.
 In reading order, each floor only on those before it:
 
-    backend, blas, cuda, files                      arrays on a CPU or a GPU, files
+    backend, arrays, blas, cuda, files              arrays on a CPU or a GPU
     graph, tensor, attention, activations, ops      functions, each with its gradient
     nn, transformer, decode, generate               one model, three families
-    quantize, peft, optim, distill                  the methods
-    data, interop, measure                          text to batches, others' files, bytes of a step
-    workers, train, checkpoint, run                 steps, evaluation, runs that can be resumed
+    quantize, peft, optim, parallel, distill        the methods
+    data, interop, measure                          text to batches, formats, bytes of a step
+    train, loop, checkpoint, run, experiment        steps, and runs that can be resumed
 """
 
 __version__ = "0.1.0"
