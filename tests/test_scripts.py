@@ -28,7 +28,7 @@ from minilm.transformer import Config, Transformer
 FOLDER = Path(__file__).resolve().parents[1] / "scripts"
 FILES = {path.stem: path for path in FOLDER.rglob("*.py")}
 SCRIPTS = sorted(path.stem for path in FOLDER.rglob("*.py")
-                 if 'tyro.cli(main)' in path.read_text(encoding="utf-8"))
+                 if '    command(main' in path.read_text(encoding="utf-8"))
 EXTRAS = ("bitsandbytes", "cupy", "matplotlib", "peft", "tokenizers", "torch", "transformers")
 
 
