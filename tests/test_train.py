@@ -510,10 +510,12 @@ def test_evaluation_is_a_plain_loop_without_dropout(workers, processes):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_masked_models_evaluation_counts_no_padding(workers):
     """The last row is filled up; what it says is what its text says alone."""
-    learned, held = ["and so on it goes, to the end"], ["this text has 38 characters, 4 x 9 + 2"]
-    _, (tokens, targets, mask) = data.batches_of([(learned, held)], data.ByteTokenizer(), 2, 9, 3,
-                                                 masked=True)
-    model = Transformer(Config.bert(258, 9, layers=1, heads=2, width=8, hidden=16))
+    texts = "and so on it goes, to the end, which is no row", "this text has 38 characters, 32 + 6"
+    _, (tokens, targets, mask) = data.batches_of([[[text] for text in texts]], data.ByteTokenizer(),
+                                                 2, 32, 3, masked=True)
+    _, everywhere = data.corrupt(tokens, np.random.default_rng(3), data.ByteTokenizer())
+    assert (everywhere[mask == 0] != IGNORED).any() and (targets[mask == 1] != IGNORED).any()
+    model = Transformer(Config.bert(258, 32, layers=1, heads=2, width=8, hidden=16))
     size = mask[-1].sum()
     assert (mask[:-1] == 1).all() and 0 < size < 9 and not tokens[-1, size:].any()
     targets[-1, size - 1] = 7
