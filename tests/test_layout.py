@@ -22,7 +22,7 @@ FLOORS = [
     {"nn", "transformer", "decode", "generate"},
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure"},
-    {"train", "run", "checkpoint", "__main__"},
+    {"train", "loop", "run", "checkpoint", "command", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
@@ -49,8 +49,10 @@ WITHIN = {  # the arrows inside a floor
     ("parallel", "optim"),
     ("measure", "data"),
     ("run", "checkpoint"),
+    ("loop", "run"),
+    ("loop", "train"),
+    ("command", "train"),
     ("__main__", "run"),
-    ("__main__", "train"),
 }
 NARROWER = {
     "data": {"files"},
