@@ -298,7 +298,7 @@ def test_a_pool_splits_joins_and_gives_back():
     del piece
     pool.set_limit(size=4096)
     assert pool.malloc(1).size == 512  # what is free is given in spite of the limit
-    with pytest.raises(memory.OutOfMemoryError, match="4,096 bytes .*so far: 4,096 bytes"):
+    with pytest.raises(memory.OutOfMemoryError, match=r"4,096 bytes .*so far: 4,096 bytes"):
         pool.malloc(4000)
     del other
     assert pool.malloc(4000).size == 4096  # joined
@@ -320,7 +320,7 @@ def test_small_numbers_are_0_in_arithmetic_alone(cp):
     host = np.array([tiny / 2, -tiny / 2, tiny], np.float32)
     x = cp.asarray(host)
     assert x.copy().tolist() == x.tolist() == host.tolist()
-    assert (x + 0).tolist() == (-(-x)).tolist() == [0, 0, tiny]
+    assert (x + 0).tolist() == (x * 1).tolist() == cp.abs(x).tolist() == [0, 0, tiny]
     assert cp.maximum(x, np.float32(1e-38)).tolist() == [0, 0, tiny]
     assert (x[2:] / 2).tolist() == [0] and (x > 0).tolist() == [False, False, True]
     x /= 2
@@ -369,11 +369,11 @@ def test_hooks_hear_of_memory(cp):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_norm_takes_no_memory(cp, dtype):
-    x = arange(cp, 1000, dtype=dtype)
-    assert blas_of_ours.dot(x, x) == 999 * 1000 * 1999 / 6
+    x = arange(cp, 300, dtype=dtype)  # whose squares are counted exactly
+    assert blas_of_ours.dot(x, x) == 299 * 300 * 599 / 6
     with peak_memory() as peak:
         before = peak.bytes
-        assert flat.squares(x) == 999 * 1000 * 1999 / 6
+        assert flat.squares(x) == 299 * 300 * 599 / 6
         assert peak.bytes == before
         x @ x
         assert peak.bytes >= before + x.nbytes

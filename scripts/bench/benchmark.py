@@ -24,7 +24,6 @@ from functools import partial
 from multiprocessing import resource_tracker
 from typing import Literal, get_args
 
-import tyro
 from contenders import SHAPES, Shape, bitsandbytes_codes, our_codes, our_side, torch_side
 from tqdm import tqdm
 
@@ -202,6 +201,8 @@ def serve(pipe, side, *args):
 
 
 if __name__ == "__main__":
+    import tyro  # not needed by who imports this file
+
     try:
         tyro.cli(main)
     except (ValueError, ImportError, RuntimeError) as error:

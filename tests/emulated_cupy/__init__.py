@@ -161,8 +161,9 @@ def make() -> dict[str, types.ModuleType]:
             streams.get_current_stream, streams.PinnedMemory, streams.PinnedMemoryPointer)})
     cupy = module(
         "cupy", cuda=cuda, ndarray=ndarray, RawModule=RawModule, RawKernel=RawKernel,
-        is_available=lambda: True, get_default_memory_pool=lambda: memory.POOL, array=arrays.array,
-        arange=arange, asarray=asarray, asnumpy=asnumpy, empty=empty, empty_like=empty_like, matmul=arrays.matmul)
+        is_available=lambda: True, get_default_memory_pool=lambda: memory.POOL, arange=arange,
+        array=arrays.array, asarray=asarray, asnumpy=asnumpy, empty=empty, empty_like=empty_like,
+        matmul=arrays.matmul)
     special = module("cupyx.scipy.special", erf=erf)
     scipy = module("cupyx.scipy", special=special)
     libs = module("cupy_backends.cuda.libs", cublas=blas)
