@@ -106,7 +106,7 @@ def tests(stage, args):
 
     def job(name):
         return lambda: stage.run(name, [*command, f"tests/test_{name}.py"], env=settings,
-                                 told=outcome)
+                                 told=outcome, absent=5)
 
     stage.at_once([job(name) for name in chosen(TESTS, args)], min(8, COUNT))
 
