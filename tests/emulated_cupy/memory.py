@@ -7,6 +7,7 @@ card has given, not of what is used.
 """
 
 import ctypes
+import gc
 import threading
 import weakref
 from collections import deque
@@ -89,6 +90,7 @@ class MemoryPool:
 
     def _new_chunk(self, size, rounded):
         if self._limit and self._total + rounded > self._limit:
+            gc.collect()
             self.free_all_blocks()
         if self._limit and self._total + rounded > self._limit:
             for hook in list(_hooks().values()):

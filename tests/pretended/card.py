@@ -2,11 +2,13 @@
 
     card = installed()  # before anything imports cupy, in a process with pretended.environment()
     card.launches, card.not_compared  # by name
-    card.executes = False  # launch, but run nothing: what is left is the host's time
+    card.seconds  # taken by what a card would do; the rest is the host's time
 """
 
+import contextlib
 import ctypes
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +24,7 @@ class Card:
     """The counters, and what the driver calls."""
 
     def __init__(self):
-        self.launches, self.not_compared, self.executes = Counter(), Counter(), True
+        self.launches, self.not_compared, self.seconds = Counter(), Counter(), 0.0
         self.faults = []  # of products; cuBLAS has no other way to tell
         self._sources, self._functions = {}, []  # by module; (name, run)
 
@@ -36,21 +38,20 @@ class Card:
         return len(self._functions)
 
     def launch(self, number, shape, shared, arguments):
-        entry = self._functions[number - 1]
+        with self._counted(self._functions[number - 1][0]):
+            self._run(self._functions[number - 1], shape, shared, arguments)
+
+    def _run(self, entry, shape, shared, arguments):
         name, run, module = entry
-        self.launches[name] += 1
-        if self.executes:
-            if run is None:
-                run = entry[1] = kernel(*self._sources[module], name)
-            if not run(shape, shared, (ctypes.c_void_p * 64).from_address(arguments)):
-                self.not_compared[name] += 1
+        if run is None:
+            run = entry[1] = kernel(*self._sources[module], name)
+        if not run(shape, shared, (ctypes.c_void_p * 64).from_address(arguments)):
+            self.not_compared[name] += 1
 
     def product(self, given):
-        self.launches["cuBLAS"] += 1
         return self._answered(products.multiply, given.contents)
 
     def dot(self, *given):
-        self.launches["cuBLAS"] += 1
         return self._answered(products.dot, *given)
 
     def other(self, name):
@@ -58,11 +59,21 @@ class Card:
         self.not_compared[name.decode()] += 1
 
     def _answered(self, call, *given):
+        with self._counted("cuBLAS"):
+            try:
+                return call(*given)
+            except Exception as error:
+                self.faults.append(error)
+                return 14  # CUBLAS_STATUS_INTERNAL_ERROR
+
+    @contextlib.contextmanager
+    def _counted(self, name):
+        self.launches[name] += 1
+        start = time.perf_counter()
         try:
-            return call(*given) if self.executes else 0
-        except Exception as error:
-            self.faults.append(error)
-            return 14  # CUBLAS_STATUS_INTERNAL_ERROR
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
 
 
 def installed() -> Card:

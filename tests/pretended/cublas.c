@@ -58,6 +58,16 @@ int cublasGemmEx(void *handle, int ta, int tb, int m, int n, int k, const void *
                                           type, ldb, step_b, beta, c, type, ldc, step_c, count,    \
                                           compute, 0);                                             \
     }                                                                                              \
+    int cublas##letter##gemmBatched(void *handle, int ta, int tb, int m, int n, int k,             \
+                                    const number *alpha, const number *const a[], int lda,         \
+                                    const number *const b[], int ldb, const number *beta,          \
+                                    number *const c[], int ldc, int count) {                       \
+        int status = 0;                                                                            \
+        for (int i = 0; i < count && !status; i++)                                                 \
+            status = cublas##letter##gemmStridedBatched(handle, ta, tb, m, n, k, alpha, a[i], lda, \
+                                                        0, b[i], ldb, 0, beta, c[i], ldc, 0, 1);   \
+        return status;                                                                             \
+    }                                                                                              \
     int cublas##letter##gemm_v2(void *handle, int ta, int tb, int m, int n, int k,                 \
                                 const number *alpha, const number *a, int lda, const number *b,    \
                                 int ldb, const number *beta, number *c, int ldc) {                 \
