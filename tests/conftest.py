@@ -45,7 +45,12 @@ def no_network():
 
 
 def has_gpu() -> bool:
-    """Whether there is a driver, and a CuPy to use it."""
+    """Whether there is a driver, and a CuPy to use it, or a card that is pretended."""
+    if "PRETENDED" in os.environ:
+        from pretended.card import installed
+
+        installed()
+        return True
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -29,6 +29,11 @@ from emulated_cupy import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minilm import blas as blas_of_ours
+from minilm.backend import peak_memory
+from minilm.optim import flat
+from minilm.quantize import quantize_4bit
+
 pytestmark = pytest.mark.kernels
 DTYPES = {"float32": 0, "float16": 2, "bfloat16": 14, "float64": 1}
 
@@ -280,8 +285,62 @@ def test_memory_is_counted_and_limited(cp):
     assert pool.get_limit() == 0
 
 
+def test_a_pool_splits_joins_and_gives_back():
+    """As CuPy 14.2's: sizes of 512 bytes, the smallest chunk that holds it, whole chunks go."""
+    pool = memory.MemoryPool()
+    first, second = pool.malloc(4000), pool.malloc(9000)
+    assert (first.size, second.size) == (4096, 9216) and pool.used_bytes() == 13_312
+    del first, second
+    assert (pool.used_bytes(), pool.free_bytes(), pool.total_bytes()) == (0, 13_312, 13_312)
+    piece, other = pool.malloc(3000), pool.malloc(600)  # of the smaller chunk both
+    pool.free_all_blocks()
+    assert (pool.used_bytes(), pool.total_bytes()) == (4096, 4096)
+    del piece
+    pool.set_limit(size=4096)
+    assert pool.malloc(1).size == 512  # what is free is given in spite of the limit
+    with pytest.raises(memory.OutOfMemoryError, match=r"4,096 bytes .*so far: 4,096 bytes"):
+        pool.malloc(4000)
+    del other
+    assert pool.malloc(4000).size == 4096  # joined
+    with streams.Stream(non_blocking=True):  # the chunks of a stream are its own
+        assert pool.malloc(512).size == 512 and pool.total_bytes() == 512
+    pool.set_limit(size=512)
+    assert pool.malloc(512).size == 512  # and are given back before memory is refused
+
+
+@pytest.mark.parametrize("given", [(3, -1, -1), (-1, 3), (0, 600, 300)])
+def test_arange_casts_its_numbers(cp, given):
+    with pytest.raises(OverflowError):
+        cp.arange(*given, dtype=np.uint8)
+    assert cp.arange(3, dtype=np.uint8)[::-1].tolist() == [2, 1, 0]
+
+
+def test_small_numbers_are_0_in_arithmetic_alone(cp):
+    tiny = np.finfo(np.float32).tiny
+    host = np.array([tiny / 2, -tiny / 2, tiny], np.float32)
+    x = cp.asarray(host)
+    assert x.copy().tolist() == x.tolist() == host.tolist()
+    assert (x + 0).tolist() == (x * 1).tolist() == cp.abs(x).tolist() == [0, 0, tiny]
+    assert cp.maximum(x, np.float32(1e-38)).tolist() == [0, 0, tiny]
+    assert (x[2:] / 2).tolist() == [0] and (x > 0).tolist() == [False, False, True]
+    x /= 2
+    assert x.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("codebook", ["nf3", "int3", "nf2", "int2", "nf4"])
+@pytest.mark.parametrize("shape", [(4, 64), (3, 50)])
+def test_blocks_of_zeros_in_few_bits(cp, codebook, shape):
+    """What would be divided by 1e-38 is divided by 0 where that is flushed."""
+    x = np.zeros(shape, np.float32)
+    found = quantize_4bit(cp.asarray(x), codebook, 64, False)
+    expected = quantize_4bit(x, codebook, 64, False)
+    assert found.packed.get().tobytes() == expected.packed.tobytes()
+    assert np.array_equal(found.dequantize().get(), x)
+
+
 def test_hooks_hear_of_memory(cp):
-    heard = []
+    heard, pool = [], cp.get_default_memory_pool()
+    pool.free_all_blocks()
 
     class Hook(cp.cuda.MemoryHook):
         name = "test"
@@ -295,18 +354,29 @@ def test_hooks_hear_of_memory(cp):
             pass
         place = x.data.ptr
         del x
-        cp.get_default_memory_pool().set_limit(size=1)
+        pool.set_limit(size=1)
         with pytest.raises(MemoryError):
-            cp.zeros(100)
-    cp.get_default_memory_pool().set_limit(size=0)
+            cp.zeros(1000)
+    pool.set_limit(size=0)
     cp.zeros(100)
     common = {"device_id": 0, "mem_size": 1024, "mem_ptr": place, "pmem_id": place}
-    refused = common | {"size": 800, "mem_ptr": 0, "pmem_id": 0}
+    refused = common | {"size": 8000, "mem_size": 8192, "mem_ptr": 0, "pmem_id": 0}
     assert heard == [common | {"size": 800}, common, refused]
 
 
 # products on pointers
 
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_norm_takes_no_memory(cp, dtype):
+    x = arange(cp, 300, dtype=dtype)  # whose squares are counted exactly
+    assert blas_of_ours.dot(x, x) == 299 * 300 * 599 / 6
+    with peak_memory() as peak:
+        before = peak.bytes
+        assert flat.squares(x) == 299 * 300 * 599 / 6
+        assert peak.bytes == before
+        x @ x
+        assert peak.bytes >= before + x.nbytes
 
 def column_major(cp, matrices, pitch, dtype):
     """(n, rows, columns) laid out down the columns `pitch` apart, nan between; and the array."""

@@ -56,7 +56,7 @@ WITHIN = {  # the arrows inside a floor
 }
 NARROWER = {
     "data": {"files"},
-    "optim": {"backend", "arrays", "cuda", "tensor", "attention", "ops", "quantize"},
+    "optim": {"backend", "arrays", "blas", "cuda", "tensor", "attention", "ops", "quantize"},
 }
 
 REQUIRED = {"numpy", "ml_dtypes", "safetensors", "threadpoolctl", "tqdm", "tyro"}

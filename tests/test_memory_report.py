@@ -6,10 +6,8 @@ import io
 import re
 from dataclasses import replace
 
-import memory_report
 import numpy as np
 import pytest
-from memory_report import limited, main, print_checkpoints, print_spike, random_batch, unlimited
 from threadpoolctl import threadpool_limits
 
 from minilm import ops
@@ -19,6 +17,18 @@ from minilm.measure.plan import Step
 from minilm.optim import AdamW
 from minilm.optim.pages import SLOTS
 from minilm.transformer import Config, Transformer
+
+pytest.importorskip("tyro", reason="the script's settings need it")
+
+import memory_report
+from memory_report import (
+    limited,
+    main,
+    print_checkpoints,
+    print_spike,
+    random_batch,
+    unlimited,
+)
 
 LLAMA = Config.llama(1024, 64, 9, 2, 64, 170)
 TINY = Step(Config.llama(64, 32, 4, 2, 32, 64), "qlora", 2, 32, 4, "all-linear", checkpoint_every=2)

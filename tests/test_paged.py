@@ -4,6 +4,7 @@ and goes on. Every wait of the schedule is needed. The same on CuPy, and what ba
 """
 
 import ast
+import contextlib
 import functools
 import gc
 import inspect
@@ -769,7 +770,7 @@ def test_masters_of_16_bits(dtype):
 
 @pytest.fixture
 def on_gpu(cupy):
-    """make(kind, **settings): an optimizer with parameters on the GPU."""
+    """make(kind, **settings): an optimizer with parameters on the GPU, in chunks of its own."""
     made = []
 
     def make(kind, shapes=((40, 50), (50,), (30, 30)), dtype="float32", **settings):
@@ -777,7 +778,8 @@ def on_gpu(cupy):
         made.append(kind(params, **SETTINGS, undecayed=params[1:2], **settings))
         return made[-1]
 
-    yield make
+    with no_pieces(cupy):
+        yield make
     for optimizer in made:
         if isinstance(optimizer, PagedAdamW):
             optimizer.close()
@@ -812,15 +814,37 @@ def test_steps_on_a_gpu(on_gpu, settings):
     same_on_gpu(actual, expected)
 
 
+@contextlib.contextmanager
+def no_pieces(cupy):
+    """Inside, the pool has no free pieces of chunks that it has split: a new array needs a new one.
+
+    What others have left in the pool would else be found by an array that is to find nothing.
+    """
+    gc.collect()  # CuPy does so where it finds no memory
+    pool, taken, size = cupy.get_default_memory_pool(), [], 1 << 30
+    with memory_limit(1):  # the card gives nothing more
+        while size >= 512:
+            try:
+                taken.append(pool.malloc(size))
+            except MemoryError:
+                size //= 2
+    yield
+
+
+@contextlib.contextmanager
+def room_for(cupy, nbytes):
+    """Inside, arrays may take so much more."""
+    with no_pieces(cupy), memory_limit(cupy.get_default_memory_pool().total_bytes() + nbytes):
+        yield
+
+
 def test_a_spike_takes_the_pages_memory(cupy, on_gpu):
     expected, actual = on_gpu(AdamW), on_gpu(PagedAdamW, page_size=128)
     for optimizer in (expected, actual):
         gpu_step(optimizer, 0)
     states = actual.table.nbytes
     assert states == 8 * actual.flat.size
-    pool = cupy.get_default_memory_pool()
-    pool.free_all_blocks()
-    with memory_limit(pool.used_bytes() + 40_000):
+    with room_for(cupy, 40_000):
         spike = cupy.zeros(50_000, np.uint8)
         assert actual.table.nbytes <= states - 10_000
         gpu_step(actual, 1)
@@ -847,11 +871,11 @@ def test_what_an_update_takes_besides_has_room(cupy, on_gpu, dtype, state):
     optimizer = make()
     gpu_step(optimizer, 0)
     optimizer.evict(10**9)
-    gc.collect()  # what else frees memory would hide that there is none
     pool = cupy.get_default_memory_pool()
-    with memory_limit(pool.used_bytes() + 1_500_000):
+    with room_for(cupy, 1_500_000):
         gpu_step(optimizer, 1)
-        others = cupy.empty(pool.get_limit() - pool.used_bytes() - 512, np.uint8)
+        pool.free_all_blocks()
+        others = cupy.empty(pool.get_limit() - pool.total_bytes() - 512, np.uint8)
         gpu_step(optimizer, 2)
     assert others.nbytes and optimizer.table.slots
     actual = [*optimizer.states().values(), optimizer.flat.rounded.get()]
@@ -904,8 +928,7 @@ def test_the_allocator_is_put_back(cupy, on_gpu):
     assert cupy.cuda.get_allocator() == before
     third, fourth = on_gpu(PagedAdamW), on_gpu(PagedAdamW, page_size=64)
     third.close()
-    pool = cupy.get_default_memory_pool()
-    with memory_limit(pool.used_bytes() + 1000):
+    with room_for(cupy, 1000):
         cupy.zeros(5000, np.uint8)
     assert fourth.table.nbytes < 8 * fourth.flat.size
     fourth.close()

@@ -15,6 +15,7 @@ import numpy as np
 
 from minilm.arrays import wide
 from minilm.backend import array_module
+from minilm.blas import dot
 from minilm.tensor import Tensor
 
 PIECE = 1 << 24  # elements
@@ -115,9 +116,9 @@ def _receiver(param, view):
 def squares(x) -> float:
     """The sum of x^2 of a flat array, in at least float32; 16-bit numbers are widened piecewise."""
     if x.dtype.itemsize > 2:
-        return float(x @ x)
+        return dot(x, x)
     pieces = (wide(x[i : i + PIECE]) for i in range(0, x.size, PIECE))
-    return float(sum(piece @ piece for piece in pieces))
+    return float(sum(np.float32(dot(piece, piece)) for piece in pieces))
 
 
 def clip_grad_norm(params: list[Tensor], max_norm: float) -> float:

@@ -75,6 +75,14 @@ def empty_like(prototype, dtype=None, order="K", subok=None, shape=None):
     return arrays.new(memory.unwritten(np.empty_like(prototype._host, dtype, order, shape=shape)))
 
 
+def arange(start, stop=None, step=1, dtype=None):
+    if stop is None:
+        start, stop = 0, start
+    if dtype is not None:  # CuPy casts these before it counts; NumPy counts in Python's numbers
+        start, step = (np.dtype(dtype).type(x) for x in (start, step))
+    return function("arange", np.arange)(start, stop, step, dtype)
+
+
 def asarray(a, dtype=None):
     return arrays.array(a, dtype, copy=False)
 
@@ -153,8 +161,9 @@ def make() -> dict[str, types.ModuleType]:
             streams.get_current_stream, streams.PinnedMemory, streams.PinnedMemoryPointer)})
     cupy = module(
         "cupy", cuda=cuda, ndarray=ndarray, RawModule=RawModule, RawKernel=RawKernel,
-        is_available=lambda: True, get_default_memory_pool=lambda: memory.POOL, array=arrays.array,
-        asarray=asarray, asnumpy=asnumpy, empty=empty, empty_like=empty_like, matmul=arrays.matmul)
+        is_available=lambda: True, get_default_memory_pool=lambda: memory.POOL, arange=arange,
+        array=arrays.array, asarray=asarray, asnumpy=asnumpy, empty=empty, empty_like=empty_like,
+        matmul=arrays.matmul)
     special = module("cupyx.scipy.special", erf=erf)
     scipy = module("cupyx.scipy", special=special)
     libs = module("cupy_backends.cuda.libs", cublas=blas)

@@ -51,6 +51,27 @@ def gemmStridedBatchedEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, 
           (B, Btype, ldb, strideB), beta, (C, Ctype, ldc, strideC), batchCount, computeType, algo)
 
 
+def sdot(handle, n, x, incx, y, incy, result):
+    """The inner product of n float32 numbers each, into the host's number at `result`."""
+    _dot("sdot", np.float32, ctypes.c_float, handle, n, x, incx, y, incy, result)
+
+
+def ddot(handle, n, x, incx, y, incy, result):
+    """As sdot, in float64."""
+    _dot("ddot", np.float64, ctypes.c_double, handle, n, x, incx, y, incy, result)
+
+
+def _dot(name, dtype, kind, handle, n, x, incx, y, incy, result):
+    if handle != HANDLE:
+        raise CUBLASError("CUBLAS_STATUS_INVALID_VALUE")
+    size = np.dtype(dtype).itemsize
+    x, y = (memory.view(place, (n,), [step * size], dtype)
+            for place, step in ((x, incx), (y, incy)))
+    kind.from_address(result).value = x @ y
+    arrays.count(name, [x, y])
+    arrays.to_host[name] += 1
+
+
 def _gemm(name, handle, transa, transb, m, n, k, alpha, A, B, beta, C, batch, compute, algo):
     known = {CUBLAS_GEMM_DEFAULT, CUBLAS_GEMM_DEFAULT_TENSOR_OP}
     if handle != HANDLE or algo not in known or min(m, n, k, batch) < 0:

@@ -2,14 +2,19 @@
 
 Nothing is pooled in truth: every array has a block of its own from malloc, which a sanitizer can
 put red zones around, and which is given back when its last view is gone. Only the numbers follow
-the pool: sizes rounded up to 512 bytes, and "total" that falls with free_all_blocks() alone.
+the pool: sizes rounded up to 512 bytes, chunks that are split and joined, and a limit of what the
+card has given, not of what is used.
 """
 
 import ctypes
+import gc
 import threading
 import weakref
+from collections import deque
 
 import numpy as np
+
+from emulated_cupy.streams import get_current_stream
 
 BLOCK = 512
 
@@ -23,10 +28,17 @@ class OutOfMemoryError(MemoryError):
 
 
 class MemoryPool:
-    """cupy.get_default_memory_pool()'s numbers."""
+    """cupy.get_default_memory_pool()'s numbers: what it takes of the card, splits, and gives back.
+
+    An array gets the smallest free chunk of its stream that holds it, and what is left over stays
+    a chunk; only where there is none is the card asked. A chunk that was split goes back to the
+    card when all of its pieces are free.
+    """
 
     def __init__(self):
         self._limit = self._used = self._total = 0
+        self._free, self._dropped = set(), deque()  # chunks; those a finalizer has let go
+        self._lock = threading.RLock()
         self._sizes = {}  # address -> bytes of every block that lives
 
     def set_limit(self, size=None, fraction=None):
@@ -38,40 +50,102 @@ class MemoryPool:
         return self._limit
 
     def used_bytes(self):
-        return self._used
+        with self._lock:
+            self._collect()
+            return self._used
 
     def total_bytes(self):
         return self._total
 
     def free_bytes(self):
-        return self._total - self._used
+        return self._total - self.used_bytes()
 
     def free_all_blocks(self, stream=None):
-        self._total = self._used
+        """Give the card all chunks that are whole."""
+        with self._lock:
+            self._collect()
+            for chunk in [c for c in self._free if c.whole() and stream in (None, c.stream)]:
+                self._free.remove(chunk)
+                self._total -= chunk.size
 
     def malloc(self, size):
         """Room for an array; OutOfMemoryError beyond the limit."""
         rounded = -(-size // BLOCK) * BLOCK
-        if self._limit and self._used + rounded > self._limit:
+        with self._lock:
+            self._collect()
+            chunk = self._free_chunk(rounded) or self._new_chunk(size, rounded)
+            self._used += rounded
+        return MemoryPointer(self, chunk)
+
+    def _free_chunk(self, size):
+        stream = get_current_stream()
+        fits = [c for c in self._free if c.stream is stream and c.size >= size]
+        if not fits:
+            return None
+        chunk = min(fits, key=lambda c: c.size)
+        self._free.remove(chunk)
+        if chunk.size > size:
+            self._free.add(chunk.split(size))
+        return chunk
+
+    def _new_chunk(self, size, rounded):
+        if self._limit and self._total + rounded > self._limit:
+            gc.collect()
+            self.free_all_blocks()
+        if self._limit and self._total + rounded > self._limit:
             for hook in list(_hooks().values()):
                 hook.malloc_postprocess(device_id=0, size=size, mem_size=rounded, mem_ptr=0,
                                         pmem_id=0)
-            raise OutOfMemoryError(rounded, self._used, self._limit)
-        self._used += rounded
-        self._total = max(self._total, self._used)
-        return MemoryPointer(self, rounded)
+            raise OutOfMemoryError(rounded, self._total, self._limit)
+        self._total += rounded
+        return Chunk(rounded, get_current_stream())
+
+    def _collect(self):
+        """Chunks that nobody has any more are free, and join free neighbours."""
+        while self._dropped:
+            chunk = self._dropped.popleft()
+            self._used -= chunk.size
+            if chunk.after in self._free:
+                self._free.remove(chunk.after)
+                chunk.join()
+            if chunk.before in self._free:
+                chunk = chunk.before
+                self._free.remove(chunk)
+                chunk.join()
+            self._free.add(chunk)
+
+
+class Chunk:
+    """A piece of what the card gave at once; it knows the pieces beside it."""
+
+    def __init__(self, size, stream, before=None, after=None):
+        self.size, self.stream, self.before, self.after = size, stream, before, after
+
+    def whole(self):
+        return self.before is self.after is None
+
+    def split(self, size):
+        """Keep the first `size` bytes; the rest is a new piece."""
+        rest = Chunk(self.size - size, self.stream, self, self.after)
+        if self.after:
+            self.after.before = rest
+        self.size, self.after = size, rest
+        return rest
+
+    def join(self):
+        """Take in the piece after this one."""
+        self.size += self.after.size
+        self.after = self.after.after
+        if self.after:
+            self.after.before = self
 
 
 class MemoryPointer:
     """What an allocator gives: room in a pool until it is dropped. The bytes are NumPy's."""
 
-    def __init__(self, pool, size):
-        self.size = size
-        weakref.finalize(self, _give_back, pool, size).atexit = False
-
-
-def _give_back(pool, size):
-    pool._used -= size
+    def __init__(self, pool, chunk):
+        self.size = chunk.size
+        weakref.finalize(self, pool._dropped.append, chunk).atexit = False
 
 
 POOL = MemoryPool()

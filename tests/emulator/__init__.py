@@ -86,6 +86,10 @@ class Function:
                              f"{most} (max_dynamic_shared_size_bytes; {SHARED_LIMIT} in all)")
         values = self._checked(args)
         pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        self.launch(shape, shared_mem, pointers)
+
+    def launch(self, shape, shared_mem, pointers):
+        """Run a grid and block, six numbers, with the arguments at these addresses, unchecked."""
         check_fork()
         launches[self.name] += 1
         fault = self._launch((ctypes.c_uint * 6)(*shape), ctypes.c_size_t(shared_mem),

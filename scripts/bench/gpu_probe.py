@@ -1,0 +1,224 @@
+"""What a process of check_gpu.py does on the card; each is a program of its own.
+
+    python scripts/bench/gpu_probe.py env  # versions, the card, registers of our kernels
+    python scripts/bench/gpu_probe.py ceilings FILE  # measured and written down
+    python scripts/bench/gpu_probe.py rows FILE GROUP ROUNDS SECONDS  # of benchmark.py
+    python scripts/bench/gpu_probe.py step SIDE LAYERS FOLDER  # ours or PyTorch's, of QLoRA
+    python scripts/bench/gpu_probe.py step_rows FILE FOLDER  # the table's, where both have run
+    python scripts/bench/gpu_probe.py profiled  # a few launches, for Nsight Compute
+
+Rows of the table begin with "| "; what a summary should say begins with RESULT.
+"""
+
+import cProfile
+import json
+import platform
+import pstats
+import statistics
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import gpu_kernels
+import gpu_pages
+import gpu_rows
+import gpu_step
+import numpy as np
+from gpu_table import H200, Ceilings, Row, cells, heading, line, measured_line
+
+from minilm import cuda, ops
+from minilm.backend import cublas, cupy, peak_memory
+from minilm.optim import AdamW
+
+KERNELS = (  # (file, kernel, REAL, macros) whose registers are printed
+    ("nf4_dequantize.cu", "nf4_dequantize", "bfloat16", {}),
+    ("nf4_quantize.cu", "nf4_quantize", "float32", {}),
+    ("nf4_matmul.cu", "nf4_matmul", "float32", {"TILES": 1}),
+    ("nf4_matmul.cu", "nf4_matmul", "float32", {"TILES": 2}),
+    ("lora_matmul.cu", "lora_matmul", "bfloat16", {}),
+    ("adamw.cu", "adamw", "float32", {}),
+    ("attention.cu", "attention_forward", "bfloat16", {"HEAD_WIDTH": 64}),
+    ("attention_backward.cu", "attention_dq", "bfloat16", {"HEAD_WIDTH": 128}),
+    ("attention_backward.cu", "attention_dk_dv", "bfloat16", {"HEAD_WIDTH": 128}),
+)
+FACTS = ("name", "major", "minor", "multiProcessorCount", "l2CacheSize", "totalGlobalMem",
+         "sharedMemPerBlockOptin", "regsPerMultiprocessor", "memoryBusWidth")
+
+
+def env():
+    """What is there, whether cuBLAS and a kernel of ours give what they must, and registers."""
+    start, cp = time.perf_counter(), cupy()
+    print("python", platform.python_version(), "numpy", np.__version__, "cupy", cp.__version__)
+    facts = cp.cuda.runtime.getDeviceProperties(0)
+    print(*(f"{key} {facts.get(key)}" for key in FACTS), sep="\n")
+    print("sum of 10", int(cp.arange(10).sum()), f"after {time.perf_counter() - start:.1f} s")
+    x = cp.ones((8, 8), "bfloat16")
+    product = float((x @ x).astype("float32").sum())
+    blas, handle = cublas()
+    print("cuBLAS", blas.getVersion(handle), "a product of ones", product, "should be 512")
+    for file, name, real, macros in KERNELS:
+        try:
+            f = cuda.kernel(file, name, real, **macros).launch
+            print(name, macros, f.num_regs, "registers", f.local_size_bytes, "local",
+                  f.shared_size_bytes, "shared")
+        except Exception as error:
+            print("FAIL", name, macros, f"{type(error).__name__}: {str(error)[:2000]}")
+    swiglu = float(cuda.swiglu(cp.ones(9, "bfloat16"), cp.ones(9, "bfloat16"))[0])
+    print("RESULT swiglu of ones", swiglu, "should be 0.73")
+    if product != 512 or abs(swiglu - 0.7311) > 5e-3:
+        sys.exit("a plain product or kernel is wrong")
+
+
+def ceilings(file: Path):
+    """Measure the card's ceilings; their rows, and what they were measured on."""
+    found, texts = gpu_kernels.measured_ceilings(5)
+    file.write_text(json.dumps([found.bytes, found.flops]))
+    print(*texts, sep="\n")
+    print(f"RESULT {found.bytes / 1e12:.2f} TB/s {found.flops / 1e12:.0f} TFLOP/s", flush=True)
+    print(heading().splitlines()[0])
+
+
+def kept_ceilings(file: Path) -> Ceilings:
+    return Ceilings(*json.loads(file.read_text())) if file.exists() else H200
+
+
+def rows(file: Path, group: str, rounds: int, seconds: float):
+    """Measure a group's rows; one that fails is a row too, and so is one without time left.
+
+    seconds: from now; a row begins where the longest so far would still fit.
+    """
+    begin, longest = time.perf_counter(), 0.0
+    for row, ceiling in rows_of(group, rounds, kept_ceilings(file)):
+        start = time.perf_counter()
+        if start + longest > begin + seconds:
+            print(said(row, "no time left"), flush=True)
+            continue
+        try:
+            print(measured_line(row, ceiling, rounds), flush=True)
+        except Exception as error:
+            print(said(row, f"FAILED: {type(error).__name__}: {str(error)[:200]}"), flush=True)
+            traceback.print_exc(limit=-3)
+        longest = max(longest, time.perf_counter() - start)
+
+
+def rows_of(group, rounds, ceiling):
+    """(row, its ceilings), of pages after what the link can do has been measured."""
+    if group != "pages":
+        return [(row, ceiling) for row in (gpu_kernels.GROUPS | gpu_rows.GROUPS)[group]()]
+    link, texts = gpu_pages.measured_link(rounds)
+    print(*texts, sep="\n", flush=True)
+    return zip(gpu_pages.copy_rows(), link)
+
+
+def said(row: Row, text: str) -> str:
+    return cells(row.title, "", text.replace("|", "/").replace("\n", " "), "", "", "", "")
+
+
+def step(side: str, layers: int, folder: Path):
+    """Seven steps of a Llama of 1.1 billion parameters' width, without checkpoints."""
+    config = replace(gpu_step.LLAMA, layers=layers)
+    start = time.perf_counter()
+    peak, times = (our_steps if side == "ours" else torch_steps)(config)
+    (folder / f"{side}-{layers}.json").write_text(json.dumps([peak, *times]))
+    note = ("; where done is hardly later than update, the host is what it waits for"
+            if side == "ours" else "")
+    print(f"RESULT {side}, {layers} layers: median {1e3 * statistics.median(times):.2f} ms "
+          f"({1e3 * min(times):.2f} - {1e3 * max(times):.2f}), {peak / 2**30:.2f} GiB, in "
+          f"{time.perf_counter() - start:.0f} s{note}", flush=True)
+
+
+def torch_steps(config):
+    answers = gpu_step.torch_qlora(config, gpu_step.BATCH, False)
+    return next(answers), [next(answers) for _ in range(7)]
+
+
+def our_steps(config):
+    """(peak in bytes, seconds of each step); what takes Python's time is printed."""
+    start, model = time.perf_counter(), gpu_step.our_model(config, gpu_step.RANK, "cuda")
+    print(f"model made in {time.perf_counter() - start:.1f} s", flush=True)
+    optimizer = AdamW(model.parameters(), gpu_step.LR)
+    tokens, targets = gpu_step.random_batch(config, gpu_step.BATCH)
+    batch = model, optimizer, cupy().asarray(tokens), targets
+    told_step(*batch)  # compiles the kernels
+    with peak_memory() as peak:
+        told_step(*batch)
+    times = [told_step(*batch) for _ in range(7)]
+    profile = cProfile.Profile()
+    profile.runcall(told_step, *batch)
+    pstats.Stats(profile).sort_stats("tottime").print_stats(22)
+    return peak.bytes, times
+
+
+def told_step(model, optimizer, tokens, targets) -> float:
+    """Seconds of a step, and on the screen when each part of it had been queued."""
+    marks, begin = [], time.perf_counter()
+
+    def mark():
+        marks.append(time.perf_counter() - begin)
+
+    optimizer.zero_grad()
+    loss = ops.cross_entropy(model(tokens), targets)
+    mark()
+    loss.backward()
+    mark()
+    optimizer.step()
+    mark()
+    value = float(loss.data)  # waits for the card
+    mark()
+    forward, backward, update, done = (f"{1e3 * t:.1f}" for t in marks)
+    print(f"loss {value:.4f}; queued forward {forward}, backward {backward}, update {update}, done "
+          f"{done} ms", flush=True)
+    return marks[-1]
+
+
+def step_rows(file: Path, folder: Path):
+    """The table's rows of the steps that have run."""
+    for ours in sorted(folder.glob("ours-*.json")):
+        layers = int(ours.stem.split("-")[1])
+        config, theirs = replace(gpu_step.LLAMA, layers=layers), folder / f"torch-{layers}.json"
+        (peak, *times), found = json.loads(ours.read_text()), kept_ceilings(file)
+        if theirs.exists():
+            print(*gpu_step.step_lines(config, gpu_step.BATCH, False, found,
+                                       json.loads(theirs.read_text()), [peak, *times]), sep="\n")
+        else:
+            row = gpu_step.step_row(config, gpu_step.BATCH, False)._replace(beside="", speed=0.0)
+            print(line(row, found, times))
+            print(cells(f"{row.title}: peak memory", "", f"{peak / 2**30:.2f} GiB", "", "", "", ""))
+
+
+def profiled():
+    """The kernels that are worth a profile, each twice: the first time compiles."""
+    rng, W = np.random.default_rng(1), gpu_kernels.weights(gpu_kernels.LARGE, True)
+    for M in 1, 16:
+        x = gpu_kernels.normal(rng, M, gpu_kernels.LARGE[1])
+        for w in W[:2]:
+            cuda.nf4_matmul(x, w.on_card())
+    for w in W[:2]:
+        cuda.nf4_dequantize(w.on_card(), "bfloat16")
+    q, k, v, dy = (gpu_kernels.normal(rng, 4, h, 1024, 64) for h in (32, 4, 4, 32))
+    for _ in range(2):
+        y, lse = cuda.attention_forward(q, k, v, True)
+        cuda.attention_backward(dy, q, k, v, y, lse, True)
+
+
+def main(name: str, *given: str):
+    if name == "env":
+        env()
+    elif name == "ceilings":
+        ceilings(Path(given[0]))
+    elif name == "rows":
+        rows(Path(given[0]), given[1], int(given[2]), float(given[3]))
+    elif name == "step":
+        step(given[0], int(given[1]), Path(given[2]))
+    elif name == "step_rows":
+        step_rows(Path(given[0]), Path(given[1]))
+    elif name == "profiled":
+        profiled()
+    else:
+        sys.exit(f"gpu_probe.py: there is no {name!r}; see its first lines")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,160 @@
+"""The stages of check_gpu.py: which processes each one runs, and what of their output is told.
+
+Every stage is a function of a Stage (its log and its clock) and the program's options.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CASES = ("adam dequantize quantize rows products lora matmul attention paged model").split()
+SANITIZED = "adam dequantize quantize rows lora matmul attention paged".split()
+TESTS = ("cuda_path nf4_kernels gpu_benchmark attention_kernel row_kernels adamw_kernel "
+         "lora_kernels paged eightbit student memory_report measure main").split()  # longest first
+GROUPS = {"dequantize": 30, "matmul": 40, "lora": 40, "attention": 25, "swiglu": 25, "rms_norm": 25,
+          "adamw": 20, "pages": 25, "quantize": 20, "reference": 20}  # at most, in seconds
+WANTED = ("cupy", "torch", "hypothesis", "pytest", "xdist", "pytest_timeout", "tyro", "tqdm",
+          "safetensors", "threadpoolctl", "ml_dtypes")
+SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy", "WarpStateStats",
+            "SchedulerStats")
+COUNT = os.cpu_count() or 2
+FEW_THREADS = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}  # where processes are many
+PROBE = sys.executable, HERE / "gpu_probe.py"
+CHECKS = sys.executable, HERE / "check_kernels.py"
+
+
+def env(stage, args):
+    """Card, driver, versions, registers; the card's ceilings."""
+    for name, command in (("nvidia-smi", ["nvidia-smi"]), ("nvcc", ["nvcc", "--version"]),
+                          ("topology", ["nvidia-smi", "-q", "-d", "CLOCK,POWER,PERFORMANCE"])):
+        if shutil.which(command[0]):
+            stage.run(name, command, 10)
+        else:
+            stage.note(name, "absent")
+    absent = [name for name in WANTED if importlib.util.find_spec(name) is None]
+    stage.note("packages", "ok", f"absent: {' '.join(absent) or 'none'}")
+    if not args.dry_run:
+        stage.run("CuPy and our kernels", [*PROBE, "env"])
+        ceilings(stage, args)
+
+
+def ceilings(stage, args):
+    output, _ = stage.run("ceilings", [*PROBE, "ceilings", args.scratch / "ceilings.json"])
+    args.table += table_of(output)
+
+
+def table_of(output: str) -> list[str]:
+    """What of an output belongs into kernels/RESULTS.md."""
+    return [line for line in output.splitlines() if line.startswith(("| ", "Measured on "))]
+
+
+def chosen(names, args):
+    return [name for name in names if not args.only or name in args.only]
+
+
+def cases(stage, args):
+    """Every kernel against its formula, small, then large."""
+    more = ["--stand-in"] if args.dry_run else []
+
+    def job(case, large):
+        return lambda: stage.run(f"{case}{' large' * large}",
+                                 [*CHECKS, case, *more, *["--large"] * large], 60, env=FEW_THREADS)
+
+    for large in (False, True)[: 1 if args.dry_run else 2]:
+        stage.at_once([job(case, large) for case in chosen(CASES, args)], min(8, COUNT))
+
+
+def bench(stage, args):
+    """The rows of benchmark.py but for the step, one process after the other."""
+    found = args.scratch / "ceilings.json"
+    if not found.exists():
+        ceilings(stage, args)
+    for group in chosen(GROUPS, args):
+        seconds = min(GROUPS[group], stage.left())
+        output, _ = stage.run(group, [*PROBE, "rows", found, group, args.rounds, seconds - 10],
+                              seconds, told=met)
+        args.table += table_of(output)
+        print(*(f"    {line}" for line in table_of(output)), sep="\n", flush=True)
+
+
+def met(output):
+    """How many rows there are, and how many reached their goal."""
+    counted = {"met": ": met |", "missed": ": missed |", "FAILED": "FAILED", "late": "no time left"}
+    return ", ".join([f"{len(table_of(output))} rows",
+                      *(f"{output.count(text)} {word}" for word, text in counted.items())])
+
+
+def step(stage, args):
+    """Ours of QLoRA: time to queue it, time until it is done, memory; PyTorch's beside it."""
+    for side, layers in ("ours", 2), ("ours", 22), ("torch", 4), ("ours", 4):  # a short one first
+        stage.run(f"{side}, {layers} layers", [*PROBE, "step", side, layers, args.scratch], 60)
+    output, _ = stage.run("rows", [*PROBE, "step_rows", args.scratch / "ceilings.json",
+                                   args.scratch], told=met)
+    args.table += table_of(output)
+
+
+def tests(stage, args):
+    """The tests that take the fixture `cupy`, on the real CuPy, a process a file."""
+    more = ["--timeout=60"] if importlib.util.find_spec("pytest_timeout") else []
+    command = [sys.executable, "-m", "pytest", "-k", "emulated" if args.dry_run else "real", "-q",
+               "-o", "addopts=-ra", "-p", "no:cacheprovider", "-W", "default", "--tb=short", *more]
+    settings = FEW_THREADS | {"HYPOTHESIS_PROFILE": "few" if args.dry_run else "dev"}
+
+    def job(name):
+        return lambda: stage.run(name, [*command, f"tests/test_{name}.py"], env=settings,
+                                 told=outcome, absent=5)
+
+    stage.at_once([job(name) for name in chosen(TESTS, args)], min(8, COUNT))
+
+
+def outcome(output):
+    """pytest's last line, and the first failure."""
+    ends = re.findall(r"^\S*\d+ (?:passed|failed|skipped|error).*$", output, re.M)
+    first = re.search(r"^(?:FAILED|ERROR) .*$", output, re.M)
+    return " ".join([*(end.strip("= ") for end in ends[-1:]), *([first[0][:110]] if first else [])])
+
+
+def sanitize(stage, args):
+    """check_kernels.py under compute-sanitizer."""
+    tool = found("compute-sanitizer", "/usr/local/cuda/bin", "compute-sanitizer")
+    if not tool:
+        return stage.note("compute-sanitizer", "absent")
+
+    def job(check, case):
+        return lambda: stage.run(
+            f"{check} {case}", [tool, "--tool", check, "--error-exitcode", "9", "--print-limit",
+                                "8", *CHECKS, case, "--raw",
+                                *["--unwritten"] * (check == "initcheck")],
+            60, told=faults, env=FEW_THREADS)
+
+    order = [(check, case) for check in ("memcheck", "racecheck", "synccheck", "initcheck")
+             for case in chosen(SANITIZED, args)]
+    stage.at_once([job(*pair) for pair in order], min(8, COUNT))
+
+
+def faults(output):
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+    return ", ".join([*summaries[-1:], f"{output.count('FAIL ')} FAIL"])
+
+
+def ncu(stage, args):
+    """What limits a few kernels, where Nsight Compute is."""
+    tool = found("ncu", "/opt/nvidia", "nsight-compute/*/ncu")
+    if not tool:
+        return stage.note("ncu", "absent")
+    sections = [word for name in SECTIONS for word in ("--section", name)]
+    stage.run("ncu", [tool, "--clock-control", "none", *sections, "-k", "regex:nf4_|attention_",
+                      *PROBE, "profiled"],
+              told=lambda text: f"{text.count('Section: GPU Speed Of Light')} kernels profiled")
+
+
+def found(name, folder, pattern):
+    """A tool's path, or None."""
+    return shutil.which(name) or next(map(str, Path(folder).glob(pattern)), None)
+
+
+STAGES = {f.__name__: f for f in (env, cases, bench, step, tests, sanitize, ncu)}
