@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
 from minilm.interop.huggingface import save_model
 from minilm.interop.peft import FIELDS, load_adapter, save_adapter
+from minilm.interop.peft_formats import FORMATS
 from minilm.peft import add_lora, merge_lora, unload_lora, unmerge_lora, use_adapter
-from minilm.peft.lora import Adapter, insert_adapters, lora_layers
+from minilm.peft.adapted import adapted_layers, insert_adapters
+from minilm.peft.lora import LoRA
 from minilm.quantize import quantize_model
 from minilm.transformer import Config, Transformer
 
@@ -52,7 +54,7 @@ def adapted(name, targets=("q", "v"), r=2, alpha=3.0, seed=0, **settings):
 
 def adapters(model, name="default"):
     """{path: what the adapter is}, bit for bit."""
-    found = {path: m.adapters[name] for path, m in lora_layers(model).items()}
+    found = {path: m.adapters[name] for path, m in adapted_layers(model).items()}
     return {path: (a.A.data.tobytes(), a.B.data.tobytes(), a.A.shape, a.A.dtype, a.scale, a.alpha,
                    a.drop.p, a.rslora) for path, a in found.items()}
 
@@ -102,7 +104,7 @@ def expect(name, folder, file, *texts):
     assert str(info.value).startswith(f"{folder / file}: ")
     assert all(text in str(info.value) for text in texts), str(info.value)
     assert {p: t.data.tobytes() for p, t in model.named_parameters()} == before
-    assert not lora_layers(model)
+    assert not adapted_layers(model)
 
 
 TARGETS = ("q", "k", "v", "o", "mlp.up", "mlp.down", "blocks.1.attention.q", "all-linear")
@@ -133,8 +135,8 @@ def test_gpt2_round_trip(tmp_path_factory, targets, r, alpha, rslora):
     save_adapter(model, first)
     loaded = load_adapter(wide(), first).eval()
     agree(loaded(TOKENS).data, model(TOKENS).data, 1e-12)
-    for path, layer in lora_layers(model).items():
-        twin = lora_layers(loaded)[path].adapters["default"]
+    for path, layer in adapted_layers(model).items():
+        twin = adapted_layers(loaded)[path].adapters["default"]
         assert twin.scale == pytest.approx(layer.adapters["default"].scale, rel=1e-15)
         agree(twin.update(), layer.adapters["default"].update(), 1e-12)
     save_adapter(loaded, second)
@@ -149,7 +151,7 @@ def test_gpt2_blocks(tmp_path, rslora):
     save_adapter(model, tmp_path)
     raw, tensors = read_json(tmp_path / CONFIG), read_tensors(tmp_path / TENSORS)
     key = "base_model.model.transformer.h.1.attn.c_attn.lora_{}.weight"
-    q, v = (lora_layers(model)[f"blocks.1.attention.{m}"].adapters["default"] for m in "qv")
+    q, v = (adapted_layers(model)[f"blocks.1.attention.{m}"].adapters["default"] for m in "qv")
     A, B = tensors[key.format("A")], tensors[key.format("B")]
     assert np.array_equal(A, np.concatenate([q.A.data, v.A.data]))
     expected = np.zeros((48, 4), np.float32)
@@ -174,11 +176,11 @@ def test_gpt2_thirds(edit):
     model, tensors = load_adapter(base("gpt2"), folder), read_tensors(folder / TENSORS)
     key = "base_model.model.transformer.h.1.attn.c_attn.lora_{}.weight"
     for i, part in enumerate("qkv"):
-        adapter = lora_layers(model)[f"blocks.1.attention.{part}"].adapters["default"]
+        adapter = adapted_layers(model)[f"blocks.1.attention.{part}"].adapters["default"]
         assert np.array_equal(adapter.A.data, tensors[key.format("A")])
         assert np.array_equal(adapter.B.data, tensors[key.format("B")][16 * i : 16 * (i + 1)])
         assert adapter.scale == 2.5
-    As = [m.adapters["default"].A.data for m in lora_layers(model).values()]
+    As = [m.adapters["default"].A.data for m in adapted_layers(model).values()]
     assert not any(np.shares_memory(a, b) for i, a in enumerate(As) for b in As[:i])
 
 
@@ -203,7 +205,7 @@ def test_names_settings_and_dtypes(saved, tmp_path):
     """Several adapters in one model; and each is cast to the model's dtype, exact where wider."""
     model = load_adapter(load_adapter(base("llama"), saved["llama"], "a"), saved["llama"], "b")
     assert adapters(model, "a") == adapters(model, "b") == adapters(adapted("llama"))
-    assert all(m.active == "b" for m in lora_layers(model).values())
+    assert all(m.active == "b" for m in adapted_layers(model).values())
     narrow = load_adapter(base("llama").astype(ml_dtypes.bfloat16), saved["llama"])
     assert {t.dtype.name for t in narrow.parameters()} == {"bfloat16"}
     save_adapter(narrow, tmp_path)
@@ -265,7 +267,7 @@ def test_absent_fields(edit):
 ])
 def test_alpha_pattern(edit, patterns, scales):
     model = load_adapter(base("llama"), edit("llama", alpha_pattern=patterns))
-    assert [m.adapters["default"].scale for m in lora_layers(model).values()] == scales
+    assert [m.adapters["default"].scale for m in adapted_layers(model).values()] == scales
 
 
 def test_rank_pattern(edit):
@@ -274,7 +276,7 @@ def test_rank_pattern(edit):
                 for k, a in tensors.items()}
     folder = edit("llama", longer, rank_pattern={"1.self_attn.q_proj": 4}, use_rslora=True)
     model = load_adapter(base("llama"), folder)
-    found = {p: m.adapters["default"] for p, m in lora_layers(model).items()}
+    found = {p: m.adapters["default"] for p, m in adapted_layers(model).items()}
     assert {p for p, a in found.items() if a.r == 4} == {"blocks.1.attention.q"}
     assert all(a.scale == 3 / math.sqrt(a.r) for a in found.values())
     expect("llama", edit("llama", longer), TENSORS, "layers.1.self_attn.q_proj.lora_A.weight is "
@@ -283,7 +285,7 @@ def test_rank_pattern(edit):
 
 
 REFUSED = [
-    ("peft_type", "IA3"), ("peft_type", ["LORA"]), ("bias", "all"), ("bias", None), ("r", 0),
+    ("peft_type", "LOHA"), ("peft_type", ["LORA"]), ("bias", "all"), ("bias", None), ("r", 0),
     ("r", 2.0), ("r", True), ("r", 10**30), ("lora_alpha", "3"), ("lora_alpha", 10**400),
     ("lora_alpha", None), ("lora_dropout", 1.0), ("lora_dropout", -0.1), ("use_rslora", "yes"),
     ("use_rslora", None), ("rank_pattern", {"q_proj": 0}), ("rank_pattern", []),
@@ -355,7 +357,7 @@ def test_names_that_cannot_be(saved):
     merge_lora(model)
     with pytest.raises(ValueError, match="unmerge_lora"):
         load_adapter(model, saved["llama"], "b")
-    assert {n for m in lora_layers(model).values() for n in m.adapters} == {"default"}
+    assert {n for m in adapted_layers(model).values() for n in m.adapters} == {"default"}
 
 
 def test_adapters_that_cannot_be_saved(tmp_path):
@@ -364,7 +366,7 @@ def test_adapters_that_cannot_be_saved(tmp_path):
     def model(name="gpt2", **settings):
         def make(r=2, alpha=3, dropout=0.0, rslora=False):
             draw = lambda *shape: rng.standard_normal(shape, np.float32)
-            return Adapter(draw(r, 16), draw(16, r), alpha, dropout, rslora)
+            return LoRA(draw(r, 16), draw(16, r), alpha, dropout, rslora)
         ours = {"q": make(), "v": make(**settings)}
         paths = {f"blocks.0.attention.{part}": a for part, a in ours.items()}
         return insert_adapters(base(name), "default", paths)
@@ -386,7 +388,7 @@ def test_adapters_that_cannot_be_saved(tmp_path):
     assert read_json(path / CONFIG)["rank_pattern"] == {
         "distilbert.transformer.layer.0.attention.v_lin": 3}
     scales = [m.adapters["default"].scale
-              for m in lora_layers(load_adapter(base("distilbert"), path)).values()]
+              for m in adapted_layers(load_adapter(base("distilbert"), path)).values()]
     assert scales == [1.5, 4 / 3]
 
 
@@ -416,10 +418,10 @@ def test_fuzzed_files(edit):
         try:
             load_adapter(model, folder)
         except FormatError:
-            assert not lora_layers(model)
+            assert not adapted_layers(model)
         unload_lora(model)
 
-    for field in FIELDS:
+    for field in ("peft_type", *FIELDS, *FORMATS["LORA"].fields):
         for value in VALUES:
             (folder / CONFIG).write_text(json.dumps(raw | {field: value}))
             attempt()

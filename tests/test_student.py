@@ -17,7 +17,7 @@ from minilm.files import read_json
 from minilm.interop.huggingface import save_model
 from minilm.optim import SGD, AdamW
 from minilm.peft import add_lora, merge_lora, trainable_parameters, unload_lora, use_adapter
-from minilm.peft.lora import lora_layers
+from minilm.peft.adapted import adapted_layers
 from minilm.quantize import QuantizedLinear, quantize_model
 from minilm.tensor import no_grad
 from minilm.train import Trainer
@@ -166,7 +166,7 @@ def test_adapted_and_quantized_teachers_have_plain_students(family, way):
     assert unchanged(teacher, before) and equal(logits(teacher), answers)
     assert {path: type(m) for path, m in teacher.named_modules()} == kinds
     assert (QuantizedLinear in kinds.values()) == way.startswith(("nf4", "int8"))
-    assert bool(lora_layers(teacher)) == ("lora" in way and "unloaded" not in way)
+    assert bool(adapted_layers(teacher)) == ("lora" in way and "unloaded" not in way)
 
 
 def test_an_adapted_teacher_teaches_what_acts():
