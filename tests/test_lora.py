@@ -65,7 +65,7 @@ def make(family, base="plain", dtype="float32", **changes):
 def stir(model, seed=0, size=0.3):
     """Move A and B of the acting adapter away from where they start; returns the model."""
     rng = np.random.default_rng(seed)
-    for p in trainable_parameters(model):
+    for p in model.parameters():
         p.data += (size * rng.standard_normal(p.shape)).astype(p.dtype)
     return model
 
@@ -407,7 +407,7 @@ def test_workers_train_adapters(dropout):
     up to rounding."""
     def train(workers, processes):
         model = stir(add_lora(make("gpt2", "nf4", "float64"), 3, 6, dropout=dropout))
-        trainer = Trainer(model, AdamW(trainable_parameters(model), lr=0.01, eps=1e-3), workers,
+        trainer = Trainer(model, AdamW(model.parameters(), lr=0.01, eps=1e-3), workers,
                           processes)
         with trainer:
             for step in range(3):
@@ -542,7 +542,7 @@ def test_each_name_is_an_adapter_of_its_own(family, base):
         assert equal(state(model)[0], arrays)
         names = {n.split(".adapters.")[1].split(".")[0] for n, _ in model.named_parameters()}
         assert names == ({name} if name else set())
-        assert len(trainable_parameters(model)) == (4 * LAYERS if name else 0)
+        assert len(model.parameters()) == (4 * LAYERS if name else 0)
     assert not equal(a, b) and not equal(a, plain) and not equal(b, plain)
 
 
@@ -566,21 +566,21 @@ def test_an_optimizer_goes_on_with_its_adapter():
             optimizer.step()
 
     straight = stir(add_lora(make("gpt2"), 3, 6, name="a"), 1)
-    optimizer = AdamW(trainable_parameters(straight), lr=0.01)
+    optimizer = AdamW(straight.parameters(), lr=0.01)
     train(straight, optimizer, range(4))
 
     model = stir(add_lora(make("gpt2"), 3, 6, name="a"), 1)
-    first = AdamW(trainable_parameters(model), lr=0.01)
-    params = trainable_parameters(model)
+    first = AdamW(model.parameters(), lr=0.01)
+    params = model.parameters()
     train(model, first, range(2))
     held = first.flat.data.copy()
     stir(add_lora(model, 2, 5, ("v", "mlp.up"), name="b"), 2)
-    second = AdamW(trainable_parameters(model), lr=0.01)
+    second = AdamW(model.parameters(), lr=0.01)
     train(model, second, range(3))
     assert equal(first.flat.data, held)
     use_adapter(model, None)
     use_adapter(model, "a")
-    assert [id(p) for p in trainable_parameters(model)] == [id(p) for p in params]
+    assert [id(p) for p in model.parameters()] == [id(p) for p in params]
     train(model, first, range(2, 4))
     assert all(np.shares_memory(p.grad, first.flat.grad) for p in params)
     assert equal(first.flat.data, optimizer.flat.data) and not equal(first.flat.data, held)
@@ -627,7 +627,7 @@ def test_a_large_update_survives_8_bits():
         assert (modules[path] is base) == (path not in kept)
         assert modules[path].bias is base.bias is not None
         assert modules[path].compute_dtype == "float64"
-    assert not adapted_layers(model) and not trainable_parameters(model)
+    assert not adapted_layers(model) and not model.parameters()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int2"])

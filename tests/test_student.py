@@ -16,7 +16,7 @@ from minilm.distill import Distillation, student_from_teacher
 from minilm.files import read_json
 from minilm.interop.huggingface import save_model
 from minilm.optim import SGD, AdamW
-from minilm.peft import add_lora, merge_lora, trainable_parameters, unload_lora, use_adapter
+from minilm.peft import add_lora, merge_lora, unload_lora, use_adapter
 from minilm.peft.adapted import adapted_layers
 from minilm.quantize import QuantizedLinear, quantize_model
 from minilm.tensor import no_grad
@@ -43,7 +43,7 @@ def make(family, dtype="float32", **changes):
 def stir(model, seed=0):
     """Move all that trains; returns the model."""
     rng = np.random.default_rng(seed)
-    for p in trainable_parameters(model):
+    for p in model.parameters():
         p.data += (0.3 * rng.standard_normal(p.shape)).astype(p.dtype)
     return model
 
