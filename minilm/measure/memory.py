@@ -68,8 +68,9 @@ def held(model: Module, optimizer) -> dict[str, int]:
     masters = 0 if flat.rounded is flat.data else flat.data.nbytes
     states = sum(a.nbytes for a in vars(optimizer).values() if hasattr(a, "nbytes"))
     everything = sum(t.data.nbytes for _, t in model.named_tensors())
-    adapters = sum(t.data.nbytes for _, m in model.named_modules() if isinstance(m, Adapter)
-                   for _, t in m.named_tensors())
+    added = {id(t): t.data.nbytes for _, m in model.named_modules() if isinstance(m, Adapter)
+             for _, t in m.named_tensors()}  # once, though adapters may hold adapters
+    adapters = sum(added.values())
     return {"weights": everything - adapters, "adapters": adapters,
             "gradients": flat.grad.nbytes, "optimizer": masters + states}
 

@@ -31,7 +31,7 @@ class Adapter(Module):
     """One layer's numbers of a method, and how they act: the base of the methods' classes."""
 
     shape = None, None  # (O, I) of the weights it is for; None for a side that may be any
-    resting = None  # path -> node of what it trains, while another adapter acts
+    resting = None  # path -> node of its tensors, while another adapter acts
 
     def forward(self, x, base):  # (..., I) -> (..., O)
         """What the layer answers to x; `base` is the layer without adapters, a module."""
@@ -45,9 +45,8 @@ class Adapter(Module):
         """An adapter that does not act needs no gradients, but keeps its place in an optimizer."""
         tensors = dict(self.named_tensors())
         if not active and self.resting is None:
-            self.resting = {path: t.node for path, t in tensors.items() if t.requires_grad}
-            for path in self.resting:
-                tensors[path].node = None
+            self.resting = {path: t.node for path, t in tensors.items()}
+            self.freeze()
         elif active and self.resting is not None:
             for path, node in self.resting.items():
                 tensors[path].node = node
