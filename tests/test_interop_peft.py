@@ -19,8 +19,16 @@ from minilm.files import FormatError, read_json, read_tensors, write_json, write
 from minilm.interop.huggingface import save_model
 from minilm.interop.peft import FIELDS, load_adapter, save_adapter
 from minilm.interop.peft_formats import FORMATS
-from minilm.peft import add_lora, merge_lora, unload_lora, unmerge_lora, use_adapter
+from minilm.peft import (
+    add_ia3,
+    add_lora,
+    merge_lora,
+    unload_lora,
+    unmerge_lora,
+    use_adapter,
+)
 from minilm.peft.adapted import adapted_layers, insert_adapters
+from minilm.peft.ia3 import IA3
 from minilm.peft.lora import LoRA
 from minilm.quantize import quantize_model
 from minilm.transformer import Config, Transformer
@@ -436,6 +444,151 @@ def test_fuzzed_files(edit):
             attempt()
 
 
+# IA3
+
+
+def scaled(name, targets=("k", "v", "down"), feedforward=("down",), seed=0):
+    """The base with vectors of which none is ones."""
+    model, rng = add_ia3(base(name), targets, feedforward), np.random.default_rng(seed)
+    for t in model.parameters():
+        t.data += rng.normal(0, 0.3, t.shape).astype(np.float32)
+    return model.eval()
+
+
+def vectors(model, name="default"):
+    """{path: what the vector is}, bit for bit."""
+    return {path: (m.adapters[name].l.data.tobytes(), m.adapters[name].feedforward)
+            for path, m in adapted_layers(model).items()}
+
+
+PLACES = ("q", "k", "v", "o", "mlp.up", "mlp.down", "blocks.1.attention.k", "blocks.0.mlp.down")
+
+
+@given(name=st.sampled_from(["llama", "bert", "distilbert"]), data=st.data(),
+       targets=st.sets(st.sampled_from(PLACES), min_size=1) | st.just("all-linear"))
+def test_ia3_round_trip(tmp_path_factory, name, data, targets):
+    folder = tmp_path_factory.mktemp("adapter")
+    among = ("q", "down", "o") if targets == "all-linear" else sorted(targets)
+    model = scaled(name, targets, data.draw(st.sets(st.sampled_from(among))))
+    save_adapter(model, folder)
+    loaded = load_adapter(base(name), folder).eval()
+    assert vectors(loaded) == vectors(model)
+    assert np.array_equal(loaded(TOKENS).data, model(TOKENS).data)
+    raw = read_json(folder / CONFIG)
+    assert {*raw["feedforward_modules"]} <= {*raw["target_modules"]}  # else PEFT refuses them
+
+
+def test_ia3_of_gpt2(tmp_path):
+    """q, k, v one below the other in c_attn, ones where there is none; from then on, all three."""
+    model = scaled("gpt2")
+    save_adapter(model, tmp_path)
+    tensors, raw = read_tensors(tmp_path / TENSORS), read_json(tmp_path / CONFIG)
+    k, v, down = (m.adapters["default"].l.data for m in list(adapted_layers(model).values())[:3])
+    block = "base_model.model.transformer.h.0"
+    assert np.array_equal(tensors[f"{block}.attn.c_attn.ia3_l"],
+                          np.concatenate([np.ones(16, np.float32), k, v])[:, None])
+    assert np.array_equal(tensors[f"{block}.mlp.c_proj.ia3_l"], down[None])
+    assert raw["peft_type"] == "IA3" and raw["fan_in_fan_out"] is True
+    assert raw["target_modules"] == ["c_attn", "mlp.c_proj"]
+    assert raw["feedforward_modules"] == ["mlp.c_proj"]
+    loaded = load_adapter(base("gpt2"), tmp_path)
+    agree(loaded(TOKENS).data, model(TOKENS).data, 1e-6)
+    found = vectors(loaded)
+    assert found.pop("blocks.0.attention.q") == found.pop("blocks.1.attention.q") == (
+        np.ones(16, np.float32).tobytes(), False)
+    assert found == vectors(model)
+
+
+def test_ia3_at_the_input_of_c_attn(tmp_path):
+    """One vector for q, k and v: they can be written while they have the same."""
+    model = scaled("gpt2", ("q", "k", "v"), ("q", "k", "v"))
+    for block in model.blocks:
+        for layer in (block.attention.k, block.attention.v):
+            layer.adapters["default"].l.data[...] = block.attention.q.adapters["default"].l.data
+    save_adapter(model, tmp_path)
+    assert {a.shape for a in read_tensors(tmp_path / TENSORS).values()} == {(1, 16)}
+    loaded = load_adapter(base("gpt2"), tmp_path)
+    assert vectors(loaded) == vectors(model)
+    ls = [layer.adapters["default"].l.data for layer in adapted_layers(loaded).values()]
+    assert not any(np.shares_memory(a, b) for i, a in enumerate(ls) for b in ls[:i])
+    for other in (scaled("gpt2", ("q", "k", "v"), ("q", "k", "v")),  # three different ones
+                  scaled("gpt2", ("k", "v"), ("k", "v")), scaled("gpt2", ("q", "k"), "q")):
+        with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn has one vector for its input"):
+            save_adapter(other, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_ia3_names_are_compared_letter_by_letter(tmp_path):
+    """PEFT takes "0.output.dense" of feedforward_modules for layer 10's too."""
+    def deep(): return Transformer(Config.bert(**SMALL | {"layers": 11}, hidden=24))
+    ones = {"blocks.0.mlp.down": IA3(np.ones(24, np.float32), feedforward=True),
+            "blocks.10.mlp.down": IA3(np.ones(16, np.float32))}
+    model = insert_adapters(deep(), "default", ones)
+    save_adapter(model, tmp_path)
+    assert read_json(tmp_path / CONFIG)["feedforward_modules"] == ["layer.0.output.dense"]
+    assert vectors(load_adapter(deep(), tmp_path)) == vectors(model)
+
+
+@pytest.fixture
+def ia3(tmp_path):
+    """ia3(field=value, ...) -> a folder of Llama's IA3 with other fields or tensors."""
+
+    def make(tensors=None, **changes):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        save_adapter(scaled("llama"), folder)
+        write_json(folder / CONFIG, read_json(folder / CONFIG) | changes)
+        if tensors:
+            write_tensors(folder / TENSORS, tensors(read_tensors(folder / TENSORS)))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("changes", [
+    {"init_ia3_weights": False}, {"feedforward_modules": r".*\.mlp\.down_proj"},
+    {"feedforward_modules": None}, {"feedforward_modules": ["own_proj", "o_proj"]},
+    {"target_modules": None}, {"exclude_modules": ["o_proj"], "task_type": "CAUSAL_LM"}])
+def test_ia3_fields_that_change_no_number(ia3, changes):
+    assert vectors(load_adapter(base("llama"), ia3(**changes))) == vectors(scaled("llama"))
+
+
+DOWN = "base_model.model.model.layers.0.mlp.down_proj.ia3_l"
+
+
+@pytest.mark.parametrize("changes, file, text", [
+    ({"feedforward_modules": []}, TENSORS, "is float32 (1, 24), expected float (16, 1)"),
+    ({"feedforward_modules": ["down_proj", "v_proj"]}, TENSORS, "expected float (1, 16)"),
+    ({"feedforward_modules": [3]}, CONFIG, "feedforward_modules is [3]"),
+    ({"target_modules": ["k_proj", "down_proj"]}, TENSORS, "unexpected keys"),
+    ({"target_modules": ["k_proj", "v_proj", "proj", "o_proj", "down_proj"]}, TENSORS,
+     "missing keys: base_model.model.model.layers.0.self_attn.o_proj.ia3_l"),
+    ({"r": 8}, CONFIG, "r is 8, which is not supported"),
+    ({"modules_to_save": ["lm_head"]}, CONFIG, "modules_to_save"),
+    ({"layers_to_transform": [0]}, CONFIG, "layers_to_transform"),
+    ({"tensors": lambda t: t | {DOWN: t[DOWN][0]}}, TENSORS, "(24,), expected float (1, 24)"),
+    ({"tensors": lambda t: t | {DOWN: np.float32(1).reshape(())}, "feedforward_modules": None},
+     TENSORS, "expected float (16, 1)"),
+    ({"tensors": lambda t: {k: a for k, a in t.items() if k != DOWN}}, TENSORS, "missing keys"),
+    ({"tensors": lambda t: t | {DOWN: t[DOWN].astype(int)}}, TENSORS, "int64")])
+def test_ia3_refused(ia3, changes, file, text):
+    expect("llama", ia3(**changes), file, text)
+
+
+def test_two_methods_are_two_folders(tmp_path):
+    model = insert_adapters(base("llama"), "both", {
+        "blocks.0.attention.q": IA3(np.ones(16, np.float32)),
+        "blocks.1.attention.q": LoRA(np.ones((2, 16)), np.ones((16, 2)), 3)})
+    with pytest.raises(ValueError, match=r"'both' is of \['IA3', 'LoRA'\]"):
+        save_adapter(model, tmp_path / "x", "both")
+    model = add_lora(scaled("llama"), 2, 3, name="b")
+    save_adapter(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "b", "b")
+    both = load_adapter(load_adapter(base("llama"), tmp_path / "a"), tmp_path / "b", "b")
+    assert np.array_equal(both(TOKENS).data, model(TOKENS).data)
+    use_adapter(both, "default")
+    assert np.array_equal(both(TOKENS).data, scaled("llama")(TOKENS).data)
+
+
 @pytest.fixture(scope="session")
 def peer():
     """(torch, transformers, peft), offline."""
@@ -556,3 +709,54 @@ def test_peer_in_float32(peer, theirs, tmp_path, name):
     again = load_adapter(base(name), tmp_path).eval()
     agree(again(TOKENS).data, peer_logits(peer, model), 1e-6)
     agree(merge_lora(again)(TOKENS).data, peer_logits(peer, model.merge_and_unload()), 1e-6)
+
+
+IA3_TARGETS = {  # (target_modules, feedforward_modules); the third is what PEFT takes by itself
+    "gpt2": [(["c_attn", "mlp.c_proj", "c_fc"], ["mlp.c_proj"]), (["c_attn"], ["c_attn"]), (None, None)],
+    "llama": [(["k_proj", "v_proj", "down_proj"], ["down_proj"]), ("all-linear", ["o_proj"]),
+              (None, None)],
+    "bert": [(["key", "value", "output.dense"], ["output.dense"])],
+    "distilbert": [(["k_lin", "lin1", "lin2"], ["lin2"])],
+}
+
+
+@with_peers
+@pytest.mark.parametrize("name, targets", [(n, t) for n, ts in IA3_TARGETS.items() for t in ts])
+def test_peer_writes_ia3(peer, theirs, tmp_path, name, targets):
+    torch, _, peft = peer
+    torch.manual_seed(0)
+    config = peft.IA3Config(target_modules=targets[0], feedforward_modules=targets[1])
+    model = peft.get_peft_model(theirs(name), config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "ia3_" in key:
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    tolerance, plain = TOLERANCE.get(name, 1e-12), base(name)(TOKENS).data
+    ours = load_adapter(base(name).astype("float64"), tmp_path).eval()
+    expected = peer_logits(peer, model)
+    assert np.abs(expected - plain).max() > 0.01 * np.abs(plain).max()
+    agree(ours(TOKENS).data, expected, tolerance)
+    model.merge_adapter()
+    agree(merge_lora(ours)(TOKENS).data, peer_logits(peer, model), tolerance)
+
+
+@with_peers
+@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("targets, feedforward", [
+    (("k", "v", "down"), "down"), ("all-linear", ("o", "down")), (("q", "up"), ("up",)),
+    (("blocks.0.mlp.down", "blocks.1.attention.o"), "blocks.0.mlp.down"), (("v",), ())])
+def test_peer_reads_ia3(peer, theirs, tmp_path, name, targets, feedforward):
+    """No key missing or left over; the same logits in float64 and float32, merged or not."""
+    _, _, peft = peer
+    ours = scaled(name, targets, feedforward)
+    save_adapter(ours, tmp_path)
+    model = peft.PeftModel.from_pretrained(theirs(name), tmp_path)
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = read_tensors(tmp_path / TENSORS)
+    assert state.keys() == tensors.keys()
+    assert all(np.array_equal(state[key].numpy(), array) for key, array in tensors.items())
+    wide = load_adapter(base(name).astype("float64"), tmp_path).eval()
+    agree(wide(TOKENS).data, peer_logits(peer, model), TOLERANCE.get(name, 1e-12))
+    agree(ours(TOKENS).data, peer_logits(peer, model.float()), 1e-6)
+    agree(merge_lora(ours)(TOKENS).data, peer_logits(peer, model.merge_and_unload()), 1e-6)

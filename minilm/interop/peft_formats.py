@@ -134,7 +134,7 @@ def _ia3_shapes(config, module, sizes, tensors):
     """(1, I) if the names in feedforward_modules say so; without names, if the tensor does."""
     scaled = config["feedforward_modules"]
     inner = (any(module.endswith(end) for end in scaled) if names(scaled)  # as PEFT compares them
-             else len(tensors.get("ia3_l", ())) == 1)
+             else np.shape(tensors.get("ia3_l"))[:1] == (1,))
     return {"ia3_l": (1, sizes[0][1]) if inner else (sum(O for O, _ in sizes), 1)}
 
 
