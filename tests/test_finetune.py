@@ -65,7 +65,8 @@ def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, me
     main(settings(base, method=method), tmp_path / "runs")
     run = tmp_path / "runs" / f"finetune-{method}-1"
     said = capsys.readouterr().out
-    trained = {"full": sum(p.size for p in huggingface.load_model(base).parameters())}
+    trained = {"full": sum(p.size for p in huggingface.load_model(base).parameters()),
+               "ia3": 2 * (16 + 16 + 64)}  # k, v and what down is given
     # q, k, v and o take and give 16 numbers, up and down 16 and 64: r (I + O) each, two blocks
     adapters = 2 * 2 * (4 * (16 + 16) + 2 * (16 + 64))
     assert f"{trained.get(method, adapters):,} trainable parameters" in said
@@ -87,6 +88,12 @@ def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, me
         assert names == set(model.state_dict()) and state == {"step": 6}
         assert all((tensors[f"model.{n}"] == t).all() for n, t in model.state_dict().items())
         assert (run / "model" / "tokenizer.json").exists()
+    elif method == "ia3":
+        assert len(names) == 2 * 3 and all(n.endswith(".adapters.default.l") for n in names)
+        model = peft.load_adapter(huggingface.load_model(base), run / "adapter")
+        for name, t in model.named_parameters():  # of c_attn in the file, so q has its ones
+            assert (t.data == (1 if ".q." in name else tensors[f"model.{name}"])).all()
+        assert any((tensors[f"model.{n}"] != 1).any() for n in names)
     else:  # the base is not saved again
         assert len(names) == 2 * 12 and all(n.endswith((".A", ".B")) for n in names)
         model = peft.load_adapter(huggingface.load_model(base), run / "adapter")

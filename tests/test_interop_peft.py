@@ -566,7 +566,7 @@ DOWN = "base_model.model.model.layers.0.mlp.down_proj.ia3_l"
     ({"modules_to_save": ["lm_head"]}, CONFIG, "modules_to_save"),
     ({"layers_to_transform": [0]}, CONFIG, "layers_to_transform"),
     ({"tensors": lambda t: t | {DOWN: t[DOWN][0]}}, TENSORS, "(24,), expected float (1, 24)"),
-    ({"tensors": lambda t: t | {DOWN: np.float32(1).reshape(())}, "feedforward_modules": None},
+    ({"tensors": lambda t: t | {DOWN: np.ones((), np.float32)}, "feedforward_modules": None},
      TENSORS, "expected float (16, 1)"),
     ({"tensors": lambda t: {k: a for k, a in t.items() if k != DOWN}}, TENSORS, "missing keys"),
     ({"tensors": lambda t: t | {DOWN: t[DOWN].astype(int)}}, TENSORS, "int64")])
@@ -712,7 +712,8 @@ def test_peer_in_float32(peer, theirs, tmp_path, name):
 
 
 IA3_TARGETS = {  # (target_modules, feedforward_modules); the third is what PEFT takes by itself
-    "gpt2": [(["c_attn", "mlp.c_proj", "c_fc"], ["mlp.c_proj"]), (["c_attn"], ["c_attn"]), (None, None)],
+    "gpt2": [(["c_attn", "mlp.c_proj", "c_fc"], ["mlp.c_proj"]), (["c_attn"], ["c_attn"]),
+             (None, None)],
     "llama": [(["k_proj", "v_proj", "down_proj"], ["down_proj"]), ("all-linear", ["o_proj"]),
               (None, None)],
     "bert": [(["key", "value", "output.dense"], ["output.dense"])],
