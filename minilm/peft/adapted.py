@@ -15,7 +15,7 @@ A method of ten lines, which adds a trained vector to what its layer answers:
         def __init__(self, O): self.s = Tensor(np.zeros(O, np.float32), requires_grad=True)
         def forward(self, x, base): return base(x) + self.s
 
-    insert_adapters(model, "shift", {path: Shift(len(base.weight.data))
+    insert_adapters(model, "shift", {path: Shift(base.weight.shape[0])
                                      for path, base in chosen(model, ["q"]).items()})
 """
 
