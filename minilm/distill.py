@@ -234,7 +234,8 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
 
     layers: increasing numbers from 0; by default every other one. DistilBERT's are 0 2 4 7 9 11.
     The weights of an adapted or quantized teacher are those that act, as plain ones; all train.
-    ValueError where layers are none, not increasing, or not the teacher's.
+    ValueError where layers are none, not increasing, or not the teacher's, and for an adapter
+    that acts and cannot be merged.
 
     >>> from minilm.transformer import Config
     >>> teacher = Transformer(Config.gpt2(vocab_size=50, context=16, layers=4, heads=2, width=8))

@@ -29,7 +29,7 @@ from minilm.interop import huggingface, peft
 from minilm.loop import Training, fit, resumed
 from minilm.measure.answers import answers
 from minilm.optim import AdamW
-from minilm.peft import add_lora, trainable_parameters
+from minilm.peft import add_ia3, add_lora, trainable_parameters
 from minilm.quantize import quantize_model
 from minilm.run import RunDirectory, newest_model
 
@@ -38,8 +38,8 @@ from minilm.run import RunDirectory, newest_model
 class Settings(Training):
     """What decides a run."""
 
-    method: Literal["full", "lora", "qlora"] = "lora"
-    """train every weight; adapters of low rank; or adapters on a base of few bits"""
+    method: Literal["full", "lora", "qlora", "ia3"] = "lora"
+    """train every weight; adapters of low rank; these on a base of few bits; or scaling vectors"""
     model: str = ""
     """Hugging Face folder with a tokenizer.json; by default the newest runs/pretrain-*/model"""
     data: tuple[str, ...] = ("reverse", "upper", "sort", "last", "add")
@@ -96,6 +96,7 @@ METHODS = {
     "full": Method(1e-3, everything),
     "lora": Method(3e-3, adapters),
     "qlora": Method(3e-3, adapters_on_codes),
+    "ia3": Method(1e-2, lambda model, s: add_ia3(model)),
 }
 
 

@@ -37,7 +37,7 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
         top_k: sample among the k likeliest tokens.
         top_p: sample among the fewest tokens whose probabilities reach p.
         seed: of the samples.
-        adapter: PEFT folder of a LoRA adapter for the model.
+        adapter: PEFT folder of an adapter for the model.
     """
     if tokens < 0:
         raise ValueError(f"tokens must not be negative, got {tokens}")

@@ -16,7 +16,7 @@ from minilm.backend import array_module, memory_limit, peak_memory, to_device
 from minilm.blas import matmul
 from minilm.generate import generate
 from minilm.optim import SGD, AdamW, LossScaler, clip_grad_norm, flat
-from minilm.peft import add_lora, merge_lora, requantize_lora, trainable_parameters
+from minilm.peft import add_lora, merge_lora, requantize_lora
 from minilm.quantize import quantize_model
 from minilm.run import RunDirectory
 from minilm.tensor import no_grad
@@ -70,7 +70,7 @@ def same_parameters(gpu, cpu, dtype="float32"):
 
 def trained(model, steps=2, eps=1e-3, scaler=None, **settings):
     """What two steps with AdamW report, and the losses after them."""
-    opt = AdamW(trainable_parameters(model), lr=0.01, eps=eps, weight_decay=0.1)
+    opt = AdamW(model.parameters(), lr=0.01, eps=eps, weight_decay=0.1)
     with Trainer(model, opt, seed=3, scaler=scaler) as trainer:
         done = [trainer.step(i, (TOKENS, TARGETS), clip=1.0, **settings) for i in range(steps)]
         return [x for s in done for x in (s.loss, s.norm)], trainer.evaluate(TOKENS, TARGETS, 3)

@@ -18,7 +18,7 @@ from finetune import METHODS, Settings, answers, main
 from minilm import checkpoint, data
 from minilm.generate import generate
 from minilm.interop import huggingface, peft
-from minilm.peft.lora import lora_layers
+from minilm.peft.adapted import adapted_layers
 from minilm.quantize import QuantizedLinear
 from minilm.run import RunDirectory
 from minilm.train import Trainer
@@ -65,7 +65,8 @@ def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, me
     main(settings(base, method=method), tmp_path / "runs")
     run = tmp_path / "runs" / f"finetune-{method}-1"
     said = capsys.readouterr().out
-    trained = {"full": sum(p.size for p in huggingface.load_model(base).parameters())}
+    trained = {"full": sum(p.size for p in huggingface.load_model(base).parameters()),
+               "ia3": 2 * (16 + 16 + 64)}  # k, v and what down is given
     # q, k, v and o take and give 16 numbers, up and down 16 and 64: r (I + O) each, two blocks
     adapters = 2 * 2 * (4 * (16 + 16) + 2 * (16 + 64))
     assert f"{trained.get(method, adapters):,} trainable parameters" in said
@@ -87,10 +88,16 @@ def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, me
         assert names == set(model.state_dict()) and state == {"step": 6}
         assert all((tensors[f"model.{n}"] == t).all() for n, t in model.state_dict().items())
         assert (run / "model" / "tokenizer.json").exists()
+    elif method == "ia3":
+        assert len(names) == 2 * 3 and all(n.endswith(".adapters.default.l") for n in names)
+        model = peft.load_adapter(huggingface.load_model(base), run / "adapter")
+        for name, t in model.named_parameters():  # of c_attn in the file, so q has its ones
+            assert (t.data == (1 if ".q." in name else tensors[f"model.{name}"])).all()
+        assert any((tensors[f"model.{n}"] != 1).any() for n in names)
     else:  # the base is not saved again
         assert len(names) == 2 * 12 and all(n.endswith((".A", ".B")) for n in names)
         model = peft.load_adapter(huggingface.load_model(base), run / "adapter")
-        for path, layer in lora_layers(model).items():
+        for path, layer in adapted_layers(model).items():
             adapter = layer.adapters["default"]
             assert (adapter.update() != 0).any() and adapter.r in (2, 6)
             kept = f"model.{path}.adapters.default.B"
@@ -100,14 +107,14 @@ def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, me
 
 def test_qlora_trains_on_a_quantized_base(base):
     model = METHODS["qlora"].prepare(huggingface.load_model(base), settings(base, kind="fp4"))
-    layers = lora_layers(model)
+    layers = adapted_layers(model)
     assert len(layers) == 12 and all(type(m.base) is QuantizedLinear for m in layers.values())
     assert {m.base.weight.codebook for m in layers.values()} == {"fp4"}
 
 
 def test_targets_and_scaling_reach_the_adapters(base):
     s = settings(base, targets=("q", "down"), rslora=True, dropout=0.25)
-    layers = lora_layers(METHODS["lora"].prepare(huggingface.load_model(base), s))
+    layers = adapted_layers(METHODS["lora"].prepare(huggingface.load_model(base), s))
     assert sorted({path.rpartition(".")[2] for path in layers}) == ["down", "q"]
     adapter = layers["blocks.0.mlp.down"].adapters["default"]
     assert adapter.scale == 4 / 2**0.5 and adapter.drop.p == 0.25
@@ -116,7 +123,7 @@ def test_targets_and_scaling_reach_the_adapters(base):
 def test_the_seed_draws_the_adapters(base):
     def drawn(seed):
         model = METHODS["lora"].prepare(huggingface.load_model(base), settings(base, seed=seed))
-        return lora_layers(model)["blocks.0.mlp.up"].adapters["default"].A.data
+        return adapted_layers(model)["blocks.0.mlp.up"].adapters["default"].A.data
 
     assert (drawn(0) == drawn(0)).all() and (drawn(0) != drawn(1)).any()
 

@@ -18,8 +18,18 @@ from hypothesis import strategies as st
 from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
 from minilm.interop.huggingface import save_model
 from minilm.interop.peft import FIELDS, load_adapter, save_adapter
-from minilm.peft import add_lora, merge_lora, unload_lora, unmerge_lora, use_adapter
-from minilm.peft.lora import Adapter, insert_adapters, lora_layers
+from minilm.interop.peft_formats import FORMATS
+from minilm.peft import (
+    add_ia3,
+    add_lora,
+    merge_lora,
+    unload_lora,
+    unmerge_lora,
+    use_adapter,
+)
+from minilm.peft.adapted import adapted_layers, insert_adapters
+from minilm.peft.ia3 import IA3
+from minilm.peft.lora import LoRA
 from minilm.quantize import quantize_model
 from minilm.transformer import Config, Transformer
 
@@ -52,7 +62,7 @@ def adapted(name, targets=("q", "v"), r=2, alpha=3.0, seed=0, **settings):
 
 def adapters(model, name="default"):
     """{path: what the adapter is}, bit for bit."""
-    found = {path: m.adapters[name] for path, m in lora_layers(model).items()}
+    found = {path: m.adapters[name] for path, m in adapted_layers(model).items()}
     return {path: (a.A.data.tobytes(), a.B.data.tobytes(), a.A.shape, a.A.dtype, a.scale, a.alpha,
                    a.drop.p, a.rslora) for path, a in found.items()}
 
@@ -102,7 +112,7 @@ def expect(name, folder, file, *texts):
     assert str(info.value).startswith(f"{folder / file}: ")
     assert all(text in str(info.value) for text in texts), str(info.value)
     assert {p: t.data.tobytes() for p, t in model.named_parameters()} == before
-    assert not lora_layers(model)
+    assert not adapted_layers(model)
 
 
 TARGETS = ("q", "k", "v", "o", "mlp.up", "mlp.down", "blocks.1.attention.q", "all-linear")
@@ -133,8 +143,8 @@ def test_gpt2_round_trip(tmp_path_factory, targets, r, alpha, rslora):
     save_adapter(model, first)
     loaded = load_adapter(wide(), first).eval()
     agree(loaded(TOKENS).data, model(TOKENS).data, 1e-12)
-    for path, layer in lora_layers(model).items():
-        twin = lora_layers(loaded)[path].adapters["default"]
+    for path, layer in adapted_layers(model).items():
+        twin = adapted_layers(loaded)[path].adapters["default"]
         assert twin.scale == pytest.approx(layer.adapters["default"].scale, rel=1e-15)
         agree(twin.update(), layer.adapters["default"].update(), 1e-12)
     save_adapter(loaded, second)
@@ -149,7 +159,7 @@ def test_gpt2_blocks(tmp_path, rslora):
     save_adapter(model, tmp_path)
     raw, tensors = read_json(tmp_path / CONFIG), read_tensors(tmp_path / TENSORS)
     key = "base_model.model.transformer.h.1.attn.c_attn.lora_{}.weight"
-    q, v = (lora_layers(model)[f"blocks.1.attention.{m}"].adapters["default"] for m in "qv")
+    q, v = (adapted_layers(model)[f"blocks.1.attention.{m}"].adapters["default"] for m in "qv")
     A, B = tensors[key.format("A")], tensors[key.format("B")]
     assert np.array_equal(A, np.concatenate([q.A.data, v.A.data]))
     expected = np.zeros((48, 4), np.float32)
@@ -174,11 +184,11 @@ def test_gpt2_thirds(edit):
     model, tensors = load_adapter(base("gpt2"), folder), read_tensors(folder / TENSORS)
     key = "base_model.model.transformer.h.1.attn.c_attn.lora_{}.weight"
     for i, part in enumerate("qkv"):
-        adapter = lora_layers(model)[f"blocks.1.attention.{part}"].adapters["default"]
+        adapter = adapted_layers(model)[f"blocks.1.attention.{part}"].adapters["default"]
         assert np.array_equal(adapter.A.data, tensors[key.format("A")])
         assert np.array_equal(adapter.B.data, tensors[key.format("B")][16 * i : 16 * (i + 1)])
         assert adapter.scale == 2.5
-    As = [m.adapters["default"].A.data for m in lora_layers(model).values()]
+    As = [m.adapters["default"].A.data for m in adapted_layers(model).values()]
     assert not any(np.shares_memory(a, b) for i, a in enumerate(As) for b in As[:i])
 
 
@@ -203,7 +213,7 @@ def test_names_settings_and_dtypes(saved, tmp_path):
     """Several adapters in one model; and each is cast to the model's dtype, exact where wider."""
     model = load_adapter(load_adapter(base("llama"), saved["llama"], "a"), saved["llama"], "b")
     assert adapters(model, "a") == adapters(model, "b") == adapters(adapted("llama"))
-    assert all(m.active == "b" for m in lora_layers(model).values())
+    assert all(m.active == "b" for m in adapted_layers(model).values())
     narrow = load_adapter(base("llama").astype(ml_dtypes.bfloat16), saved["llama"])
     assert {t.dtype.name for t in narrow.parameters()} == {"bfloat16"}
     save_adapter(narrow, tmp_path)
@@ -265,7 +275,7 @@ def test_absent_fields(edit):
 ])
 def test_alpha_pattern(edit, patterns, scales):
     model = load_adapter(base("llama"), edit("llama", alpha_pattern=patterns))
-    assert [m.adapters["default"].scale for m in lora_layers(model).values()] == scales
+    assert [m.adapters["default"].scale for m in adapted_layers(model).values()] == scales
 
 
 def test_rank_pattern(edit):
@@ -274,7 +284,7 @@ def test_rank_pattern(edit):
                 for k, a in tensors.items()}
     folder = edit("llama", longer, rank_pattern={"1.self_attn.q_proj": 4}, use_rslora=True)
     model = load_adapter(base("llama"), folder)
-    found = {p: m.adapters["default"] for p, m in lora_layers(model).items()}
+    found = {p: m.adapters["default"] for p, m in adapted_layers(model).items()}
     assert {p for p, a in found.items() if a.r == 4} == {"blocks.1.attention.q"}
     assert all(a.scale == 3 / math.sqrt(a.r) for a in found.values())
     expect("llama", edit("llama", longer), TENSORS, "layers.1.self_attn.q_proj.lora_A.weight is "
@@ -283,7 +293,7 @@ def test_rank_pattern(edit):
 
 
 REFUSED = [
-    ("peft_type", "IA3"), ("peft_type", ["LORA"]), ("bias", "all"), ("bias", None), ("r", 0),
+    ("peft_type", "LOHA"), ("peft_type", ["LORA"]), ("bias", "all"), ("bias", None), ("r", 0),
     ("r", 2.0), ("r", True), ("r", 10**30), ("lora_alpha", "3"), ("lora_alpha", 10**400),
     ("lora_alpha", None), ("lora_dropout", 1.0), ("lora_dropout", -0.1), ("use_rslora", "yes"),
     ("use_rslora", None), ("rank_pattern", {"q_proj": 0}), ("rank_pattern", []),
@@ -355,7 +365,7 @@ def test_names_that_cannot_be(saved):
     merge_lora(model)
     with pytest.raises(ValueError, match="unmerge_lora"):
         load_adapter(model, saved["llama"], "b")
-    assert {n for m in lora_layers(model).values() for n in m.adapters} == {"default"}
+    assert {n for m in adapted_layers(model).values() for n in m.adapters} == {"default"}
 
 
 def test_adapters_that_cannot_be_saved(tmp_path):
@@ -364,7 +374,7 @@ def test_adapters_that_cannot_be_saved(tmp_path):
     def model(name="gpt2", **settings):
         def make(r=2, alpha=3, dropout=0.0, rslora=False):
             draw = lambda *shape: rng.standard_normal(shape, np.float32)
-            return Adapter(draw(r, 16), draw(16, r), alpha, dropout, rslora)
+            return LoRA(draw(r, 16), draw(16, r), alpha, dropout, rslora)
         ours = {"q": make(), "v": make(**settings)}
         paths = {f"blocks.0.attention.{part}": a for part, a in ours.items()}
         return insert_adapters(base(name), "default", paths)
@@ -386,7 +396,7 @@ def test_adapters_that_cannot_be_saved(tmp_path):
     assert read_json(path / CONFIG)["rank_pattern"] == {
         "distilbert.transformer.layer.0.attention.v_lin": 3}
     scales = [m.adapters["default"].scale
-              for m in lora_layers(load_adapter(base("distilbert"), path)).values()]
+              for m in adapted_layers(load_adapter(base("distilbert"), path)).values()]
     assert scales == [1.5, 4 / 3]
 
 
@@ -416,10 +426,10 @@ def test_fuzzed_files(edit):
         try:
             load_adapter(model, folder)
         except FormatError:
-            assert not lora_layers(model)
+            assert not adapted_layers(model)
         unload_lora(model)
 
-    for field in FIELDS:
+    for field in ("peft_type", *FIELDS, *FORMATS["LORA"].fields):
         for value in VALUES:
             (folder / CONFIG).write_text(json.dumps(raw | {field: value}))
             attempt()
@@ -432,6 +442,151 @@ def test_fuzzed_files(edit):
                 broken[rng.randrange(min(len(broken), 900))] = rng.choice(b'0123-"{}[],: anx\xff')
             (folder / file).write_bytes(broken)
             attempt()
+
+
+# IA3
+
+
+def scaled(name, targets=("k", "v", "down"), feedforward=("down",), seed=0):
+    """The base with vectors of which none is ones."""
+    model, rng = add_ia3(base(name), targets, feedforward), np.random.default_rng(seed)
+    for t in model.parameters():
+        t.data += rng.normal(0, 0.3, t.shape).astype(np.float32)
+    return model.eval()
+
+
+def vectors(model, name="default"):
+    """{path: what the vector is}, bit for bit."""
+    return {path: (m.adapters[name].l.data.tobytes(), m.adapters[name].feedforward)
+            for path, m in adapted_layers(model).items()}
+
+
+PLACES = ("q", "k", "v", "o", "mlp.up", "mlp.down", "blocks.1.attention.k", "blocks.0.mlp.down")
+
+
+@given(name=st.sampled_from(["llama", "bert", "distilbert"]), data=st.data(),
+       targets=st.sets(st.sampled_from(PLACES), min_size=1) | st.just("all-linear"))
+def test_ia3_round_trip(tmp_path_factory, name, data, targets):
+    folder = tmp_path_factory.mktemp("adapter")
+    among = ("q", "down", "o") if targets == "all-linear" else sorted(targets)
+    model = scaled(name, targets, data.draw(st.sets(st.sampled_from(among))))
+    save_adapter(model, folder)
+    loaded = load_adapter(base(name), folder).eval()
+    assert vectors(loaded) == vectors(model)
+    assert np.array_equal(loaded(TOKENS).data, model(TOKENS).data)
+    raw = read_json(folder / CONFIG)
+    assert {*raw["feedforward_modules"]} <= {*raw["target_modules"]}  # else PEFT refuses them
+
+
+def test_ia3_of_gpt2(tmp_path):
+    """q, k, v one below the other in c_attn, ones where there is none; from then on, all three."""
+    model = scaled("gpt2")
+    save_adapter(model, tmp_path)
+    tensors, raw = read_tensors(tmp_path / TENSORS), read_json(tmp_path / CONFIG)
+    k, v, down = (m.adapters["default"].l.data for m in list(adapted_layers(model).values())[:3])
+    block = "base_model.model.transformer.h.0"
+    assert np.array_equal(tensors[f"{block}.attn.c_attn.ia3_l"],
+                          np.concatenate([np.ones(16, np.float32), k, v])[:, None])
+    assert np.array_equal(tensors[f"{block}.mlp.c_proj.ia3_l"], down[None])
+    assert raw["peft_type"] == "IA3" and raw["fan_in_fan_out"] is True
+    assert raw["target_modules"] == ["c_attn", "mlp.c_proj"]
+    assert raw["feedforward_modules"] == ["mlp.c_proj"]
+    loaded = load_adapter(base("gpt2"), tmp_path)
+    agree(loaded(TOKENS).data, model(TOKENS).data, 1e-6)
+    found = vectors(loaded)
+    assert found.pop("blocks.0.attention.q") == found.pop("blocks.1.attention.q") == (
+        np.ones(16, np.float32).tobytes(), False)
+    assert found == vectors(model)
+
+
+def test_ia3_at_the_input_of_c_attn(tmp_path):
+    """One vector for q, k and v: they can be written while they have the same."""
+    model = scaled("gpt2", ("q", "k", "v"), ("q", "k", "v"))
+    for block in model.blocks:
+        for layer in (block.attention.k, block.attention.v):
+            layer.adapters["default"].l.data[...] = block.attention.q.adapters["default"].l.data
+    save_adapter(model, tmp_path)
+    assert {a.shape for a in read_tensors(tmp_path / TENSORS).values()} == {(1, 16)}
+    loaded = load_adapter(base("gpt2"), tmp_path)
+    assert vectors(loaded) == vectors(model)
+    ls = [layer.adapters["default"].l.data for layer in adapted_layers(loaded).values()]
+    assert not any(np.shares_memory(a, b) for i, a in enumerate(ls) for b in ls[:i])
+    for other in (scaled("gpt2", ("q", "k", "v"), ("q", "k", "v")),  # three different ones
+                  scaled("gpt2", ("k", "v"), ("k", "v")), scaled("gpt2", ("q", "k"), "q")):
+        with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn has one vector for its input"):
+            save_adapter(other, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_ia3_names_are_compared_letter_by_letter(tmp_path):
+    """PEFT takes "0.output.dense" of feedforward_modules for layer 10's too."""
+    def deep(): return Transformer(Config.bert(**SMALL | {"layers": 11}, hidden=24))
+    ones = {"blocks.0.mlp.down": IA3(np.ones(24, np.float32), feedforward=True),
+            "blocks.10.mlp.down": IA3(np.ones(16, np.float32))}
+    model = insert_adapters(deep(), "default", ones)
+    save_adapter(model, tmp_path)
+    assert read_json(tmp_path / CONFIG)["feedforward_modules"] == ["layer.0.output.dense"]
+    assert vectors(load_adapter(deep(), tmp_path)) == vectors(model)
+
+
+@pytest.fixture
+def ia3(tmp_path):
+    """ia3(field=value, ...) -> a folder of Llama's IA3 with other fields or tensors."""
+
+    def make(tensors=None, **changes):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        save_adapter(scaled("llama"), folder)
+        write_json(folder / CONFIG, read_json(folder / CONFIG) | changes)
+        if tensors:
+            write_tensors(folder / TENSORS, tensors(read_tensors(folder / TENSORS)))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("changes", [
+    {"init_ia3_weights": False}, {"feedforward_modules": r".*\.mlp\.down_proj"},
+    {"feedforward_modules": None}, {"feedforward_modules": ["own_proj", "o_proj"]},
+    {"target_modules": None}, {"exclude_modules": ["o_proj"], "task_type": "CAUSAL_LM"}])
+def test_ia3_fields_that_change_no_number(ia3, changes):
+    assert vectors(load_adapter(base("llama"), ia3(**changes))) == vectors(scaled("llama"))
+
+
+DOWN = "base_model.model.model.layers.0.mlp.down_proj.ia3_l"
+
+
+@pytest.mark.parametrize("changes, file, text", [
+    ({"feedforward_modules": []}, TENSORS, "is float32 (1, 24), expected float (16, 1)"),
+    ({"feedforward_modules": ["down_proj", "v_proj"]}, TENSORS, "expected float (1, 16)"),
+    ({"feedforward_modules": [3]}, CONFIG, "feedforward_modules is [3]"),
+    ({"target_modules": ["k_proj", "down_proj"]}, TENSORS, "unexpected keys"),
+    ({"target_modules": ["k_proj", "v_proj", "proj", "o_proj", "down_proj"]}, TENSORS,
+     "missing keys: base_model.model.model.layers.0.self_attn.o_proj.ia3_l"),
+    ({"r": 8}, CONFIG, "r is 8, which is not supported"),
+    ({"modules_to_save": ["lm_head"]}, CONFIG, "modules_to_save"),
+    ({"layers_to_transform": [0]}, CONFIG, "layers_to_transform"),
+    ({"tensors": lambda t: t | {DOWN: t[DOWN][0]}}, TENSORS, "(24,), expected float (1, 24)"),
+    ({"tensors": lambda t: t | {DOWN: np.ones((), np.float32)}, "feedforward_modules": None},
+     TENSORS, "expected float (16, 1)"),
+    ({"tensors": lambda t: {k: a for k, a in t.items() if k != DOWN}}, TENSORS, "missing keys"),
+    ({"tensors": lambda t: t | {DOWN: t[DOWN].astype(int)}}, TENSORS, "int64")])
+def test_ia3_refused(ia3, changes, file, text):
+    expect("llama", ia3(**changes), file, text)
+
+
+def test_two_methods_are_two_folders(tmp_path):
+    model = insert_adapters(base("llama"), "both", {
+        "blocks.0.attention.q": IA3(np.ones(16, np.float32)),
+        "blocks.1.attention.q": LoRA(np.ones((2, 16)), np.ones((16, 2)), 3)})
+    with pytest.raises(ValueError, match=r"'both' is of \['IA3', 'LoRA'\]"):
+        save_adapter(model, tmp_path / "x", "both")
+    model = add_lora(scaled("llama"), 2, 3, name="b")
+    save_adapter(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "b", "b")
+    both = load_adapter(load_adapter(base("llama"), tmp_path / "a"), tmp_path / "b", "b")
+    assert np.array_equal(both(TOKENS).data, model(TOKENS).data)
+    use_adapter(both, "default")
+    assert np.array_equal(both(TOKENS).data, scaled("llama")(TOKENS).data)
 
 
 @pytest.fixture(scope="session")
@@ -554,3 +709,55 @@ def test_peer_in_float32(peer, theirs, tmp_path, name):
     again = load_adapter(base(name), tmp_path).eval()
     agree(again(TOKENS).data, peer_logits(peer, model), 1e-6)
     agree(merge_lora(again)(TOKENS).data, peer_logits(peer, model.merge_and_unload()), 1e-6)
+
+
+IA3_TARGETS = {  # (target_modules, feedforward_modules); the third is what PEFT takes by itself
+    "gpt2": [(["c_attn", "mlp.c_proj", "c_fc"], ["mlp.c_proj"]), (["c_attn"], ["c_attn"]),
+             (None, None)],
+    "llama": [(["k_proj", "v_proj", "down_proj"], ["down_proj"]), ("all-linear", ["o_proj"]),
+              (None, None)],
+    "bert": [(["key", "value", "output.dense"], ["output.dense"])],
+    "distilbert": [(["k_lin", "lin1", "lin2"], ["lin2"])],
+}
+
+
+@with_peers
+@pytest.mark.parametrize("name, targets", [(n, t) for n, ts in IA3_TARGETS.items() for t in ts])
+def test_peer_writes_ia3(peer, theirs, tmp_path, name, targets):
+    torch, _, peft = peer
+    torch.manual_seed(0)
+    config = peft.IA3Config(target_modules=targets[0], feedforward_modules=targets[1])
+    model = peft.get_peft_model(theirs(name), config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "ia3_" in key:
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    tolerance, plain = TOLERANCE.get(name, 1e-12), base(name)(TOKENS).data
+    ours = load_adapter(base(name).astype("float64"), tmp_path).eval()
+    expected = peer_logits(peer, model)
+    assert np.abs(expected - plain).max() > 0.01 * np.abs(plain).max()
+    agree(ours(TOKENS).data, expected, tolerance)
+    model.merge_adapter()
+    agree(merge_lora(ours)(TOKENS).data, peer_logits(peer, model), tolerance)
+
+
+@with_peers
+@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("targets, feedforward", [
+    (("k", "v", "down"), "down"), ("all-linear", ("o", "down")), (("q", "up"), ("up",)),
+    (("blocks.0.mlp.down", "blocks.1.attention.o"), "blocks.0.mlp.down"), (("v",), ())])
+def test_peer_reads_ia3(peer, theirs, tmp_path, name, targets, feedforward):
+    """No key missing or left over; the same logits in float64 and float32, merged or not."""
+    _, _, peft = peer
+    ours = scaled(name, targets, feedforward)
+    save_adapter(ours, tmp_path)
+    model = peft.PeftModel.from_pretrained(theirs(name), tmp_path)
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = read_tensors(tmp_path / TENSORS)
+    assert state.keys() == tensors.keys()
+    assert all(np.array_equal(state[key].numpy(), array) for key, array in tensors.items())
+    wide = load_adapter(base(name).astype("float64"), tmp_path).eval()
+    agree(wide(TOKENS).data, peer_logits(peer, model), TOLERANCE.get(name, 1e-12))
+    agree(ours(TOKENS).data, peer_logits(peer, model.float()), 1e-6)
+    agree(merge_lora(ours)(TOKENS).data, peer_logits(peer, model.merge_and_unload()), 1e-6)

@@ -58,6 +58,11 @@ NARROWER = {
     "data": {"files"},
     "optim": {"backend", "arrays", "blas", "cuda", "tensor", "attention", "ops", "quantize"},
 }
+PEFT = {  # methods of peft/ that know another one; all others know adapted.py alone
+    "adapted": set(),
+    "lora": {"adapted", "qlora"},
+    "requantize": {"adapted", "lora"},  # merged LoRA in codes again
+}
 
 REQUIRED = {"numpy", "ml_dtypes", "safetensors", "threadpoolctl", "tqdm", "tyro"}
 LATE = {
@@ -77,8 +82,9 @@ PUBLIC = {  # what other programs rely on
     "optim": "AdamW SGD PagedAdamW LossScaler clip_grad_norm cosine_schedule",
     "quantize": "quantize_int8 Int8 Int8.dequantize int8_matmul_outliers quantize_4bit FourBit "
     "FourBit.dequantize QuantizedLinear quantize_model",
-    "peft": "add_lora use_adapter merge_lora unmerge_lora unload_lora requantize_lora "
+    "peft": "add_lora add_ia3 use_adapter merge_lora unmerge_lora unload_lora requantize_lora "
     "trainable_parameters",
+    "peft.adapted": "Adapter AdaptedLinear insert_adapters merge unmerge unload chosen",
     "interop.huggingface": "load_model save_model",
     "interop.peft": "load_adapter save_adapter",
     "interop.bitsandbytes": "load_4bit save_4bit load_model save_model",
@@ -149,6 +155,20 @@ def test_imports_point_down(path):
         down = FLOOR[other] < FLOOR[room]
         assert down or (room, other) in WITHIN, f"{name(path)} must not import {other}"
         assert other in NARROWER.get(room, {other}), f"{name(path)} must not import {other}"
+
+
+def siblings(path):
+    """The modules of its own package that a module imports; "__init__" for the package's names."""
+    package = f"minilm.{path.parent.name}."
+    found = {module.removeprefix(package).split(".")[0] for module in imports(ast.walk(tree(path)))
+             if module.startswith(package)}
+    return {m if (path.parent / f"{m}.py").exists() else "__init__" for m in found}
+
+
+@pytest.mark.parametrize("path", source("minilm/peft"), ids=from_root)
+def test_methods_of_peft_know_the_slot_and_not_each_other(path):
+    if path.stem != "__init__":  # the public names, of all of them
+        assert siblings(path) <= PEFT.get(path.stem, {"adapted"})
 
 
 def test_the_arrows_inside_a_floor_make_no_circle():

@@ -30,7 +30,8 @@ from minilm.peft import (
     unmerge_lora,
     use_adapter,
 )
-from minilm.peft.lora import Adapter, LoRALinear, add_low_rank, insert_adapters, lora_layers
+from minilm.peft.adapted import AdaptedLinear, adapted_layers, insert_adapters
+from minilm.peft.lora import LoRA, add_low_rank
 from minilm.quantize import QuantizedLinear, quantize_model
 from minilm.tensor import Tensor, no_grad, randomness
 from minilm.train import Trainer
@@ -64,7 +65,7 @@ def make(family, base="plain", dtype="float32", **changes):
 def stir(model, seed=0, size=0.3):
     """Move A and B of the acting adapter away from where they start; returns the model."""
     rng = np.random.default_rng(seed)
-    for p in trainable_parameters(model):
+    for p in model.parameters():
         p.data += (size * rng.standard_normal(p.shape)).astype(p.dtype)
     return model
 
@@ -128,7 +129,7 @@ def test_a_new_adapter_changes_no_bit(family, base):
     model = make(family, base)
     before = logits(model)
     assert add_lora(model, 3, 6, targets="all-linear") is model
-    assert len(lora_layers(model)) == LAYERS * (7 if family == "llama" else 6)
+    assert len(adapted_layers(model)) == LAYERS * (7 if family == "llama" else 6)
     assert equal(logits(model), before)
     assert not equal(logits(stir(model)), before)
 
@@ -177,10 +178,10 @@ def test_unloaded_layers_are_plain(family, base):
     model = make(family, base)
     before, names = state(model)[0], list(make(family).state_dict())
     add_lora(model, 3, 6, "all-linear")
-    kinds = {path: type(layer.base) for path, layer in lora_layers(model).items()}
+    kinds = {path: type(layer.base) for path, layer in adapted_layers(model).items()}
     plain = logits(model)
     together = logits(merge_lora(stir(model)))
-    assert unload_lora(model) is model and not lora_layers(model)
+    assert unload_lora(model) is model and not adapted_layers(model)
     assert equal(logits(model), together) and not equal(together, plain)
     assert list(model.state_dict()) == names
     modules = dict(model.named_modules())
@@ -214,7 +215,7 @@ def test_what_is_trained_is_a_and_b(family, base, targets, layers):
     assert [id(p) for p in trainable_parameters(model)] == [id(p) for p in model.parameters()]
     assert len(expected) == len(model.parameters())
     one_way = add_lora(make(family, base), r, 6, ["blocks.1.attention.q"])
-    assert list(lora_layers(one_way)) == ["blocks.1.attention.q"]
+    assert list(adapted_layers(one_way)) == ["blocks.1.attention.q"]
 
 
 def test_a_starts_normal_by_its_seed_and_b_at_zero():
@@ -230,7 +231,7 @@ def test_a_starts_normal_by_its_seed_and_b_at_zero():
     assert abs(A.mean() * math.sqrt(400)) < 5 / math.sqrt(n)
     assert abs((A**4).mean() / A.var() ** 2 - 3) < 5 * math.sqrt(24 / n)  # a normal's, not a box's
     both = add_lora(make("gpt2"), 3, 6)
-    A = [layer.adapters["default"].A.data for layer in lora_layers(both).values()]
+    A = [layer.adapters["default"].A.data for layer in adapted_layers(both).values()]
     assert not any(np.isclose(a, b).all() for a, b in itertools.combinations(A, 2))
 
 
@@ -241,7 +242,7 @@ def torch_gradients(model, plain, tokens, targets):
     """{path: gradient} of A and B, from PyTorch in float64 with the weights W0 + scale B A."""
     weights = {name: torch.tensor(a.astype(np.float64)) for name, a in plain.items()}
     trained = {}
-    for path, layer in lora_layers(model).items():
+    for path, layer in adapted_layers(model).items():
         adapter = layer.adapters[layer.active]
         A, B = (torch.tensor(t.data.astype(np.float64), requires_grad=True)
                 for t in (adapter.A, adapter.B))
@@ -406,7 +407,7 @@ def test_workers_train_adapters(dropout):
     up to rounding."""
     def train(workers, processes):
         model = stir(add_lora(make("gpt2", "nf4", "float64"), 3, 6, dropout=dropout))
-        trainer = Trainer(model, AdamW(trainable_parameters(model), lr=0.01, eps=1e-3), workers,
+        trainer = Trainer(model, AdamW(model.parameters(), lr=0.01, eps=1e-3), workers,
                           processes)
         with trainer:
             for step in range(3):
@@ -541,7 +542,7 @@ def test_each_name_is_an_adapter_of_its_own(family, base):
         assert equal(state(model)[0], arrays)
         names = {n.split(".adapters.")[1].split(".")[0] for n, _ in model.named_parameters()}
         assert names == ({name} if name else set())
-        assert len(trainable_parameters(model)) == (4 * LAYERS if name else 0)
+        assert len(model.parameters()) == (4 * LAYERS if name else 0)
     assert not equal(a, b) and not equal(a, plain) and not equal(b, plain)
 
 
@@ -550,7 +551,7 @@ def test_the_acting_adapter_is_the_one_that_is_merged(name, layers):
     model = use_adapter(two(), name)
     apart = logits(model)
     close(logits(merge_lora(model)), apart, "float32")
-    merged = {path.split(".")[-1] for path, m in lora_layers(model).items() if m.merged}
+    merged = {path.split(".")[-1] for path, m in adapted_layers(model).items() if m.merged}
     assert merged == set(layers)
     unload_lora(unmerge_lora(model))
     assert equal(logits(model), logits(make("gpt2")))
@@ -565,21 +566,21 @@ def test_an_optimizer_goes_on_with_its_adapter():
             optimizer.step()
 
     straight = stir(add_lora(make("gpt2"), 3, 6, name="a"), 1)
-    optimizer = AdamW(trainable_parameters(straight), lr=0.01)
+    optimizer = AdamW(straight.parameters(), lr=0.01)
     train(straight, optimizer, range(4))
 
     model = stir(add_lora(make("gpt2"), 3, 6, name="a"), 1)
-    first = AdamW(trainable_parameters(model), lr=0.01)
-    params = trainable_parameters(model)
+    first = AdamW(model.parameters(), lr=0.01)
+    params = model.parameters()
     train(model, first, range(2))
     held = first.flat.data.copy()
     stir(add_lora(model, 2, 5, ("v", "mlp.up"), name="b"), 2)
-    second = AdamW(trainable_parameters(model), lr=0.01)
+    second = AdamW(model.parameters(), lr=0.01)
     train(model, second, range(3))
     assert equal(first.flat.data, held)
     use_adapter(model, None)
     use_adapter(model, "a")
-    assert [id(p) for p in trainable_parameters(model)] == [id(p) for p in params]
+    assert [id(p) for p in model.parameters()] == [id(p) for p in params]
     train(model, first, range(2, 4))
     assert all(np.shares_memory(p.grad, first.flat.grad) for p in params)
     assert equal(first.flat.data, optimizer.flat.data) and not equal(first.flat.data, held)
@@ -626,7 +627,7 @@ def test_a_large_update_survives_8_bits():
         assert (modules[path] is base) == (path not in kept)
         assert modules[path].bias is base.bias is not None
         assert modules[path].compute_dtype == "float64"
-    assert not lora_layers(model) and not trainable_parameters(model)
+    assert not adapted_layers(model) and not model.parameters()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int2"])
@@ -649,7 +650,7 @@ def test_what_survives_is_measured_on_the_codes(kind, double_quant):
     rng = np.random.default_rng(0)
     for p in stirred.parameters():
         p.data = (math.sqrt(0.1) * 0.4 * rng.standard_normal(p.shape)).astype(np.float32)
-    for path, layer in lora_layers(twin).items():
+    for path, layer in adapted_layers(twin).items():
         old, new = before[path].weight, modules[path].weight
         D = layer.adapters["default"].B.data @ layer.adapters["default"].A.data
         found = new.dequantize() - old.dequantize()
@@ -697,7 +698,7 @@ def test_codes_need_a_base_of_codes_and_finite_weights():
 
 
 def adapter(O, I, r=2):
-    return Adapter(np.ones((r, I), np.float32), np.ones((O, r), np.float32), 4)
+    return LoRA(np.ones((r, I), np.float32), np.ones((O, r), np.float32), 4)
 
 
 REFUSED = {
@@ -788,7 +789,7 @@ def test_adapters_of_another_base_leave_no_trace(adapters, given, base, first):
 def test_adapters_that_fit_are_inserted():
     made = {"blocks.0.attention.q": adapter(16, 16, r=5), "blocks.1.mlp.up": adapter(64, 16)}
     model = insert_adapters(make("gpt2", "nf4"), "new", made)
-    assert {path: layer.adapters for path, layer in lora_layers(model).items()} == {
+    assert {path: layer.adapters for path, layer in adapted_layers(model).items()} == {
         path: {"new": a} for path, a in made.items()}
     assert [id(p) for p in model.parameters()] == [id(t) for a in made.values() for t in (a.A, a.B)]
 
@@ -798,7 +799,7 @@ def test_adapters_that_fit_are_inserted():
 ])
 def test_matrices_that_do_not_fit(A, B):
     with pytest.raises(ValueError) as error:
-        Adapter(np.ones(A), np.ones(B), 4)
+        LoRA(np.ones(A), np.ones(B), 4)
     assert str(A) in str(error.value) and str(B) in str(error.value)
 
 
@@ -856,7 +857,7 @@ def test_an_adapted_model_writes_what_the_merged_one_does(family, base, rows):
     prompt, plain = draw()[0][:rows, :3], make(family, base, "float64", context=12)
     stir(add_lora(model, 3, 6, "all-linear", dropout=0.5), size=0.5).train()
     with_adapter = generate(model, prompt, 9, temperature=0)
-    assert type(model.blocks[0].mlp.up) is LoRALinear and model.blocks[0].mlp.up.training
+    assert type(model.blocks[0].mlp.up) is AdaptedLinear and model.blocks[0].mlp.up.training
     merged = generate(merge_lora(model), prompt, 9, temperature=0)
     assert np.array_equal(with_adapter, merged)
     assert not np.array_equal(with_adapter, generate(plain, prompt, 9, temperature=0))

@@ -16,8 +16,8 @@ from minilm.distill import Distillation, student_from_teacher
 from minilm.files import read_json
 from minilm.interop.huggingface import save_model
 from minilm.optim import SGD, AdamW
-from minilm.peft import add_lora, merge_lora, trainable_parameters, unload_lora, use_adapter
-from minilm.peft.lora import lora_layers
+from minilm.peft import add_lora, merge_lora, unload_lora, use_adapter
+from minilm.peft.adapted import adapted_layers
 from minilm.quantize import QuantizedLinear, quantize_model
 from minilm.tensor import no_grad
 from minilm.train import Trainer
@@ -43,7 +43,7 @@ def make(family, dtype="float32", **changes):
 def stir(model, seed=0):
     """Move all that trains; returns the model."""
     rng = np.random.default_rng(seed)
-    for p in trainable_parameters(model):
+    for p in model.parameters():
         p.data += (0.3 * rng.standard_normal(p.shape)).astype(p.dtype)
     return model
 
@@ -166,7 +166,7 @@ def test_adapted_and_quantized_teachers_have_plain_students(family, way):
     assert unchanged(teacher, before) and equal(logits(teacher), answers)
     assert {path: type(m) for path, m in teacher.named_modules()} == kinds
     assert (QuantizedLinear in kinds.values()) == way.startswith(("nf4", "int8"))
-    assert bool(lora_layers(teacher)) == ("lora" in way and "unloaded" not in way)
+    assert bool(adapted_layers(teacher)) == ("lora" in way and "unloaded" not in way)
 
 
 def test_an_adapted_teacher_teaches_what_acts():

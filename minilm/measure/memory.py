@@ -28,7 +28,7 @@ from minilm.measure.plan import Step
 from minilm.nn import Module
 from minilm.optim import AdamW
 from minilm.peft import add_lora
-from minilm.peft.lora import Adapter
+from minilm.peft.adapted import Adapter
 from minilm.quantize import quantize_model
 from minilm.transformer import Transformer
 
@@ -68,8 +68,9 @@ def held(model: Module, optimizer) -> dict[str, int]:
     masters = 0 if flat.rounded is flat.data else flat.data.nbytes
     states = sum(a.nbytes for a in vars(optimizer).values() if hasattr(a, "nbytes"))
     everything = sum(t.data.nbytes for _, t in model.named_tensors())
-    adapters = sum(t.data.nbytes for _, m in model.named_modules() if type(m) is Adapter
-                   for _, t in m.named_tensors())
+    added = {id(t): t.data.nbytes for _, m in model.named_modules() if isinstance(m, Adapter)
+             for _, t in m.named_tensors()}  # once, though adapters may hold adapters
+    adapters = sum(added.values())
     return {"weights": everything - adapters, "adapters": adapters,
             "gradients": flat.grad.nbytes, "optimizer": masters + states}
 

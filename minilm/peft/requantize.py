@@ -12,7 +12,8 @@ import numpy as np
 
 from minilm.arrays import wide
 from minilm.nn import Module
-from minilm.peft.lora import merged_layers
+from minilm.peft.adapted import merged_layers
+from minilm.peft.lora import LoRA
 from minilm.quantize.fourbit import FourBit
 from minilm.quantize.linear import QuantizedLinear, quantize_weight
 
@@ -28,11 +29,14 @@ def requantize_lora(model: Module) -> dict[str, Survival]:
     """Quantize merged weights as their bases are, and leave plain quantized layers: lossy.
 
     All adapters of these layers are gone. Returns, by path, what survived. ValueError where nothing
-    is merged or a merged base is not quantized; the model is then as it was.
+    is merged, or what is merged is not LoRA on a quantized base; the model is then as it was.
     """
     layers = merged_layers(model)
     if plain := [path for path, m in layers.items() if type(m.base) is not QuantizedLinear]:
         raise ValueError(f"the base of {plain[0]} is not quantized")
+    for path, m in layers.items():
+        if type(m.adapters[m.active]) is not LoRA:
+            raise ValueError(f"{path} has {type(m.adapters[m.active]).__name__} merged, not LoRA")
     done = {path: _requantized(layer) for path, layer in layers.items()}
     for path, (new, _) in done.items():
         model.replace(path, new)

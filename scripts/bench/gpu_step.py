@@ -167,7 +167,7 @@ def turn(x, cos, sin):
 
 
 def torch_linear(layer, device: str):
-    """A LoRALinear on double quantized NF4."""
+    """A layer with LoRA on double quantized NF4."""
     import torch
     from torch.nn import functional as F
 

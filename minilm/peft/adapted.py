@@ -1,0 +1,237 @@
+"""The slot of a model: a linear layer and its adapters, whatever their method is.
+
+A method is a class of Adapter, which is given its layer and answers for all of it, and one verb
+that puts such adapters on a model. What all methods share is here:
+
+    chosen           the layers that targets name
+    insert_adapters  put adapters on layers, and freeze everything else
+    use_adapter      which of several named adapters acts, or none
+    merge            a plain layer of the same function in each layer's place; unmerge takes it back
+    unload           layers without adapters again, merged ones with what was merged into them
+
+A method of ten lines, which adds a trained vector to what its layer answers:
+
+    class Shift(Adapter):
+        def __init__(self, O): self.s = Tensor(np.zeros(O, np.float32), requires_grad=True)
+        def forward(self, x, base): return base(x) + self.s
+
+    insert_adapters(model, "shift", {path: Shift(base.weight.shape[0])
+                                     for path, base in chosen(model, ["q"]).items()})
+"""
+
+from collections.abc import Iterable
+
+from minilm.backend import array_module
+from minilm.nn import Linear, Module
+from minilm.quantize.linear import QuantizedLinear
+from minilm.tensor import Tensor
+
+
+class Adapter(Module):
+    """One layer's numbers of a method, and how they act: the base of the methods' classes."""
+
+    shape = None, None  # (O, I) of the weights it is for; None for a side that may be any
+    resting = None  # path -> node of its tensors, while another adapter acts
+
+    def forward(self, x, base):  # (..., I) -> (..., O)
+        """What the layer answers to x; `base` is the layer without adapters, a module."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward(x, base)")
+
+    def merged(self, base) -> Linear | None:
+        """A plain layer that does what base and adapter do; None for a method that has none."""
+        return None
+
+    def activate(self, active: bool):
+        """An adapter that does not act needs no gradients, but keeps its place in an optimizer."""
+        tensors = dict(self.named_tensors())
+        if not active and self.resting is None:
+            self.resting = {path: t.node for path, t in tensors.items()}
+            self.freeze()
+        elif active and self.resting is not None:
+            for path, node in self.resting.items():
+                tensors[path].node = node
+            self.resting = None
+
+    def astype(self, dtype):
+        """Convert its tensors; gradients start anew, those of an adapter that rests included."""
+        acts = self.resting is None
+        self.activate(True)
+        super().astype(dtype)
+        self.activate(acts)
+        return self
+
+
+class AdaptedLinear(Module):
+    """A frozen linear layer, plain or quantized, and its adapters by name."""
+
+    def __init__(self, base: Linear | QuantizedLinear):
+        self.base, self.adapters, self.active, self.merged = base, {}, None, None
+
+    def forward(self, x):
+        if self.merged:
+            return self.merged(x)
+        adapter = self.adapters.get(self.active)
+        return adapter(x, self.base) if adapter else self.base(x)
+
+    def use(self, name):
+        """Let the adapter of this name act, if there is one here."""
+        self.active = name
+        for other, adapter in self.adapters.items():
+            adapter.activate(other == name)
+
+    def plain(self) -> Linear:
+        """A Linear of what acts. ValueError for an adapter that cannot be merged."""
+        adapter = self.adapters.get(self.active)
+        if self.merged or not adapter:
+            return self.merged or self.base.plain()
+        plain = adapter.merged(self.base)
+        if plain is None:
+            raise ValueError(f"{type(adapter).__name__} cannot be merged: no plain layer does what "
+                             "it does")
+        return plain
+
+
+def insert_adapters(model: Module, name: str, adapters: dict[str, Adapter]) -> Module:
+    """Freeze the model, and put each adapter on the layer at its path, under one name; they act.
+
+    ValueError where a path has no linear layer, or one of another size, for a name that is taken,
+    and while another adapter is merged; the model is then as it was.
+    """
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"an adapter's name must be a word without dots, got {name!r}")
+    slots, bases = adapted_layers(model), adaptable_layers(model)
+    if taken := [path for path, layer in slots.items() if name in layer.adapters]:
+        raise ValueError(f"there is an adapter {name!r} already, on {taken[0]} and others")
+    _refuse_merged(slots, "adding an adapter")
+    if not adapters:
+        raise ValueError(f"there are no adapters to insert as {name!r}")
+    for path, adapter in adapters.items():
+        if path not in bases:
+            raise ValueError(f"{path} is no linear layer of this model")
+        has = bases[path].weight.shape
+        if any(n not in (None, m) for n, m in zip(adapter.shape, has)):
+            raise ValueError(f"the adapter of {path} is for a weight {adapter.shape}, which is "
+                             f"{has} here")
+    use_adapter(model, None)
+    model.freeze()
+    for path, adapter in adapters.items():
+        if path not in slots:
+            slots[path] = AdaptedLinear(bases[path])
+            model.replace(path, slots[path])
+        slots[path].adapters[name] = adapter
+        slots[path].train(model.training)  # modules are made in training mode
+    return use_adapter(model, name)
+
+
+def use_adapter(model: Module, name: str | None) -> Module:
+    """Let the adapter of this name act from now on, in place; None: the base alone.
+
+    ValueError for a name that no layer has, and while an adapter is merged.
+    """
+    layers = adapted_layers(model)
+    names = {n for layer in layers.values() for n in layer.adapters}
+    if name is not None and name not in names:
+        raise ValueError(f"there is no adapter {name!r}, only {sorted(names)}")
+    _refuse_merged(layers, "another adapter can act")
+    for layer in layers.values():
+        layer.use(name)
+    return model
+
+
+def merge(model: Module) -> Module:
+    """Merge the acting adapter into the weights: the same function, one product a layer.
+
+    A quantized base is dequantized for it. The base is kept, so that unmerge is exact. ValueError
+    where no adapter acts, it cannot be merged, or one is merged already; the model is then as it
+    was.
+    """
+    _refuse_merged(adapted_layers(model), "merging again")
+    layers = [m for m in adapted_layers(model).values() if m.active in m.adapters]
+    if not layers:
+        raise ValueError("no adapter acts on this model: there is nothing to merge")
+    for layer, plain in [(layer, layer.plain()) for layer in layers]:
+        layer.merged = plain
+    return model
+
+
+def unmerge(model: Module) -> Module:
+    """Undo merge: the base's weights bit for bit, and the adapter beside them.
+
+    ValueError where nothing is merged.
+    """
+    for layer in merged_layers(model).values():
+        layer.merged = None
+    return model
+
+
+def unload(model: Module) -> Module:
+    """Replace the layers by plain ones: merged where an adapter was merged, else the base."""
+    for path, layer in adapted_layers(model).items():
+        model.replace(path, layer.merged or layer.base)
+    return model
+
+
+def adapted_layers(model: Module) -> dict[str, AdaptedLinear]:
+    """path -> layer that has adapters."""
+    return {path: m for path, m in model.named_modules() if type(m) is AdaptedLinear}
+
+
+def merged_layers(model: Module) -> dict[str, AdaptedLinear]:
+    """path -> layer whose adapter is merged; ValueError where none is."""
+    layers = {path: m for path, m in adapted_layers(model).items() if m.merged}
+    if not layers:
+        raise ValueError("nothing is merged in this model")
+    return layers
+
+
+def adaptable_layers(model: Module) -> dict[str, Linear | QuantizedLinear]:
+    """path -> linear layer that can have adapters, or has: then the one below them.
+
+    Not the model itself, where that is one: it could not be replaced in its own place.
+    """
+    adapted = adapted_layers(model)
+    inside = tuple(f"{path}." for path in adapted)
+    return {path: m.base if path in adapted else m for path, m in model.named_modules()
+            if path in adapted or (path and type(m) in (Linear, QuantizedLinear)
+                                   and not path.startswith(inside))}
+
+
+def chosen(model: Module, targets: str | Iterable[str]) -> dict[str, Linear | QuantizedLinear]:
+    """The adaptable layers that targets name: by last parts of their paths, such as "q", "mlp.up"
+    or "blocks.0.attention.q", or "all-linear" for all but the head.
+
+    ValueError for targets that match nothing.
+    """
+    layers = adaptable_layers(model)
+    if targets == "all-linear":
+        layers = {path: m for path, m in layers.items() if "head" not in path.split(".")}
+        if not layers:
+            raise ValueError("there is no linear layer outside of the head")
+        return layers
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    wrong = [t for t in targets if not any(ends_with(path, t) for path in layers)]
+    if wrong or not targets:
+        names = sorted({path.rpartition(".")[2] for path in layers})
+        raise ValueError(f"targets {wrong} match no layer; there are {names} and 'all-linear'")
+    return {path: m for path, m in layers.items() if any(ends_with(path, t) for t in targets)}
+
+
+def ends_with(path: str, target: str) -> bool:
+    """Are these the last parts of the path?"""
+    return f".{path}".endswith(f".{target}")
+
+
+def placed(model: Module, array):
+    """A copy of the array in the model's dtype, on its device."""
+    like = next(t.data for _, t in model.named_tensors() if t.dtype.kind in "fV")
+    return array_module(like).array(array, like.dtype)
+
+
+def trainable_parameters(model: Module) -> list[Tensor]:
+    """What an optimizer should get: model.parameters(), after a method's verb the adapter's own."""
+    return model.parameters()
+
+
+def _refuse_merged(layers, verb):
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError(f"an adapter is merged: call unmerge_lora before {verb}")
