@@ -23,12 +23,12 @@ from minilm.arrays import by_rows, one_dtype, one_shape, row_dot, row_sum, rows,
 from minilm.attention import attention, merge_heads, rotary, split_heads
 from minilm.backend import array_module
 from minilm.blas import matmul as product
-from minilm.tensor import add, matmul, mul, op
+from minilm.tensor import add, concat, matmul, mul, op
 
 __all__ = [
-    "add", "attention", "cosine_embedding", "cross_entropy", "dropout", "embedding", "gelu",
-    "kl_divergence", "layer_norm", "linear", "log_softmax", "matmul", "merge_heads", "mse", "mul",
-    "relu", "rms_norm", "rotary", "silu", "softmax", "split_heads", "swiglu",
+    "add", "attention", "concat", "cosine_embedding", "cross_entropy", "dropout", "embedding",
+    "gelu", "kl_divergence", "layer_norm", "linear", "log_softmax", "matmul", "merge_heads", "mse",
+    "mul", "relu", "rms_norm", "rotary", "silu", "softmax", "split_heads", "swiglu",
 ]
 
 

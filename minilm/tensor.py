@@ -19,6 +19,7 @@ parameters: what is not in the graph is thread-local.
 
 import copy
 import functools
+import itertools
 
 import numpy as np
 
@@ -260,6 +261,20 @@ def transpose(x, axes):
     axes = tuple(a % x.ndim for a in axes) or tuple(reversed(range(x.ndim)))
     inverse = tuple(axes.index(i) for i in range(x.ndim))
     return x.transpose(axes), lambda dy: dy.transpose(inverse)
+
+
+@op
+def concat(*xs, axis):
+    """The inputs end to end along one axis; their other axes are alike, and their dtype is one."""
+    one_dtype("concat", **{f"input {i}": x for i, x in enumerate(xs)})
+    shapes = [x.shape for x in xs]
+    axis = range(len(shapes[0]))[axis]  # IndexError where there is no such axis
+    if len({s[:axis] + s[axis + 1 :] for s in shapes}) > 1 or len({len(s) for s in shapes}) > 1:
+        raise ValueError(f"concat along axis {axis}: shapes {shapes} do not go together")
+    lead, ends = (slice(None),) * axis, list(itertools.accumulate(s[axis] for s in shapes))
+    parts = [(*lead, slice(end - s[axis], end)) for s, end in zip(shapes, ends)]
+    y = array_module(xs[0]).concatenate(xs, axis)
+    return y, *(lambda dy, part=part: dy[part] for part in parts)
 
 
 @op

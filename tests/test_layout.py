@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"backend", "arrays", "blas", "cuda", "files"},
     {"graph", "tensor", "ops", "activations", "attention"},
-    {"nn", "transformer", "decode", "generate"},
+    {"nn", "transformer", "cache", "decode", "generate"},
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure"},
     {"train", "run", "checkpoint", "__main__"},
@@ -42,6 +42,7 @@ WITHIN = {  # the arrows inside a floor
     ("transformer", "nn"),
     ("generate", "transformer"),
     ("generate", "decode"),
+    ("generate", "cache"),
     ("decode", "nn"),
     ("decode", "transformer"),
     ("peft", "quantize"),

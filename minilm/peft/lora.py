@@ -50,6 +50,8 @@ def add_low_rank(y, x, A, B, scale):  # (..., O), (..., I), (r, I), (O, r) -> (.
 class Adapter(Module):
     """One layer's A (r, I) and B (O, r), and how they act; the settings are add_lora's."""
 
+    tokenwise = True
+
     def __init__(self, A, B, alpha: float, dropout: float = 0.0, rslora: bool = False):
         if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or not len(A):
             raise ValueError(f"A must be (r, I) and B (O, r), got {A.shape} and {B.shape}")
@@ -87,6 +89,8 @@ class Adapter(Module):
 class LoRALinear(Module):
     """A frozen linear layer, plain or quantized, and its adapters by name."""
 
+    tokenwise = True
+
     def __init__(self, base: Linear | QuantizedLinear):
         self.base, self.adapters, self.active, self.merged = base, {}, None, None
 
@@ -102,7 +106,7 @@ class LoRALinear(Module):
 
     def _as_one(self, x, adapter):
         """Whether base and adapter see the same x in the same dtype."""
-        base, drops = self.base, adapter.training and adapter.drop.p
+        base, drops = self.base, adapter.drop.acts
         # `is None`, for NumPy finds its dtype of float64 equal to None
         same = base.compute_dtype is None or base.compute_dtype == x.dtype
         return same and base.threshold is None and not drops
