@@ -27,7 +27,7 @@ def caches(model) -> bool:
     other module is `tokenwise`. Each class must say that of itself: what a subclass does with its
     rows, its parent cannot know.
     """
-    cached = type(model) in (Transformer, Block) or type(model) is Attention and model.causal
+    cached = type(model) in (Transformer, Block) or (type(model) is Attention and model.causal)
     tokenwise = "tokenwise" in vars(type(model)) and model.tokenwise
     return (cached or tokenwise) and all(caches(child) for _, child in model.children())
 

@@ -112,7 +112,7 @@ class Module:
         """Convert every tensor; gradients start anew, so do it before making an optimizer."""
         for value in vars(self).values():
             if isinstance(value, Tensor):  # in place: a shared tensor stays shared
-                value.__init__(value.data.astype(dtype), value.requires_grad)
+                value.become(value.data.astype(dtype))
         for _, child in self.children():
             child.astype(dtype)
         return self

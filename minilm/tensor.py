@@ -55,6 +55,13 @@ class Tensor:
         self.data = data
         self.node = Node(data) if requires_grad else None
 
+    def become(self, data, requires_grad: bool | None = None):
+        """Hold other data from now on, wherever this tensor is shared; a gradient starts anew.
+
+        It is a leaf that requires a gradient if it required one before, unless this is given.
+        """
+        self.__init__(data, self.requires_grad if requires_grad is None else requires_grad)
+
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
     ndim = property(lambda self: self.data.ndim)

@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilm
-from minilm.data import BPETokenizer, ByteTokenizer, CharTokenizer, printable
 from minilm.cache import Cache
+from minilm.data import BPETokenizer, ByteTokenizer, CharTokenizer, printable
 from minilm.decode import caches, decode, decodes
 from minilm.generate import generate, sample, stream
 from minilm.interop import huggingface, peft
@@ -47,7 +47,7 @@ def make(family, **changes):
     model = Transformer(dataclasses.replace(CONFIGS[family], **changes))
     rng = np.random.default_rng(1)
     for _, t in list(model.named_tensors()):
-        t.__init__(t.data + 0.3 * rng.standard_normal(t.shape), requires_grad=True)
+        t.become(t.data + 0.3 * rng.standard_normal(t.shape))
     return model.eval()
 
 
@@ -250,7 +250,7 @@ def replaced(family, path, kind):
     if kind in OTHERS:
         block = Block(dataclasses.replace(CONFIGS[family], **OTHERS[kind]), rng)
         for _, t in block.named_tensors():
-            t.__init__(t.data + 0.3 * rng.standard_normal(t.shape), requires_grad=True)
+            t.become(t.data + 0.3 * rng.standard_normal(t.shape))
         new = dict(block.named_modules())[path[9:]]
     else:
         new = globals()[kind](dict(model.named_modules())[path])

@@ -38,7 +38,7 @@ def make(family, dtype="float64", **changes):
     rng = np.random.default_rng(1)
     for _, t in list(model.named_tensors()):
         moved = t.data + 0.3 * rng.standard_normal(t.shape)
-        t.__init__(moved.astype(dtype), requires_grad=True)  # in place: a tied head holds it too
+        t.become(moved.astype(dtype))  # and so does a tied head, which holds it too
     return model.eval()
 
 
@@ -76,7 +76,7 @@ def equal(a, b):
 def unfreeze(model, names):
     own = dict(model.named_tensors())
     for name in names:
-        own[name].__init__(own[name].data, requires_grad=True)
+        own[name].become(own[name].data, requires_grad=True)
 
 
 # Who sees whom
@@ -267,7 +267,7 @@ def test_paths_are_complete_and_stay_as_they_are(family):
 def test_state_goes_from_one_model_to_another(family):
     source, target = make(family), Transformer(CONFIGS[family], seed=5)
     for _, t in list(target.named_tensors()):
-        t.__init__(t.data.astype(np.float64), requires_grad=True)
+        t.become(t.data.astype(np.float64))
     tokens, _ = draw(0)
     before = target(tokens).data
     target.load_state_dict(source.state_dict())

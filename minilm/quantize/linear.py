@@ -107,7 +107,7 @@ class QuantizedLinear(Module):
     def astype(self, dtype):
         """Convert the bias; the codes mean nothing in another dtype."""
         if self.bias is not None:
-            self.bias.__init__(self.bias.data.astype(dtype), self.bias.requires_grad)
+            self.bias.become(self.bias.data.astype(dtype))
         return self
 
 
