@@ -4,8 +4,8 @@ Importing it loads nothing: import its modules. `python -m minilm` says what thi
 In reading order, each floor only on those before it:
 
     backend, blas, cuda, files                      arrays on a CPU or a GPU, files
-    graph, tensor, attention, activations, ops      functions, each with its gradient
-    nn, transformer, decode, generate               one model, three families
+    graph, tensor, attention, activations, losses, ops      functions, each with its gradient
+    nn, transformer, cache, decode, generate                one model, three families
     quantize, peft, optim, distill                  the methods
     data, interop, measure                          text to batches, others' files, bytes of a step
     workers, train, checkpoint, run                 steps, evaluation, runs that can be resumed

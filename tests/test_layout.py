@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
     {"backend", "arrays", "blas", "cuda", "files"},
-    {"graph", "tensor", "ops", "activations", "attention"},
+    {"graph", "tensor", "ops", "activations", "attention", "losses"},
     {"nn", "transformer", "cache", "decode", "generate"},
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure"},
@@ -36,6 +36,8 @@ WITHIN = {  # the arrows inside a floor
     ("ops", "tensor"),
     ("ops", "activations"),
     ("ops", "attention"),
+    ("ops", "losses"),
+    ("losses", "tensor"),
     ("activations", "graph"),
     ("activations", "tensor"),
     ("attention", "tensor"),
