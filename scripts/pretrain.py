@@ -202,7 +202,7 @@ def make_batches(s: Settings, parts, tokenizer):
                for training, _ in parts]
     weights = s.weights or [len(stream) for stream in streams]
     batches = data.Batches(streams, weights, s.batch, s.context, s.seed)
-    held_out = data.rows(np.concatenate([data.pack(v, tokenizer) for _, v in parts]), s.context)
+    held_out = data.cut(np.concatenate([data.pack(v, tokenizer) for _, v in parts]), s.context)
     if s.family == "bert":
         batches = data.MaskedBatches(batches, tokenizer, s.seed)
         held_out = data.corrupt(held_out[0], np.random.default_rng(s.seed), tokenizer)

@@ -5,9 +5,9 @@ from minilm.data.batches import (
     Batches,
     MaskedBatches,
     corrupt,
+    cut,
     mask_tokens,
     pack,
-    rows,
 )
 from minilm.data.corpora import Corpus, load_corpus, split
 from minilm.data.instructions import (
@@ -41,6 +41,7 @@ __all__ = [
     "Record",
     "Tokenizer",
     "corrupt",
+    "cut",
     "encode",
     "load_corpus",
     "load_records",
@@ -50,7 +51,6 @@ __all__ = [
     "pack",
     "printable",
     "prompt",
-    "rows",
     "save_records",
     "score",
     "split",

@@ -24,6 +24,7 @@ import math
 import os
 import re
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,8 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     if not adapters:
         raise ValueError(f"this model has no adapter {name!r}")
     modules = family.joined(model.config.layers, adaptable_layers(model))
+    if lost := sorted(adapters.keys() - set(chain(*modules.values()))):
+        raise ValueError(f"{lost[0]} is no layer that PEFT would find in a {family.architecture}")
     arrays, forms = {}, {}
     for module, paths in modules.items():
         if any(ours in adapters for ours in paths):
