@@ -96,7 +96,7 @@ def mlp(m, x):  # (C,) -> (C,)
 
 
 def gelu(m, x):  # (C,) -> (config.hidden,)
-    """gelu(up(x)) in the form with tanh."""
+    """plain_gelu_tanh(up(x)), in place."""
     h = linear(m.up, x)
     u = h * h
     u *= 0.044715 * math.sqrt(2 / math.pi)

@@ -128,9 +128,12 @@ def no_grad(marks: bool = False):
 
 
 @contextlib.contextmanager
-def no_dropout():
-    """Inside, dropout changes nothing in this thread, whatever mode its modules are in."""
-    before, thread.dropout = thread.dropout, False
+def no_dropout(off: bool = True):
+    """Inside, dropout changes nothing in this thread, whatever mode its modules are in.
+
+    off=False, for `checkpoint`: inside, their mode decides.
+    """
+    before, thread.dropout = thread.dropout, not off
     try:
         yield
     finally:

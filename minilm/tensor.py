@@ -26,7 +26,7 @@ import numpy as np
 from minilm.arrays import one_dtype, wide
 from minilm.backend import array_module
 from minilm.blas import matmul as product
-from minilm.graph import Node, backward, no_grad, once, randomness, thread
+from minilm.graph import Node, backward, no_dropout, no_grad, once, randomness, thread
 
 __all__ = ["Tensor", "checkpoint", "no_grad", "op"]
 
@@ -167,7 +167,7 @@ def checkpoint(segment, *inputs):
     """
     if not thread.graph:
         return segment(*inputs)
-    rng = copy.deepcopy(thread.rng)  # will draw the same dropout again
+    rng, off = copy.deepcopy(thread.rng), not thread.dropout  # will draw the same dropout again
     with no_grad(marks=True):
         y = segment(*inputs)
     if not y.node:
@@ -176,7 +176,7 @@ def checkpoint(segment, *inputs):
     @once
     def run_again(dy):
         again = [Tensor(x.data, bool(x.node)) if type(x) is Tensor else x for x in inputs]
-        with randomness(rng):
+        with randomness(rng), no_dropout(off):
             segment(*again).backward(dy)
         for x in again:
             if type(x) is Tensor and x.node and x.grad is None:  # the segment did not use it

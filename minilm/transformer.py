@@ -176,6 +176,7 @@ class Transformer(Module):
     """model(tokens, mask=None) -> logits.
 
     tokens: integers (B, T), T <= config.context. mask: (B, T), 1 for a token and 0 for padding.
+    cache: what is in front of the tokens; then a mask speaks of that too (see cache.py).
     logits: Tensor (B, T, V), float32 unless `astype` changed the model. ValueError for other tokens
     or masks. The weights are drawn from `seed` as GPT-2's: N(0, 0.02^2), output projections of the
     residual branches divided by sqrt(2 layers).

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import backend, ops
+from minilm.graph import no_dropout
 from minilm.nn import Linear, Module
 from minilm.tensor import randomness
 from minilm.transformer import Config, Transformer
@@ -200,6 +201,23 @@ def test_checkpoints_give_the_same_bits(family, trained, every):
     assert not equal(plain[0], forward(model, tokens, mask, seed=1).data)
     frozen = every == 1 and trained == "few"  # the first block alone, behind a frozen embedding
     assert checkpoints(forward(model, tokens)) == math.ceil(LAYERS / every) - frozen
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_a_checkpoint_remembers_whether_dropout_was_off(off):
+    """Whatever holds when the backward pass runs it again."""
+    model, (tokens, targets) = make("gpt2", "float32", dropout=0.2).train(), draw(0)
+    grads = []
+    for model.checkpoint_every in (0, 1):
+        with no_dropout(off):
+            loss = ops.cross_entropy(forward(model, tokens), targets)
+        with no_dropout(not off):
+            loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+        for p in model.parameters():
+            p.grad = None
+    assert equal(*grads)
+    assert equal(grads[0], run(model.train(not off), tokens, targets)[2])
 
 
 def checkpoints(y):
