@@ -234,6 +234,7 @@ OTHERS = {  # blocks of these stand in a model where another's should
 }
 
 
+@functools.cache
 def replacements(family):
     """(path, kind) of all that the test below puts into a model."""
     paths = [path for path, _ in make(family).named_modules()
@@ -245,8 +246,9 @@ def replacements(family):
                for path in ("blocks.0", "blocks.1", "blocks.1.attention", "blocks.1.mlp")])
 
 
-def replaced(family, path, kind):
-    model, rng = make(family, dropout=0.5), np.random.default_rng(0)
+def put(model, family, path, kind):
+    """Replace the module at this path by one of this kind."""
+    rng = np.random.default_rng(0)
     if kind in OTHERS:
         block = Block(dataclasses.replace(CONFIGS[family], **OTHERS[kind]), rng)
         for _, t in block.named_tensors():
@@ -255,19 +257,32 @@ def replaced(family, path, kind):
     else:
         new = globals()[kind](dict(model.named_modules())[path])
     model.replace(path, new)
-    return model
 
 
 @families
 def test_whatever_was_replaced_the_cache_changes_no_token(family):
     """Nor does decode(), through which all but the third of the seeds' five batches go."""
     for seed, (path, kind) in enumerate(replacements(family)):
-        model = replaced(family, path, kind).train(seed % 2 == 0)
+        model = make(family, dropout=0.5)
+        put(model, family, path, kind)
+        model.train(seed % 2 == 0)
         tokens = prompts(seed, 1 + (seed % 5 == 2), 1 + seed % 3)
         found = generate(model, tokens, CONTEXT, seed=seed)
         assert np.array_equal(found, plain(model.eval(), tokens, CONTEXT, seed=seed)), (path, kind)
         sees = "both ways" if path != "blocks.1.mlp" else None
         assert caches(model) == (kind not in ("Wrapped", "Averaged", sees)), (path, kind)
+
+
+@families
+@given(data=st.data(), seed=seeds, training=st.booleans())
+def test_nor_after_several_replacements(family, data, seed, training):
+    model, drawn = make(family, dropout=0.5), st.sampled_from(replacements(family))
+    for path, kind in data.draw(st.lists(drawn, min_size=2, max_size=4)):
+        if path in dict(model.named_modules()):  # the last one may have taken it away
+            put(model, family, path, kind)
+    tokens = prompts(seed, *data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2)])))
+    found = generate(model.train(training), tokens, CONTEXT, seed=seed)
+    assert np.array_equal(found, plain(model.eval(), tokens, CONTEXT, seed=seed))
 
 
 def test_what_decode_leaves_to_the_model():
