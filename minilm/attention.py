@@ -59,6 +59,26 @@ def rotary(x, cos, sin):
     return turn(x, sin), lambda dy: turn(dy, -sin)
 
 
+def plain_attention(q, k, v, mask=None, causal=False):
+    """softmax(q k^T / sqrt(D)) v, eq. (1) of Vaswani et al. 2017, of arrays as `attention` takes.
+
+    A query that may see nothing gives nan, for its softmax is 0 / 0.
+    """
+    (H, T, D), (K, S) = q.shape[1:], k.shape[1:3]
+    k, v = k.repeat(H // K, axis=1), v.repeat(H // K, axis=1)
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(D)  # (B, H, T, S)
+    if mask is not None:
+        scores = scores + (np.where(mask, 0, -np.inf) if mask.dtype == bool else mask)
+    if causal:  # the last query sees every key
+        scores = np.where(np.tri(T, S, S - T, dtype=bool), scores, -np.inf)
+    P = np.exp(scores)
+    return P / P.sum(-1, keepdims=True) @ v  # eq. (1)
+
+
+# The fast version goes by tiles of 64 queries, whose scores stay in the cache; a causal tile leaves
+# out the keys that none of its rows sees. The factor 1 / sqrt(D) goes to q and the division to P v:
+# both are smaller than the scores. A row's largest score is taken off, or exp would overflow. The
+# query heads of a group stand beside their key/value head, which is not repeated.
 @op
 def attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(D) + mask) v, eq. (1) of Vaswani et al. 2017, arXiv:1706.03762.

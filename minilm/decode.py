@@ -3,6 +3,9 @@
 Generation runs the model on a single row, (1, 1, C). There the arithmetic is nothing and every call
 counts, so this says the same in few calls on 1-D arrays (np.add.reduce is x.sum() at half the
 price), without graph, batch or tiles. It equals `model(token, cache=cache)` up to rounding.
+
+Methods change modules, so what may run here is decided by the modules that are there, not by the
+Config: `caches` says whether one token may be run by itself, `decodes` whether it may be run here.
 Modules that are not plain, such as adapted layers, are called as they are.
 
 Shapes: C width, H heads, K key/value heads, D head width, S tokens so far, V vocabulary.
@@ -12,20 +15,46 @@ import math
 
 import numpy as np
 
-from minilm.nn import LayerNorm, Linear, RMSNorm
+from minilm.nn import Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from minilm.tensor import Tensor
-from minilm.transformer import Transformer, rotary_tables
+from minilm.transformer import MLP, Attention, Block, Transformer, rotary_tables
 
 
-def decodes(model: Transformer) -> bool:
-    """Can `decode` run this model? It needs a pre-norm decoder in float32 or float64 on the CPU."""
-    c, W = model.config, model.embed.weight.data
-    plain = c.causal and c.norm_first and c.head == "linear" and not c.segments
-    return plain and isinstance(W, np.ndarray) and W.dtype in (np.float32, np.float64)
+def caches(model) -> bool:
+    """Does a cache of keys and values change nothing in what this model says?
+
+    So it is if its attention is causal and minilm's, which reads and fills the cache, and if every
+    other module is `tokenwise`. Each class must say that of itself: what a subclass does with its
+    rows, its parent cannot know.
+    """
+    cached = type(model) in (Transformer, Block) or (type(model) is Attention and model.causal)
+    tokenwise = "tokenwise" in vars(type(model)) and model.tokenwise
+    return (cached or tokenwise) and all(caches(child) for _, child in model.children())
+
+
+def decodes(model) -> bool:
+    """Can `decode` run this model? It needs a pre-norm decoder in float32 or float64 on the CPU,
+    whose parts are those named here; within them any tokenwise module is called as it is.
+    """
+    if not (type(model) is Transformer and caches(model) and type(model.embed) is Embedding
+            and type(model.position) in (Embedding, type(None))):
+        return False
+    W = model.embed.weight.data
+    return (isinstance(W, np.ndarray) and W.dtype in (np.float32, np.float64)
+            and model.segment is model.embed_norm is None and model.norm is not None
+            and type(model.drop) is Dropout and all(map(_decodes, model.blocks)))
+
+
+def _decodes(block) -> bool:
+    return (type(block) is Block and block.norm_first and type(block.attention) is Attention
+            and type(block.drop) is Dropout)
 
 
 def decode(model: Transformer, token: int, cache) -> np.ndarray:
-    """Logits (V,) of the token after `token`, whose keys and values enter the generate.Cache."""
+    """Logits (V,) of the token after `token`, whose keys and values enter the Cache.
+
+    The graph and dropout are to be off, for the modules that are called as they are.
+    """
     c, place, x = model.config, cache.length, model.embed.weight.data[token]
     angles = None
     if model.position:
@@ -34,7 +63,8 @@ def decode(model: Transformer, token: int, cache) -> np.ndarray:
         angles = [t[0] for t in rotary_tables(c, np.arange(place, place + 1), x.dtype)]
     for block, kept in zip(model.blocks, cache.layers):
         x = x + attend(block.attention, norm(block.norm1, x), angles, kept)
-        x = x + linear(block.mlp.down, hidden(block.mlp, norm(block.norm2, x)))
+        x = x + mlp(block.mlp, norm(block.norm2, x))
+    cache.length += 1
     return linear(model.head, norm(model.norm, x))
 
 
@@ -44,7 +74,7 @@ def attend(m, x, angles, kept):  # (C,) -> (C,)
     k, v = (linear(w, x).reshape(m.kv_heads, 1, -1) for w in (m.k, m.v))  # (K, 1, D)
     if angles is not None:
         q, k = turn(q, *angles), turn(k, *angles)
-    k, v = kept.append(k[None], v[None])  # (1, K, S, D)
+    k, v = kept.put(k[None], v[None])  # (1, K, S, D)
     P = (q * (1 / math.sqrt(q.shape[-1]))) @ k[0].swapaxes(-1, -2)  # (K, H/K, S)
     P -= np.maximum.reduce(P, -1, keepdims=True)
     np.exp(P, out=P)
@@ -59,10 +89,14 @@ def turn(x, cos, sin):
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def hidden(m, x):  # (C,) -> (hidden,)
-    """The MLP up to `down`: gelu(up(x)), or what the module says."""
-    if m.activation != "gelu_tanh":
-        return m.hidden(Tensor(x)).data
+def mlp(m, x):  # (C,) -> (C,)
+    if type(m) is not MLP:
+        return m(Tensor(x)).data
+    return linear(m.down, gelu(m, x) if m.activation == "gelu_tanh" else m.inner(Tensor(x)).data)
+
+
+def gelu(m, x):  # (C,) -> (config.hidden,)
+    """plain_gelu_tanh(up(x)), in place."""
     h = linear(m.up, x)
     u = h * h
     u *= 0.044715 * math.sqrt(2 / math.pi)

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilm import ops
+from minilm import losses, ops
 from minilm.arrays import by_rows, row_dot, row_sum, rows, wide
 from minilm.backend import array_module
 from minilm.nn import Linear
@@ -133,7 +133,7 @@ def top_k_divergence(student, ids, log_p, temperature=1.0, mask=None, total=None
     if ids.shape != log_p.shape or ids.shape[:-1] != student.shape[:-1]:
         raise ValueError(f"top k ids {ids.shape} and log_p {log_p.shape} do not go with logits "
                          f"{student.shape}")
-    share, V = ops.row_shares("top_k_divergence", student, mask, total), student.shape[-1]
+    share, V = losses.row_shares("top_k_divergence", student, mask, total), student.shape[-1]
 
     def formula(z, ids, log_p):
         xp, log_p = array_module(z), wide(log_p)

@@ -1,44 +1,18 @@
 """Generation: one token after another, with the keys and values of earlier tokens kept.
 
-Shapes: B batch, T tokens, S tokens so far, K key/value heads, D head width, V vocabulary.
+Shapes: B batch, T tokens, V vocabulary.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from minilm.backend import array_module, to_device
-from minilm.decode import decode, decodes
+from minilm.backend import to_device
+from minilm.cache import Cache
+from minilm.decode import caches, decode, decodes
+from minilm.graph import no_dropout
 from minilm.tensor import no_grad
 from minilm.transformer import Transformer
-
-
-class Cache:
-    """Keys and values of the tokens so far, in buffers of the model's whole context."""
-
-    def __init__(self, model: Transformer, batch: int):
-        c = model.config
-        shape = (batch, c.kv_heads, c.context, c.width // c.heads)
-        self.layers = [LayerCache(shape, model.embed.weight.data) for _ in range(c.layers)]
-
-    @property
-    def length(self) -> int:
-        """How many tokens are kept, between two runs of the model."""
-        return self.layers[-1].length
-
-
-class LayerCache:
-    """One layer's keys and values."""
-
-    def __init__(self, shape, like):
-        xp = array_module(like)
-        self.k, self.v, self.length = xp.empty(shape, like.dtype), xp.empty(shape, like.dtype), 0
-
-    def append(self, k, v):  # (B, K, T, D), (B, K, T, D) -> (B, K, S, D), (B, K, S, D)
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
 
 def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float = 1.0,
@@ -46,8 +20,7 @@ def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float
              seed: int = 0) -> np.ndarray:
     """tokens (B, T) and max_new_tokens sampled after them: int64 (B, T + max_new_tokens).
 
-    The settings and errors are those of `stream`. The model's dropout is off meanwhile. The same
-    seed draws the same tokens.
+    The settings and errors are those of `stream`. The same seed draws the same tokens.
 
     >>> from minilm.transformer import Config
     >>> model = Transformer(Config.gpt2(vocab_size=256, context=8, layers=2, heads=4, width=64))
@@ -56,13 +29,8 @@ def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-    training = model.training
-    model.eval()
-    try:
-        drawn = stream(model, tokens, temperature, top_k, top_p, seed)
-        new = [next(drawn)[:, None] for _ in range(max_new_tokens)]
-    finally:
-        model.train(training)
+    drawn = stream(model, tokens, temperature, top_k, top_p, seed)
+    new = [next(drawn)[:, None] for _ in range(max_new_tokens)]
     return np.concatenate([np.asarray(tokens), *new], axis=1, dtype=np.int64)
 
 
@@ -73,8 +41,10 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
     temperature divides the logits; 0 takes the likeliest token. top_k samples among the k
     likeliest, top_p among the fewest whose probabilities reach p (Holtzman et al. 2019,
     arXiv:1904.09751). Past the model's context the window slides: then the last `context` tokens
-    are run anew for each token, because their positions change. ValueError for bad settings or
-    tokens, and for a model that is not causal.
+    are run anew for each token, because their positions change. So it is from the start with a
+    model that has modules of which nobody says that they are tokenwise (see decode.caches), once
+    looked at, when the stream begins. Dropout is off inside, in this thread alone. ValueError for
+    bad settings or tokens, and for a model that is not causal.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
@@ -91,12 +61,17 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
 
 
 def _drawn(model, tokens, rng, *settings):
-    context, cache, new = model.config.context, Cache(model, len(tokens)), tokens
+    context, cached, fast = model.config.context, caches(model), decodes(model)
+    cache, new = Cache.empty(model) if cached else None, tokens
     while True:
-        if cache.length + new.shape[1] > context:  # of the window, every position has changed
-            cache, new = Cache(model, len(tokens)), tokens[:, -context:]
-        with no_grad():
-            if new.shape == (1, 1) and decodes(model):
+        if not cached:
+            new = tokens[:, -context:]
+        elif cache.length + new.shape[1] > context:  # of the window, every position has changed
+            cache, new = Cache.empty(model), tokens[:, -context:]
+        with no_grad(), no_dropout():
+            if not cached:
+                logits = model(new).data[:, -1]
+            elif fast and new.shape == (1, 1):
                 logits = decode(model, new[0, 0], cache)[None]
             else:
                 logits = model.head(model.hidden(new, cache=cache)[:, -1]).data

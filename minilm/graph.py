@@ -3,7 +3,7 @@
 A node says how a tensor was made: from which nodes, and with which vjps (vector-Jacobian products),
 functions that turn the gradient of its output into that of one input. `backward` visits the nodes
 from the output to the leaves and adds up what arrives at each. What a thread decides for itself,
-whether graphs are built and which generator dropout draws from, stands at the end.
+whether graphs are built, and whether and from which generator dropout draws, stands at the end.
 """
 
 import contextlib
@@ -107,6 +107,7 @@ class ThreadState(threading.local):
     graph = True  # are graphs being built?
     marks = False  # if not, does a bare node mark what would have a gradient?
     rng = None  # the generator that dropout draws from
+    dropout = True  # does dropout act at all?
 
 
 thread = ThreadState()
@@ -124,6 +125,19 @@ def no_grad(marks: bool = False):
         yield
     finally:
         thread.graph, thread.marks = before
+
+
+@contextlib.contextmanager
+def no_dropout(off: bool = True):
+    """Inside, dropout changes nothing in this thread, whatever mode its modules are in.
+
+    off=False, for `checkpoint`: inside, their mode decides.
+    """
+    before, thread.dropout = thread.dropout, not off
+    try:
+        yield
+    finally:
+        thread.dropout = before
 
 
 @contextlib.contextmanager

@@ -9,14 +9,20 @@ import numpy as np
 
 from minilm import ops
 from minilm.backend import to_device
-from minilm.graph import current_rng
+from minilm.graph import current_rng, thread
 from minilm.tensor import Tensor
 
 
 class Module:
-    """Base of everything with parameters."""
+    """Base of everything with parameters.
+
+    tokenwise: each result (..., O) depends on its own row (..., I) alone, so that generation may
+    show the module one token at a time. A class says so itself; where it does not, generation runs
+    the whole text for each token, which is slow but right whatever the module does.
+    """
 
     training = True
+    tokenwise = False
 
     def __call__(self, *args, **kwargs):
         return self.forward(*args, **kwargs)
@@ -106,7 +112,7 @@ class Module:
         """Convert every tensor; gradients start anew, so do it before making an optimizer."""
         for value in vars(self).values():
             if isinstance(value, Tensor):  # in place: a shared tensor stays shared
-                value.__init__(value.data.astype(dtype), value.requires_grad)
+                value.become(value.data.astype(dtype))
         for _, child in self.children():
             child.astype(dtype)
         return self
@@ -120,6 +126,8 @@ class Module:
 
 class Linear(Module):
     """x W^T + b, with W (O, I) as in PyTorch, drawn from N(0, std^2), and b (O,) zero."""
+
+    tokenwise = True
 
     def __init__(self, inputs, outputs, rng, bias=True, std=0.02):
         self.weight = normal(rng, (outputs, inputs), std)
@@ -143,6 +151,8 @@ class Linear(Module):
 class Embedding(Module):
     """A table of `count` rows, looked up by integers."""
 
+    tokenwise = True
+
     def __init__(self, count, width, rng, std=0.02):
         self.weight = normal(rng, (count, width), std)
 
@@ -152,6 +162,8 @@ class Embedding(Module):
 
 class LayerNorm(Module):
     """ops.layer_norm with a weight and a bias, (C,) each."""
+
+    tokenwise = True
 
     def __init__(self, width, eps):
         self.weight, self.bias = parameter(np.ones(width)), parameter(np.zeros(width))
@@ -164,6 +176,8 @@ class LayerNorm(Module):
 class RMSNorm(Module):
     """ops.rms_norm with a weight (C,)."""
 
+    tokenwise = True
+
     def __init__(self, width, eps):
         self.weight, self.eps = parameter(np.ones(width)), eps
 
@@ -174,11 +188,18 @@ class RMSNorm(Module):
 class Dropout(Module):
     """Dropout while training, drawn from the generator of the surrounding `randomness`."""
 
+    tokenwise = True
+
     def __init__(self, p):
         self.p = p
 
+    @property
+    def acts(self) -> bool:
+        """Is anything dropped in this thread now?"""
+        return self.training and self.p > 0 and thread.dropout
+
     def forward(self, x):
-        return ops.dropout(x, self.p, current_rng()) if self.training and self.p else x
+        return ops.dropout(x, self.p, current_rng()) if self.acts else x
 
 
 def _key(place, name):

@@ -19,13 +19,14 @@ parameters: what is not in the graph is thread-local.
 
 import copy
 import functools
+import itertools
 
 import numpy as np
 
 from minilm.arrays import one_dtype, wide
 from minilm.backend import array_module
 from minilm.blas import matmul as product
-from minilm.graph import Node, backward, no_grad, once, randomness, thread
+from minilm.graph import Node, backward, no_dropout, no_grad, once, randomness, thread
 
 __all__ = ["Tensor", "checkpoint", "no_grad", "op"]
 
@@ -53,6 +54,13 @@ class Tensor:
             raise TypeError(f"only floating-point tensors have gradients, got dtype {data.dtype}")
         self.data = data
         self.node = Node(data) if requires_grad else None
+
+    def become(self, data, requires_grad: bool | None = None):
+        """Hold other data from now on, wherever this tensor is shared; a gradient starts anew.
+
+        It is a leaf that requires a gradient if it required one before, unless this is given.
+        """
+        self.__init__(data, self.requires_grad if requires_grad is None else requires_grad)
 
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
@@ -159,7 +167,7 @@ def checkpoint(segment, *inputs):
     """
     if not thread.graph:
         return segment(*inputs)
-    rng = copy.deepcopy(thread.rng)  # will draw the same dropout again
+    rng, off = copy.deepcopy(thread.rng), not thread.dropout  # will draw the same dropout again
     with no_grad(marks=True):
         y = segment(*inputs)
     if not y.node:
@@ -168,7 +176,7 @@ def checkpoint(segment, *inputs):
     @once
     def run_again(dy):
         again = [Tensor(x.data, bool(x.node)) if type(x) is Tensor else x for x in inputs]
-        with randomness(rng):
+        with randomness(rng), no_dropout(off):
             segment(*again).backward(dy)
         for x in again:
             if type(x) is Tensor and x.node and x.grad is None:  # the segment did not use it
@@ -260,6 +268,20 @@ def transpose(x, axes):
     axes = tuple(a % x.ndim for a in axes) or tuple(reversed(range(x.ndim)))
     inverse = tuple(axes.index(i) for i in range(x.ndim))
     return x.transpose(axes), lambda dy: dy.transpose(inverse)
+
+
+@op
+def concat(*xs, axis):
+    """The inputs end to end along one axis; their other axes are alike, and their dtype is one."""
+    one_dtype("concat", **{f"input {i}": x for i, x in enumerate(xs)})
+    shapes = [x.shape for x in xs]
+    axis = range(len(shapes[0]))[axis]  # IndexError where there is no such axis
+    if len({s[:axis] + s[axis + 1 :] for s in shapes}) > 1 or len({len(s) for s in shapes}) > 1:
+        raise ValueError(f"concat along axis {axis}: shapes {shapes} do not go together")
+    lead, ends = (slice(None),) * axis, list(itertools.accumulate(s[axis] for s in shapes))
+    parts = [(*lead, slice(end - s[axis], end)) for s, end in zip(shapes, ends)]
+    y = array_module(xs[0]).concatenate(xs, axis)
+    return y, *(lambda dy, part=part: dy[part] for part in parts)
 
 
 @op

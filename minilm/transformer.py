@@ -115,12 +115,14 @@ class Attention(Module):
         if angles is not None:
             q, k = ops.rotary(q, *angles), ops.rotary(k, *angles)
         if cache is not None:
-            k, v = cache.append(k.data, v.data)  # (B, K, S, D) with the tokens before these
+            k, v = cache.append(k, v)  # (B, K, S, D) with those before these
         return self.o(ops.merge_heads(ops.attention(q, k, v, mask=mask, causal=self.causal)))
 
 
 class MLP(Module):
     """down(act(up(x))), or SwiGLU's down(silu(gate(x)) up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    tokenwise = True
 
     def __init__(self, c: Config, rng):
         self.activation = c.activation
@@ -130,10 +132,10 @@ class MLP(Module):
         self.down = Linear(c.hidden, c.width, rng, c.bias, std=residual_std(c))
 
     def forward(self, x):
-        return self.down(self.hidden(x))
+        return self.down(self.inner(x))
 
-    def hidden(self, x):
-        """What `down` sees: (..., hidden)."""
+    def inner(self, x):
+        """What `down` sees: (..., C) -> (..., config.hidden)."""
         if self.activation == "swiglu":
             return ops.swiglu(self.gate(x), self.up(x))
         form = "tanh" if self.activation == "gelu_tanh" else "none"
@@ -160,6 +162,8 @@ class Block(Module):
 class MaskedHead(Module):
     """BERT's masked-LM head: a transform, then the embedding's transpose and a bias."""
 
+    tokenwise = True
+
     def __init__(self, c: Config, rng):
         self.transform, self.norm = Linear(c.width, c.width, rng), make_norm(c)
         self.out = Linear(c.width, c.vocab_size, rng)
@@ -172,6 +176,7 @@ class Transformer(Module):
     """model(tokens, mask=None) -> logits.
 
     tokens: integers (B, T), T <= config.context. mask: (B, T), 1 for a token and 0 for padding.
+    cache: what is in front of the tokens; then a mask speaks of that too (see cache.py).
     logits: Tensor (B, T, V), float32 unless `astype` changed the model. ValueError for other tokens
     or masks. The weights are drawn from `seed` as GPT-2's: N(0, 0.02^2), output projections of the
     residual branches divided by sqrt(2 layers).
@@ -205,21 +210,54 @@ class Transformer(Module):
     def hidden(self, tokens, mask=None, cache=None) -> Tensor:
         """The last hidden states, in front of the head: (B, T, C).
 
-        cache: a generate.Cache, which holds the tokens before these and takes these up.
+        cache: a Cache, which holds what is in front of these tokens and takes these up.
         """
-        past = cache.length if cache else 0
-        tokens, mask = self._checked(tokens, mask, past)
+        x = self.embedded(tokens, cache.length if cache else 0)
+        return self.run(x, mask, cache=cache)
+
+    def embedded(self, tokens, start: int = 0) -> Tensor:
+        """What the first block sees: (B, T) -> (B, T, C).
+
+        start: the first token's position. A method that puts P rows in front of the text asks for
+        start=P; what positions its own rows know of, if they are learned, is its choice.
+        """
+        tokens = self._checked(tokens, start)
         x = self.embed(tokens)
-        places = array_module(tokens).arange(past, past + tokens.shape[1])
+        places = array_module(tokens).arange(start, start + tokens.shape[1])
         if self.position:
             x = x + self.position(places)
         if self.segment:
             x = x + self.segment(places * 0)  # all tokens are of one text
         if self.embed_norm:
             x = self.embed_norm(x)
-        x = self.drop(x)
-        angles = None if self.position else rotary_tables(self.config, places, x.dtype)
+        return self.drop(x)
+
+    def run(self, x, mask=None, angles=None, cache=None) -> Tensor:
+        """Rows x through all blocks and the last norm: (B, T, C) -> (B, T, C).
+
+        mask: (B, S), 1 for a key that may be seen; S counts what the cache holds, and then x.
+        angles: of rotary positions (see rotary_tables), by default from cache.length on. cache: as
+        in `hidden`; with one, no block is run under `checkpoint`.
+
+        >>> model = Transformer(Config.gpt2(vocab_size=9, context=8, layers=1, heads=2, width=4))
+        >>> prompt = Tensor(np.zeros((1, 3, 4), np.float32), requires_grad=True)
+        >>> text = model.embedded(np.array([[1, 2]]), start=3)
+        >>> model.run(ops.concat(prompt, text, axis=1)).shape
+        (1, 5, 4)
+        """
+        past, (B, T) = cache.length if cache else 0, x.shape[:2]
+        xp = array_module(x.data)
+        if mask is not None:
+            mask = xp.asarray(mask)
+            if mask.shape != (B, past + T):
+                raise ValueError(f"mask {mask.shape} must have the shape {(B, past + T)}, a number "
+                                 "for each token")
+            mask = (mask != 0)[:, None, None, :]
+        if angles is None and not self.position:
+            angles = rotary_tables(self.config, xp.arange(past, past + T), x.dtype)
         x = self._run_blocks(x, mask, angles, cache)
+        if cache:
+            cache.length += T
         return self.norm(x) if self.norm else x
 
     def _run_blocks(self, x, mask, angles, cache):
@@ -235,21 +273,16 @@ class Transformer(Module):
             x = checkpoint(segment, x)
         return x
 
-    def _checked(self, tokens, mask, past):
-        """tokens, integers (B, T), and mask as booleans (B, 1, 1, T); else ValueError."""
-        xp = array_module(self.embed.weight.data)
-        tokens, context = xp.asarray(tokens), self.config.context
+    def _checked(self, tokens, start):
+        """tokens as integers (B, T) on the model's device; else ValueError."""
+        _, some = next(self.named_tensors())
+        tokens, context = array_module(some.data).asarray(tokens), self.config.context
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens must be integers (B, T), got {tokens.dtype} {tokens.shape}")
-        T = past + tokens.shape[1]
+        T = start + tokens.shape[1]
         if tokens.shape[1] == 0 or T > context:
             raise ValueError(f"T must be 1 to {context}, the model's context; got {T}")
-        if mask is not None:
-            mask = xp.asarray(mask)
-            if mask.shape != tokens.shape:
-                raise ValueError(f"mask {mask.shape} must have the shape of tokens {tokens.shape}")
-            mask = (mask != 0)[:, None, None, :]
-        return tokens, mask
+        return tokens
 
 
 def residual_std(c: Config) -> float:

@@ -211,7 +211,7 @@ def load_data(s: Settings):
 def held_out_text(s: Settings, tokenizer, context: int) -> dict:
     """Rows of each known corpus's held-out tenth, as in pretrain.py: name -> (tokens, targets)."""
     parts = {name: data.split(data.load_corpus(name), 0.1)[1] for name in s.known}
-    return {name: data.rows(data.pack(part, tokenizer), context) for name, part in parts.items()}
+    return {name: data.cut(data.pack(part, tokenizer), context) for name, part in parts.items()}
 
 
 def fingerprints(s: Settings, records):

@@ -45,7 +45,7 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
                if type(m) is Linear and path != "head"]
     text = data.split(data.load_corpus(corpus), 0.1)[1]
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
-    rows = data.rows(data.pack(text, tokenizer), loaded.config.context)
+    rows = data.cut(data.pack(text, tokenizer), loaded.config.context)
     normal = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
     print_examples()
     print("\nnormal numbers")

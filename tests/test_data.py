@@ -23,12 +23,12 @@ from minilm.data import (
     Corpus,
     MaskedBatches,
     corrupt,
+    cut,
     load_corpus,
     load_tokenizer,
     mask_tokens,
     pack,
     printable,
-    rows,
     split,
 )
 from minilm.files import FormatError
@@ -525,13 +525,13 @@ def test_a_stream_is_flat_integers():
         with pytest.raises(TypeError, match="a stream is"):
             Batches([stream], [1], 2, 4, seed=0)
         with pytest.raises(TypeError, match="a stream is"):
-            rows(stream, 4)
+            cut(stream, 4)
 
 
 @given(size=st.integers(2, 200), length=st.integers(1, 50))
 def test_rows_cover_the_stream_once(size, length):
     stream = np.arange(1000, 1000 + size)
-    tokens, targets = rows(stream, length)
+    tokens, targets = cut(stream, length)
     assert tokens.dtype == targets.dtype == np.int32
     assert tokens.shape == targets.shape == (-(-(size - 1) // length), length)
     counted = targets != -100
@@ -543,9 +543,9 @@ def test_rows_cover_the_stream_once(size, length):
 
 def test_rows_refuse_nonsense():
     with pytest.raises(ValueError, match="1 tokens is too short"):
-        rows(np.array([1]), 4)
+        cut(np.array([1]), 4)
     with pytest.raises(ValueError, match="at least 1"):
-        rows(np.arange(9), 0)
+        cut(np.arange(9), 0)
 
 
 def test_masking_has_the_rates_of_bert():

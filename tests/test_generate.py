@@ -5,9 +5,13 @@
 
 import dataclasses
 import functools
+import importlib
 import os
+import pkgutil
 import runpy
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import generate as script
 import ml_dtypes
@@ -16,14 +20,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import minilm
+from minilm.cache import Cache
 from minilm.data import BPETokenizer, ByteTokenizer, CharTokenizer, printable
-from minilm.decode import decode, decodes
-from minilm.generate import Cache, generate, sample, stream
+from minilm.decode import caches, decode, decodes
+from minilm.generate import generate, sample, stream
 from minilm.interop import huggingface, peft
-from minilm.nn import Module
+from minilm.nn import Linear, Module
 from minilm.peft import add_lora, use_adapter
-from minilm.tensor import Tensor, no_grad
-from minilm.transformer import Config, Transformer
+from minilm.tensor import Tensor, no_grad, randomness
+from minilm.transformer import Attention, Block, Config, Transformer
 
 V, CONTEXT = 13, 6
 CONFIGS = {
@@ -41,7 +47,7 @@ def make(family, **changes):
     model = Transformer(dataclasses.replace(CONFIGS[family], **changes))
     rng = np.random.default_rng(1)
     for _, t in list(model.named_tensors()):
-        t.__init__(t.data + 0.3 * rng.standard_normal(t.shape), requires_grad=True)
+        t.become(t.data + 0.3 * rng.standard_normal(t.shape))
     return model.eval()
 
 
@@ -210,7 +216,7 @@ def test_one_token_as_vectors_equals_the_model(family, dtype):
         if swapped:
             model.replace(swapped, Spy(dict(model.named_modules())[swapped]))
         tokens = prompts(0, 1, CONTEXT)
-        cache, tolerance = Cache(model, 1), 1e-5 if dtype == "float32" else 1e-12
+        cache, tolerance = Cache.empty(model), 1e-5 if dtype == "float32" else 1e-12
         with no_grad():
             expected = model(tokens).data[0]
             model.hidden(tokens[:, :2], cache=cache)
@@ -221,14 +227,131 @@ def test_one_token_as_vectors_equals_the_model(family, dtype):
                 assert abs(logits - expected[t]).max() < tolerance * abs(expected[t]).max()
 
 
+OTHERS = {  # blocks of these stand in a model where another's should
+    "post-norm": dict(norm_first=False), "exact GELU": dict(activation="gelu"),
+    "SwiGLU": dict(activation="swiglu"), "both ways": dict(causal=False),
+    "wide": dict(hidden=20), "grouped": dict(kv_heads=1), "RMS": dict(norm="rms"),
+}
+
+
+@functools.cache
+def replacements(family):
+    """(path, kind) of all that the test below puts into a model."""
+    paths = [path for path, _ in make(family).named_modules()
+             if path and not path.startswith("blocks.0.")]
+    mixers = "blocks.0", "blocks.1", "blocks.1.attention"  # no Spy: they see other tokens
+    return ([(path, kind.__name__) for path in paths for kind in (Wrapped, Averaged, Spy)
+             if kind is not Spy or path not in mixers]
+            + [(path, kind) for kind in OTHERS
+               for path in ("blocks.0", "blocks.1", "blocks.1.attention", "blocks.1.mlp")])
+
+
+def put(model, family, path, kind):
+    """Replace the module at this path by one of this kind."""
+    rng = np.random.default_rng(0)
+    if kind in OTHERS:
+        block = Block(dataclasses.replace(CONFIGS[family], **OTHERS[kind]), rng)
+        for _, t in block.named_tensors():
+            t.become(t.data + 0.3 * rng.standard_normal(t.shape))
+        new = dict(block.named_modules())[path[9:]]
+    else:
+        new = globals()[kind](dict(model.named_modules())[path])
+    model.replace(path, new)
+
+
+@families
+def test_whatever_was_replaced_the_cache_changes_no_token(family):
+    """Nor does decode(), through which all but the third of the seeds' five batches go."""
+    for seed, (path, kind) in enumerate(replacements(family)):
+        model = make(family, dropout=0.5)
+        put(model, family, path, kind)
+        model.train(seed % 2 == 0)
+        tokens = prompts(seed, 1 + (seed % 5 == 2), 1 + seed % 3)
+        found = generate(model, tokens, CONTEXT, seed=seed)
+        assert np.array_equal(found, plain(model.eval(), tokens, CONTEXT, seed=seed)), (path, kind)
+        sees = "both ways" if path != "blocks.1.mlp" else None
+        assert caches(model) == (kind not in ("Wrapped", "Averaged", sees)), (path, kind)
+
+
+@families
+@given(data=st.data(), seed=seeds, training=st.booleans())
+def test_nor_after_several_replacements(family, data, seed, training):
+    model, drawn = make(family, dropout=0.5), st.sampled_from(replacements(family))
+    for path, kind in data.draw(st.lists(drawn, min_size=2, max_size=4)):
+        if path in dict(model.named_modules()):  # the last one may have taken it away
+            put(model, family, path, kind)
+    tokens = prompts(seed, *data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2)])))
+    found = generate(model.train(training), tokens, CONTEXT, seed=seed)
+    assert np.array_equal(found, plain(model.eval(), tokens, CONTEXT, seed=seed))
+
+
 def test_what_decode_leaves_to_the_model():
     assert not decodes(make("gpt2").astype("float16"))
     assert not decodes(make("gpt2", norm_first=False))
     assert not decodes(make("gpt2", segments=2))
 
 
+def test_a_subclass_does_not_inherit_tokenwise():
+    class Summed(Linear):
+        def forward(self, x):
+            return super().forward(x).sum(1, keepdims=True)
+    model = make("gpt2")
+    model.blocks[0].mlp.up.__class__ = Summed
+    assert not caches(model) and not decodes(model)
+
+
+def test_every_module_says_whether_it_is_tokenwise():
+    """Those that are not yet known to the cache, and are not tokenwise, make generation slow."""
+    for module in pkgutil.walk_packages(minilm.__path__, "minilm."):
+        for m in vars(importlib.import_module(module.name)).values():
+            if isinstance(m, type) and issubclass(m, Module):
+                assert "tokenwise" in vars(m) or m in (Transformer, Block, Attention), m
+
+
+def test_threads_share_a_model_that_trains():
+    """Each generates without dropout, while another trains with it on the same model."""
+    model, barrier = make("gpt2", dropout=0.5).train(), threading.Barrier(5)
+    expected = generate(model, prompts(0, 1, 2), 40)
+
+    def work(draws):
+        barrier.wait()
+        if draws:
+            return [generate(model, prompts(0, 1, 2), 40) for _ in range(5)]
+        def run(seed):
+            with randomness(np.random.default_rng(seed)):
+                return model(prompts(0, 2, 4)).data
+        return [(run(0), run(1)) for _ in range(50)]
+
+    with ThreadPoolExecutor(5) as pool:
+        *drawn, trained = pool.map(work, [True] * 4 + [False])
+    assert all(np.array_equal(tokens, expected) for one in drawn for tokens in one)
+    assert all(not np.array_equal(*pair) for pair in trained)
+    assert all(m.training for _, m in model.named_modules())
+
+
+class Wrapped(Module):
+    """A stand-in that does what its module does, and says nothing of itself."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def forward(self, *args):
+        return self.module(*args)
+
+
+class Averaged(Wrapped):
+    """The mean of the results for all tokens so far."""
+
+    def forward(self, *args):
+        y = self.module(*args)
+        T = y.shape[-2]
+        return Tensor(np.tril(np.ones((T, T))) / np.arange(1, T + 1)[:, None]) @ y
+
+
 class Spy(Module):
     """A module's stand-in that remembers whether a graph was built."""
+
+    tokenwise = True
 
     def __init__(self, module):
         self.module, self.graphs = module, []

@@ -2,6 +2,7 @@
 load, a damaged or unsupported folder raises FormatError naming the key or field, and (marked
 peers) transformers computes the same logits from the same files, whoever wrote them."""
 
+import dataclasses
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import pytest
 
 from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
 from minilm.interop.huggingface import FAMILIES, load_model, save_model
-from minilm.nn import Linear
+from minilm.nn import Linear, Module
 from minilm.transformer import Config, Transformer
 
 SMALL = dict(vocab_size=23, context=11, layers=2, heads=4, width=16)
@@ -475,6 +476,35 @@ def test_foreign_modules(tmp_path):
     model = Transformer(CONFIGS["gpt2"])
     model.replace("head", Linear(16, 23, rng, bias=False))  # config says that it is tied
     with pytest.raises(ValueError, match=r"head\.weight"):
+        save_model(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+class Wrapped(Module):
+    def __init__(self, module):
+        self.module = module
+
+
+@pytest.mark.parametrize("path, changes, given", [
+    ("blocks.1", dict(norm_first=False), r"blocks\.1\.norm_first: False"),
+    ("blocks.1", dict(activation="gelu"), r"blocks\.1\.mlp\.activation: gelu"),
+    ("blocks.1.mlp", dict(activation="gelu"), r"blocks\.1\.mlp\.activation: gelu"),
+    ("blocks.1.attention", dict(causal=False), r"blocks\.1\.attention\.causal: False"),
+    ("blocks.1.attention", dict(heads=2, kv_heads=2), r"blocks\.1\.attention\.heads: 2"),
+    ("blocks.1.norm2", dict(norm_eps=1e-3), r"blocks\.1\.norm2\.eps: 0\.001"),
+    *((path, None, rf"differing: {path}") for path in (
+        "blocks.1", "blocks.1.mlp", "blocks.1.attention", "blocks.1.norm1", "embed", "head",
+        "norm")),
+])
+def test_modules_that_config_does_not_mean(tmp_path, path, changes, given):
+    """Also those of the same shapes: config.json could not say what they do."""
+    model, c = Transformer(CONFIGS["gpt2"]), CONFIGS["gpt2"]
+    modules = dict(model.named_modules())
+    if changes:
+        other = Transformer(dataclasses.replace(c, **changes))
+        modules = dict(other.named_modules())
+    model.replace(path, modules[path] if changes else Wrapped(modules[path]))
+    with pytest.raises(ValueError, match=given):
         save_model(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

@@ -176,7 +176,7 @@ def test_float16_has_a_scaler(tmp_path, dtype, scaled):
 
 def test_validation_is_of_each_every_th_row():
     model = make_model()
-    rows = data.rows(STREAM, 6)
+    rows = data.cut(STREAM, 6)
     trainer = Trainer(model, AdamW(model.parameters()))
     for every in (1, 4):
         loss, right = trainer.evaluate(*(a[::every] for a in rows))

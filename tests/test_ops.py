@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from op_table import TOLERANCE, cast, error, op_error, run_ours, run_torch, table, weights
 
 import minilm
-from minilm import arrays, attention, ops, tensor
+from minilm import activations, arrays, attention, losses, ops, tensor
 from minilm.tensor import Tensor
 
 LOSSES = ("cross_entropy", "kl_divergence", "cosine_embedding", "top_k_divergence", "mse")
@@ -211,6 +211,42 @@ def test_attention_is_pytorchs(inputs, block):
     assert max(op_error(actual, run_torch(twin, [q, k, v], []))) <= TOLERANCE["float64"]
 
 
+@given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
+def test_attention_is_the_papers(inputs, block):
+    (q, k, v), mask, causal = inputs
+    with np.errstate(invalid="ignore"):  # a query that may see nothing
+        expected = attention.plain_attention(q, k, v, mask, causal)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "BLOCK", block)
+        y = ops.attention(q, k, v, mask=mask, causal=causal).data
+    close(y, np.nan_to_num(expected, nan=0.0), "float64", scale=1)
+
+
+PLAIN = {
+    "layer_norm": (lambda x, g, b: ops.layer_norm(x, g, b, eps=0.1),
+                   lambda x, g, b: ops.plain_layer_norm(x, g, b, eps=0.1)),
+    "rms_norm": (lambda x, g, b: ops.rms_norm(x, g, eps=0.1),
+                 lambda x, g, b: ops.plain_rms_norm(x, g, eps=0.1)),
+    "gelu": (lambda x, *_: ops.gelu(x), lambda x, *_: activations.plain_gelu(x)),
+    "gelu tanh": (lambda x, *_: ops.gelu(x, approximate="tanh"),
+                  lambda x, *_: activations.plain_gelu_tanh(x)),
+    "cross_entropy": (lambda x, *_: ops.cross_entropy(x, np.arange(len(x)) % x.shape[1]),
+                      lambda x, *_: losses.plain_cross_entropy(x, np.arange(len(x)) % x.shape[1])),
+}
+
+
+@pytest.mark.parametrize("fast, plain", PLAIN.values(), ids=PLAIN)
+@given(N=st.integers(1, 9), C=st.integers(1, 9), size=st.sampled_from([0.1, 1, 30]), seed=seeds)
+def test_the_fast_version_is_the_formula(fast, plain, N, C, size, seed):
+    """In blocks of two rows or so, and in one."""
+    x, (g, b) = size * normal(N, C, seed=seed), normal(2, C, seed=seed + 1)
+    expected = plain(x, g, b)
+    for block in (16, arrays.BLOCK):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(arrays, "BLOCK", block)
+            close(fast(x, g, b).data, expected, "float64", scale=1)
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_a_query_that_sees_nothing_gives_zeros(dtype):
     q, k, v = (Tensor(x.astype(dtype), requires_grad=True) for x in normal(3, 1, 2, 3, 4))
@@ -278,6 +314,8 @@ def test_eps_and_temperature_where_none_is_given():
     x, one = np.array([[1e-3, -1e-3]]), np.ones(2)  # so small that eps is what counts
     close(ops.layer_norm(x, one, 0 * one).data, x / math.sqrt(1e-6 + 1e-5), "float64")
     close(ops.rms_norm(x, one).data, x / math.sqrt(1e-6 + 1e-6), "float64")
+    assert (ops.plain_layer_norm(x, one, 0 * one) == ops.plain_layer_norm(x, one, 0, 1e-5)).all()
+    assert (ops.plain_rms_norm(x, one) == ops.plain_rms_norm(x, one, 1e-6)).all()
     s, t = normal(2, 3, 4)
     p, q = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (t, s))
     close(ops.kl_divergence(s, t).data, (p * np.log(p / q)).sum(-1).mean(), "float64")

@@ -67,6 +67,19 @@ def test_adamw_is_pytorchs(dtype, allowed, undecayed):
     assert largest_gap(params, theirs) <= allowed
 
 
+@given(seed=st.integers(0, 2**32 - 1), t=st.integers(1, 1000), scale=st.sampled_from([1.0, 0.3]),
+       weight_decay=st.sampled_from([0.0, 0.3]))
+def test_adamw_is_algorithm_2(seed, t, scale, weight_decay):
+    p, g, m, v = np.random.default_rng(seed).standard_normal((4, 9))
+    settings = t, 1e-2, 0.8, 0.95, 1e-2, weight_decay
+    expected = adamw.plain_adamw(p, scale * g, m, v * v, *settings)
+    found = p.copy(), m.copy(), v * v
+    adamw.adamw(found[0], g, *found[1:], *settings, scale)
+    for a, b, before in zip(found, expected, (p, m, v * v)):
+        close(a, b, "float64", scale=1)
+        assert (a != before).all()
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_sgd_is_pytorchs(dtype):
     params = leaves(dtype)

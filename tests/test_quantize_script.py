@@ -41,7 +41,7 @@ def test_the_tables_and_the_picture(tmp_path, model, capsys):
     loss = {title.strip(): float(value) for title, value in re.findall(
         r"^(.{24}) +[\d.]+ +([\d.]+) +[\d.]+ +-?[\d.]+%$", said, re.M)}
     assert len(loss) == 12
-    tokens, targets = data.rows(data.pack(data.split(
+    tokens, targets = data.cut(data.pack(data.split(
         data.load_corpus(str(tmp_path / "text.txt")), 0.1)[1], data.ByteTokenizer()), 16)
     z = huggingface.load_model(model).eval()(tokens).data.astype(np.float64)
     p = np.exp(z - z.max(-1, keepdims=True))

@@ -30,6 +30,22 @@ def test_a_tensor_used_three_times_adds_up():
     assert x.grad.tolist() == [3, 30, 300]
 
 
+def test_a_tensor_becomes_other_data_wherever_it_is_shared():
+    x = shared = leaf(3)
+    (x * x).sum().backward()
+    x.become(x.data.astype(np.float32))
+    assert shared.dtype == np.float32 and x.requires_grad and x.grad is None
+    (shared * 2.0).sum().backward()
+    assert x.grad.tolist() == [2, 2, 2]
+    frozen = Tensor(np.ones(2))
+    frozen.become(np.zeros(3))
+    assert not frozen.requires_grad and frozen.data.tolist() == [0, 0, 0]
+    frozen.become(np.ones(1), requires_grad=True)
+    assert frozen.requires_grad
+    with pytest.raises(TypeError, match="int64"):
+        frozen.become(np.arange(2))
+
+
 def test_a_diamond_sends_its_gradient_on_once_it_is_whole():
     x = Tensor(np.array(3.0), requires_grad=True)
     y = x * x  # 9

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import backend, ops
+from minilm.graph import no_dropout
 from minilm.nn import Linear, Module
 from minilm.tensor import randomness
 from minilm.transformer import Config, Transformer
@@ -38,7 +39,7 @@ def make(family, dtype="float64", **changes):
     rng = np.random.default_rng(1)
     for _, t in list(model.named_tensors()):
         moved = t.data + 0.3 * rng.standard_normal(t.shape)
-        t.__init__(moved.astype(dtype), requires_grad=True)  # in place: a tied head holds it too
+        t.become(moved.astype(dtype))  # and so does a tied head, which holds it too
     return model.eval()
 
 
@@ -76,7 +77,7 @@ def equal(a, b):
 def unfreeze(model, names):
     own = dict(model.named_tensors())
     for name in names:
-        own[name].__init__(own[name].data, requires_grad=True)
+        own[name].become(own[name].data, requires_grad=True)
 
 
 # Who sees whom
@@ -202,6 +203,23 @@ def test_checkpoints_give_the_same_bits(family, trained, every):
     assert checkpoints(forward(model, tokens)) == math.ceil(LAYERS / every) - frozen
 
 
+@pytest.mark.parametrize("off", [True, False])
+def test_a_checkpoint_remembers_whether_dropout_was_off(off):
+    """Whatever holds when the backward pass runs it again."""
+    model, (tokens, targets) = make("gpt2", "float32", dropout=0.2).train(), draw(0)
+    grads = []
+    for model.checkpoint_every in (0, 1):
+        with no_dropout(off):
+            loss = ops.cross_entropy(forward(model, tokens), targets)
+        with no_dropout(not off):
+            loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+        for p in model.parameters():
+            p.grad = None
+    assert equal(*grads)
+    assert equal(grads[0], run(model.train(not off), tokens, targets)[2])
+
+
 def checkpoints(y):
     """How many checkpoints are in the graph behind y."""
     seen, stack = set(), [y.node]
@@ -267,7 +285,7 @@ def test_paths_are_complete_and_stay_as_they_are(family):
 def test_state_goes_from_one_model_to_another(family):
     source, target = make(family), Transformer(CONFIGS[family], seed=5)
     for _, t in list(target.named_tensors()):
-        t.__init__(t.data.astype(np.float64), requires_grad=True)
+        t.become(t.data.astype(np.float64))
     tokens, _ = draw(0)
     before = target(tokens).data
     target.load_state_dict(source.state_dict())

@@ -6,9 +6,9 @@ from minilm.data.batches import (
     MaskedBatches,
     batches_of,
     corrupt,
+    cut,
     mask_tokens,
     pack,
-    rows,
 )
 from minilm.data.corpora import Corpus, load_corpus, split
 from minilm.data.instructions import (
@@ -43,6 +43,7 @@ __all__ = [
     "Tokenizer",
     "batches_of",
     "corrupt",
+    "cut",
     "encode",
     "load_corpus",
     "load_records",
@@ -52,7 +53,6 @@ __all__ = [
     "pack",
     "printable",
     "prompt",
-    "rows",
     "save_records",
     "score",
     "split",

@@ -58,13 +58,13 @@ class Batches:
         return self.tokens[index], self.tokens[index + 1]
 
 
-def rows(stream: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The whole stream as consecutive rows: tokens (R, T) and targets (R, T), int32.
+def cut(stream: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The whole stream cut into consecutive rows: tokens (R, T) and targets (R, T), int32.
 
     Every token but the first is a target exactly once. The last row is filled up with tokens 0 and
     targets -100.
 
-    >>> tokens, targets = rows(np.arange(10, 16), 3)
+    >>> tokens, targets = cut(np.arange(10, 16), 3)
     >>> tokens.tolist(), targets.tolist()
     ([[10, 11, 12], [13, 14, 0]], [[11, 12, 13], [14, 15, -100]])
     """
@@ -129,7 +129,7 @@ def batches_of(
     """
     streams = [pack(training, tokenizer) for training, _ in parts]
     batches = Batches(streams, weights or [len(s) for s in streams], batch, length, seed)
-    tokens, targets = rows(np.concatenate([pack(held, tokenizer) for _, held in parts]), length)
+    tokens, targets = cut(np.concatenate([pack(held, tokenizer) for _, held in parts]), length)
     if not masked:
         return batches, (tokens, targets)
     real = targets != IGNORED

@@ -20,6 +20,8 @@ from minilm.transformer import Config, Transformer
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 OPTIONAL = ("n_inner", "num_key_value_heads")  # the sizes that may be null or absent
+# What decides a module's results beside its tensors; a Config says the same of all its blocks.
+FACTS = ("heads", "kv_heads", "causal", "activation", "norm_first", "eps")
 ONLY = {"add_cross_attention": False, "is_encoder_decoder": False}
 
 
@@ -70,7 +72,7 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
     for key, tensors in places.items():
         ends = np.cumsum([len(t) for t in tensors])
         for tensor, part in zip(tensors, np.split(turned(key, arrays[key]), ends[:-1])):
-            tensor.__init__(part.astype(dtype, order="C"), requires_grad=True)  # keeps ties
+            tensor.become(part.astype(dtype, order="C"))  # keeps ties
     return model
 
 
@@ -80,14 +82,16 @@ def describe(model: Transformer) -> tuple[Family, dict]:
     family = (LLAMA if c.positions == "rotary" else GPT2 if c.head == "linear"
               else BERT if c.segments else DISTILBERT)
     raw = _describe(family, c)
-    raw["dtype"] = raw["torch_dtype"] = model.embed.weight.dtype.name  # the latter before version 5
+    _, first = next(model.named_tensors())
+    raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # the latter before version 5
     return family, raw
 
 
 def require_parts(model, expected):
-    """ValueError where the modules of one model, or their shapes, are not those of the other."""
+    """ValueError where modules of one model, their shapes or FACTS, are not those of the other."""
     if differences := _parts(model) ^ _parts(expected):
-        raise ValueError(f"not the modules of Transformer(config); differing: {_some(differences)}")
+        texts = {f"{path}: {getattr(what, '__name__', what)}" for path, what in differences}
+        raise ValueError(f"not the modules of Transformer(config); differing: {_some(texts)}")
 
 
 def arrays_of(model, family: Family) -> dict:
@@ -194,9 +198,12 @@ def _fewest_numbers(c: Config) -> int:
 
 
 def _parts(model) -> set:
-    """What every module and every tensor is, as "path: type or shape"."""
-    tensors = {f"{name}: {tensor.shape}" for name, tensor in model.named_tensors()}
-    return tensors | {f"{name}: {type(module).__name__}" for name, module in model.named_modules()}
+    """What every module and every tensor is: (path, its type, its shape or one of its FACTS)."""
+    modules = dict(model.named_modules())
+    facts = {(f"{name}.{fact}", vars(module)[fact])
+             for name, module in modules.items() for fact in FACTS if fact in vars(module)}
+    return (facts | {(name, tensor.shape) for name, tensor in model.named_tensors()}
+            | {(name, type(module)) for name, module in modules.items()})
 
 
 def _places(model, family: Family) -> dict:

@@ -18,7 +18,7 @@ def answers(model, records, tokenizer) -> list[str]:
     for size in tqdm(sizes, "answers", unit="batch", leave=False, disable=None):
         rows = [i for i, prompt in enumerate(prompts) if len(prompt) == size]
         ended, drawn = np.zeros(len(rows), bool), []
-        for ids in islice(stream(model.eval(), [prompts[i] for i in rows], 0), longest):
+        for ids in islice(stream(model, [prompts[i] for i in rows], 0), longest):
             drawn.append(ids)
             ended |= ids == tokenizer.end
             if ended.all():

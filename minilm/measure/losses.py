@@ -3,15 +3,16 @@
 import math
 
 from minilm import data, ops
+from minilm.graph import no_dropout
 from minilm.tensor import no_grad
 
 
 def loss_of(model, tokens, targets, batch: int = 32) -> float:
-    """Mean loss over the targets that count."""
+    """Mean loss over the targets that count, without dropout."""
     total = 0.0
-    with no_grad():
+    with no_grad(), no_dropout():
         for i in range(0, len(tokens), batch):
-            logits = model.eval()(tokens[i : i + batch])
+            logits = model(tokens[i : i + batch])
             total += float(ops.cross_entropy(logits, targets[i : i + batch], total=1).data)
     return total / int((targets != data.IGNORED).sum())
 

@@ -64,6 +64,8 @@ class Adapter(Module):
 class AdaptedLinear(Module):
     """A frozen linear layer, plain or quantized, and its adapters by name."""
 
+    tokenwise = True
+
     def __init__(self, base: Linear | QuantizedLinear):
         self.base, self.adapters, self.active, self.merged = base, {}, None, None
 

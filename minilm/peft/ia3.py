@@ -25,6 +25,8 @@ from minilm.tensor import Tensor
 class IA3(Adapter):
     """One layer's l: (O,) for what it answers, or, with feedforward, (I,) for what it is given."""
 
+    tokenwise = True
+
     def __init__(self, l, feedforward: bool = False):
         if l.ndim != 1:
             raise ValueError(f"l must be a vector, got {l.shape}")

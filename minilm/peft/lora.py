@@ -47,6 +47,8 @@ def add_low_rank(y, x, A, B, scale):  # (..., O), (..., I), (r, I), (O, r) -> (.
 class LoRA(Adapter):
     """One layer's A (r, I) and B (O, r); the settings are add_lora's."""
 
+    tokenwise = True
+
     def __init__(self, A, B, alpha: float, dropout: float = 0.0, rslora: bool = False):
         if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or not len(A):
             raise ValueError(f"A must be (r, I) and B (O, r), got {A.shape} and {B.shape}")
@@ -64,7 +66,7 @@ class LoRA(Adapter):
 
     def _sees_the_same(self, x, base):
         """Whether the quantized base and the adapter see the same x in the same dtype."""
-        drops = self.training and self.drop.p
+        drops = self.drop.acts
         # `is None`, for NumPy finds its dtype of float64 equal to None
         same = base.compute_dtype is None or base.compute_dtype == x.dtype
         return same and base.threshold is None and not drops

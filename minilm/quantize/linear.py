@@ -76,8 +76,11 @@ class QuantizedLinear(Module):
     """x dequant(W)^T + b, in place of a Linear: (..., I) -> (..., O).
 
     weight: W (O, I). Its arrays are kept as frozen tensors, so that they move and are saved.
-    compute_dtype and threshold as in quantized_linear.
+    compute_dtype and threshold as in quantized_linear. With a threshold the outliers are sought in
+    all rows that come together, so a cache shifts results within the rounding to 8 bits.
     """
+
+    tokenwise = True
 
     def __init__(self, weight: FourBit | Int8, bias: Tensor | None = None, compute_dtype=None,
                  threshold=None):
@@ -104,7 +107,7 @@ class QuantizedLinear(Module):
     def astype(self, dtype):
         """Convert the bias; the codes mean nothing in another dtype."""
         if self.bias is not None:
-            self.bias.__init__(self.bias.data.astype(dtype), self.bias.requires_grad)
+            self.bias.become(self.bias.data.astype(dtype))
         return self
 
 

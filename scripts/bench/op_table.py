@@ -68,6 +68,13 @@ def tensor_rows():
     def product(r, B, T, C): return [normal(r, B, T, C), normal(r, C, 5)], []
     def pick(r, B, T, C): return [normal(r, B, T, C)], [r.integers(-T, T, 2 * T)]  # some twice
     def batch(r, B, T, C): return [normal(r, B, 1, T, C), normal(r, 2, C, T)], []
+    def along(axis):
+        def draw(r, B, T, C):
+            sizes = [[B, T, C] for _ in range(3)]
+            for size in sizes:
+                size[axis] = r.integers(1, 4)
+            return [normal(r, *size) for size in [*sizes, (B, T, C)]], []
+        return draw
     return [
         Row("add", ops.add, torch.add, broadcast),
         Row("sub", tensor.sub, torch.sub, broadcast),
@@ -79,6 +86,8 @@ def tensor_rows():
         Row("getitem integers", *2 * [lambda x, ids: x[:, ids]], pick),
         Row("reshape", *2 * [lambda x: x.reshape(-1, len(x))], one),
         Row("transpose", lambda x: x.transpose(1, -1, 0), lambda x: x.permute(1, -1, 0), one),
+        *(Row(f"concat {axis}", lambda *x, axis=axis: ops.concat(*x, axis=axis),
+              lambda *x, axis=axis: torch.cat(x, axis), along(axis)) for axis in (0, 1, -1)),
         Row("transpose all", lambda x: x.transpose(), lambda x: x.permute(2, 1, 0), one),
         Row("sum_", tensor.sum_, torch.sum, one),
         Row("sum_ axis", lambda x: x.sum(1), lambda x: x.sum(1), one),

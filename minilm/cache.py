@@ -1,0 +1,87 @@
+"""Keys and values of earlier rows, which attention joins with those of new ones.
+
+Generation keeps those of the tokens so far, in buffers that are filled in place. Training may put
+keys and values of its own in front (prefix tuning: Li & Liang 2021, arXiv:2101.00190): Tensors,
+through which gradients flow.
+
+What a cache holds counts as so many tokens: the first new token has the position `cache.length`,
+a mask speaks of all keys (B, S), those of the cache first, and together they fit the model's
+context. Causal attention lets every new token see all that the cache holds. Its keys are taken as
+they are: rotary positions have turned those of tokens before, and do not turn a prefix's.
+
+Shapes: B batch, T new tokens, P rows of a prefix, S keys in all, K key/value heads, D head width.
+"""
+
+from minilm import ops
+from minilm.backend import array_module
+from minilm.tensor import Tensor
+
+
+class Cache:
+    """One store a block, for `model(tokens, cache=cache)`, which reads and then extends it."""
+
+    def __init__(self, layers, length: int = 0):
+        self.layers, self.length = layers, length
+
+    @classmethod
+    def empty(cls, model):
+        """Buffers of the model's whole context, for generation."""
+        return cls([Buffer(model.config.context) for _ in model.blocks])
+
+    @classmethod
+    def of(cls, prefix):
+        """A prefix, (k, v) for each block: Tensors (B, K, P, D), or (1, K, P, D) for any batch.
+
+        For one pass: it extends what it holds, never the Tensors themselves. ValueError where the
+        blocks differ in P.
+        """
+        layers = [Joined(k, v) for k, v in prefix]
+        lengths = {x.shape[2] for layer in layers for x in (layer.k, layer.v)}
+        if len(lengths) != 1:
+            raise ValueError(f"a prefix must have one length in all blocks, got {sorted(lengths)}")
+        return cls(layers, *lengths)
+
+
+class Buffer:
+    """One block's keys and values, without a graph, in memory for `context` of them."""
+
+    def __init__(self, context: int):
+        self.context, self.length, self.k, self.v = context, 0, None, None
+
+    def append(self, k: Tensor, v: Tensor):  # (B, K, T, D) twice -> arrays (B, K, S, D) twice
+        """ValueError for keys or values with a gradient: it would be lost."""
+        if k.requires_grad or v.requires_grad:
+            raise ValueError("a buffer keeps no graph: run the model inside no_grad(), or give it "
+                             "Cache.of(prefix) to train")
+        return self.put(k.data, v.data)
+
+    def put(self, k, v):
+        """append() of arrays."""
+        if self.k is None:
+            self.k, self.v = self._empty(k), self._empty(v)
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    def _empty(self, like):
+        B, K, _, D = like.shape
+        return array_module(like).empty((B, K, self.context, D), like.dtype)
+
+
+class Joined:
+    """One block's keys and values as Tensors, those that come later joined to them."""
+
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v = k, v
+
+    def append(self, k: Tensor, v: Tensor):  # (B, K, T, D) twice -> Tensors (B, K, S, D) twice
+        self.k, self.v = _after(self.k, k), _after(self.v, v)
+        return self.k, self.v
+
+
+def _after(past, x):
+    """x behind the past, which may be one for the whole batch."""
+    if len(past) == 1 < len(x):
+        past = past + array_module(x.data).zeros((len(x), 1, 1, 1), x.dtype)
+    return ops.concat(past, x, axis=2)
