@@ -6,7 +6,8 @@ from minilm import backend
 from minilm.run import versions
 from minilm.train import default_workers
 
-EXTRAS = {"hf": ("tokenizers",), "plots": ("matplotlib",), "test": ("torch", "pytest"),
+EXTRAS = {"hf": ("tokenizers",), "plots": ("matplotlib",), "report": ("jinja2",),
+          "test": ("torch", "pytest"),
           "peers": ("transformers", "peft", "bitsandbytes")}
 
 

@@ -120,9 +120,9 @@ def leave(experiment: Experiment, result: Result, folder: Path, keep: bool):
     """Draw the picture, keep what is to be kept, and say where all is."""
     def draw(figure): experiment.draw(figure, result.rows)
     picture = draw_svg(folder / "result.svg", draw) if experiment.draw else None
-    if experiment.draw and not picture:
-        print('for a picture: pip install "minilm[plots]"')
-    print(f"result: {folder / 'result.json'}" + f", {picture.name}" * bool(picture))
+    if experiment.draw:
+        print(f"picture: {picture}" if picture else 'for a picture: pip install "minilm[plots]"')
+    print(f"result: {folder / 'result.json'}")
     if keep:
         kept = Path(experiment.file).with_suffix(".json")
         result.save(kept)

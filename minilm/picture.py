@@ -14,7 +14,7 @@ from minilm.files import write_atomically
 INK = "#010203"  # stands for the page's own colour of text
 COLORS = ("#2f7fc1", "#d9702b", "#2f9b6d", "#b0569f", "#b58a1b", "#7a7f87", "#c94b55", "#4f9fb0")
 STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "minilm", "font.size": 9.5,
+    "svg.fonttype": "none", "svg.hashsalt": "minilm", "font.size": 9,
     "font.family": "sans-serif", "figure.facecolor": "none", "axes.facecolor": "none",
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "axes.linewidth": 0.6,
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
@@ -29,7 +29,7 @@ PLAIN = {  # what matplotlib writes -> what a page can hold
 }
 
 
-def draw_svg(path: Path, draw: Callable, size: tuple[float, float] = (5.6, 3.7)) -> Path | None:
+def draw_svg(path: Path, draw: Callable, size: tuple[float, float] = (4.6, 3.2)) -> Path | None:
     """Let draw(figure) fill a figure of `size` inches, and save it; None without matplotlib."""
     try:
         import matplotlib

@@ -83,7 +83,7 @@ def table(result: Result, width: int = 100) -> str:
     arms = result.arms
     columns = [[measure, *(spread_text(result.spread(arm, measure), decimals) for arm in arms)]
                for measure, decimals in result.measures.items()]
-    columns += [[f"slide: {source}", *(str(numbers.get(arm, "")) for arm in arms)]
+    columns += [[source, *(str(numbers.get(arm, "")) for arm in arms)]
                 for source, numbers in result.slide.items()]
     seeds, edge = ", ".join(map(str, result.seeds)), max(map(len, ["", *arms]))
     lines, room = [f"mean (lowest - highest) of seeds {seeds}"], 0

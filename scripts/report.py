@@ -19,8 +19,10 @@ from minilm.results import Result, claimed, found, number
 
 FOLDER = Path(__file__).resolve().parent
 MARKS = {HOLDS: "✓", FAILS: "✗", OPEN: "?"}
-SVG = {"svg", "g", "path", "text", "tspan", "use", "defs", "clipPath", "rect", "line", "circle",
-       "title", "desc"}
+SVG = "http://www.w3.org/2000/svg"
+DRAWN = {"svg", "g", "path", "text", "tspan", "use", "defs", "clipPath", "rect"}
+ET.register_namespace("", SVG)
+ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 
 def main(results: tuple[Path, ...] = (), out: Path = Path("runs/report.html")):
@@ -36,24 +38,26 @@ def main(results: tuple[Path, ...] = (), out: Path = Path("runs/report.html")):
     if not paths:
         raise ValueError("no result is kept in scripts/experiments: run an experiment, and give "
                          "its folder as --results")
-    text = page([(Result.load(path), picture(path.with_suffix(".svg"))) for path in paths])
+    text = page(paths)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, text.encode())
     print(f"{out}: {len(paths)} experiment{'s' * (len(paths) > 1)}")
 
 
-def page(results: list[tuple[Result, str | None]]) -> str:
-    """The page's HTML, of results and their pictures, SVG that `picture` has checked."""
+def page(paths: list[Path]) -> str:
+    """The page's HTML, of results and of the pictures beside them."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup
     except ImportError:
         raise ImportError('a page needs jinja2: pip install "minilm[report]"') from None
+    shown = []
+    for i, path in enumerate(paths, 1):
+        result, svg = Result.load(path), picture(path.with_suffix(".svg"), f"picture-{i}-")
+        shown.append({"id": f"{result.name}-{i}", "result": result, "claims": claims(result),
+                      "picture": svg and Markup(svg)})
     environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True, undefined=StrictUndefined)
-    shown = [{"id": f"{result.name}-{i}", "result": result, "claims": claims(result),
-              "picture": svg and Markup(with_prefix(svg, f"{result.name}-{i}-"))}
-             for i, (result, svg) in enumerate(results, 1)]
     template = environment.get_template("report.html.jinja")
     return template.render(shown=shown, number=number, marks=MARKS)
 
@@ -78,30 +82,28 @@ def strip(claim: dict) -> dict:
             "mean": place(claim["mean"]), "marks": [(x, place(x)) for x in sorted({0.0, *ends})]}
 
 
-def picture(path: Path) -> str | None:
-    """An SVG file that draws and does nothing else; None if there is none. FormatError."""
+def picture(path: Path, prefix: str) -> str | None:
+    """An SVG file as part of a page, where its ids start with prefix; None without the file.
+
+    FormatError for a file that holds more than a drawing.
+    """
     if not path.exists():
         return None
-    text = path.read_text(encoding="utf-8")
     try:
-        elements = list(ET.fromstring(text).iter())
+        root = ET.parse(path).getroot()
     except ET.ParseError as error:
         raise FormatError(path, f"not SVG: {error}") from error
-    for element in elements:
-        tag = str(element.tag).rpartition("}")[2]
-        if tag not in SVG:
+    for element in root.iter():
+        tag = str(element.tag).removeprefix(f"{{{SVG}}}")
+        if tag not in DRAWN:
             raise FormatError(path, f"a picture may not hold <{tag}>")
         for name, value in element.attrib.items():
-            name = name.rpartition("}")[2]
-            outside = name == "href" and not value.startswith("#")
-            if name.startswith("on") or outside or re.search(r"url\((?!#)", value):
+            if name.startswith("on") or re.search(r"url\((?!#)", value) or (
+                    name.endswith("href") and not value.startswith("#")):
                 raise FormatError(path, f"a picture may not hold {name}={value!r:.99}")
-    return text[text.index("<svg") :]
-
-
-def with_prefix(svg: str, prefix: str) -> str:
-    """The same picture; its ids cannot meet those of others on the page."""
-    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
+            own = prefix + value if name == "id" else re.sub(r"^#|(?<=url\()#", f"#{prefix}", value)
+            element.set(name, own)
+    return ET.tostring(root, encoding="unicode")
 
 
 if __name__ == "__main__":
