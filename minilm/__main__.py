@@ -3,8 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from minilm import backend
+from minilm.parallel.cores import default_workers
 from minilm.run import versions
-from minilm.train import default_workers
 
 EXTRAS = {"hf": ("tokenizers",), "plots": ("matplotlib",), "report": ("jinja2",),
           "test": ("torch", "pytest"),

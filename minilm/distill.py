@@ -161,6 +161,10 @@ def top_k_divergence(student, ids, log_p, temperature=1.0, mask=None, total=None
 class Distillation:
     """The loss of a student under its teacher, in the form that `Trainer` takes.
 
+    A batch is tokens (B, T), targets (B, T), and perhaps a mask (B, T), 0 for padding. Soft and
+    cosine loss count every token that is not padding. Without a mask a causal model's padding is
+    what comes after the last target of a row; a masked one has none.
+
     student, teacher: Transformers; the teacher may be adapted or quantized. It runs without dropout
     and without a graph. Where the widths differ, `project`, a linear layer, takes the student's
     hidden states to the teacher's width; its `parameters()` are to be trained beside the student's.
@@ -190,8 +194,17 @@ class Distillation:
         """The projection's, where there is one."""
         return self.project.parameters() if self.project else []
 
-    def __call__(self, student, tokens, targets, totals=None, mask=None) -> Tensor:
-        """distillation_loss on tokens (B, T): integers, as are the targets."""
+    def totals(self, tokens, targets, mask=None) -> tuple[int, int]:
+        """The tokens that are no padding, and the targets that count."""
+        counted = self._counted(targets, mask)
+        n = targets.size if counted is None else int((counted != 0).sum())
+        return n, int((targets != IGNORED).sum())
+
+    def __call__(self, student, tokens, targets, mask=None, totals=None) -> Tensor:
+        """distillation_loss on tokens (B, T): integers, as are the targets.
+
+        totals: those of the whole batch, where this is a part of one.
+        """
         with no_grad():
             theirs = self.teacher.eval().hidden(tokens, mask)
         ours, hidden = student.hidden(tokens, mask), None
@@ -199,8 +212,16 @@ class Distillation:
             hidden = (self.project(ours) if self.project else ours), theirs
         # The logits have no names here, so that the loss alone decides how long they live.
         return distillation_loss(student.head(ours), self._answers(theirs), targets,
-                                 self.temperature, self.weights, hidden, mask, self.masked_only,
-                                 self.reverse, totals)
+                                 self.temperature, self.weights, hidden,
+                                 self._counted(targets, mask), self.masked_only, self.reverse,
+                                 totals)
+
+    def _counted(self, targets, mask):
+        """Which tokens soft and cosine loss count: (B, T), or None for all."""
+        if mask is not None or not self.teacher.config.causal:
+            return mask
+        # True from a row's first token to its last target
+        return np.logical_or.accumulate((targets != IGNORED)[:, ::-1], axis=1)[:, ::-1]
 
     def _answers(self, hidden):
         with no_grad():

@@ -6,10 +6,12 @@ It says what is measured; `conduct` does what all of them need. A run's folder h
     run.json        settings and versions
     result.json     a Result, written again after each arm and seed: from it a run goes on
     result.svg      the picture (needs the extra `plots`)
+    ARM-SEED/       checkpoints of the arm that is running
 """
 
 import platform
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -20,10 +22,10 @@ import numpy as np
 
 from minilm.files import write_atomically
 from minilm.measure.verdict import Verdict
+from minilm.parallel.cores import default_workers
 from minilm.picture import draw_svg
 from minilm.results import Result, number, table, verdicts
 from minilm.run import RunDirectory
-from minilm.train import default_workers
 
 QUICK = "quick: too small and too short a run for its numbers to mean anything"
 
@@ -45,23 +47,23 @@ class Experiment:
         return Path(self.file).stem
 
 
-def conduct(experiment: Experiment, measured: Callable[[str, int], dict], seeds: Iterable[int],
-            settings: dict, options: str = "", quick: bool = False, out: Path = Path("runs"),
-            resume: Path | None = None, keep: bool = False) -> Result:
+def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory], dict],
+            seeds: Iterable[int], settings: dict, options: Iterable[str] = (),
+            quick: bool = False, out: Path = Path("runs"), resume: Path | None = None, keep: bool = False) -> Result:
     """Run each arm on each seed, print table and verdicts, draw the picture.
 
-    measured(arm, seed) gives the number of each measure. settings, JSON-able, decide the numbers;
-    options are those of the command line that lead to them. resume: the folder of a run to go on
-    with: arms and seeds that have a row there are not run again, others join them. keep: leave the
-    result beside the experiment, too. ValueError if a quick run is to be kept, and if the folder is
-    of a run with other settings.
+    measured(arm, seed, run) gives the number of each measure; what it trains may leave checkpoints
+    in `run`. settings, JSON-able, decide the numbers; options are the words of the command line
+    that lead to them. resume: the folder of a run to go on with: arms and seeds that have a row there
+    are not run again, others join them. keep: leave the result beside the experiment, too.
+    ValueError if a quick run is to be kept, and if the folder is of a run with other settings.
     """
     if quick and keep:
         raise ValueError("a quick run cannot be kept: its numbers mean nothing")
     if not (seeds := tuple(dict.fromkeys(seeds))):
         raise ValueError("an experiment needs at least one seed, got none")
-    words = ["python", f"scripts/experiments/{experiment.name}.py", "--seeds", *map(str, seeds)]
-    command = shlex.join([*words, *shlex.split(options), *["--quick"] * quick])
+    program = ["python", f"scripts/experiments/{experiment.name}.py", "--seeds", *map(str, seeds)]
+    command = shlex.join([*program, *options, *["--quick"] * quick])
     result = Result(experiment.name, experiment.question, command, quick, experiment.slide,
                     experiment.measures)
     settings = settings | {"quick": quick}
@@ -101,8 +103,10 @@ def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Pa
     result.save(folder / "result.json")
     commit, machine = commit_of(Path(experiment.file).parent), describe_machine()
     for arm, seed in [(a, s) for s in seeds for a in experiment.arms if (a, s) not in done]:
+        own = folder / f"{arm}-{seed}".replace("/", "_")
+        own.mkdir(exist_ok=True)
         try:
-            row = {"arm": arm, "seed": seed, **measured(arm, seed)}
+            row = {"arm": arm, "seed": seed, **measured(arm, seed, RunDirectory(own))}
         except KeyboardInterrupt:
             print(f"\ngo on with: {result.command} --resume {folder}")
             raise
@@ -113,6 +117,7 @@ def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Pa
         result = replace(result, date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
                          commit=", ".join(commits), machine=machine, rows=(*result.rows, row))
         result.save(folder / "result.json")
+        shutil.rmtree(own)
     return result
 
 

@@ -71,6 +71,11 @@ class RunDirectory:
                              + ", ".join(changed))
         return type(given)(**kept)
 
+    def check(self, corpora: list[dict], words: str):
+        """ValueError, with these words, where the run was started on other corpora."""
+        if self.describe()["corpora"] != corpora:
+            raise ValueError(f"{self.path}: {words} this run was started on")
+
     def log(self, **record):
         """Add a line to metrics.jsonl; a number that is not finite becomes null."""
         record = {name: None if type(x) is float and not math.isfinite(x) else x

@@ -16,23 +16,25 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
-import pretrain
+import numpy as np
 import tyro
-from distill_report import Arm, draw, prediction, print_table, size, speeds
-from tqdm import tqdm
 
 from minilm import data
+from minilm.command import command
 from minilm.distill import Distillation, student_from_teacher
 from minilm.files import sha256
 from minilm.interop import huggingface
+from minilm.loop import Training, fit, resumed, validation
+from minilm.measure.guesses import likeliest
+from minilm.measure.speed import speeds
 from minilm.nn import Module
-from minilm.optim import AdamW, cosine_schedule
+from minilm.optim import AdamW
 from minilm.run import RunDirectory
-from minilm.train import Diverged, Trainer, default_workers, finish_on_interrupt, train
-from minilm.transformer import Transformer
+from minilm.transformer import Config, Transformer
 
+TEMPERATURES = (1, 2, 4)  # of the prediction in the picture
 LR = {"causal": 5e-3, "masked": 1e-3}  # with its norms behind the branches BERT stands less
 
 
@@ -90,6 +92,13 @@ class Settings:
     """use threads rather than processes as workers"""
 
 
+class Arm(NamedTuple):
+    """A model, and the records of its held-out loss and accuracy."""
+
+    model: Transformer
+    curve: list[dict]
+
+
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
          out: Path = Path("runs"), resume: Path | None = None):
     """Train a teacher, cut a student out of it, distil, and show what the student kept.
@@ -99,24 +108,20 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: folder in which the run gets a folder of its own.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
-    run = RunDirectory(resume) if resume else None
-    s = run.settings(settings) if run else settings
+    run, s = resumed(settings, resume)
     check(s)
     corpora = [data.load_corpus(name) for name in s.corpus]
     described = [{"name": c.name, "sha256": c.sha256} for c in corpora] + [
         {"name": file.name, "sha256": sha256(file)} for file in files_of_teacher(s)]
-    if run and run.describe()["corpora"] != described:
-        raise ValueError(f"{resume}: the text or the teacher are not those it was started on")
-    like = shape(s)
-    teacher, tokenizer = load_teacher(s) if s.teacher else (
-        pretrain.make_model(like, data.ByteTokenizer.vocab_size), data.ByteTokenizer())
-    parts = [data.split(corpus, s.validation) for corpus in corpora]
-    texts = pretrain.make_batches(like, parts, tokenizer)
+    if run:
+        run.check(described, "the text or the teacher are not those")
+    teacher, tokenizer = load_teacher(s) if s.teacher else new_teacher(s)
+    texts = data.batches_of([data.split(corpus, s.validation) for corpus in corpora], tokenizer,
+                            s.batch, s.context, s.seed, masked=s.objective == "masked")
     make_students(s, teacher)  # fails now, rather than when the teacher is trained,
-    prediction(teacher, tokenizer, s.prompt)  # and so does this
+    likeliest(teacher, tokenizer, s.prompt, TEMPERATURES)  # and so does this
     if run is None:
-        s = replace(s, lr=s.lr or LR[s.objective],
-                    workers=s.workers or default_workers()[0])  # other counts, other bits
+        s = replace(s, lr=s.lr or LR[s.objective])
         run = RunDirectory.create(out, "distill", asdict(s), described)
     try:
         distill(run, s, teacher, tokenizer, texts)
@@ -141,31 +146,33 @@ def distill(run, s: Settings, teacher, tokenizer, texts):
     trained = f"trained in {s.teacher}" if s.teacher else f"{s.teacher_steps * tokens:,} tokens"
     print(f"{run.path}: teacher of {size(teacher):,} parameters, {trained}; each student "
           f"{s.steps * tokens:,} tokens")
-    arms = {"teacher": Arm(teacher, fit(run, s, "teacher", teacher, texts,
-                                        0 if s.teacher else s.teacher_steps))}
+    arms = {"teacher": Arm(teacher, train(run, s, "teacher", teacher, texts,
+                                          0 if s.teacher else s.teacher_steps))}
     save(run, "teacher", teacher, tokenizer)
     for name, (student, loss) in make_students(s, teacher).items():
-        arms[name] = Arm(student, fit(run, s, name, student, texts, s.steps, loss))
+        arms[name] = Arm(student, train(run, s, name, student, texts, s.steps, loss))
     student = list(arms)[1]
     save(run, "student", arms[student].model, tokenizer)
-    print_table(arms, speeds(arms, texts[1][0]), student)
-    picture = draw(run.path / "distill.png", arms, *prediction(teacher, tokenizer, s.prompt))
+    print_table(arms, speeds({name: arm.model for name, arm in arms.items()}, texts[1][0]), student)
+    picture = draw(run.path / "distill.png", arms, s.prompt,
+                   *likeliest(teacher, tokenizer, s.prompt, TEMPERATURES))
     print(f"curves, and a prediction at three temperatures: {picture}" if picture
           else 'for pictures: pip install "minilm[plots]"')
     print(f"teacher and student, as Hugging Face folders: {run.path}/teacher, {run.path}/student")
-
-
-def shape(s: Settings) -> pretrain.Settings:
-    """What pretrain.py needs to know of a new teacher and of the batches."""
-    return pretrain.Settings(
-        family="llama" if s.objective == "causal" else "bert", layers=s.layers, heads=s.heads,
-        width=s.width, context=s.context, batch=s.batch, seed=s.seed)
 
 
 def files_of_teacher(s: Settings) -> list[Path]:
     """What decides a teacher that is not trained here: its weights, its shape and its tokenizer."""
     files = Path(s.teacher).iterdir() if s.teacher else []
     return sorted(file for file in files if file.suffix in (".safetensors", ".json"))
+
+
+def new_teacher(s: Settings):
+    """(model, tokenizer): a Llama or a BERT on bytes, not trained yet."""
+    tokenizer, causal = data.ByteTokenizer(), s.objective == "causal"
+    preset, hidden = (Config.llama, 8 * s.width // 3) if causal else (Config.bert, 4 * s.width)
+    config = preset(tokenizer.vocab_size, s.context, s.layers, s.heads, s.width, hidden)
+    return Transformer(config, s.seed), tokenizer
 
 
 def load_teacher(s: Settings):
@@ -206,39 +213,26 @@ def make_students(s: Settings, teacher) -> dict[str, tuple]:
     return students
 
 
-def fit(run, s: Settings, name: str, model, texts, steps: int, loss=None) -> list[dict]:
+def train(run, s: Settings, name: str, model, texts, steps: int, loss=None) -> list[dict]:
     """Train a model in a folder of its own, from where it was stopped; returns its records."""
-    folder = run.path / "arms" / name.replace(",", "").replace(" ", "-")
-    (batches, held_out), arm = texts, RunDirectory(folder)
+    arm = RunDirectory(run.path / "arms" / name.replace(",", "").replace(" ", "-"))
     arm.path.mkdir(parents=True, exist_ok=True)
+    (batches, held_out), every = texts, max(1, steps // 8)
+    settings = Training(s.batch, steps, s.lr, warmup=steps // 20, eval_every=every,
+                        save_every=every, seed=s.seed, workers=s.workers, threads=s.threads)
     whole = Module()
     whole.model, whole.project = model, loss and loss.project
     params = whole.parameters()
     optimizer = AdamW(params, s.lr, (0.9, 0.95), weight_decay=0.1,
                       undecayed=[p for p in params if p.ndim < 2])
-    start, every = arm.restore(whole, optimizer), max(1, steps // 8)
-    schedule = partial(cosine_schedule, steps=steps, lr=s.lr, min_lr=s.lr / 20, warmup=steps // 20)
-    with (
-        Trainer(model, optimizer, s.workers, default_workers()[1] and not s.threads, s.seed,
-                loss=loss) as trainer,
-        finish_on_interrupt() as interrupted,
-        tqdm(total=steps, initial=start, desc=name, unit="step", disable=None) as bar,
-    ):
-        def note(step, every): arm.log(step=step, **pretrain.evaluate(trainer, held_out, every))
-        if not arm.records():
-            note(0, 4 if steps else 1)
-        for done in train(trainer, batches, steps, schedule, start):
-            bar.update()
-            bar.set_postfix_str(f"loss {done.loss:.3f}")
-            due = done.step % every == 0 or done.step == steps
-            if due:
-                note(done.step, 4 if done.step < steps else 1)
-            if due or interrupted():
-                arm.save(done.step, whole, optimizer)
-            if interrupted():
-                break
-        if interrupted():
-            raise KeyboardInterrupt
+    for trainer, done in fit(arm, model, batches, settings, loss, optimizer=optimizer,
+                             min_lr=s.lr / 20, saved=whole, title=name):
+        last = done.step == steps
+        due = last or done.step % every == 0
+        if due and (done.targets or not arm.records()):
+            arm.log(step=done.step, **validation(trainer, held_out, every=1 if last else 4))
+    if done.step < steps:
+        raise KeyboardInterrupt
     return arm.records()
 
 
@@ -248,10 +242,67 @@ def save(run, name: str, model, tokenizer):
     tokenizer.save(run.path / name / "tokenizer.json")
 
 
-if __name__ == "__main__":
+def size(model) -> int:
+    return sum(p.size for p in model.parameters())
+
+
+def print_table(arms: dict[str, Arm], speed: dict[str, list[float]], student: str):
+    """One line a model, and what this student kept."""
+    verbs = ["evaluates", "generates"][: len(speed[student])]
+    print(f"\n{'':30}{'held out:':>9}{'tokens':>9}{'of the':>10}{'':19}"
+          + "".join(f"{verb:>11}" for verb in verbs)
+          + f"\n{'':30}{'loss':>9}{'right':>9}{'teacher':>10}{'parameters':>12}{'MB':>7}"
+          + len(verbs) * f"{'tokens/s':>11}")
+    top = arms["teacher"].curve[-1]["validation_accuracy"] or math.nan
+    for name, arm in arms.items():
+        end, n = arm.curve[-1], size(arm.model)
+        right = end["validation_accuracy"]
+        print(f"{name:30}{end['validation_loss']:>9.4f}{right:>9.2%}{right / top:>10.1%}{n:>12,}"
+              f"{4 * n / 1e6:>7.2f}" + "".join(f"{v:>11,.0f}" for v in speed[name]))
+    kept = arms[student].curve[-1]["validation_accuracy"] / top
+    faster = [f"{verb} {mine / its:.2f} times as fast"
+              for verb, mine, its in zip(verbs, speed[student], speed["teacher"])]
+    print(f"\nThe distilled student keeps {kept:.1%} of the teacher's accuracy with "
+          f"{size(arms[student].model) / size(arms['teacher'].model):.1%} of its parameters, and\n"
+          f"{' and '.join(faster)}, on one core.")
+
+
+def draw(path: Path, arms: dict[str, Arm], prompt: str, tokens, p) -> Path | None:
+    """Curves of the teacher and of the students, and a prediction; None without matplotlib."""
     try:
-        tyro.cli(main)
-    except (ValueError, OSError, ImportError, Diverged) as error:
-        sys.exit(f"distill.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    teacher, *students = arms
+    left.plot(*points(arms[teacher], "validation_loss"), ".-", color="black", linewidth=1)
+    end = arms[teacher].curve[-1]["validation_loss"]
+    left.set(title="the teacher", xlabel="step", ylabel="held-out loss (nats a token)",
+             ylim=(0.9 * end, 1.8 * end))
+    level, *_ = ends = [arm.curve[-1]["validation_accuracy"] for arm in arms.values()]
+    middle.axhline(level, color="black", linewidth=1, label="teacher")
+    middle.axhline(0.97 * level, color="black", linewidth=1, linestyle=":", label="97 % of it")
+    for name in students:
+        middle.plot(*points(arms[name], "validation_accuracy"), ".-", linewidth=1, label=name)
+    middle.legend(loc="lower right", fontsize="small")
+    middle.set(title="students", xlabel="step", ylabel="held-out tokens right",
+               ylim=(min(0.7 * level, *ends), 1.03 * max(ends) or 1))
+    places, width = np.arange(len(tokens)), 0.8 / len(p)
+    for i, (T, heights) in enumerate(p.items()):
+        right.bar(places + (i - (len(p) - 1) / 2) * width, heights, width, label=f"T = {T}")
+    right.set_xticks(places, tokens, family="monospace", parse_math=False)
+    right.legend(frameon=False)
+    right.set_title(f"the teacher after {prompt!r}", parse_math=False)
+    right.set(xlabel="next token", ylabel="probability")
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def points(arm: Arm, what: str):
+    """Steps, and the records' values."""
+    return [r["step"] for r in arm.curve], [r[what] for r in arm.curve]
+
+
+if __name__ == "__main__":
+    command(main)

@@ -12,7 +12,6 @@ the text that it was trained on. Leaves a run directory with the adapter as a PE
 """
 
 import hashlib
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,18 +23,19 @@ import tyro
 from tqdm import tqdm
 
 from minilm import data
+from minilm.command import command
 from minilm.files import sha256
 from minilm.interop import huggingface, peft
+from minilm.loop import Training, fit, resumed
 from minilm.measure.answers import answers
-from minilm.optim import AdamW, LossScaler, cosine_schedule
+from minilm.optim import AdamW
 from minilm.peft import add_lora, trainable_parameters
 from minilm.quantize import quantize_model
 from minilm.run import RunDirectory, newest_model
-from minilm.train import Diverged, Trainer, default_workers, finish_on_interrupt, train
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Training):
     """What decides a run."""
 
     method: Literal["full", "lora", "qlora"] = "lora"
@@ -62,28 +62,16 @@ class Settings:
     """of what the adapters see"""
     kind: str = "nf4"
     """how qlora's base is quantized: nf4, fp4, nf3, nf2, int4, int3, int2, int8"""
-    batch: int = 16
-    """records in a step"""
     steps: int = 4000
     """updates in the whole run"""
     lr: float = 0.0
     """learning rate after the warmup, falling as a cosine; 0 means the method's own"""
     warmup: int = 100
     """steps of linear warmup"""
-    clip: float = 1.0
-    """largest global norm of the gradient"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """of weights and activations; what trains has float32 masters, float16 a loss scaler"""
     eval_every: int = 1000
     """steps between losses on the held-out records"""
     save_every: int = 1000
     """steps between checkpoints"""
-    seed: int = 0
-    """of records, adapters, batches and dropout"""
-    workers: int = 0
-    """cores to use; 0 means all"""
-    threads: bool = False
-    """use threads rather than processes as workers"""
 
 
 class Method(NamedTuple):
@@ -122,16 +110,14 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     """
     if min(settings.eval_every, settings.save_every, settings.test) < 1:
         raise ValueError("eval_every, save_every and test must be at least 1")
-    run = RunDirectory(resume) if resume else None
-    s = run.settings(settings) if run else settings
+    run, s = resumed(settings, resume)
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
-    s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr,
-                workers=s.workers or default_workers()[0])
+    s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     records = load_data(s)
     described = [{"name": name, "sha256": digest} for name, digest in fingerprints(s, records)]
-    if run and run.describe()["corpora"] != described:
-        raise ValueError(f"{resume}: the model or the data are not those this run was started on")
+    if run:
+        run.check(described, "the model or the data are not those")
     model = METHODS[s.method].prepare(huggingface.load_model(folder), s).astype(s.dtype)
     batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed)
     asked, context = data.encode(records[1], tokenizer), model.config.context
@@ -148,35 +134,23 @@ def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
     """Train, and say what the model can do and still knows before and after."""
     params = trainable_parameters(model)
     optimizer = AdamW(params, s.lr, weight_decay=0.0)
-    schedule = partial(cosine_schedule, steps=s.steps, lr=s.lr, warmup=s.warmup)
-    scaler = LossScaler() if s.dtype == "float16" else None
-    step = run.restore(model, optimizer, scaler)
-    print(f"{run.path}: {s.method} on {s.model}, {sum(p.size for p in params):,} trainable "
-          f"parameters, {s.workers} workers, from step {step}")
-    with Trainer(model, optimizer, s.workers, default_workers()[1] and not s.threads, s.seed,
-                 scaler) as t:
-        examine = partial(examined, t, model, tokenizer, test, asked, known)
-        if not run.records():
-            run.log(**examine(step))
-        with finish_on_interrupt() as interrupted, tqdm(
-                total=s.steps, initial=step, unit="step", disable=None) as bar:
-            for done in train(t, batches, s.steps, schedule, step, s.clip):
-                step, last = done.step, done.step == s.steps or interrupted()
-                bar.update()
-                bar.set_postfix_str(f"loss {done.loss:.3f}")
-                if step % s.eval_every == 0:
-                    bar.write(f"step {step}: held out: loss {t.evaluate(*asked)[0]:.4f}")
-                run.log(**asdict(done))
-                if step % s.save_every == 0 or last:
-                    run.save(step, model, optimizer, scaler)
-                if last:
-                    break
-        if step == s.steps and "right" not in run.records()[-1]:  # it is, in a run that was done
-            run.log(**examine(step))
-    finish(run, model, tokenizer, s, step, test[0])
+    examine = partial(examined, model, tokenizer, test, asked, known)
+    for trainer, done in fit(run, model, batches, s, optimizer=optimizer):
+        if not done.targets:
+            print(f"{run.path}: {s.method} on {s.model}, {sum(p.size for p in params):,} trainable "
+                  f"parameters, {s.workers} workers, from step {done.step}")
+            if not run.records():
+                run.log(**examine(trainer, done.step))
+            continue
+        if done.step % s.eval_every == 0:
+            tqdm.write(f"step {done.step}: held out: loss {trainer.evaluate(*asked)[0]:.4f}")
+        run.log(**asdict(done))
+        if done.step == s.steps:
+            run.log(**examine(trainer, done.step))
+    finish(run, model, tokenizer, s, done.step, test[0])
 
 
-def examined(trainer, model, tokenizer, test, asked, known, step: int) -> dict:
+def examined(model, tokenizer, test, asked, known, trainer, step: int) -> dict:
     """Share of records answered rightly by task, losses; prints some answers."""
     said = answers(model, test, tokenizer)
     right = {}
@@ -247,9 +221,4 @@ def fingerprints(s: Settings, records):
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError, ImportError, Diverged) as error:
-        sys.exit(f"finetune.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped at once; a run that had begun goes on with --resume")
+    command(main, stopped="stopped at once; a run that had begun goes on with --resume")

@@ -15,9 +15,8 @@ from collections.abc import Iterable
 from itertools import islice, takewhile
 from pathlib import Path
 
-import tyro
-
 from minilm.backend import tune_allocator
+from minilm.command import command
 from minilm.data import Tokenizer, load_tokenizer, printable
 from minilm.generate import stream
 from minilm.interop import huggingface, peft
@@ -82,9 +81,4 @@ def write(ids: Iterable[int], tokenizer: Tokenizer, before: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"generate.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+    command(main)

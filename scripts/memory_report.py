@@ -15,7 +15,6 @@ import contextlib
 import gc
 import math
 import statistics
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -23,12 +22,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import tyro
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from minilm import ops
 from minilm.backend import memory_limit, tune_allocator
+from minilm.command import command
 from minilm.measure import KINDS, Ledger, held
 from minilm.measure.memory import make_model, measured
 from minilm.measure.plan import Step, parameters, plan
@@ -48,6 +47,8 @@ class Moment(NamedTuple):
     away: int
 
 
+# On a busy machine BLAS's threads wait for each other.
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def main(layers: int = 16, width: int = 128, context: int = 256, batch: int = 2, rank: int = 16,
          page_size: int = 1 << 14, steps: int = 12, rounds: int = 15,
          device: Literal["cpu", "cuda"] = "cpu", out: Path = Path("runs/memory.png")):
@@ -311,10 +312,4 @@ def draw_spike(axis, moments, budget, failed):
 
 
 if __name__ == "__main__":
-    try:
-        with threadpool_limits(1, "blas"):  # on a busy machine its threads wait for each other
-            tyro.cli(main)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"memory_report.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+    command(main)

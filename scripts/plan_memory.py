@@ -12,7 +12,6 @@ activations: all else that is alive at the highest moment of a training step. Th
 the shapes and from what each op keeps for its backward pass (minilm/measure/plan.py).
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,6 +19,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
+from minilm.command import command
 from minilm.files import read_json
 from minilm.interop import huggingface
 from minilm.measure.lecture_numbers import print_lectures
@@ -153,9 +153,4 @@ def print_check():
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError) as error:
-        sys.exit(f"plan_memory.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+    command(main)

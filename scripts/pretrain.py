@@ -8,9 +8,8 @@ steps and at the end: random bytes, then words, then sentences. Leaves a run dir
 metrics, their curves, checkpoints, and the model as a Hugging Face folder.
 """
 
-import sys
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,17 +18,19 @@ import tyro
 from tqdm import tqdm
 
 from minilm import data
+from minilm.command import command
 from minilm.generate import generate
 from minilm.interop import huggingface
-from minilm.optim import AdamW, LossScaler, cosine_schedule
+from minilm.loop import Training, fit, resumed, validation
+from minilm.measure.losses import bits_per_byte
+from minilm.optim import AdamW
 from minilm.run import RunDirectory
 from minilm.tensor import no_grad
-from minilm.train import Diverged, Trainer, default_workers, finish_on_interrupt, train
 from minilm.transformer import Config, Transformer
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Training):
     """What decides a run."""
 
     corpus: tuple[str, ...] = ("python-reference",)
@@ -54,40 +55,18 @@ class Settings:
     """tokens in a row"""
     dropout: float = 0.0
     """share of the activations that a training step leaves out"""
-    batch: int = 16
-    """rows in a step"""
     accumulate: int = 1
     """micro-batches, one after another, in which a step's rows are run"""
-    steps: int = 1200
-    """updates in the whole run"""
-    lr: float = 5e-3
-    """learning rate after the warmup; from there it falls as a cosine"""
     min_lr: float = 3e-4
     """learning rate at the end"""
-    warmup: int = 60
-    """steps of linear warmup"""
     beta2: float = 0.95
     """decay of AdamW's second moment"""
     weight_decay: float = 0.1
     """on matrices only"""
-    clip: float = 1.0
-    """largest global norm of the gradient"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """of weights and activations; those of 16 bits have float32 masters, float16 a loss scaler"""
-    eval_every: int = 250
-    """steps between losses on held-out text"""
-    save_every: int = 500
-    """steps between checkpoints"""
     prompt: str = "If the object "
     """what the samples go on from"""
     sample: int = 300
     """tokens in a sample"""
-    seed: int = 0
-    """of weights, batches, dropout and samples"""
-    workers: int = 0
-    """cores to use; 0 means all"""
-    threads: bool = False
-    """use threads rather than processes as workers"""
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
@@ -103,65 +82,59 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         raise ValueError("eval_every and save_every must be at least 1")
     if not settings.corpus or not settings.prompt:
         raise ValueError("corpus and prompt must not be empty")
-    run = RunDirectory(resume) if resume else None
-    s = run.settings(settings) if run else settings
+    run, s = resumed(settings, resume)
     corpora = [data.load_corpus(name) for name in progress(s.corpus, "reading", "corpus")]
     described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
-    if run and run.describe()["corpora"] != described:
-        raise ValueError(f"{resume}: the text is not the one that this run was started on")
+    if run:
+        run.check(described, "the text is not the one that")
     parts = [data.split(corpus, s.validation) for corpus in corpora]
     stored = run and data.load_tokenizer(run.path / "tokenizer.json")
     tokenizer = stored or make_tokenizer(s, parts)
-    batches, held_out = make_batches(s, parts, tokenizer)
+    shown = [(progress(training, "tokens of the text", "document"), held)
+             for training, held in parts]
+    batches, held_out = data.batches_of(shown, tokenizer, s.batch, s.context, s.seed, s.weights,
+                                        masked=s.family == "bert")
     model = make_model(s, tokenizer.vocab_size).astype(s.dtype)
     if run is None:
-        s = replace(s, workers=s.workers or default_workers()[0])  # other counts, other bits
         run = RunDirectory.create(out, "pretrain", asdict(s), described)
         tokenizer.save(run.path / "tokenizer.json")
-    pretrain(run, s, model, batches, held_out, tokenizer)
+    size = sum(len(text.encode()) for _, held in parts for text in held)
+    pretrain(run, s, model, batches, held_out, tokenizer, size)
 
 
-def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer):
-    """Train, evaluate, sample and save until the last step or Ctrl-C."""
-    params, (_, processes) = model.parameters(), default_workers()
+def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer, size: int):
+    """Train, evaluate on held-out text of `size` bytes, and sample, until the end or Ctrl-C."""
+    params = model.parameters()
     optimizer = AdamW(params, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay,
                       undecayed=[p for p in params if p.ndim < 2])
-    scaler = LossScaler() if s.dtype == "float16" else None
-    step = run.restore(model, optimizer, scaler)
-    size = sum(p.size for p in params)
-    print(f"{run.path}: {size:,} parameters, {s.workers} workers, from step {step}")
-    show = partial(show_sample, run, model, tokenizer, s)
-    schedule = partial(cosine_schedule, steps=s.steps, lr=s.lr, min_lr=s.min_lr, warmup=s.warmup)
-    with Trainer(model, optimizer, s.workers, processes and not s.threads, s.seed,
-                 scaler) as trainer:
-        if step == 0:  # in here, where BLAS has one thread: two may wait for each other
-            show(step)
-        with finish_on_interrupt() as interrupted, tqdm(
-                total=s.steps, initial=step, unit="step", disable=None) as bar:
-            for done in train(trainer, batches, s.steps, schedule, step, s.clip, s.accumulate):
-                step, last = done.step, done.step == s.steps or interrupted()
-                bar.update()
-                speed = done.targets / done.seconds
-                bar.set_postfix_str(f"loss {done.loss:.3f}, {speed:,.0f} tokens/s")
-                validation = {}
-                if step % s.eval_every == 0 or step == s.steps:
-                    validation = evaluate(trainer, held_out, every=1 if step == s.steps else 4)
-                    bar.write(f"step {step}: held out: loss {validation['validation_loss']:.4f}, "
-                              f"next token right {validation['validation_accuracy']:.1%}")
-                run.log(**asdict(done), **validation)
-                if step % s.save_every == 0 or last:
-                    run.save(step, model, optimizer, scaler)
-                if step in (100, s.steps):
-                    show(step)
-                if last:
-                    break
-    finish(run, model, tokenizer, step, s.steps)
+    for trainer, done in fit(run, model, batches, s, optimizer=optimizer, min_lr=s.min_lr,
+                             accumulate=s.accumulate):
+        if not done.targets:
+            print(f"{run.path}: {sum(p.size for p in params):,} parameters, {s.workers} workers, "
+                  f"from step {done.step}")
+            if done.step == 0:
+                show_sample(run, model, tokenizer, s, 0)
+            continue
+        due = done.step % s.eval_every == 0 or done.step == s.steps
+        found = evaluate(trainer, done.step, s.steps, held_out, size) if due else {}
+        run.log(**asdict(done), **found)
+        if done.step in (100, s.steps):
+            show_sample(run, model, tokenizer, s, done.step)
+    finish(run, model, tokenizer, done.step, s.steps)
 
 
-def evaluate(trainer, held_out, every: int) -> dict:
-    """Loss and accuracy on each `every`-th row of the held-out text."""
-    loss, accuracy = trainer.evaluate(*(rows[::every] for rows in held_out))
-    return {"validation_loss": round(loss, 5), "validation_accuracy": round(accuracy, 5)}
+def evaluate(trainer, step: int, steps: int, held_out, size: int) -> dict:
+    """Losses and accuracy on every fourth row of the held-out text, in the end on each."""
+    found = validation(trainer, held_out, every=4 if step < steps else 1)
+    said = f"loss {found['validation_loss']:.4f}"
+    if trainer.model.config.causal:  # a masked model is asked for some of the tokens only
+        targets = int((held_out[1] != data.IGNORED).sum())
+        bits = bits_per_byte(found["validation_loss"], targets, size)
+        found["bits_per_byte"] = round(bits, 5)
+        said += f" ({bits:.3f} bits a byte)"
+    tqdm.write(f"step {step}: held out: {said}, "
+               f"next token right {found['validation_accuracy']:.1%}")
+    return found
 
 
 def finish(run, model, tokenizer, step, steps):
@@ -196,19 +169,6 @@ def fill_in(model, tokens, tokenizer, seed):
     return np.where(targets == data.IGNORED, tokens, guesses)
 
 
-def make_batches(s: Settings, parts, tokenizer):
-    """(batches of the training parts, rows of those held out): as the family learns."""
-    streams = [data.pack(progress(training, "tokens of the text", "document"), tokenizer)
-               for training, _ in parts]
-    weights = s.weights or [len(stream) for stream in streams]
-    batches = data.Batches(streams, weights, s.batch, s.context, s.seed)
-    held_out = data.rows(np.concatenate([data.pack(v, tokenizer) for _, v in parts]), s.context)
-    if s.family == "bert":
-        batches = data.MaskedBatches(batches, tokenizer, s.seed)
-        held_out = data.corrupt(held_out[0], np.random.default_rng(s.seed), tokenizer)
-    return batches, held_out
-
-
 def make_tokenizer(s: Settings, parts):
     training = [text for documents, _ in parts for text in documents]
     if s.tokenizer == "bytes":
@@ -222,9 +182,9 @@ def make_tokenizer(s: Settings, parts):
     return data.load_tokenizer(s.tokenizer)
 
 
-def progress(items, title: str, unit: str):
-    """The items, with a bar that goes when they are through."""
-    return tqdm(items, title, unit=unit, leave=False, disable=None)
+def progress(items, title: str, unit: str) -> Iterable:
+    """The items, with a bar from the first until they are through."""
+    yield from tqdm(items, title, unit=unit, leave=False, disable=None)
 
 
 def make_model(s: Settings, vocab_size: int) -> Transformer:
@@ -238,9 +198,4 @@ def make_model(s: Settings, vocab_size: int) -> Transformer:
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError, ImportError, Diverged) as error:
-        sys.exit(f"pretrain.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped at once; a run that had begun goes on with --resume")
+    command(main, stopped="stopped at once; a run that had begun goes on with --resume")

@@ -10,15 +10,14 @@ extra `plots`).
 """
 
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from minilm import data
 from minilm.backend import tune_allocator
+from minilm.command import command
 from minilm.interop import huggingface
 from minilm.measure.losses import loss_of
 from minilm.nn import Linear
@@ -147,9 +146,4 @@ def draw_codebooks(weights, path: Path) -> Path | None:
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"quantize.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+    command(main)

@@ -7,12 +7,10 @@ Writes one HTML file that needs nothing else: no network, no script. Needs the e
 """
 
 import re
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-import tyro
-
+from minilm.command import command
 from minilm.files import FormatError, write_atomically
 from minilm.measure.verdict import FAILS, HOLDS, OPEN
 from minilm.results import Result, claimed, found, number
@@ -107,9 +105,4 @@ def picture(path: Path, prefix: str) -> str | None:
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"report.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+    command(main)

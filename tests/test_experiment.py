@@ -115,14 +115,14 @@ def small(tmp_path, arms=ARMS, claims=CLAIMS, draw=None):
                       {"height, m": 2, "width, m": 0}, claims, draw)
 
 
-def heights(arm, seed, calls=None):
+def heights(arm, seed, run, calls=None):
     if calls is not None:
         calls.append((arm, seed))
     return {"height, m": {**ARMS, "new": 3.0}[arm] + seed / 10, "width, m": 12345}
 
 
 def test_table_and_verdicts(tmp_path, capsys):
-    result = conduct(small(tmp_path), heights, (0, 1), {"steps": 3}, "--model a", out=tmp_path)
+    result = conduct(small(tmp_path), heights, (0, 1), {"steps": 3}, ["--model", "a b"], out=tmp_path)
     said = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in said.splitlines()]
     assert "height, m width, m lecture 000: towers, m" in lines
@@ -131,7 +131,7 @@ def test_table_and_verdicts(tmp_path, capsys):
     assert "high is above low: holds\n    high - low: height, m: 4, 95 % interval 4 to 4; " \
            "claimed: above 0\n" in said
     assert "high is near low: does not hold\n" in said and QUICK not in said
-    assert result.command == "python scripts/experiments/towers.py --seeds 0 1 --model a"
+    assert result.command == "python scripts/experiments/towers.py --seeds 0 1 --model 'a b'"
     assert [claim["verdict"] for claim in result.claims] == [HOLDS, FAILS]
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", result.date) and "cores" in result.machine
     assert Result.load(tmp_path / "towers-1" / "result.json") == result
@@ -182,10 +182,11 @@ def test_a_row_without_a_measure_is_refused(tmp_path):
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, capsys):
     calls = []
 
-    def stopped(arm, seed):
+    def stopped(arm, seed, run):
+        (run.path / "checkpoint").touch()
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return heights(arm, seed, calls)
+        return heights(arm, seed, run, calls)
 
     with pytest.raises(KeyboardInterrupt):
         conduct(small(tmp_path), stopped, (0, 1, 2), {"steps": 3}, out=tmp_path)
@@ -195,12 +196,14 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, capsys):
     assert calls == [("low", 0), ("high", 0), ("low", 1)]  # all arms of a seed, then the next
     before = Result.load(folder / "result.json")
     assert len(before.rows) == 3 and before.claims == ()
+    assert [path.parent.name for path in folder.glob("*/checkpoint")] == ["high-1"]
     calls.clear()
     after = conduct(small(tmp_path), lambda *which: heights(*which, calls), (0, 1, 2),
                     {"steps": 3}, resume=folder)
     assert calls == [("high", 1), ("low", 2), ("high", 2)]
     whole = conduct(small(tmp_path), heights, (0, 1, 2), {"steps": 3}, out=tmp_path)
     assert (after.rows, after.claims) == (whole.rows, whole.claims)
+    assert not [path for path in folder.iterdir() if path.is_dir()]
 
 
 def test_new_arms_and_seeds_join_a_run(tmp_path):

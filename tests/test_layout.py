@@ -22,7 +22,8 @@ FLOORS = [
     {"nn", "transformer", "decode", "generate"},
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure"},
-    {"train", "run", "checkpoint", "picture", "results", "experiment", "__main__"},
+    {"train", "loop", "run", "checkpoint", "picture", "results", "experiment", "command",
+     "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
@@ -52,9 +53,10 @@ WITHIN = {  # the arrows inside a floor
     ("experiment", "picture"),
     ("experiment", "results"),
     ("experiment", "run"),
-    ("experiment", "train"),
+    ("loop", "run"),
+    ("loop", "train"),
+    ("command", "train"),
     ("__main__", "run"),
-    ("__main__", "train"),
 }
 NARROWER = {
     "data": {"files"},

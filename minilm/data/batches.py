@@ -112,6 +112,32 @@ def mask_tokens(
     return inputs.astype(np.int32), targets.astype(np.int32)
 
 
+def batches_of(
+    parts: Sequence[tuple[Iterable[str], Iterable[str]]],
+    tokenizer: Tokenizer,
+    batch: int,
+    length: int,
+    seed: int,
+    weights: Sequence[float] = (),
+    masked: bool = False,
+) -> tuple:
+    """(batches of the training texts, rows of the held-out ones): of parts as `split` gives them.
+
+    weights: how often each part is drawn from, by default in proportion to its tokens.
+    masked: to fill in rather than to go on. The rows are then tokens, targets and a mask, 0 for the
+    padding of the last row, which is neither seen nor counted; else they are as of `rows`.
+    """
+    streams = [pack(training, tokenizer) for training, _ in parts]
+    batches = Batches(streams, weights or [len(s) for s in streams], batch, length, seed)
+    tokens, targets = rows(np.concatenate([pack(held, tokenizer) for _, held in parts]), length)
+    if not masked:
+        return batches, (tokens, targets)
+    real = targets != IGNORED
+    corrupted, targets = corrupt(tokens, np.random.default_rng(seed), tokenizer)
+    corrupted, targets = np.where(real, corrupted, tokens), np.where(real, targets, IGNORED)
+    return MaskedBatches(batches, tokenizer, seed), (corrupted, targets, real.astype(np.int32))
+
+
 class MaskedBatches:
     """Batches to fill in rather than to go on: batches[step] -> (corrupted tokens, targets)."""
 

@@ -34,11 +34,19 @@ class SGD:
         self.flat, self.lr, self.weight_decay = FlatParameters(params), lr, weight_decay
         self.steps = 0
 
-    def step(self):
-        """Update all parameters by their gradients; one that has none counts as 0."""
+    def step(self, scale: float = 1.0, everywhere=None):
+        """Update all parameters by their gradients times scale; one that has none counts as 0.
+
+        everywhere(t, lr, scale): calls `update` on parts that together are the whole, as workers
+        share them; by default the whole is one part.
+        """
         self.flat.complete()
         self.steps += 1
-        self.update(slice(0, self.flat.size), self.steps, self.lr)
+        (everywhere or self.update_all)(self.steps, self.lr, scale)
+
+    def update_all(self, t: int, lr: float, scale: float = 1.0):
+        """Step t of the whole as one part."""
+        self.update(slice(0, self.flat.size), t, lr, scale)
 
     def zero_grad(self):
         """Forget the gradients."""
@@ -85,11 +93,19 @@ class AdamW:
     def _make_states(self):
         self.m, self.v = self.flat.zeros(), self.flat.zeros()
 
-    def step(self):
-        """Update all parameters by their gradients; one that has none counts as 0."""
+    def step(self, scale: float = 1.0, everywhere=None):
+        """Update all parameters by their gradients times scale; one that has none counts as 0.
+
+        everywhere(t, lr, scale): calls `update` on parts that together are the whole, as workers
+        share them; by default the whole is one part.
+        """
         self.flat.complete()
         self.steps += 1
-        self.update(slice(0, self.flat.size), self.steps, self.lr)
+        (everywhere or self.update_all)(self.steps, self.lr, scale)
+
+    def update_all(self, t: int, lr: float, scale: float = 1.0):
+        """Step t of the whole as one part."""
+        self.update(slice(0, self.flat.size), t, lr, scale)
 
     def zero_grad(self):
         """Forget the gradients."""

@@ -132,7 +132,12 @@ def clip_grad_norm(params: list[Tensor], max_norm: float) -> float:
     """
     grads = [p.grad.reshape(-1) for p in params if p.grad is not None]
     norm = math.sqrt(sum(squares(g) for g in grads))
-    if norm > max_norm:
+    if (scale := clip_scale(norm, max_norm)) < 1:
         for g in grads:
-            g *= max_norm / norm
+            g *= scale
     return norm
+
+
+def clip_scale(norm: float, max_norm: float) -> float:
+    """What a gradient of this norm is multiplied by, so that its norm is at most max_norm."""
+    return max_norm / norm if norm > max_norm else 1.0

@@ -100,14 +100,13 @@ class PagedAdamW(AdamW):
         self.device.relieve_with(self.table.evict)
         weakref.finalize(self, self.device.close).atexit = False  # dropped without close()
 
-    def step(self):
+    def step(self, scale: float = 1.0, everywhere=None):
         """As of AdamW, where all gradients are finite; else nothing."""
         self.flat.complete()
-        if not math.isfinite(squares(self.flat.grad)):
+        if math.isfinite(squares(self.flat.grad)):
+            super().step(scale, everywhere)
+        else:
             self.skipped += 1
-            return
-        self.steps += 1
-        self.update(slice(0, self.flat.size), self.steps, self.lr)
 
     def update(self, part: slice, t: int, lr: float, scale: float = 1.0):
         """Step t of a part, with gradients multiplied by scale, which must be finite.

@@ -13,6 +13,7 @@ costs a third of the step; they need fork (Linux). FlatParameters lie in memory 
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections import deque
@@ -22,18 +23,27 @@ from contextlib import suppress
 from threadpoolctl import threadpool_limits
 
 
-class Workers:
-    """`run(parts)` calls work(part) for each part on a worker of its own: results in order.
+def default_workers() -> tuple[int, bool]:
+    """(workers, processes) that suit this machine: every core, processes where fork is safe."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores, sys.platform == "linux" and cores > 1
 
-    flat: the FlatParameters into which the backward passes inside `work` add their gradients.
-    work: a function of one part, which must travel through a pipe with processes=True.
-    Use as a context manager: while it is open, BLAS has one thread in this process.
+
+class Workers:
+    """`run(method, parts)` calls method(owner, *part) on a worker for each part: results in order.
+
+    flat: the FlatParameters into which the backward passes inside a method add their gradients.
+    owner: the object that the methods are of. With processes=True each worker has a copy, as it
+    was when the workers started; methods, parts and results travel through pipes.
+    Use as a context manager: while it is open, BLAS has one thread in this process. One worker
+    does without, where it is this thread.
     """
 
-    def __init__(self, flat, work, count: int, processes: bool = False):
+    def __init__(self, flat, owner, count: int, processes: bool = False):
         if count < 1:
             raise ValueError(f"there must be at least one worker, got {count}")
-        self.work, self.count, self.processes = work, count, processes
+        self.owner, self.count, self.processes = owner, count, processes
+        self.open, self.pipes, self.children = False, [], []
         self.sync = multiprocessing.get_context("fork") if processes else threading
         self.failed = self.sync.Event()
         self.turns = [self.sync.Semaphore(0) for _ in range(count - 1)]
@@ -42,7 +52,7 @@ class Workers:
         self.rank, self.parent, self.flat = threading.local(), os.getpid(), flat
 
     def __enter__(self):
-        self.pipes, self.children = [], []
+        self.open, self.pipes, self.children = True, [], []
         self.receivers = [p.on_grad for p in self.flat.params]
         for p in self.flat.params:
             p.on_grad = lambda dy, receive=p.on_grad: self.queues[self.rank.value].put(receive, dy)
@@ -60,6 +70,7 @@ class Workers:
         return self
 
     def __exit__(self, *_):
+        self.open = False
         if self.processes:
             for pipe, child in zip(self.pipes, self.children):
                 pipe.close()
@@ -72,7 +83,10 @@ class Workers:
         if self.limits:
             self.limits.restore_original_limits()
 
-    def run(self, parts: list) -> list:
+    def run(self, method, parts: list[tuple]) -> list:
+        if self.count > 1 and not self.open:
+            raise RuntimeError(f"the {self.count} workers run inside of a `with` alone: "
+                               "with Trainer(...) as trainer: ...")
         if not 1 <= len(parts) <= self.count:
             raise ValueError(f"{len(parts)} parts for {self.count} workers")
         if self.failed.is_set():
@@ -81,18 +95,19 @@ class Workers:
             while turn.acquire(False):
                 pass
         if not self.processes:
-            futures = [self.pool.submit(self._run, w, p) for w, p in enumerate(parts) if w]
-            return [self._run(0, parts[0]), *(f.result() for f in futures)]
+            futures = [self.pool.submit(self._run, w, method, part)
+                       for w, part in enumerate(parts) if w]
+            return [self._run(0, method, parts[0]), *(f.result() for f in futures)]
         for pipe, part in zip(self.pipes, parts[1:]):
             with suppress(BrokenPipeError):  # a dead child shows when its answer is due
-                pipe.send(part)
-        results = [self._run(0, parts[0])]
+                pipe.send((method, part))
+        results = [self._run(0, method, parts[0])]
         return results + [self._receive(w) for w in range(1, len(parts))]
 
-    def _run(self, rank, part):
+    def _run(self, rank, method, part):
         self.rank.value = rank
         try:
-            result = self.work(part)
+            result = method(self.owner, *part)
             self.queues[rank].finish()
             return result
         except GaveUp:
@@ -114,7 +129,7 @@ class Workers:
         try:
             while True:
                 try:
-                    answer = (self._run(rank, pipe.recv()), None)
+                    answer = (self._run(rank, *pipe.recv()), None)
                 except EOFError:
                     return
                 except Exception:

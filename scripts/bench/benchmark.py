@@ -24,7 +24,6 @@ from functools import partial
 from multiprocessing import resource_tracker
 from typing import Literal, get_args
 
-import tyro
 from contenders import SHAPES, Shape, bitsandbytes_codes, our_codes, our_side, torch_side
 from tqdm import tqdm
 
@@ -158,7 +157,7 @@ class Contender:
     """A process that waits, runs a job once when told to, and answers with a number."""
 
     def __init__(self, side, *args):
-        from minilm.train import finish_on_interrupt
+        from minilm.loop import finish_on_interrupt
 
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -202,9 +201,6 @@ def serve(pipe, side, *args):
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, ImportError, RuntimeError) as error:
-        sys.exit(f"benchmark.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+    from minilm.command import command  # here: the others' processes load nothing of ours
+
+    command(main)

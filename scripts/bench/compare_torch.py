@@ -10,11 +10,11 @@ of PyTorch itself in float32: what can be asked of that dtype.
 import sys
 
 import numpy as np
-import tyro
 from op_table import TOLERANCE, cast, error, op_error, run_ours, run_torch, table
 from tqdm import tqdm
 
 from minilm import ops
+from minilm.command import command
 from minilm.optim import AdamW
 from minilm.transformer import Config, Transformer
 
@@ -148,9 +148,4 @@ def flat(arrays):
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, ImportError) as error:
-        sys.exit(f"compare_torch.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+    command(main)

@@ -85,16 +85,13 @@ def our_side(job, shape, threads):
     kind = PagedAdamW if job == "paged" else AdamW
     optimizer = kind(params, 1e-3, (0.9, 0.95), weight_decay=0.1,
                      undecayed=[p for p in params if p.ndim < 2])
-    trainer = Trainer(model, optimizer, CORES, processes=not threads)
-    work = trainer.workers.work
-    trainer.workers.work = lambda part: trim() if part == "trim" else work(part)
-    with trainer:
-        def step(): return trainer.step(0, *shape.tokens())
+    with Trainer(model, optimizer, CORES, processes=not threads) as trainer:
+        def step(): return trainer.step(0, shape.tokens())
         if job != "memory":
             yield from timed(step)
         step()
         step()
-        trainer.workers.run(["trim"] * CORES)
+        trainer.workers.run(trim, [()] * CORES)
         children = [child.pid for child in trainer.workers.children]
         gradients = optimizer.flat.grad.nbytes / 2**20  # ours stay in memory between steps
         # What a worker process costs by being there, without its share of Adam's m and v.
@@ -215,8 +212,8 @@ def torch_stream(model, shape):
         yield token
 
 
-def trim():
-    """Give freed memory back to the system (glibc)."""
+def trim(trainer=None):
+    """Give freed memory back to the system (glibc): of this process, or a worker of the trainer."""
     ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -10,33 +10,32 @@ it answers held-out records, and its loss on the text it was trained on says wha
 An arm is a line of ARMS.
 """
 
-import sys
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import tyro
-from tqdm import tqdm
 
 from minilm import data
+from minilm.command import command
 from minilm.experiment import Experiment, conduct
 from minilm.files import sha256
 from minilm.interop import huggingface
+from minilm.loop import Training, fit
 from minilm.measure.answers import answers
-from minilm.measure.losses import loss_of
+from minilm.measure.losses import bits_per_byte, loss_of
 from minilm.measure.verdict import compared
-from minilm.optim import AdamW, cosine_schedule
+from minilm.optim import AdamW
+from minilm.parallel.cores import default_workers
 from minilm.peft import add_lora, trainable_parameters
 from minilm.picture import COLORS
 from minilm.quantize import quantize_model
 from minilm.run import newest_model
-from minilm.train import Diverged, Trainer, default_workers, train
 from minilm.transformer import Config, Transformer
 
 QUESTION = "Do adapters learn as much as full fine-tuning, and do they forget less?"
 TASKS = ("reverse", "upper", "sort", "last", "add")
-RIGHT, KNOWN = "answered rightly, %", "loss on the old text"
+RIGHT, KNOWN = "answered rightly, %", "old text, bits a byte"
 
 SLIDE = {  # "Experiments" of LoRA's part, and table 3 of QLoRA's
     "lecture 002: GPT-3, WikiSQL, %": {"full": 73.8, "LoRA": 73.4},
@@ -59,18 +58,20 @@ CLAIMS = {
 }
 
 
-class Size(NamedTuple):
-    train: int  # records of each task
-    test: int
-    batch: int
-    steps: int
-    warmup: int
-    text: int | None  # rows of the old text; None: all
-    workers: int
+@dataclass(frozen=True)
+class Settings(Training):
+    """What decides an arm's numbers, with its seed and its base."""
+
+    steps: int = 4000
+    lr: float = 0.0  # each arm has its own
+    warmup: int = 100
+    save_every: int = 1000
+    train: int = 2000  # records of each task
+    test: int = 200
+    documents: int | None = None  # of the old text; None: all
 
 
-FULL = Size(2000, 200, 16, 4000, 100, None, default_workers()[0])
-QUICK = Size(16, 2, 4, 4, 1, 2, 1)
+QUICK = Settings(batch=4, steps=4, warmup=1, workers=1, train=16, test=2, documents=1)
 
 
 def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Path("runs"),
@@ -79,7 +80,7 @@ def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Pa
 
     Args:
         seeds: of records, adapters and batches; every arm runs on each.
-        quick: end in seconds, with numbers that mean nothing.
+        quick: end in seconds, on a tiny model that knows nothing; the numbers mean nothing.
         out: folder in which the run gets a folder of its own.
         model: base models, folders with a tokenizer.json; seed s adapts number s mod n of the n
             given. By default the newest runs/pretrain-*/model. Of one base the intervals say
@@ -88,44 +89,41 @@ def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Pa
         keep: leave the result beside this program, for the page that report.py makes.
     """
     bases = [] if quick else list(model) or [newest_model(Path("runs"), "pretrain-*")]
-    size = QUICK if quick else FULL
     for folder in bases:
         load(folder)  # what is wrong with it is to be said before a folder is made for the run
     files = [file for folder in bases for file in sorted(folder.glob("*.safetensors"))]
-    settings = {"bases": [sha256(file) for file in files], **size._asdict()}
-    options = f"--model {' '.join(map(str, bases))}" if bases else ""
-    conduct(EXPERIMENT, partial(measured, bases=bases, size=size), seeds, settings, options, quick,
-            out, resume, keep)
+    s = QUICK if quick else Settings(workers=default_workers()[0])
+    settings = {"bases": [sha256(file) for file in files], **asdict(s)}
+    options = ["--model", *map(str, bases)] if bases else []
+    conduct(EXPERIMENT, partial(measured, bases, s), seeds, settings, options, quick, out, resume,
+            keep)
 
 
-def measured(arm: str, seed: int, bases: list[Path], size: Size) -> dict:
+def measured(bases: list[Path], s: Settings, arm: str, seed: int, run) -> dict:
     """Adapt a base model, and count what it answers rightly and what it still knows."""
-    model, tokenizer = tiny() if not bases else load(bases[seed % len(bases)])
-    text = old_text(tokenizer, model.config.context, size.text)
-    records, test = data.make_tasks(TASKS, size.train, size.test, seed)
-    lr, prepare = ARMS[arm]
+    s, (lr, prepare) = replace(s, seed=seed), ARMS[arm]
+    model, tokenizer = load(bases[seed % len(bases)]) if bases else tiny()
+    records, test = data.make_tasks(TASKS, s.train, s.test, seed)
     model = prepare(model, seed)
     if lr:
-        fit(model, lr, data.InstructionBatches(records, tokenizer, size.batch, None, seed), size,
-            seed, f"{arm}, seed {seed}")
+        batches = data.InstructionBatches(records, tokenizer, s.batch, None, seed)
+        adapt(run, model, batches, replace(s, lr=lr), f"{arm}, seed {seed}")
     right = {task: [] for task in TASKS}
     for record, said in zip(test, answers(model, test, tokenizer)):
         right[record.task].append(100 * data.score(record, said))
     return {RIGHT: float(np.mean(list(right.values()))),
             **{f"{task}, %": float(np.mean(found)) for task, found in right.items()},
-            KNOWN: loss_of(model, *text),
+            KNOWN: old_text(model, tokenizer, s.documents),
             "trained parameters": sum(p.size for p in trainable_parameters(model)) if lr else 0}
 
 
-def fit(model, lr: float, batches, size: Size, seed: int, title: str):
+def adapt(run, model, batches, s: Settings, title: str):
     """Train what is to be trained."""
-    optimizer = AdamW(trainable_parameters(model), lr, weight_decay=0.0)
-    schedule = partial(cosine_schedule, steps=size.steps, lr=lr, warmup=size.warmup)
-    processes = default_workers()[1] and size.workers > 1
-    with Trainer(model, optimizer, size.workers, processes, seed) as trainer:
-        steps = train(trainer, batches, size.steps, schedule)
-        for _ in tqdm(steps, title, size.steps, leave=False, unit="step", disable=None):
-            pass
+    optimizer = AdamW(trainable_parameters(model), s.lr, weight_decay=0.0)
+    for _, done in fit(run, model, batches, s, optimizer=optimizer, title=title):
+        stopped = done.step < s.steps  # by Ctrl-C
+    if stopped:
+        raise KeyboardInterrupt
 
 
 def lora(model, seed: int):
@@ -147,10 +145,13 @@ def held_out():
     return data.split(data.load_corpus("python-reference"), 0.1)[1]
 
 
-def old_text(tokenizer, context: int, count: int | None):
-    """Rows of it: (tokens, targets)."""
-    tokens, targets = data.rows(data.pack(held_out(), tokenizer), context)
-    return tokens[:count], targets[:count]
+def old_text(model, tokenizer, count: int | None) -> float:
+    """Bits a byte of it, or of its first documents."""
+    documents = held_out()[:count]
+    tokens, targets = data.rows(data.pack(documents, tokenizer), model.config.context)
+    size = sum(len(document.encode()) for document in documents)
+    loss = loss_of(model, tokens, targets)
+    return bits_per_byte(loss, int((targets != data.IGNORED).sum()), size)
 
 
 def draw(figure, rows):
@@ -164,16 +165,10 @@ def draw(figure, rows):
         axes.annotate(arm, (x.mean(), y.mean()), xytext=(0, -16 if i % 2 else 9), color=color,
                       textcoords="offset points", ha="center", weight="bold")
     axes.margins(0.14)
-    axes.set(xlabel="loss on the old text, nats a token (right: forgets more)",
-             ylabel="answered rightly, %")
+    axes.set(xlabel=f"{KNOWN} (right: forgets more)", ylabel=RIGHT)
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError, ImportError, Diverged) as error:
-        sys.exit(f"adaptation_methods.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    command(main)

@@ -1,0 +1,23 @@
+"""How every program of scripts/ ends: one line for what is wrong, and for Ctrl-C."""
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from minilm.train import Diverged
+
+WRONG = (ValueError, OSError, ImportError, RuntimeError, Diverged)  # what a user can mend
+
+
+def command(main, stopped: str = "stopped"):
+    """Call main with the command line's words, and exit with 1 and a line where it fails.
+
+    stopped: what to say after Ctrl-C.
+    """
+    try:
+        tyro.cli(main)
+    except WRONG as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{stopped}")

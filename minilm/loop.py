@@ -1,0 +1,125 @@
+"""The loop of a training program: its settings, and `fit`, which the program iterates over.
+
+    for trainer, done in fit(run, model, batches, settings, optimizer=optimizer):
+        if done.targets:  # a step was made; the first time none was yet
+            run.log(**asdict(done))
+
+`fit` goes on from the run's last checkpoint, makes the steps, saves, and meets Ctrl-C. When to
+evaluate, and what to log, is up to the program: what it does with each step is done before `fit`
+saves or makes the next.
+"""
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from minilm.nn import Module
+from minilm.optim import LossScaler, cosine_schedule
+from minilm.parallel.cores import default_workers
+from minilm.run import RunDirectory
+from minilm.train import Step, Trainer
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings that training programs share. A program's own settings extend them."""
+
+    batch: int = 16
+    """rows in a step"""
+    steps: int = 1200
+    """updates in the whole run"""
+    lr: float = 5e-3
+    """learning rate after the warmup; from there it falls as a cosine"""
+    warmup: int = 60
+    """steps of linear warmup"""
+    clip: float = 1.0
+    """largest global norm of the gradient"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """of weights and activations; what trains has float32 masters, float16 a loss scaler"""
+    eval_every: int = 250
+    """steps between losses on what is held out"""
+    save_every: int = 500
+    """steps between checkpoints"""
+    seed: int = 0
+    """of all that is drawn: weights, batches, dropout"""
+    workers: int = 0
+    """cores to use; 0 means all"""
+    threads: bool = False
+    """use threads rather than processes as workers"""
+
+
+def resumed(settings, resume: Path | None):
+    """(the run to go on with, or None; its own settings, or those given).
+
+    Workers are counted: another number gives other bits, so a run keeps its own. ValueError where
+    the run has other settings than those that are given.
+    """
+    run = RunDirectory(resume) if resume else None
+    own = run.settings(settings) if run else settings
+    return run, replace(own, workers=own.workers or default_workers()[0])
+
+
+def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None, *, optimizer,
+        min_lr: float = 0.0, accumulate: int = 1, saved: Module | None = None,
+        title: str | None = None) -> Iterator[tuple[Trainer, Step]]:
+    """Train from the run's last checkpoint on; yields (trainer, step), first before any step.
+
+    The first Step says where the run stands: its `targets` are 0. After that comes one for each
+    step that was made; when the program has dealt with it, a checkpoint is saved if one is due.
+    batches[step] is a step's batch, loss as in train.py, optimizer over all that trains.
+    min_lr: learning rate at the end. accumulate: micro-batches of a step. saved: what checkpoints
+    hold, if more than the model trains. title: of the progress bar.
+
+    After a first Ctrl-C the step is finished and saved, and there are no more; a second one
+    interrupts at once. One that comes with the last step is raised when all is saved.
+    """
+    s, saved, (cores, processes) = settings, saved or model, default_workers()
+    scaler = LossScaler() if s.dtype == "float16" else None
+    step = run.restore(saved, optimizer, scaler)
+    schedule = partial(cosine_schedule, steps=s.steps, lr=s.lr, min_lr=min_lr, warmup=s.warmup)
+    with Trainer(model, optimizer, s.workers or cores, processes and not s.threads, s.seed, scaler,
+                 loss) as trainer:
+        yield trainer, Step(step, math.nan, math.nan, 0.0, targets=0, seconds=0.0)
+        last = step >= s.steps
+        with finish_on_interrupt() as interrupted, tqdm(
+                total=s.steps, initial=step, desc=title, unit="step", disable=None) as bar:
+            while not last:
+                done = trainer.step(step, batches[step], schedule(step), s.clip, accumulate)
+                step, speed = done.step, done.targets / done.seconds
+                bar.update()
+                bar.set_postfix_str(f"loss {done.loss:.3f}, {speed:,.0f} targets/s")
+                yield trainer, done
+                last = step == s.steps or interrupted()
+                if last or step % s.save_every == 0:
+                    run.save(step, saved, optimizer, scaler)
+        if interrupted() and step == s.steps:
+            raise KeyboardInterrupt
+
+
+def validation(trainer: Trainer, held_out, every: int = 1) -> dict:
+    """Loss and accuracy on each `every`-th row of what is held out, for the log."""
+    loss, accuracy = trainer.evaluate(*(rows[::every] for rows in held_out))
+    return {"validation_loss": round(loss, 5), "validation_accuracy": round(accuracy, 5)}
+
+
+@contextmanager
+def finish_on_interrupt():
+    """A first Ctrl-C only makes the yielded function return True; a second one interrupts."""
+    pressed = []
+
+    def press(number, frame):
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
