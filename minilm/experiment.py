@@ -48,14 +48,14 @@ class Experiment:
 
 
 def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory], dict],
-            seeds: Iterable[int], settings: dict, options: Iterable[str] = (),
-            quick: bool = False, out: Path = Path("runs"), resume: Path | None = None, keep: bool = False) -> Result:
+            seeds: Iterable[int], settings: dict, options: Iterable[str] = (), quick: bool = False,
+            out: Path = Path("runs"), resume: Path | None = None, keep: bool = False) -> Result:
     """Run each arm on each seed, print table and verdicts, draw the picture.
 
     measured(arm, seed, run) gives the number of each measure; what it trains may leave checkpoints
-    in `run`. settings, JSON-able, decide the numbers; options are the words of the command line
-    that lead to them. resume: the folder of a run to go on with: arms and seeds that have a row there
-    are not run again, others join them. keep: leave the result beside the experiment, too.
+    in `run`. settings, JSON-able, decide the numbers; options, words of the command line, lead to
+    them. resume: the folder of a run to go on with: arms and seeds that have a row there are not
+    run again, others join them. keep: leave the result beside the experiment, too.
     ValueError if a quick run is to be kept, and if the folder is of a run with other settings.
     """
     if quick and keep:

@@ -4,6 +4,8 @@ import importlib
 import math
 import re
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import experiment as module
+from minilm import loop
 from minilm.experiment import QUICK, Experiment, conduct
 from minilm.files import FormatError
 from minilm.measure.verdict import (
@@ -122,7 +125,8 @@ def heights(arm, seed, run, calls=None):
 
 
 def test_table_and_verdicts(tmp_path, capsys):
-    result = conduct(small(tmp_path), heights, (0, 1), {"steps": 3}, ["--model", "a b"], out=tmp_path)
+    options = ["--model", "a b"]
+    result = conduct(small(tmp_path), heights, (0, 1), {"steps": 3}, options, out=tmp_path)
     said = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in said.splitlines()]
     assert "height, m width, m lecture 000: towers, m" in lines
@@ -292,6 +296,32 @@ def test_each_experiment_runs_quickly(name, tmp_path, capsys):
         experiment.main(seeds=(0,), quick=True, out=tmp_path, keep=True)
     assert sorted(FOLDER.iterdir()) == beside
     assert verdicts(result).count("\n") >= len(result.claims)
+
+
+def test_an_arm_that_was_killed_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    methods = importlib.import_module("adaptation_methods")
+    monkeypatch.setattr(methods, "QUICK", replace(methods.QUICK, save_every=2))
+    begun = []
+
+    def fit(run, *args, kill=False, title, **settings):
+        for trainer, done in loop.fit(run, *args, title=title, **settings):
+            if not done.targets:
+                begun.append((title, done.step))
+            if kill and title == "LoRA, seed 0" and done.step == 3:
+                raise SystemExit("killed")
+            yield trainer, done
+
+    monkeypatch.setattr(methods, "fit", partial(fit, kill=True))
+    with pytest.raises(SystemExit):
+        methods.main(seeds=(0,), quick=True, out=tmp_path)
+    monkeypatch.setattr(methods, "fit", fit)
+    methods.main(seeds=(0,), quick=True, resume=tmp_path / "adaptation_methods-1")
+    assert begun == [("full, seed 0", 0), ("LoRA, seed 0", 0), ("LoRA, seed 0", 2),
+                     ("QLoRA, seed 0", 0)]
+    methods.main(seeds=(0,), quick=True, out=tmp_path)
+    first, second = (Result.load(tmp_path / f"adaptation_methods-{i}" / "result.json")
+                     for i in (1, 2))
+    assert first.rows == second.rows
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
