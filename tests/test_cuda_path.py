@@ -72,7 +72,7 @@ def trained(model, steps=2, eps=1e-3, scaler=None, **settings):
     """What two steps with AdamW report, and the losses after them."""
     opt = AdamW(trainable_parameters(model), lr=0.01, eps=eps, weight_decay=0.1)
     with Trainer(model, opt, seed=3, scaler=scaler) as trainer:
-        done = [trainer.step(i, TOKENS, TARGETS, clip=1.0, **settings) for i in range(steps)]
+        done = [trainer.step(i, (TOKENS, TARGETS), clip=1.0, **settings) for i in range(steps)]
         return [x for s in done for x in (s.loss, s.norm)], trainer.evaluate(TOKENS, TARGETS, 3)
 
 
@@ -188,7 +188,7 @@ def test_qlora_launches_the_kernels_and_nothing_in_their_place(cupy, launched):
     add_lora(gpu, 2, alpha=4, targets="all-linear").astype("float32")
     launched.clear()
     with Trainer(gpu, AdamW(gpu.parameters())) as trainer:
-        trainer.step(0, TOKENS, TARGETS)
+        trainer.step(0, (TOKENS, TARGETS))
     assert launched == {"nf4_dequantize": 14 + 14 - 3, "adamw": 1, "swiglu": 2,
                         "swiglu_backward": 2, "rms_norm": 5, "rms_norm_backward": 5 - 1}
     gpu.astype("bfloat16")
@@ -209,14 +209,14 @@ def test_a_run_on_the_gpu_is_saved_and_goes_on_as_if_it_had_not_stopped(cupy, tm
     _, gpu = pair("gpt2")
     opt, run = AdamW(gpu.parameters(), 1e-2), RunDirectory(tmp_path)
     with Trainer(gpu, opt) as trainer:
-        trainer.step(0, TOKENS, TARGETS)
+        trainer.step(0, (TOKENS, TARGETS))
         run.save(1, gpu, opt)
-        trainer.step(1, TOKENS, TARGETS)
+        trainer.step(1, (TOKENS, TARGETS))
     _, again = pair("gpt2")
     fresh = AdamW(again.parameters(), 1e-2)
     assert run.restore(again, fresh) == 1
     with Trainer(again, fresh) as trainer:
-        trainer.step(1, TOKENS, TARGETS)
+        trainer.step(1, (TOKENS, TARGETS))
     for a, b in zip(gpu.state_dict().values(), again.state_dict().values(), strict=True):
         np.testing.assert_array_equal(on_cpu(a), on_cpu(b))
 
@@ -259,9 +259,9 @@ def test_a_step_reads_back_numbers_only(cupy):
     _, gpu = pair("llama")
     opt = AdamW(gpu.parameters())
     with Trainer(gpu, opt) as trainer:
-        trainer.step(0, TOKENS, TARGETS)
+        trainer.step(0, (TOKENS, TARGETS))
         emulated_cupy.reset()
-        trainer.step(1, TOKENS, TARGETS)
+        trainer.step(1, (TOKENS, TARGETS))
         assert set(emulated_cupy.to_host) <= {"bool", "float"}
         assert sum(emulated_cupy.to_host.values()) <= 4, "ids twice, loss, norm"
         assert sum(emulated_cupy.to_device.values()) <= 3, "tokens, targets, which of them count"
@@ -274,7 +274,7 @@ def test_threads_share_a_gpu(cupy):
     cpu, gpu = pair("llama")
     for model, workers in (cpu, 1), (gpu, 3):
         with Trainer(model, AdamW(model.parameters(), 1e-2, eps=1e-3), workers) as trainer:
-            trainer.step(0, TOKENS, TARGETS)
+            trainer.step(0, (TOKENS, TARGETS))
     same_parameters(gpu, cpu)
 
 

@@ -5,17 +5,18 @@ import sys
 from types import SimpleNamespace
 
 import distill
-import distill_report
 import numpy as np
 import pytest
-from distill import make_students
-from distill_report import Arm, draw, prediction, print_table, speeds
+from distill import Arm, draw, make_students, print_table
 from test_distill_script import ARMS, SMALL, save_teacher, settings
 
 from minilm import data
 from minilm.distill import Distillation
 from minilm.files import read_json
 from minilm.interop import huggingface
+from minilm.measure import speed
+from minilm.measure.guesses import likeliest
+from minilm.measure.speed import speeds
 from minilm.tensor import no_grad
 from minilm.transformer import Config, Transformer
 
@@ -112,17 +113,17 @@ def test_speeds_are_each_models_own(monkeypatch, causal):
         assert tokens.shape == (1, 1)
         clock[0] += 3 * model.seconds * count
 
-    monkeypatch.setattr(distill_report, "generate", generate)
-    monkeypatch.setattr(distill_report, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    arms = {name: Arm(Model(name, seconds), []) for name, seconds in (("a", 0.5), ("b", 0.125))}
-    found = speeds(arms, np.zeros((20, 8), int), rounds=3)
+    monkeypatch.setattr(speed, "generate", generate)
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    models = {name: Model(name, seconds) for name, seconds in (("a", 0.5), ("b", 0.125))}
+    found = speeds(models, np.zeros((20, 8), int), rounds=3)
     assert turns == ["a", "b"] * 3
     assert found == {"a": pytest.approx([2, 2 / 3][: 1 + causal]),
                      "b": pytest.approx([8, 8 / 3][: 1 + causal])}
 
 
 def test_real_speeds_are_positive(arms):
-    found = speeds(arms, np.zeros((3, 8), int))
+    found = speeds({name: arm.model for name, arm in arms.items()}, np.zeros((3, 8), int))
     assert found.keys() == arms.keys() and all(min(v) > 0 and len(v) == 2 for v in found.values())
 
 
@@ -141,14 +142,14 @@ def test_a_prediction_is_the_teachers_at_each_temperature(tmp_path, family):
         teacher.embed.weight.data[290] = 10 * state / (state @ state)
         logits = teacher(tokens).data[0, -1].astype(np.float64)
     assert family == "bert" or logits.argmax() == 290
-    prompt, names, p = prediction(teacher.train(), data.ByteTokenizer(), PROMPT)
+    names, p = likeliest(teacher.train(), data.ByteTokenizer(), PROMPT, (1, 2, 4))
     first = np.argsort(-logits[:258])[:8]
-    assert prompt == PROMPT and list(p) == [1, 2, 4] and len(names) == 8
+    assert list(p) == [1, 2, 4] and len(names) == 8
     for T, found in p.items():
         exact = np.exp(logits / T) / np.exp(logits / T).sum()
         np.testing.assert_allclose(found, exact[first], rtol=1e-5)
     assert (np.diff(p[1]) < 0).all()
-    assert len(prediction(teacher, data.ByteTokenizer(), PROMPT, count=3)[1]) == 3
+    assert len(likeliest(teacher, data.ByteTokenizer(), PROMPT, count=3)[0]) == 3
 
 
 def test_a_prediction_names_tokens_as_one_can_read_them(tmp_path):
@@ -157,7 +158,7 @@ def test_a_prediction_names_tokens_as_one_can_read_them(tmp_path):
         state = teacher.eval().hidden(np.array([[*b"ab"]])).data[0, -1]
     for id, size in ((256, 40.0), (32, 39.0), (10, 38.0), (ord("$"), 37.0)):
         teacher.head.weight.data[id] = size * state / (state @ state)
-    _, names, _ = prediction(teacher, data.ByteTokenizer(), "ab", count=4)
+    names, _ = likeliest(teacher, data.ByteTokenizer(), "ab", count=4)
     assert names == ["end", "\N{OPEN BOX}", r"\n", "$"]
 
 

@@ -16,9 +16,9 @@ from minilm import ops
 from minilm.distill import Distillation, TopK, distillation_loss, student_from_teacher, top_k
 from minilm.measure.memory import TracedMemory
 from minilm.nn import Linear
-from minilm.optim import AdamW
+from minilm.optim import SGD, AdamW
 from minilm.tensor import Tensor, no_grad, randomness
-from minilm.train import Trainer, label_loss
+from minilm.train import LabelLoss, Trainer
 from minilm.transformer import Config, Transformer
 
 # Python 3.12 warns of every fork in a process that has threads, as BLAS does.
@@ -232,7 +232,7 @@ def train(family, workers=1, processes=False, accumulate=1, steps=3, dtype="floa
     before = [p.data.copy() for p in loss.parameters()]
     optimizer = AdamW(student.parameters() + loss.parameters(), lr=lr, eps=eps)
     with Trainer(student, optimizer, workers, processes, loss=loss) as trainer:
-        done = [trainer.step(i, *draw(family, 5), accumulate=accumulate) for i in range(steps)]
+        done = [trainer.step(i, draw(family, 5), accumulate=accumulate) for i in range(steps)]
     assert not any(equal(p.data, a) for p, a in zip(loss.parameters(), before))
     return [s.loss for s in done], optimizer.flat.data.copy()
 
@@ -277,6 +277,56 @@ def test_a_projection_is_there_where_widths_differ():
     assert not Distillation(make("gpt2", layers=1), wide).parameters()
 
 
+# Padding
+
+
+def padded(arrays, more, fill):
+    """Rows filled up with `more` places each."""
+    return tuple(np.pad(a, ((0, 0), (0, more)), constant_values=v) for a, v in zip(arrays, fill))
+
+
+def stepped(family, batch, loss, workers=1, **settings):
+    """The loss and the gradient of a step that changes nothing."""
+    student, teacher = make(family, "float64", layers=2), make(family, "float64")
+    loss = LabelLoss() if loss == "labels" else Distillation(student, teacher, **settings)
+    with Trainer(student, SGD(student.parameters(), lr=0.0), workers, loss=loss) as trainer:
+        done = trainer.step(0, batch)
+    return done, trainer.optimizer.flat.grad.copy(), trainer.evaluate(*batch) if workers == 1 else 0
+
+
+@families
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("loss, settings", [
+    ("labels", {}), ("teacher", {}), ("teacher", dict(masked_only=True)),
+    ("teacher", dict(top_k=3)), ("teacher", dict(weights=(0.0, 0.0, 1.0)))], ids=str)
+def test_padded_rows_give_the_same_number_as_unpadded_ones(family, workers, loss, settings):
+    """Of a causal model the targets say what padding is; of the others a mask."""
+    tokens, targets = (a[:, :5] for a in draw("bert", 4))
+    targets[:, -1] = [3, 1, 4, 1]
+    mask = np.ones_like(tokens)
+    bare = (tokens, targets) if family != "bert" else (tokens, targets, mask)
+    whole = stepped(family, bare, loss, workers, **settings)
+    ways = [padded((tokens, targets, mask), 3, (7, -100, 0))]
+    if family != "bert":
+        ways.append(ways[0][:2])
+    for batch in ways:
+        found = stepped(family, batch, loss, workers, **settings)
+        close(found[0].loss, whole[0].loss, "float64")
+        close(found[1], whole[1], "float64")
+        close(np.array(found[2]), np.array(whole[2]), "float64")
+        assert found[0].targets == whole[0].targets
+
+
+def test_what_distillation_counts():
+    gpt2, bert = (Distillation(make(f), make(f)) for f in ("gpt2", "bert"))
+    tokens, targets = np.zeros((2, 2, 4), int)
+    targets[0], targets[1] = [-100, 5, -100, 6], [7, -100, -100, -100]
+    mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0]])
+    assert gpt2.totals(tokens, targets) == (5, 3)  # a prompt counts, what is after the end does not
+    assert bert.totals(tokens, targets) == (8, 3)
+    assert gpt2.totals(tokens, targets, mask) == bert.totals(tokens, targets, mask) == (7, 3)
+
+
 # Memory
 
 
@@ -305,7 +355,7 @@ def test_the_teacher_costs_one_forward_pass(sizes, settings, monkeypatch):
 
     def step(loss):
         optimizer.zero_grad()
-        loss(student, tokens, targets, (tokens.size, targets.size)).backward()
+        loss(student, tokens, targets, totals=(tokens.size, targets.size)).backward()
         optimizer.step()
 
     def forward():
@@ -313,7 +363,7 @@ def test_the_teacher_costs_one_forward_pass(sizes, settings, monkeypatch):
             teacher(tokens)
 
     step(distillation)  # fills the caches
-    allowed = grown(lambda: step(label_loss)) + grown(forward) + (
+    allowed = grown(lambda: step(LabelLoss())) + grown(forward) + (
         0.1e6 if sizes is WIDE or "top_k" in settings else 2.2e6)
     assert grown(lambda: step(distillation)) <= allowed
     monkeypatch.setattr("minilm.distill.no_grad", contextlib.nullcontext)  # a graph of the teacher

@@ -14,7 +14,7 @@ import pytest
 import minilm
 from minilm import __main__ as told
 from minilm import backend
-from minilm.train import default_workers
+from minilm.parallel.cores import default_workers
 
 ROOT = Path(__file__).resolve().parents[1]
 

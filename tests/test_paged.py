@@ -670,7 +670,7 @@ def small_model(dtype="float32"):
 
 def train_some(model, optimizer, steps, **settings):
     with Trainer(model, optimizer, **settings) as trainer:
-        return [trainer.step(i, *ROWS, lr=0.01, clip=1.0).loss for i in steps]
+        return [trainer.step(i, tuple(ROWS), lr=0.01, clip=1.0).loss for i in steps]
 
 
 def paged_model(page_size=256, dtype="float32", **settings):

@@ -247,7 +247,7 @@ def test_training_takes_the_steps_of_pytorchs_grad_scaler(make, accumulate):
     scales, skipped = [], []
     with Trainer(model, ours, scaler=scaler) as trainer:
         for step in range(24):
-            done = trainer.step(step, TOKENS, TARGETS, clip=0.3, accumulate=accumulate)
+            done = trainer.step(step, (TOKENS, TARGETS), clip=0.3, accumulate=accumulate)
             theirs.zero_grad()
             for rows in torch.arange(4).chunk(accumulate):
                 logits = F.linear(F.embedding(x[rows], E.half()), W.half())
@@ -283,7 +283,7 @@ def test_the_loop_in_the_docstring():
 
     model, params, optimizer, scaler = start()
     with Trainer(model, optimizer, scaler=scaler) as trainer:
-        done = [trainer.step(i, TOKENS, TARGETS, clip=1.0) for i in range(12)]
+        done = [trainer.step(i, (TOKENS, TARGETS), clip=1.0) for i in range(12)]
     assert 0 < sum(s.skipped for s in done) < 9
     twin, params, other, scale = start()
     for _ in range(12):
@@ -377,11 +377,11 @@ def test_failure_3_gradients_overflow_and_the_scaler_cures_it():
     optimizer, scaler = AdamW(model.parameters(), 0.01), LossScaler(2.0**24)
     before = held(optimizer)
     with Trainer(model, optimizer, scaler=scaler) as trainer:
-        done = [trainer.step(0, TOKENS, TARGETS, lr=0.5, clip=1.0)]
+        done = [trainer.step(0, (TOKENS, TARGETS), lr=0.5, clip=1.0)]
         assert done[0].skipped and not math.isfinite(done[0].norm)
         assert equal(before, held(optimizer)) and (optimizer.steps, optimizer.lr) == (0, 0.01)
         assert (scaler.scale, scaler.skipped) == (2.0**23, 1)
-        done += [trainer.step(i, TOKENS, TARGETS, lr=0.01, clip=1.0) for i in range(1, 30)]
+        done += [trainer.step(i, (TOKENS, TARGETS), lr=0.01, clip=1.0) for i in range(1, 30)]
     good = [s for s in done if not s.skipped]
     assert not done[-1].skipped and good[-1].loss < 0.8 * done[0].loss
     assert scaler.skipped == 30 - len(good) == 30 - optimizer.steps
@@ -400,7 +400,7 @@ def test_the_gradient_is_unscaled_before_it_is_clipped(workers, processes, accum
         model = make_model(dtype, dropout=0.1)
         optimizer = AdamW(model.parameters(), 0.01)
         with Trainer(model, optimizer, workers, processes, scaler=scaler) as trainer:
-            done = [trainer.step(i, TOKENS, TARGETS, clip=0.1, accumulate=accumulate)
+            done = [trainer.step(i, (TOKENS, TARGETS), clip=0.1, accumulate=accumulate)
                     for i in range(6)]
         return held(optimizer), [s.norm for s in done], [s.skipped for s in done]
 
@@ -419,7 +419,7 @@ def test_threads_and_processes_give_the_same_bits(dtype):
         model = make_model(dtype)
         optimizer, scaler = AdamW(model.parameters(), 0.01), LossScaler(2.0**22, interval=3)
         with Trainer(model, optimizer, workers, processes, scaler=scaler) as trainer:
-            done = [trainer.step(i, TOKENS, TARGETS, accumulate=2) for i in range(8)]
+            done = [trainer.step(i, (TOKENS, TARGETS), accumulate=2) for i in range(8)]
             losses = trainer.evaluate(TOKENS, TARGETS)
         return held(optimizer), [(s.loss, s.skipped) for s in done], losses, scaler.state()
 
@@ -445,17 +445,17 @@ def test_a_run_that_no_scale_helps_diverges(workers):
     model = Overflowing()
     optimizer, scaler = AdamW(model.parameters()), LossScaler(2.0**-20)
     with Trainer(model, optimizer, workers, scaler=scaler) as trainer:
-        trainer.step(0, TOKENS, TARGETS)
+        trainer.step(0, (TOKENS, TARGETS))
         before = held(optimizer)
         model.factor = math.inf
-        done = [trainer.step(i, TOKENS, TARGETS) for i in range(1, 5)]
+        done = [trainer.step(i, (TOKENS, TARGETS)) for i in range(1, 5)]
         assert all(s.skipped and math.isnan(s.loss) for s in done)
         said = r"step 5: loss nan.* loss scale down to 2\.98.*e-08; nothing was updated"
         with pytest.raises(Diverged, match=said):
-            trainer.step(5, TOKENS, TARGETS)
+            trainer.step(5, (TOKENS, TARGETS))
         assert equal(before, held(optimizer)) and optimizer.steps == 1
     with Trainer(model, optimizer, workers) as trainer, pytest.raises(Diverged, match="loss nan"):
-        trainer.step(5, TOKENS, TARGETS)
+        trainer.step(5, (TOKENS, TARGETS))
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -469,7 +469,7 @@ def test_adapters_train_in_16_bits(dtype, base):
     assert {p.dtype for p in model.parameters()} == {np.dtype(dtype)}
     scaler = LossScaler() if dtype == "float16" else None
     with Trainer(model, optimizer, scaler=scaler) as trainer:
-        losses = [trainer.step(i, TOKENS, TARGETS).loss for i in range(25)]
+        losses = [trainer.step(i, (TOKENS, TARGETS)).loss for i in range(25)]
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -484,7 +484,7 @@ def go_on(run, steps, dtype, scaler, processes=False):
     with Trainer(model, optimizer, 2, processes, scaler=scaler) as trainer:
         for i in range(start, steps):
             rng = np.random.default_rng(i)
-            done = trainer.step(i, *rng.integers(0, 13, (2, 4, 6)), clip=1.0)
+            done = trainer.step(i, tuple(rng.integers(0, 13, (2, 4, 6))), clip=1.0)
             run.log(**{k: v for k, v in asdict(done).items() if k != "seconds"})
             if done.step % 2 == 0:
                 run.save(done.step, model, optimizer, scaler)
@@ -514,7 +514,7 @@ def test_a_checkpoint_holds_the_masters_in_float32(tmp_path):
     model, run = make_model("bfloat16"), RunDirectory(tmp_path)
     optimizer = AdamW(model.parameters(), 1e-4)
     with Trainer(model, optimizer) as trainer:
-        trainer.step(0, TOKENS, TARGETS)
+        trainer.step(0, (TOKENS, TARGETS))
     run.save(1, model, optimizer)
     tensors, state = checkpoint.load(tmp_path / "checkpoints")
     assert state == {"step": 1} and {t.dtype for t in tensors.values()} == {np.dtype(np.float32)}

@@ -1,5 +1,6 @@
 """The first minutes with the scripts: --help, extras that are not there, Ctrl-C, wrong input."""
 
+import ast
 import contextlib
 import importlib
 import os
@@ -28,7 +29,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "scripts"
 ROOMS = [FOLDER / "bench", FOLDER / "experiments"]
 FILES = {path.stem: path for path in FOLDER.rglob("*.py")}
 SCRIPTS = sorted(path.stem for path in FOLDER.rglob("*.py")
-                 if 'tyro.cli(main)' in path.read_text(encoding="utf-8"))
+                 if '    command(main' in path.read_text(encoding="utf-8"))
 EXTRAS = ("bitsandbytes", "cupy", "jinja2", "matplotlib", "peft", "tokenizers", "torch",
           "transformers")
 
@@ -84,6 +85,16 @@ def test_help_describes_every_setting(script, capsys, monkeypatch):
     for setting in settings:
         words = re.sub(r"(?s)--[\w-]+|\{[^}]*\}|\(default: .*|[^a-z]", "", setting)
         assert words, f"{setting} is not described"
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_no_program_imports_another(script):
+    """What two of them need is in the package."""
+    others = {path.stem for path in FOLDER.rglob("*.py")}
+    nodes = list(ast.walk(ast.parse((FOLDER / f"{script}.py").read_text(encoding="utf-8"))))
+    early = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    late = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert not others & (early | late)
 
 
 def test_help_needs_no_extra():

@@ -205,7 +205,7 @@ def test_a_student_is_trained_on_a_gpu(cupy):
         optimizer = AdamW(student.parameters(), 1e-3)
         with Trainer(student, optimizer, loss=Distillation(student, teacher)) as trainer:
             for step in range(2):
-                trainer.step(step, READ, RIGHT)
+                trainer.step(step, (READ, RIGHT))
         students.append(student)
     cpu, gpu = students
     same_parameters(gpu, cpu)

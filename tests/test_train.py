@@ -1,6 +1,6 @@
-"""minilm.workers, minilm.train and minilm.run: any split of a batch gives the same step, workers
-fail loudly and leave nothing behind, and a run that was stopped or killed ends bit for bit like one
-that was not."""
+"""minilm.parallel.cores, minilm.train and minilm.run: any split of a batch gives the same step,
+workers fail loudly and leave nothing behind, and a run that was stopped or killed ends bit for bit
+like one that was not."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ import select
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -21,14 +21,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from minilm import data
+from minilm import data, ops
 from minilm.files import FormatError
 from minilm.nn import Dropout, Module
 from minilm.optim import SGD, AdamW, FlatParameters, cosine_schedule
-from minilm.parallel.cores import GaveUp, GradientQueue, Workers
+from minilm.parallel.cores import GaveUp, GradientQueue, Workers, default_workers
 from minilm.run import RunDirectory
 from minilm.tensor import Tensor, op
-from minilm.train import Diverged, Trainer, default_workers, finish_on_interrupt, train
+from minilm.train import Diverged, Trainer
 from minilm.transformer import Config, Transformer
 
 # Python 3.12 warns of every fork in a process that has threads, as BLAS does.
@@ -93,7 +93,7 @@ def gradient(dtype="float32", workers=1, processes=False, accumulate=1, batch=No
         if delays:
             delay_gradients(trainer.optimizer.flat)
         for _ in range(steps):
-            done = trainer.step(0, *(batch or make_batch()), accumulate=accumulate)
+            done = trainer.step(0, (batch or make_batch()), accumulate=accumulate)
         return done.loss, trainer.optimizer.flat.grad.copy()
 
 
@@ -124,14 +124,13 @@ def test_the_bits_do_not_depend_on_who_is_fast(accumulate, checkpoint_every):
 
 
 class Task:
-    """Work on one parameter of three numbers: a part says what to do."""
+    """Work on one parameter of three numbers: `do` what a part says."""
 
     def __init__(self):
         self.x = Tensor(np.zeros(3), requires_grad=True)
         self.flat = FlatParameters([self.x])
 
-    def __call__(self, part):
-        verb, number = part
+    def do(self, verb, number):
         if verb == "sleep":
             time.sleep(number)
         if verb == "fail":
@@ -155,13 +154,13 @@ def test_results_come_in_order_and_each_part_counts_once(processes):
         for count in (3, 1, 2, 3):
             task.flat.zero_grad()
             parts = [("sleep", 0.02 * (count - i)) for i in range(count)]
-            assert workers.run(parts) == [number for _, number in parts]
+            assert workers.run(Task.do, parts) == [number for _, number in parts]
             assert task.x.grad.tolist() == [count] * 3
         with pytest.raises(ValueError, match="4 parts for 3 workers"):
-            workers.run([OK] * 4)
+            workers.run(Task.do, [OK] * 4)
         with pytest.raises(ValueError, match="0 parts"):
-            workers.run([])
-        assert workers.run([OK]) == [1]
+            workers.run(Task.do, [])
+        assert workers.run(Task.do, [OK]) == [1]
     with pytest.raises(ValueError, match="at least one worker, got 0"):
         task.workers(0, processes)
 
@@ -173,16 +172,16 @@ def test_a_worker_that_fails_is_named_and_the_rest_refuse(processes, rank):
     parts = [("sleep", 0.3), OK, OK]  # the others wait for worker 0, and must not be blamed
     parts[rank] = ("fail", rank)
     with within(5), task.workers(3, processes) as workers:
-        assert workers.run([OK, OK, OK]) == [1, 1, 1]
+        assert workers.run(Task.do, [OK, OK, OK]) == [1, 1, 1]
         with pytest.raises((ValueError, RuntimeError), match=f"no luck with {rank}") as caught:
-            workers.run(parts)
+            workers.run(Task.do, parts)
         if processes and rank:
             assert str(caught.value).startswith(f"worker process {rank} failed")
-            assert "in __call__" in str(caught.value)  # with the child's traceback
+            assert "in do" in str(caught.value)  # with the child's traceback
         else:
             assert caught.type is ValueError
         with pytest.raises(RuntimeError, match="failed before"):
-            workers.run([OK])
+            workers.run(Task.do, [OK])
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -191,18 +190,18 @@ def test_a_worker_that_is_killed_is_named_and_the_rest_refuse(rank):
     parts[rank] = ("die", rank)
     with within(5), Task().workers(3, True) as workers:
         with pytest.raises(RuntimeError, match=f"worker process {rank} died"):
-            workers.run(parts)
+            workers.run(Task.do, parts)
         with pytest.raises(RuntimeError, match="failed before"):
-            workers.run([OK])
+            workers.run(Task.do, [OK])
 
 
 def test_a_worker_that_dies_between_two_runs_is_named():
     with within(5), Task().workers(3, True) as workers:
-        workers.run([OK, OK, OK])
+        workers.run(Task.do, [OK, OK, OK])
         os.kill(workers.children[1].pid, signal.SIGKILL)
         workers.children[1].join()
         with pytest.raises(RuntimeError, match="worker process 2 died"):
-            workers.run([OK, OK, OK])
+            workers.run(Task.do, [OK, OK, OK])
 
 
 def test_children_are_gone_at_the_end_even_from_amid_their_work():
@@ -213,7 +212,7 @@ def test_children_are_gone_at_the_end_even_from_amid_their_work():
         assert [child.exitcode is not None for child in children] == [True, True]
         with pytest.raises(ValueError, match="no luck"), Task().workers(2, True) as workers:
             children = workers.children
-            workers.run([("fail", 0), ("sleep", 60)])
+            workers.run(Task.do, [("fail", 0), ("sleep", 60)])
         assert children[0].exitcode == -signal.SIGTERM
 
 
@@ -224,9 +223,9 @@ def test_children_leave_when_their_parent_is_killed(parts):
 
     def live():
         with Task().workers(3, True) as workers:
-            workers.run([OK, OK, OK])
+            workers.run(Task.do, [OK, OK, OK])
             os.write(held, b"!")
-            workers.run(parts)
+            workers.run(Task.do, parts)
             time.sleep(60)
 
     parent = fork.Process(target=live)
@@ -253,7 +252,7 @@ def test_blas_has_one_thread_while_workers_run(processes):
             assert blas_threads() == {1}
         assert blas_threads() == {2}
         with pytest.raises(ValueError), Task().workers(2, processes) as workers:
-            workers.run([("fail", 0), OK])
+            workers.run(Task.do, [("fail", 0), OK])
         assert blas_threads() == {2}
 
 
@@ -263,7 +262,7 @@ def test_the_model_is_an_ordinary_one_again_afterwards(processes):
     for _ in range(2):
         with within(5), task.workers(2, processes) as workers:
             task.flat.zero_grad()
-            workers.run([OK, OK])
+            workers.run(Task.do, [OK, OK])
             assert task.x.grad.tolist() == [2, 2, 2]
     (task.x * 3.0).sum().backward()
     assert task.x.grad.tolist() == [5, 5, 5]
@@ -315,12 +314,71 @@ def test_a_split_batch_is_the_whole_batch(draw):
     close(split[1], whole[1], "float64")
 
 
+class Preference:
+    """A loss on three arrays, which divides by two totals: pairs of rows, weighted, and tokens."""
+
+    def totals(self, liked, other, weights):
+        return liked.size, weights.sum()
+
+    def __call__(self, model, liked, other, weights, totals):
+        tokens, total = totals
+        first, second = (ops.log_softmax(model(rows)) for rows in (liked, other))
+        gap = (first * weights[:, None, None]).sum() - (second * weights[:, None, None]).sum()
+        return gap * (1 / total) + (first * first).sum() * (1 / tokens)
+
+
+@given(rows=st.integers(1, 7), accumulate=st.integers(1, 7), workers=st.integers(1, 4),
+       seed=st.integers(0, 99))
+def test_a_split_batch_of_three_arrays_is_the_whole_batch(rows, accumulate, workers, seed):
+    rng = np.random.default_rng(seed)
+    liked, other = rng.integers(0, 13, (2, rows, 6))
+    batch = liked, other, rng.random(rows) + 0.1
+    found = []
+    for way in [(1, 1), (workers, min(accumulate, rows))]:
+        model = make_model("float64")
+        optimizer = AdamW(model.parameters(), eps=1e-3)
+        with Trainer(model, optimizer, way[0], loss=Preference()) as trainer:
+            done = trainer.step(0, batch, lr=1e-2, clip=0.5, accumulate=way[1])
+        found.append((np.array([done.loss, done.norm]), optimizer.flat.data.copy()))
+        assert done.targets == batch[2].sum()
+    for split, whole in zip(*found):
+        close(split, whole, "float64")
+
+
+def test_a_batch_is_a_tuple_of_arrays_of_as_many_rows():
+    tokens, targets = make_batch()
+    model = make_model()
+    with Trainer(model, SGD(model.parameters())) as trainer:
+        with pytest.raises(TypeError, match="a batch is a tuple of arrays, got ndarray"):
+            trainer.step(0, tokens)
+        with pytest.raises(ValueError, match=r"share their first axis, got \[\(7, 6\), \(6, 6\)\]"):
+            trainer.step(0, (tokens, targets[1:]))
+
+
+@pytest.mark.parametrize("processes", KINDS)
+def test_outside_of_with_one_worker_works_and_more_say_what_they_need(processes):
+    found = []
+    for inside in (True, False):
+        model = make_model(dropout=0.2)
+        trainer = Trainer(model, AdamW(model.parameters()), 1, processes)
+        with trainer if inside else nullcontext():
+            done = [trainer.step(i, make_batch(), clip=0.5).loss for i in range(2)]
+            found.append((done, trainer.evaluate(*make_batch()), trainer.optimizer.flat.data))
+    assert found[0][:2] == found[1][:2] and np.array_equal(found[0][2], found[1][2])
+    trainer = Trainer(model, SGD(model.parameters()), 2, processes)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="2 workers run inside of a `with` alone"):
+            trainer.step(0, make_batch())
+        with trainer:
+            trainer.step(0, make_batch())
+
+
 def test_the_loss_is_the_mean_over_the_targets_that_count():
     tokens, targets = make_batch()
     model = make_model("float64")
     expected, _, counted = by_hand(model, tokens, targets)
     with Trainer(model, SGD(model.parameters(), lr=0.0), workers=2) as trainer:
-        done = trainer.step(4, tokens, targets, lr=0.0, accumulate=2)
+        done = trainer.step(4, (tokens, targets), lr=0.0, accumulate=2)
     close(done.loss, expected, "float64")
     assert (done.step, done.targets, done.lr) == (5, counted, 0.0)
     close(done.norm, math.sqrt((trainer.optimizer.flat.grad**2).sum()), "float64")
@@ -331,7 +389,7 @@ def test_the_gradient_is_clipped_and_lr_is_set():
     model = make_model("float64")
     before = [p.data.copy() for p in model.parameters()]
     with Trainer(model, SGD(model.parameters(), lr=7.0)) as trainer:
-        done = trainer.step(0, tokens, targets, lr=0.5, clip=0.01)
+        done = trainer.step(0, (tokens, targets), lr=0.5, clip=0.01)
     moved = math.sqrt(sum(((p.data - b) ** 2).sum() for p, b in zip(model.parameters(), before)))
     assert done.norm > 0.1
     assert done.lr == trainer.optimizer.lr == 0.5
@@ -343,12 +401,12 @@ def test_nothing_to_learn_from_is_an_error():
     model = make_model()
     before = model.state_dict()["embed.weight"].copy()
     with Trainer(model, AdamW(model.parameters())) as trainer:
-        with pytest.raises(ValueError, match="step 3: every target is -100"):
-            trainer.step(3, tokens, np.full_like(targets, IGNORED))
+        with pytest.raises(ValueError, match=r"step 3: the loss counts nothing .*-100"):
+            trainer.step(3, (tokens, np.full_like(targets, IGNORED)))
         with pytest.raises(ValueError, match=r"8 micro-batches .* 7 rows"):
-            trainer.step(3, tokens, targets, accumulate=8)
+            trainer.step(3, (tokens, targets), accumulate=8)
         with pytest.raises(ValueError, match="0 micro-batches"):
-            trainer.step(3, tokens, targets, accumulate=0)
+            trainer.step(3, (tokens, targets), accumulate=0)
         assert trainer.optimizer.steps == 0
     assert np.array_equal(model.state_dict()["embed.weight"], before)
 
@@ -383,17 +441,17 @@ def test_a_step_that_is_not_finite_changes_nothing(where, value, said, workers):
     optimizer = AdamW(model.parameters())
     with Trainer(model, optimizer, workers) as trainer:
         for step in range(2):
-            trainer.step(step, tokens, targets, lr=1e-3)
+            trainer.step(step, (tokens, targets), lr=1e-3)
         before = [a.copy() for a in (optimizer.flat.data, optimizer.m, optimizer.v)]
         good = getattr(model, where)
         setattr(model, where, value)
         with pytest.raises(Diverged, match=f"step 2: {said}"):
-            trainer.step(2, tokens, targets, lr=1e-2, clip=1.0)
+            trainer.step(2, (tokens, targets), lr=1e-2, clip=1.0)
         after = [optimizer.flat.data, optimizer.m, optimizer.v]
         assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
         assert (optimizer.steps, optimizer.lr) == (2, 1e-3)
         setattr(model, where, good)
-        assert math.isfinite(trainer.step(2, tokens, targets).norm)
+        assert math.isfinite(trainer.step(2, (tokens, targets)).norm)
 
 
 class Gated(Module):
@@ -410,25 +468,12 @@ class Gated(Module):
 def test_a_parameter_that_a_step_does_not_use_stays(workers):
     model = Gated()
     with Trainer(model, SGD(model.parameters(), lr=0.1), workers) as trainer:
-        trainer.step(0, *make_batch())
+        trainer.step(0, make_batch())
         after, model.closed = model.gate.data.copy(), True
-        norm = trainer.step(1, *make_batch()).norm
+        norm = trainer.step(1, make_batch()).norm
     squares = sum((p.grad**2).sum() for p in model.inner.parameters())
     assert after != 1 and model.gate.data == after
     close(norm, math.sqrt(squares), "float64")
-
-
-def test_train_hands_everything_to_the_steps():
-    class Recorder:
-        def step(self, step, tokens, targets, lr, clip, accumulate):
-            return step, tokens, targets, lr, clip, accumulate
-
-    batches = {step: (f"tokens {step}", f"targets {step}") for step in range(5)}
-    steps = list(train(Recorder(), batches, 4, lambda step: step / 10, 2, 3.0, 5))
-    assert steps == [
-        (2, "tokens 2", "targets 2", 0.2, 3.0, 5),
-        (3, "tokens 3", "targets 3", 0.3, 3.0, 5),
-    ]
 
 
 def by_hand(model, tokens, targets):
@@ -453,13 +498,36 @@ def test_evaluation_is_a_plain_loop_without_dropout(workers, processes):
     trainer = Trainer(model, SGD(model.parameters(), lr=0.0), workers, processes)
     with within(10), trainer:
         for batch in (1, 4, 32):
-            found = trainer.evaluate(tokens, targets, batch)
+            found = trainer.evaluate(tokens, targets, batch=batch)
             close(found[0], loss, "float64")
             assert found[1] == accuracy
-        first = trainer.step(0, tokens, targets).loss
+        first = trainer.step(0, (tokens, targets)).loss
         again = trainer.evaluate(tokens, targets)
         assert abs(first - loss) > 1e-3  # dropout was back
         close(again[0], loss, "float64")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_masked_models_evaluation_counts_no_padding(workers):
+    """The last row is filled up; what it says is what its text says alone."""
+    learned, held = ["and so on it goes, to the end"], ["this text has 38 characters, 4 x 9 + 2"]
+    _, (tokens, targets, mask) = data.batches_of([(learned, held)], data.ByteTokenizer(), 2, 9, 3,
+                                                 masked=True)
+    model = Transformer(Config.bert(258, 9, layers=1, heads=2, width=8, hidden=16))
+    size = mask[-1].sum()
+    assert (mask[:-1] == 1).all() and 0 < size < 9 and not tokens[-1, size:].any()
+    targets[-1, size - 1] = 7
+    losses, right, counted = [], 0, 0
+    model.astype("float64")
+    for row, aims, there in zip(tokens, targets, mask):
+        row, aims = row[None, : there.sum()], aims[None, : there.sum()]
+        logits = model.eval()(row)
+        losses.append(float(ops.cross_entropy(logits, aims, total=1).data))
+        right += (logits.data.argmax(-1) == aims).sum()
+        counted += (aims != IGNORED).sum()
+    with Trainer(model, SGD(model.parameters()), workers) as trainer:
+        found = trainer.evaluate(tokens, targets, mask)
+    close(np.array(found), np.array([sum(losses), right]) / counted, "float64")
 
 
 @pytest.mark.parametrize("processes", KINDS)
@@ -472,7 +540,7 @@ def test_dropout_differs_between_steps_and_workers_and_repeats_with_the_seed(pro
         batch = [np.repeat(a, copies, axis=0) for a in row]
         trainer = Trainer(model, SGD(model.parameters(), lr=0.0), workers, processes, seed)
         with within(10), trainer:
-            return trainer.step(step, *batch, accumulate=accumulate).loss
+            return trainer.step(step, batch, accumulate=accumulate).loss
 
     ways = [dict(copies=1), dict(copies=1, step=1), dict(copies=1, seed=1), dict(copies=2),
             dict(copies=2, workers=2), dict(copies=2, accumulate=2)]
@@ -510,26 +578,10 @@ def test_no_worker_starts_before_its_model_is_in_the_right_mode():
     model = Probe()
     with within(5), Trainer(model, SGD(model.parameters(), lr=0.0), 3) as trainer:
         for _ in range(2):
-            for run, mode in ((trainer.evaluate, False), (lambda *b: trainer.step(0, *b), True)):
+            for run, mode in ((trainer.evaluate, False), (lambda *b: trainer.step(0, b), True)):
                 model.modes.clear()
                 run(*make_batch())
                 assert model.modes == {mode}
-
-
-def test_ctrl_c_asks_first_and_interrupts_then():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with finish_on_interrupt() as interrupted:
-            assert not interrupted()
-            signal.raise_signal(signal.SIGINT)
-            assert interrupted()
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        with finish_on_interrupt():
-            pass
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_default_workers_use_every_core():
@@ -557,7 +609,8 @@ def go_on(run, until=STEPS, workers=1, processes=False):
     batches = data.Batches([stream], [1], batch=4, length=6, seed=3)
     start = run.restore(model, optimizer)
     with Trainer(model, optimizer, workers, processes, seed=1) as trainer:
-        for done in train(trainer, batches, until, schedule, start, clip=0.5, accumulate=2):
+        for step in range(start, until):
+            done = trainer.step(step, batches[step], schedule(step), clip=0.5, accumulate=2)
             run.log(**vars(done))
             if done.step % SAVE_EVERY == 0:
                 run.save(done.step, model, optimizer)
