@@ -189,10 +189,10 @@ addEventListener("load", () => {
 </script></body>"""
 
 
-def in_browser(folder, pages, widths, *options):
-    """What the browser finds in each page at each width."""
+def in_browser(folder, frames, *options):
+    """What the browser finds in each of some pages, each with the width of its frame."""
     frames = [f'<iframe width="{w}" height="900" style="border: 0" srcdoc="{html.escape(p)}">'
-              "</iframe>" for p in pages for w in widths]
+              "</iframe>" for p, w in frames]
     (folder / "frames.html").write_text(FRAMES % "".join(frames), encoding="utf-8")
     words = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
              f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", *options,
@@ -211,7 +211,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None and "CI" not in os.environ,
 def test_the_page_fits_wide_and_narrow_and_asks_for_nothing(folder, scheme):
     made = page(folder / "first.json", folder / "second.json")
     option = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
-    wide, narrow = in_browser(folder, [made], [1280, 390], option)
+    wide, narrow = in_browser(folder, [(made, 1280), (made, 390)], option)
     for found, width in [(wide, 1280), (narrow, 390)]:
         assert found["width"] == found["needed"] == width and found["cut"] == []
         assert found["requests"] == 0
@@ -223,11 +223,14 @@ def test_the_page_fits_wide_and_narrow_and_asks_for_nothing(folder, scheme):
 
 
 @needs_browser
-def test_the_browser_would_see_a_wide_page_and_a_request(folder):
+def test_it_fits_on_paper_and_the_browser_would_see_a_wide_page_and_a_request(folder):
     made = page(folder / "first.json")
     wide = made.replace("<header>", '<header><p style="width: 2000px; max-width: none">wide</p>')
     asking = made.replace("<header>", '<header><img src="http://127.0.0.1:59999/a.png">')
     free = re.sub(r"<meta http-equiv=.*", "", asking)
-    plain, wide, asking, free = in_browser(folder, [made, wide, asking, free], [390])
+    printed = made.replace("@media print", "@media all")
+    frames = [(made, 390), (wide, 390), (asking, 390), (free, 390), (printed, 690)]
+    plain, wide, asking, free, printed = in_browser(folder, frames)
+    assert printed["needed"] == 690 and printed["cut"] == []  # A4 with its margins
     assert plain["needed"] == 390 and wide["needed"] >= 2000
     assert asking["requests"] == free["requests"] == 1  # what its policy forbids is seen
