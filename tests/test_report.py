@@ -20,7 +20,7 @@ from minilm.results import Result, number
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                None)
 TALL = "height, m"
-MEASURES = {TALL: 2, "width, m": 0, **{f"temperature of room {n}, °C": 1 for n in range(8)}}
+MEASURES = {TALL: 2, "width, m": 0, **{f"heat of room {n}, °C": 1 for n in range(8)}}
 
 
 def result(name="towers", question="Which is higher?", seeds=(0, 1, 2), quick=False):
