@@ -6,7 +6,8 @@ from minilm import backend
 from minilm.parallel.cores import default_workers
 from minilm.run import versions
 
-EXTRAS = {"hf": ("tokenizers",), "plots": ("matplotlib",), "test": ("torch", "pytest"),
+EXTRAS = {"hf": ("tokenizers",), "plots": ("matplotlib",), "report": ("jinja2",),
+          "test": ("torch", "pytest"),
           "peers": ("transformers", "peft", "bitsandbytes")}
 
 

@@ -22,7 +22,8 @@ FLOORS = [
     {"nn", "transformer", "cache", "decode", "generate"},
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure"},
-    {"train", "loop", "run", "checkpoint", "command", "__main__"},
+    {"train", "loop", "run", "checkpoint", "picture", "results", "experiment", "command",
+     "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
@@ -52,6 +53,9 @@ WITHIN = {  # the arrows inside a floor
     ("parallel", "optim"),
     ("measure", "data"),
     ("run", "checkpoint"),
+    ("experiment", "picture"),
+    ("experiment", "results"),
+    ("experiment", "run"),
     ("loop", "run"),
     ("loop", "train"),
     ("command", "train"),
@@ -69,8 +73,8 @@ PEFT = {  # methods of peft/ that know another one; all others know adapted.py a
 
 REQUIRED = {"numpy", "ml_dtypes", "safetensors", "threadpoolctl", "tqdm", "tyro"}
 LATE = {
-    "bitsandbytes", "cupy", "cupy_backends", "cupyx", "matplotlib", "peft", "tokenizers", "torch",
-    "transformers",
+    "bitsandbytes", "cupy", "cupy_backends", "cupyx", "jinja2", "markupsafe", "matplotlib", "peft",
+    "tokenizers", "torch", "transformers",
 }
 
 PUBLIC = {  # what other programs rely on
@@ -196,6 +200,25 @@ def test_only_required_packages_are_imported_early(path):
 def test_scripts_import_optional_packages_late(path):
     early = {module.split(".")[0] for module in imports(at_import(tree(path)))}
     assert not early & LATE
+
+
+def other_programs(path):
+    """The programs of scripts/ that this one imports; those of bench/ may import each other."""
+    def both_in_bench(other): return other.parent.name == path.parent.name == "bench"
+    programs = {other.stem for other in source("scripts") if not both_in_bench(other)}
+    return {m.split(".")[0] for m in imports(ast.walk(tree(path)))} & (programs | {"scripts"})
+
+
+@pytest.mark.parametrize("path", source("scripts"), ids=from_root)
+def test_no_program_imports_another(path):
+    """What two of them need belongs in minilm."""
+    assert other_programs(path) == set()
+
+
+def test_another_program_is_seen(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("import minilm.generate\ndef main():\n    from finetune import main\n")
+    assert other_programs(program) == {"finetune"}
 
 
 def test_only_backend_and_arrays_import_cupy():

@@ -26,10 +26,12 @@ from minilm.run import RunDirectory
 from minilm.transformer import Config, Transformer
 
 FOLDER = Path(__file__).resolve().parents[1] / "scripts"
+ROOMS = [FOLDER / "bench", FOLDER / "experiments"]
 FILES = {path.stem: path for path in FOLDER.rglob("*.py")}
 SCRIPTS = sorted(path.stem for path in FOLDER.rglob("*.py")
                  if '    command(main' in path.read_text(encoding="utf-8"))
-EXTRAS = ("bitsandbytes", "cupy", "matplotlib", "peft", "tokenizers", "torch", "transformers")
+EXTRAS = ("bitsandbytes", "cupy", "jinja2", "matplotlib", "peft", "tokenizers", "torch",
+          "transformers")
 
 
 def without(packages, program):
@@ -40,7 +42,7 @@ from importlib.machinery import PathFinder
 def find(name, *rest): return None if name in {packages} else PathFinder.find_spec(name, *rest)
 finder = type("Finder", (), {{"find_spec": staticmethod(find)}})
 sys.meta_path[sys.meta_path.index(PathFinder)] = finder
-sys.path[:0] = {[str(FOLDER), str(FOLDER / "bench"), str(FOLDER.parent)]}
+sys.path[:0] = {[str(FOLDER), *map(str, ROOMS), str(FOLDER.parent)]}
 {program}"""]
 
 
@@ -205,6 +207,9 @@ WRONG = [
     ("plan_memory", "give --model, or --layers and --width"),
     ("compare_torch --steps 0", "steps must be at least 1, got 0"),
     ("benchmark --rounds 0", "rounds must be at least 1, got 0"),
+    ("report --results nowhere", "nowhere"),
+    ("adaptation_methods --model nowhere", "nowhere/"),
+    ("adaptation_methods --quick --resume nowhere", "nowhere/run.json"),
     ("memory_report --layers 0", "layers must be positive, got 0"),
 ]
 

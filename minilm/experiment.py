@@ -1,0 +1,156 @@
+"""Experiments: arms on the same seeds, a table beside the lecture's, claims that are judged.
+
+An experiment remakes a table or figure of the lectures and is one file of scripts/experiments.
+It says what is measured; `conduct` does what all of them need. A run's folder holds
+
+    run.json        settings and versions
+    result.json     a Result, written again after each arm and seed: from it a run goes on
+    result.svg      the picture (needs the extra `plots`)
+    ARM-SEED/       checkpoints of the arm that is running
+"""
+
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from minilm.files import write_atomically
+from minilm.measure.verdict import Verdict
+from minilm.parallel.cores import default_workers
+from minilm.picture import draw_svg
+from minilm.results import Result, number, table, verdicts
+from minilm.run import RunDirectory
+
+QUICK = "quick: too small and too short a run for its numbers to mean anything"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the file of an experiment says about it."""
+
+    file: str  # its __file__: the name is this file's, and what is kept lies beside it
+    question: str
+    slide: dict[str, dict[str, float]]  # source -> arm -> the lecture's number
+    arms: Iterable[str]
+    measures: dict[str, int]  # what is measured, with its unit -> decimals that are shown
+    claims: dict[str, Callable[[list[dict]], Verdict]]  # of the rows
+    draw: Callable | None = None  # draw(figure, rows)
+
+    @property
+    def name(self) -> str:
+        return Path(self.file).stem
+
+
+def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory], dict],
+            seeds: Iterable[int], settings: dict, options: Iterable[str] = (), quick: bool = False,
+            out: Path = Path("runs"), resume: Path | None = None, keep: bool = False) -> Result:
+    """Run each arm on each seed, print table and verdicts, draw the picture.
+
+    measured(arm, seed, run) gives the number of each measure; what it trains may leave checkpoints
+    in `run`. settings, JSON-able, decide the numbers; options, words of the command line, lead to
+    them. resume: the folder of a run to go on with: arms and seeds that have a row there are not
+    run again, others join them. keep: leave the result beside the experiment, too.
+    ValueError if a quick run is to be kept, and if the folder is of a run with other settings.
+    """
+    if quick and keep:
+        raise ValueError("a quick run cannot be kept: its numbers mean nothing")
+    if not (seeds := tuple(dict.fromkeys(seeds))):
+        raise ValueError("an experiment needs at least one seed, got none")
+    program = ["python", f"scripts/experiments/{experiment.name}.py", "--seeds", *map(str, seeds)]
+    command = shlex.join([*program, *options, *["--quick"] * quick])
+    result = Result(experiment.name, experiment.question, command, quick, experiment.slide,
+                    experiment.measures)
+    settings = settings | {"quick": quick}
+    if resume:
+        folder = Path(resume)
+        stored = RunDirectory(folder).describe()["settings"]
+        result = continued(Result.load(folder / "result.json"), result, stored, settings)
+    else:
+        folder = RunDirectory.create(out, experiment.name, settings, []).path
+    print(f"{folder}: {experiment.question}" + f"\n{QUICK}" * quick, flush=True)
+    result = run_arms(experiment, result, measured, seeds, folder)
+    judged = [{"claim": claim, **asdict(judge(result.rows))}
+              for claim, judge in experiment.claims.items()]
+    result = replace(result, claims=tuple(judged))
+    result.save(folder / "result.json")
+    print(f"\n{table(result)}\n\n{verdicts(result)}\n" + f"{QUICK}\n" * quick)
+    leave(experiment, result, folder, keep)
+    return result
+
+
+def continued(before: Result, now: Result, stored: dict, settings: dict) -> Result:
+    """The result of a run to go on with. ValueError where it is of another."""
+    for what, old, new in [("experiment", before.name, now.name), ("settings", stored, settings),
+                           ("measures", before.measures, now.measures)]:
+        if old != new:
+            raise ValueError(f"the run to go on with has the {what} {old}; asked for are {new}")
+    return replace(now, date=before.date, commit=before.commit, machine=before.machine,
+                   rows=before.rows)
+
+
+def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Path) -> Result:
+    """The result with a row of every arm and seed, saved after each.
+
+    All arms of a seed come before the next seed: a run that is cut short still has pairs to judge.
+    """
+    done = {(row["arm"], row["seed"]) for row in result.rows}
+    result.save(folder / "result.json")
+    commit, machine = commit_of(Path(experiment.file).parent), describe_machine()
+    for arm, seed in [(a, s) for s in seeds for a in experiment.arms if (a, s) not in done]:
+        own = folder / f"{arm}-{seed}".replace("/", "_")
+        own.mkdir(exist_ok=True)
+        try:
+            row = {"arm": arm, "seed": seed, **measured(arm, seed, RunDirectory(own))}
+        except KeyboardInterrupt:
+            print(f"\ngo on with: {result.command} --resume {folder}")
+            raise
+        shown = [f"{measure} {number(row[measure], decimals)}"
+                 for measure, decimals in experiment.measures.items()]
+        print(f"{arm}, seed {seed}: {'; '.join(shown)}", flush=True)
+        commits = dict.fromkeys([*filter(None, result.commit.split(", ")), commit])
+        result = replace(result, date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+                         commit=", ".join(commits), machine=machine, rows=(*result.rows, row))
+        result.save(folder / "result.json")
+        shutil.rmtree(own)
+    return result
+
+
+def leave(experiment: Experiment, result: Result, folder: Path, keep: bool):
+    """Draw the picture, keep what is to be kept, and say where all is."""
+    def draw(figure): experiment.draw(figure, result.rows)
+    picture = draw_svg(folder / "result.svg", draw) if experiment.draw else None
+    if experiment.draw:
+        print(f"picture: {picture}" if picture else 'for a picture: pip install "minilm[plots]"')
+    print(f"result: {folder / 'result.json'}")
+    if keep:
+        kept = Path(experiment.file).with_suffix(".json")
+        result.save(kept)
+        if picture:
+            write_atomically(kept.with_suffix(".svg"), picture.read_bytes())
+        print(f"kept: {kept}")
+
+
+def commit_of(folder: Path) -> str:
+    """The commit that a folder is at, with -dirty where files differ from it."""
+    words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe_machine() -> str:
+    """Processor, cores and versions in a line."""
+    processor, told = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if told.exists():
+        lines = told.read_text().splitlines()
+        processor = next((line.partition(": ")[2] for line in lines
+                          if line.startswith("model name")), processor)
+    return (f"{processor}, {default_workers()[0]} cores, {platform.system()}, "
+            f"Python {platform.python_version()}, numpy {np.__version__}")

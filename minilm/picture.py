@@ -1,0 +1,48 @@
+"""Pictures of results: SVG that takes the colour of its text from the page it stands in.
+
+Needs matplotlib (extra `plots`). Text stays text, and the background is the page's, so that one
+picture serves light and dark pages, screens and paper. The same numbers give the same bytes.
+"""
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from minilm.files import write_atomically
+
+INK = "#010203"  # stands for the page's own colour of text
+COLORS = ("#2f7fc1", "#d9702b", "#2f9b6d", "#b0569f", "#b58a1b", "#7a7f87", "#c94b55", "#4f9fb0")
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "minilm", "font.size": 9,
+    "font.family": "sans-serif", "figure.facecolor": "none", "axes.facecolor": "none",
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "axes.linewidth": 0.6,
+    "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": INK, "grid.alpha": 0.13, "grid.linewidth": 0.6,
+}
+PLAIN = {  # what matplotlib writes -> what a page can hold
+    r"(?s)^.*?(?=<svg )": "",  # the head of a file
+    r"(?s)\s*<metadata>.*?</metadata>": "",  # who drew it, and when
+    r"(?s)(<svg [^>]*)>\s*<defs>\s*<style.*?</defs>":  # a style that would be all the page's
+        r'\1 stroke-linejoin="round" stroke-linecap="butt" font-family="sans-serif">',
+    r"font-family: [^;]*; ": "",
+}
+
+
+def draw_svg(path: Path, draw: Callable, size: tuple[float, float] = (4.6, 3.2)) -> Path | None:
+    """Let draw(figure) fill a figure of `size` inches, and save it; None without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg")
+    text = file.getvalue().decode().replace(INK, "currentColor")
+    for pattern, plain in PLAIN.items():
+        text = re.sub(pattern, plain, text)
+    write_atomically(path, text.encode())
+    return path

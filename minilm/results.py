@@ -1,0 +1,122 @@
+"""What an experiment gave: numbers by arm and seed, the lecture's beside them, and verdicts."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from minilm.files import FormatError, read_json, write_json
+from minilm.measure.verdict import Verdict
+
+
+class Spread(NamedTuple):
+    """A number over the seeds."""
+
+    mean: float
+    low: float  # the lowest
+    high: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that a table and a page need; JSON-able."""
+
+    name: str
+    question: str
+    command: str
+    quick: bool
+    slide: dict[str, dict[str, float]]  # source -> arm -> the lecture's number
+    measures: dict[str, int]  # what was measured, with its unit -> decimals that are shown
+    date: str = ""  # of the last row, UTC
+    commit: str = ""  # of the source, or several if a run went on with another
+    machine: str = ""
+    rows: tuple[dict, ...] = ()  # {"arm": name, "seed": seed, measure: number, ...}
+    claims: tuple[dict, ...] = ()  # {"claim": text, and the fields of Verdict}
+
+    @classmethod
+    def load(cls, path: str | Path):
+        """Read what `save` wrote. Raises FormatError, FileNotFoundError."""
+        stored, fields = read_json(path), set(cls.__dataclass_fields__)
+        if not isinstance(stored, dict) or set(stored) != fields:
+            raise FormatError(path, f"must hold an object with the fields {sorted(fields)}")
+        result = cls(**stored | {field: tuple(stored[field]) for field in ("rows", "claims")})
+        needed = {"rows": {"arm", "seed", *result.measures},
+                  "claims": {"claim", *Verdict.__dataclass_fields__}}
+        for field, names in needed.items():
+            for item in stored[field]:
+                if missing := names - set(item):
+                    raise FormatError(path, f"{field}: {sorted(missing)} missing in {item!r:.200}")
+        return result
+
+    def save(self, path: str | Path):
+        write_json(path, asdict(self))
+
+    @property
+    def arms(self) -> list[str]:
+        """Those that have a row, in the order in which they first ran."""
+        return list(dict.fromkeys(row["arm"] for row in self.rows))
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({row["seed"] for row in self.rows})
+
+    def spread(self, arm: str, measure: str) -> Spread:
+        """A measure of an arm over its seeds."""
+        values = [row[measure] for row in self.rows if row["arm"] == arm]
+        return Spread(float(np.mean(values)), min(values), max(values))
+
+
+def number(x: float, decimals: int) -> str:
+    """1234.5 -> 1,234.5"""
+    return f"{x:,.{decimals}f}"
+
+
+def spread_text(spread: Spread, decimals: int) -> str:
+    """The mean, and the lowest and the highest if they can be told from it."""
+    mean, low, high = (number(x, decimals) for x in spread)
+    return mean if low == mean == high else f"{mean} ({low} - {high})"
+
+
+def table(result: Result, width: int = 100) -> str:
+    """Lines of text: an arm a row. Columns that do not fit in the width go below, arms repeated."""
+    arms = result.arms
+    columns = [[measure, *(spread_text(result.spread(arm, measure), decimals) for arm in arms)]
+               for measure, decimals in result.measures.items()]
+    columns += [[source, *(str(numbers.get(arm, "")) for arm in arms)]
+                for source, numbers in result.slide.items()]
+    seeds, edge = ", ".join(map(str, result.seeds)), max(map(len, ["", *arms]))
+    lines, room = [f"mean (lowest - highest) of seeds {seeds}"], 0
+    for column in columns:
+        size = 2 + max(map(len, column))
+        if size > room:  # the next block
+            block = [f"{name:{edge}}" for name in ["", *arms]]
+            lines += ["", *block]
+            room = width - edge
+        for i, cell in enumerate(column, len(lines) - len(column)):
+            lines[i] += f"{cell:>{size}}"
+        room -= size
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def verdicts(result: Result) -> str:
+    """A claim a line, and below it what the verdict rests on."""
+    lines = []
+    for claim in result.claims:
+        lines.append(f"{claim['claim']}: {claim['verdict']}")
+        if claim["low"] is not None:
+            lines.append(f"    {claim['about']}: {found(claim)}; claimed: {claimed(claim)}")
+    return "\n".join(lines)
+
+
+def found(claim: dict) -> str:
+    """The mean and its interval."""
+    return "{mean:.3g}, 95 % interval {low:.3g} to {high:.3g}".format(**claim)
+
+
+def claimed(claim: dict) -> str:
+    """The bounds."""
+    low, high = claim["at_least"], claim["at_most"]
+    if low is None:
+        return f"below {high:g}"
+    return f"above {low:g}" if high is None else f"between {low:g} and {high:g}"

@@ -1,0 +1,174 @@
+"""Full fine-tuning, LoRA and QLoRA on five small tasks: what each learns, and what it forgets.
+
+    python scripts/experiments/adaptation_methods.py            # about 20 minutes on two cores
+    python scripts/experiments/adaptation_methods.py --quick    # seconds; the numbers mean nothing
+    python scripts/experiments/adaptation_methods.py --model runs/pretrain-*/model --seeds 0 1 2 3
+
+Lecture 002 compares the methods on models of billions of parameters. Here a model of the size that
+pretrain.py makes learns to reverse, upper and sort a word, to give the last word, and to add; then
+it answers held-out records, and its loss on the text it was trained on says what it still knows.
+An arm is a line of ARMS.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from minilm import data
+from minilm.command import command
+from minilm.experiment import Experiment, conduct
+from minilm.files import sha256
+from minilm.interop import huggingface
+from minilm.loop import Training, fit
+from minilm.measure.answers import answers
+from minilm.measure.losses import bits_per_byte, loss_of
+from minilm.measure.verdict import compared
+from minilm.optim import AdamW
+from minilm.parallel.cores import default_workers
+from minilm.peft import add_lora, trainable_parameters
+from minilm.picture import COLORS
+from minilm.quantize import quantize_model
+from minilm.run import newest_model
+from minilm.transformer import Config, Transformer
+
+QUESTION = "Do adapters learn as much as full fine-tuning, and do they forget less?"
+TASKS = ("reverse", "upper", "sort", "last", "add")
+RIGHT, KNOWN = "answered rightly, %", "old text, bits a byte"
+
+SLIDE = {  # "Experiments" of LoRA's part, and table 3 of QLoRA's
+    "lecture 002: GPT-3, WikiSQL, %": {"full": 73.8, "LoRA": 73.4},
+    "lecture 002: T5-11B, RougeL": {"full": 62.0, "LoRA": 60.7, "QLoRA": 60.9},
+}
+ARMS = {  # name: (learning rate, what is done to the model before it trains)
+    "base model": (0.0, lambda model, seed: model),
+    "full": (1e-3, lambda model, seed: model),
+    "LoRA": (3e-3, lambda model, seed: lora(model, seed)),
+    "QLoRA": (3e-3, lambda model, seed: lora(quantize_model(model, "nf4"), seed)),
+}
+MEASURES = {RIGHT: 1, **{f"{task}, %": 0 for task in TASKS}, KNOWN: 2, "trained parameters": 0}
+CLAIMS = {
+    "QLoRA is within 2 points of LoRA":
+        lambda rows: compared(rows, RIGHT, "QLoRA", "LoRA", at_least=-2, at_most=2),
+    "LoRA is within 4 points of full fine-tuning":
+        lambda rows: compared(rows, RIGHT, "LoRA", "full", at_least=-4, at_most=4),
+    "LoRA forgets less than full fine-tuning":
+        lambda rows: compared(rows, KNOWN, "LoRA", "full", at_most=0),
+}
+
+
+@dataclass(frozen=True)
+class Settings(Training):
+    """What decides an arm's numbers, with its seed and its base."""
+
+    steps: int = 4000
+    lr: float = 0.0  # each arm has its own
+    warmup: int = 100
+    save_every: int = 1000
+    train: int = 2000  # records of each task
+    test: int = 200
+    documents: int | None = None  # of the old text; None: all
+
+
+QUICK = Settings(batch=4, steps=4, warmup=1, workers=1, train=16, test=2, documents=1)
+
+
+def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Path("runs"),
+         model: tuple[Path, ...] = (), resume: Path | None = None, keep: bool = False):
+    """Full fine-tuning, LoRA and QLoRA on five small tasks: what each learns and forgets.
+
+    Args:
+        seeds: of records, adapters and batches; every arm runs on each.
+        quick: end in seconds, on a tiny model that knows nothing; the numbers mean nothing.
+        out: folder in which the run gets a folder of its own.
+        model: base models, folders with a tokenizer.json; seed s adapts number s mod n of the n
+            given. By default the newest runs/pretrain-*/model. Of one base the intervals say
+            nothing about another.
+        resume: folder of a run to go on with; arms and seeds that are done are not run again.
+        keep: leave the result beside this program, for the page that report.py makes.
+    """
+    bases = [] if quick else list(model) or [newest_model(Path("runs"), "pretrain-*")]
+    for folder in bases:
+        load(folder)  # what is wrong with it is to be said before a folder is made for the run
+    files = [file for folder in bases for file in sorted(folder.glob("*.safetensors"))]
+    s = QUICK if quick else Settings(workers=default_workers()[0])
+    settings = {"bases": [sha256(file) for file in files], **asdict(s)}
+    options = ["--model", *map(str, bases)] if bases else []
+    conduct(EXPERIMENT, partial(measured, bases, s), seeds, settings, options, quick, out, resume,
+            keep)
+
+
+def measured(bases: list[Path], s: Settings, arm: str, seed: int, run) -> dict:
+    """Adapt a base model, and count what it answers rightly and what it still knows."""
+    s, (lr, prepare) = replace(s, seed=seed), ARMS[arm]
+    model, tokenizer = load(bases[seed % len(bases)]) if bases else tiny()
+    records, test = data.make_tasks(TASKS, s.train, s.test, seed)
+    model = prepare(model, seed)
+    if lr:
+        batches = data.InstructionBatches(records, tokenizer, s.batch, None, seed)
+        adapt(run, model, batches, replace(s, lr=lr), f"{arm}, seed {seed}")
+    right = {task: [] for task in TASKS}
+    for record, said in zip(test, answers(model, test, tokenizer)):
+        right[record.task].append(100 * data.score(record, said))
+    return {RIGHT: float(np.mean(list(right.values()))),
+            **{f"{task}, %": float(np.mean(found)) for task, found in right.items()},
+            KNOWN: old_text(model, tokenizer, s.documents),
+            "trained parameters": sum(p.size for p in trainable_parameters(model)) if lr else 0}
+
+
+def adapt(run, model, batches, s: Settings, title: str):
+    """Train what is to be trained."""
+    optimizer = AdamW(trainable_parameters(model), s.lr, weight_decay=0.0)
+    for _, done in fit(run, model, batches, s, optimizer=optimizer, title=title):
+        stopped = done.step < s.steps  # by Ctrl-C
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def lora(model, seed: int):
+    return add_lora(model, r=8, alpha=16, targets="all-linear", seed=seed)
+
+
+def load(folder: Path):
+    return huggingface.load_model(folder), data.load_tokenizer(folder / "tokenizer.json")
+
+
+def tiny():
+    """A model that knows nothing, and its tokenizer."""
+    return Transformer(Config.gpt2(258, 48, layers=1, heads=2, width=16)), data.ByteTokenizer()
+
+
+@cache
+def held_out():
+    """The text that pretrain.py does not train on."""
+    return data.split(data.load_corpus("python-reference"), 0.1)[1]
+
+
+def old_text(model, tokenizer, count: int | None) -> float:
+    """Bits a byte of it, or of its first documents."""
+    documents = held_out()[:count]
+    tokens, targets = data.rows(data.pack(documents, tokenizer), model.config.context)
+    size = sum(len(document.encode()) for document in documents)
+    loss = loss_of(model, tokens, targets)
+    return bits_per_byte(loss, int((targets != data.IGNORED).sum()), size)
+
+
+def draw(figure, rows):
+    """Learning against forgetting: a small dot a seed, a large one the mean."""
+    axes = figure.subplots()
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    for i, (arm, color) in enumerate(zip(arms, COLORS)):
+        x, y = np.array([(row[KNOWN], row[RIGHT]) for row in rows if row["arm"] == arm]).T
+        axes.plot(x, y, "o", color=color, markersize=4, alpha=0.6, markeredgewidth=0)
+        axes.plot(x.mean(), y.mean(), "o", color=color, markersize=9, markeredgewidth=0)
+        axes.annotate(arm, (x.mean(), y.mean()), xytext=(0, -16 if i % 2 else 9), color=color,
+                      textcoords="offset points", ha="center", weight="bold")
+    axes.margins(0.14)
+    axes.set(xlabel=f"{KNOWN} (right: forgets more)", ylabel=RIGHT)
+
+
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,331 @@
+"""Experiments: verdicts by interval, results as JSON and tables, runs that go on, each quickly."""
+
+import importlib
+import math
+import re
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilm import experiment as module
+from minilm import loop
+from minilm.experiment import QUICK, Experiment, conduct
+from minilm.files import FormatError
+from minilm.measure.verdict import (
+    FAILS,
+    HOLDS,
+    OPEN,
+    T975,
+    compared,
+    difference,
+    interval,
+    verdict,
+)
+from minilm.picture import draw_svg
+from minilm.results import Result, table, verdicts
+
+FOLDER = Path(__file__).parents[1] / "scripts" / "experiments"
+EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.py"))
+numbers = st.integers(-1000, 1000).map(lambda n: n / 7)
+differences = st.lists(numbers, min_size=2, max_size=30)
+
+
+@pytest.mark.parametrize("df", range(1, len(T975) + 1))
+def test_the_quantiles_are_students(df):
+    """95 % of the density of t lie between them, by the trapezoidal rule in angles."""
+    # With t = sqrt(df) tan(u) the density is c cos(u)^(df - 1).
+    c = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    u = np.linspace(0, math.atan(T975[df - 1] / math.sqrt(df)), 10001)
+    assert abs(2 * c * np.trapezoid(np.cos(u) ** (df - 1), u) - 0.95) < 6e-5  # three decimals
+
+
+def test_the_interval_covers_the_mean_in_95_of_100():
+    rng = np.random.default_rng(0)
+    ends = [interval(list(d)) for d in rng.normal(3, 2, (4000, 3))]
+    assert abs(np.mean([low < 3 < high for low, high in ends]) - 0.95) < 0.01
+
+
+def test_an_interval_by_hand():
+    """d = 1, 2, 3: mean 2, s = 1, t = 4.303."""
+    low, high = interval([3.0, 1.0, 2.0])
+    assert abs(low - (2 - 4.303 / math.sqrt(3))) < 1e-12 and abs(low + high - 4) < 1e-12
+
+
+@given(differences, st.floats(1, 100))
+def test_shifted_by_more_than_the_interval_a_claim_holds_or_does_not(d, more):
+    low, high = interval(d)
+    assert verdict([x - low + more for x in d], "d", at_least=0).verdict == HOLDS
+    assert verdict([x - high - more for x in d], "d", at_least=0).verdict == FAILS
+    assert verdict([x - high - more for x in d], "d", at_most=0).verdict == HOLDS
+    assert verdict([x - low + more for x in d], "d", at_most=0).verdict == FAILS
+    middle, width = (low + high) / 2, high - low
+    centred, half = [x - middle for x in d], width / 2 + more
+    assert verdict(centred, "d", -half, half).verdict == HOLDS
+    if width > 1:  # the border lies inside the interval
+        assert verdict(centred, "d", at_least=0).verdict == OPEN
+
+
+@given(st.data(), differences, st.sampled_from([{"at_least": -3}, {"at_most": 2.5}]))
+def test_the_order_of_the_seeds_does_not_matter(data, d, bounds):
+    rows = [{"arm": arm, "seed": seed, "x": x if arm == "a" else 7.0}
+            for seed, x in enumerate(d) for arm in "ab"]
+    shuffled = data.draw(st.permutations(rows))
+    assert compared(rows, "x", "a", "b", **bounds) == compared(shuffled, "x", "a", "b", **bounds)
+    assert verdict(d, "d", **bounds) == verdict(data.draw(st.permutations(d)), "d", **bounds)
+
+
+@given(differences, st.sampled_from([0.25, 2.0, 1024.0]), numbers)
+def test_other_units_give_the_same_verdict(d, scale, bound):
+    scaled = verdict([scale * x for x in d], "d", at_least=scale * bound)
+    assert scaled.verdict == verdict(d, "d", at_least=bound).verdict
+
+
+def test_what_cannot_be_told():
+    assert verdict([], "d", at_least=0).verdict == OPEN
+    one = verdict([5.0], "d", at_least=0)
+    assert (one.verdict, one.mean, one.low) == (OPEN, 5.0, None)
+    assert verdict([0.0, 0.0], "d", at_most=0).verdict == OPEN  # neither less nor more
+    with pytest.raises(ValueError, match="needs at_least, at_most or both"):
+        verdict([1.0, 2.0], "d")
+    with pytest.raises(ValueError, match="at least two numbers, got 1"):
+        interval([1.0])
+
+
+def test_differences_are_of_seeds_that_both_have():
+    rows = [{"arm": "a", "seed": 8, "x": 5}, {"arm": "b", "seed": 1, "x": 1},
+            {"arm": "b", "seed": 8, "x": 3}, {"arm": "a", "seed": 1, "x": 10},
+            {"arm": "a", "seed": 2, "x": 99}]
+    assert difference(rows, "x", "a", "b") == [9, 2]
+    assert compared(rows, "x", "a", "b", at_least=0).about == "a - b: x"
+
+
+# A small experiment: what it measures is a + seed / 10.
+
+ARMS = {"low": 1.0, "high": 5.0}
+CLAIMS = {"high is above low": lambda rows: compared(rows, "height, m", "high", "low", at_least=0),
+          "high is near low": lambda rows: compared(rows, "height, m", "high", "low", at_most=1)}
+SLIDE = {"lecture 000: towers, m": {"low": 3.0, "high": 812.25}}
+
+
+def small(tmp_path, arms=ARMS, claims=CLAIMS, draw=None):
+    return Experiment(str(tmp_path / "towers.py"), "Which is higher?", SLIDE, arms,
+                      {"height, m": 2, "width, m": 0}, claims, draw)
+
+
+def heights(arm, seed, run, calls=None):
+    if calls is not None:
+        calls.append((arm, seed))
+    return {"height, m": {**ARMS, "new": 3.0}[arm] + seed / 10, "width, m": 12345}
+
+
+def test_table_and_verdicts(tmp_path, capsys):
+    options = ["--model", "a b"]
+    result = conduct(small(tmp_path), heights, (0, 1), {"steps": 3}, options, out=tmp_path)
+    said = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in said.splitlines()]
+    assert "height, m width, m lecture 000: towers, m" in lines
+    assert "low 1.05 (1.00 - 1.10) 12,345 3.0" in lines
+    assert "high 5.05 (5.00 - 5.10) 12,345 812.25" in lines
+    assert "high is above low: holds\n    high - low: height, m: 4, 95 % interval 4 to 4; " \
+           "claimed: above 0\n" in said
+    assert "high is near low: does not hold\n" in said and QUICK not in said
+    assert result.command == "python scripts/experiments/towers.py --seeds 0 1 --model 'a b'"
+    assert [claim["verdict"] for claim in result.claims] == [HOLDS, FAILS]
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", result.date) and "cores" in result.machine
+    assert Result.load(tmp_path / "towers-1" / "result.json") == result
+    assert result.spread("high", "height, m") == (5.05, 5.0, 5.1)
+
+
+names = st.text("abc %-,", min_size=1, max_size=30)
+
+
+@given(st.dictionaries(names, st.integers(0, 3), min_size=1, max_size=9),
+       st.lists(names, max_size=6), st.floats(-1e6, 1e6), st.integers(60, 120))
+def test_a_table_fits_and_holds_every_number(measures, arms, x, width):
+    rows = tuple({**{m: x for m in measures}, "arm": arm, "seed": 0} for arm in arms)
+    result = Result("n", "q", "c", False, {}, measures, rows=rows)
+    lines = table(result, width).splitlines()
+    widest = 2 + max(map(len, [*measures, f"{x:,.3f}"])) + max(map(len, ["", *arms]))
+    assert max(map(len, lines)) <= max(width, widest)
+    for decimals in measures.values():
+        assert not arms or f"{x:,.{decimals}f}" in table(result)
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=4))
+def test_a_result_goes_through_json_unchanged(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("result") / "result.json"
+    rows = tuple({"arm": "a", "seed": s, "x": v} for s, v in enumerate(values))
+    result = Result("name", "Ü?", "c", True, SLIDE, {"x": 1}, "d", "c", "m", rows)
+    result.save(path)
+    assert Result.load(path) == result
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ("[]", "must hold an object with the fields"),
+    ('{"name": "x"}', "must hold an object with the fields"),
+    ("{", "not valid JSON"),
+])
+def test_what_is_no_result_is_refused(tmp_path, text, complaint):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(FormatError, match=complaint):
+        Result.load(tmp_path / "result.json")
+
+
+def test_a_row_without_a_measure_is_refused(tmp_path):
+    Result("n", "q", "c", False, {}, {"x": 1}, rows=({"arm": "a", "seed": 0},)).save(tmp_path / "r")
+    with pytest.raises(FormatError, match=r"rows: \['x'\] missing in"):
+        Result.load(tmp_path / "r")
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, capsys):
+    calls = []
+
+    def stopped(arm, seed, run):
+        (run.path / "checkpoint").touch()
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return heights(arm, seed, run, calls)
+
+    with pytest.raises(KeyboardInterrupt):
+        conduct(small(tmp_path), stopped, (0, 1, 2), {"steps": 3}, out=tmp_path)
+    folder = tmp_path / "towers-1"
+    assert capsys.readouterr().out.endswith(
+        f"go on with: python scripts/experiments/towers.py --seeds 0 1 2 --resume {folder}\n")
+    assert calls == [("low", 0), ("high", 0), ("low", 1)]  # all arms of a seed, then the next
+    before = Result.load(folder / "result.json")
+    assert len(before.rows) == 3 and before.claims == ()
+    assert [path.parent.name for path in folder.glob("*/checkpoint")] == ["high-1"]
+    calls.clear()
+    after = conduct(small(tmp_path), lambda *which: heights(*which, calls), (0, 1, 2),
+                    {"steps": 3}, resume=folder)
+    assert calls == [("high", 1), ("low", 2), ("high", 2)]
+    whole = conduct(small(tmp_path), heights, (0, 1, 2), {"steps": 3}, out=tmp_path)
+    assert (after.rows, after.claims) == (whole.rows, whole.claims)
+    assert not [path for path in folder.iterdir() if path.is_dir()]
+
+
+def test_new_arms_and_seeds_join_a_run(tmp_path):
+    conduct(small(tmp_path), heights, (0,), {"steps": 3}, out=tmp_path)
+    calls, arms = [], {**ARMS, "new": 3.0}
+    result = conduct(small(tmp_path, arms), lambda *which: heights(*which, calls), (0, 4),
+                     {"steps": 3}, resume=tmp_path / "towers-1")
+    assert calls == [("new", 0), ("low", 4), ("high", 4), ("new", 4)]
+    assert result.arms == ["low", "high", "new"] and result.seeds == [0, 4]
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path):
+    conduct(small(tmp_path), heights, (0,), {"steps": 3}, out=tmp_path)
+    before = (tmp_path / "towers-1" / "result.json").read_bytes()
+    with pytest.raises(ValueError, match=r"has the settings .*'steps': 3.*'steps': 4"):
+        conduct(small(tmp_path), heights, (0, 1), {"steps": 4}, resume=tmp_path / "towers-1")
+    with pytest.raises(ValueError, match="has the settings"):
+        conduct(small(tmp_path), heights, (1,), {"steps": 3}, quick=True,
+                resume=tmp_path / "towers-1")
+    assert (tmp_path / "towers-1" / "result.json").read_bytes() == before
+
+
+def test_commits_of_all_rows_are_told(tmp_path, monkeypatch):
+    for seed, commit in [(0, "aaa"), (1, "bbb"), (2, "bbb")]:
+        monkeypatch.setattr(module, "commit_of", lambda folder: commit)
+        resume = tmp_path / "towers-1" if seed else None
+        result = conduct(small(tmp_path), heights, (seed,), {}, out=tmp_path, resume=resume)
+    assert result.commit == "aaa, bbb"
+    assert module.commit_of(tmp_path) == "bbb"
+    monkeypatch.undo()
+    assert module.commit_of(tmp_path) == "unknown"
+
+
+def test_what_is_kept_and_what_cannot_be(tmp_path, capsys):
+    def draw(figure, rows): figure.subplots().plot([row["height, m"] for row in rows])
+    towers = small(tmp_path, draw=draw)
+    with pytest.raises(ValueError, match="a quick run cannot be kept"):
+        conduct(towers, heights, (0,), {}, quick=True, out=tmp_path, keep=True)
+    with pytest.raises(ValueError, match="at least one seed"):
+        conduct(towers, heights, (), {}, out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    conduct(towers, heights, (0, 1), {}, quick=True, out=tmp_path)
+    assert capsys.readouterr().out.count(QUICK) == 2 and not (tmp_path / "towers.json").exists()
+    result = conduct(towers, heights, (0, 1), {}, out=tmp_path)
+    assert not (tmp_path / "towers.json").exists()
+    conduct(towers, None, (0, 1), {}, resume=tmp_path / "towers-2", keep=True)  # nothing is run
+    assert Result.load(tmp_path / "towers.json") == result
+    drawn = (tmp_path / "towers-2" / "result.svg").read_bytes()
+    assert (tmp_path / "towers.svg").read_bytes() == drawn
+
+
+def test_a_picture_takes_the_pages_colours_and_is_the_same_every_time(tmp_path):
+    def draw(figure):
+        axes = figure.subplots()
+        axes.plot([1, 2], color="#2f7fc1")
+        axes.set(title="a < b")
+    first, second = (draw_svg(tmp_path / name, draw).read_text() for name in ("a.svg", "b.svg"))
+    assert first == second and first.startswith("<svg ")
+    assert "currentColor" in first and "a &lt; b" in first and "#2f7fc1" in first
+    for word in ("#010203", "<style", "<metadata", "<!DOCTYPE", "DejaVu", "#000000", "white"):
+        assert word not in first
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    conduct(small(tmp_path, draw=lambda figure, rows: None), heights, (0,), {}, out=tmp_path)
+    assert 'for a picture: pip install "minilm[plots]"' in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "towers-1").iterdir()} == {"run.json", "result.json"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_each_experiment_runs_quickly(name, tmp_path, capsys):
+    experiment = importlib.import_module(name)
+    beside = sorted(FOLDER.iterdir())
+    experiment.main(seeds=(0, 1), quick=True, out=tmp_path)
+    assert capsys.readouterr().out.count(QUICK) == 2
+    result = Result.load(tmp_path / f"{name}-1" / "result.json")
+    assert result.quick and result.seeds == [0, 1] and result.arms == list(experiment.ARMS)
+    assert len(result.rows) == 2 * len(experiment.ARMS)
+    assert [claim["claim"] for claim in result.claims] == list(experiment.CLAIMS)
+    for claim in result.claims:
+        assert claim["seeds"] == 2, f"{claim['claim']}: judged of no pair"
+    for source, numbers in experiment.SLIDE.items():
+        assert re.match(r"lecture 00[0-4]: ", source) and set(numbers) <= set(experiment.ARMS)
+    with pytest.raises(ValueError, match="cannot be kept"):
+        experiment.main(seeds=(0,), quick=True, out=tmp_path, keep=True)
+    assert sorted(FOLDER.iterdir()) == beside
+    assert verdicts(result).count("\n") >= len(result.claims)
+
+
+def test_an_arm_that_was_killed_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    methods = importlib.import_module("adaptation_methods")
+    monkeypatch.setattr(methods, "QUICK", replace(methods.QUICK, save_every=2))
+    begun = []
+
+    def fit(run, *args, kill=False, title, **settings):
+        for trainer, done in loop.fit(run, *args, title=title, **settings):
+            if not done.targets:
+                begun.append((title, done.step))
+            if kill and title == "LoRA, seed 0" and done.step == 3:
+                raise SystemExit("killed")
+            yield trainer, done
+
+    monkeypatch.setattr(methods, "fit", partial(fit, kill=True))
+    with pytest.raises(SystemExit):
+        methods.main(seeds=(0,), quick=True, out=tmp_path)
+    monkeypatch.setattr(methods, "fit", fit)
+    methods.main(seeds=(0,), quick=True, resume=tmp_path / "adaptation_methods-1")
+    assert begun == [("full, seed 0", 0), ("LoRA, seed 0", 0), ("LoRA, seed 0", 2),
+                     ("QLoRA, seed 0", 0)]
+    methods.main(seeds=(0,), quick=True, out=tmp_path)
+    first, second = (Result.load(tmp_path / f"adaptation_methods-{i}" / "result.json")
+                     for i in (1, 2))
+    assert first.rows == second.rows
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_index_has_each_experiment(name):
+    question = importlib.import_module(name).QUESTION
+    line = f"| {question} | `python scripts/experiments/{name}.py` |"
+    assert line in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
