@@ -13,9 +13,9 @@ import ctypes
 import re
 from typing import NamedTuple
 
+import emulator
 import numpy as np
 
-import emulator
 from pretended.products import at
 
 DTYPES = {"float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16",
