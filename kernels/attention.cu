@@ -25,85 +25,94 @@
 #include "hardware.cuh"
 #include "attention.cuh"
 
+constexpr int ROWS = 64 * SETS;  // queries of a block
+constexpr int KEYS = 32 * SETS;  // of a tile: two stages of k and v fit 48 KB
+
 // The larger of x over the four lanes that share a row.
 __device__ __forceinline__ float row_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_forward(
+// Scores P of KEYS more keys become exp(scale P - m), and O, m and l are made to go with them.
+// l is of this lane's keys.
+__device__ __forceinline__ void soften(
+    float (&P)[SETS][KEYS / 8][4], float (&O)[SETS][D / 8][4], float (&m)[SETS][2],
+    float (&l)[SETS][2], float log2_scale) {
+    #pragma unroll
+    for (int set = 0; set < SETS; set++)
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float larger = m[set][half];
+            #pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+                larger = fmaxf(larger, fmaxf(P[set][n][2 * half], P[set][n][2 * half + 1]));
+            larger = row_max(larger);  // finite: every query sees the first key
+            float shrink = exp2f((m[set][half] - larger) * log2_scale), top = larger * log2_scale;
+            m[set][half] = larger;
+            l[set][half] *= shrink;
+            #pragma unroll
+            for (int n = 0; n < D / 8; n++)
+                #pragma unroll
+                for (int i = 2 * half; i < 2 * half + 2; i++) O[set][n][i] *= shrink;
+            #pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+                #pragma unroll
+                for (int i = 2 * half; i < 2 * half + 2; i++) {
+                    P[set][n][i] = exp2f(fmaf(P[set][n][i], log2_scale, -top));
+                    l[set][half] += P[set][n][i];
+                }
+        }
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2) attention_forward(
     const __nv_bfloat16* __restrict__ q, const __nv_bfloat16* __restrict__ k,
     const __nv_bfloat16* __restrict__ v, __nv_bfloat16* __restrict__ y, float* __restrict__ lse,
     int T, int S, int group, int causal, float scale) {
-    alignas(16) __shared__ __nv_bfloat16 k_tile[ROWS * PITCH], v_tile[ROWS * PITCH];
-    const float minus_infinity = __int_as_float(0xff800000), log2_scale = scale * LOG2_E;
-    int first = (gridDim.y - 1 - blockIdx.y) * ROWS, row = WARP_ROW + LANE_G;
+    alignas(16) __shared__ __nv_bfloat16 tiles[2][2][KEYS * PITCH];  // stages of k and v
+    int first = (gridDim.y - 1 - blockIdx.y) * ROWS, row = 16 * SETS * WARP;
+    int ahead = causal ? S - T + 1 : S;  // query i sees the keys below min(S, i + ahead)
     long long query = (long long)blockIdx.x * T + first;
     k += (long long)(blockIdx.x / group) * S * D;
     v += (long long)(blockIdx.x / group) * S * D;
 
-    unsigned Q[D / 16][4];
-    load_tile(k_tile, q + query * D, ROWS, T - first);
+    load_rows<KEYS, 128>(tiles[0][0], k, S);
+    load_rows<KEYS, 128>(tiles[0][1], v, S);
+    load_rows<ROWS, 128>(tiles[1][0], q + query * D, T - first);  // as long as the stage
+    wait_async();
     __syncthreads();
+    unsigned Q[SETS][D / 16][4];
+    left_operands(Q, tiles[1][0] + row * PITCH);
+
+    float O[SETS][D / 8][4] = {}, m[SETS][2], l[SETS][2] = {};
     #pragma unroll
-    for (int d = 0; d < D / 16; d++) left_operand(Q[d], k_tile + WARP_ROW * PITCH + 16 * d);
-    __syncthreads();  // all have read q before the first k overwrites it
+    for (int set = 0; set < SETS; set++) m[set][0] = m[set][1] = MINUS_INFINITY;
+    int block_keys = min(S, first + ROWS - 1 + ahead), stage = 0;
+    int fewest = min(S, first + row + ahead), most = min(S, first + row + 16 * SETS - 1 + ahead);
+    for (int key = 0; key < block_keys; key += KEYS, stage ^= 1) {
+        wait_async();
+        __syncthreads();  // this tile has come, and all have read the one before
+        if (int next = key + KEYS; next < block_keys) {
+            load_rows<KEYS, 128>(tiles[stage ^ 1][0], k + (long long)next * D, S - next);
+            load_rows<KEYS, 128>(tiles[stage ^ 1][1], v + (long long)next * D, S - next);
+        }
+        if (key >= most) continue;
+        float P[SETS][KEYS / 8][4] = {};  // scores, before scale, until they are exponentials
+        add_turned<KEYS>(P, Q, tiles[stage][0]);
+        if (key + KEYS > fewest) hide_unseen<KEYS>(P, key, first + row, ahead, S);
+        soften(P, O, m, l, scale * LOG2_E);
+        add_product<KEYS>(O, P, tiles[stage][1]);
+    }
 
-    float O[D / 8][4] = {}, m[2] = {minus_infinity, minus_infinity}, l[2] = {0.0f, 0.0f};
-    int keys = causal ? min(S, S - T + first + ROWS) : S;
-    for (int key = 0; key < keys; key += ROWS) {
-        load_tile(k_tile, k + (long long)key * D, ROWS, S - key);
-        load_tile(v_tile, v + (long long)key * D, ROWS, S - key);
-        __syncthreads();
-
-        float P[ROWS / 8][4] = {};  // the scores, before scale, until they are exponentials
-        #pragma unroll
-        for (int d = 0; d < D / 16; d++)
-            #pragma unroll
-            for (int n = 0; n < ROWS / 8; n++)
-                add_turned(P[n], Q[d], k_tile + 8 * n * PITCH + 16 * d);
-
+    #pragma unroll
+    for (int set = 0; set < SETS; set++)
         #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int seen = causal ? min(S, S - T + first + row + 8 * half + 1) : S;
-            float larger = m[half];
-            #pragma unroll
-            for (int n = 0; n < ROWS / 8; n++)
-                #pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; i++) {
-                    if (key + 8 * n + 2 * LANE_T + i % 2 >= seen) P[n][i] = minus_infinity;
-                    larger = fmaxf(larger, P[n][i]);
-                }
-            larger = row_max(larger);  // finite: every query sees the first key
-            float shrink = exp2f((m[half] - larger) * log2_scale), top = larger * log2_scale;
-            m[half] = larger;
-            l[half] *= shrink;
-            #pragma unroll
-            for (int n = 0; n < D / 8; n++) O[n][2 * half] *= shrink, O[n][2 * half + 1] *= shrink;
-            #pragma unroll
-            for (int n = 0; n < ROWS / 8; n++)
-                #pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; i++) {
-                    P[n][i] = exp2f(fmaf(P[n][i], log2_scale, -top));
-                    l[half] += P[n][i];  // of this lane's keys; row_sum comes last
-                }
+            int i = row + 16 * set + 8 * half + LANE_G;
+            float sum = row_sum(l[set][half]);
+            if (LANE_T == 0 && first + i < T)
+                lse[query + i] = m[set][half] * scale + logf(sum);
+            l[set][half] = 1.0f / sum;
         }
-        #pragma unroll
-        for (int n = 0; n < ROWS / 8; n += 2) {
-            unsigned a[4];
-            left_operand(a, P[n], P[n + 1]);
-            add_product(O, a, v_tile + 8 * n * PITCH);
-        }
-        __syncthreads();  // all have read both tiles before the next come
-    }
-
-    float over_l[2];
-    #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        l[half] = row_sum(l[half]);
-        over_l[half] = 1.0f / l[half];
-        if (LANE_T == 0 && first + row + 8 * half < T)
-            lse[query + row + 8 * half] = m[half] * scale + logf(l[half]);
-    }
-    write_rows(y + query * D, O, over_l, T - first);
+    write_rows(y + (query + row) * D, O, l, T - first - row);
 }

@@ -25,144 +25,199 @@
 #include "hardware.cuh"
 #include "attention.cuh"
 
-constexpr int STEP = D <= 64 ? 32 : 16;  // rows of the tiles that change: four tiles fit 48 KB
+constexpr int ROWS = 64 * SETS;  // queries of a block of attention_dq
+constexpr int TILE = 32 * SETS;  // rows of the tiles that change: two stages of two fit 48 KB
+constexpr int STEP = 32;         // keys of attention_dq's S and dP at a time
 
 // sum plus the products of two neighbours.
-__device__ __forceinline__ float add_two(
-    float sum, const __nv_bfloat16* a, const __nv_bfloat16* b) {
-    __nv_bfloat162 x = *reinterpret_cast<const __nv_bfloat162*>(a);
+__device__ __forceinline__ float add_two(float sum, unsigned a, const __nv_bfloat16* b) {
+    __nv_bfloat162 x = reinterpret_cast<const __nv_bfloat162&>(a);
     __nv_bfloat162 y = *reinterpret_cast<const __nv_bfloat162*>(b);
     return fmaf(widen(x.y), widen(y.y), fmaf(widen(x.x), widen(y.x), sum));
 }
 
-// X1 Y1^T and X2 Y2^T: 16 rows of this warp from tiles of ROWS rows, against tiles of STEP rows.
-// S and dP with x queries and y keys; S^T and dP^T with x keys and y queries.
-__device__ __forceinline__ void two_products(
-    float (&xy1)[STEP / 8][4], float (&xy2)[STEP / 8][4],
-    const __nv_bfloat16* x1, const __nv_bfloat16* y1,
-    const __nv_bfloat16* x2, const __nv_bfloat16* y2) {
+// delta of this lane's rows: dy lies in its left operands, y in memory. `left` rows exist.
+__device__ __forceinline__ void sum_delta(
+    float (&delta)[SETS][2], const unsigned (&dY)[SETS][D / 16][4], const __nv_bfloat16* y,
+    int left) {
     #pragma unroll
-    for (int d = 0; d < D; d += 16) {
-        unsigned a1[4], a2[4];
-        left_operand(a1, x1 + WARP_ROW * PITCH + d);
-        left_operand(a2, x2 + WARP_ROW * PITCH + d);
+    for (int set = 0; set < SETS; set++)
         #pragma unroll
-        for (int n = 0; n < STEP / 8; n++) {
-            add_turned(xy1[n], a1, y1 + 8 * n * PITCH + d);
-            add_turned(xy2[n], a2, y2 + 8 * n * PITCH + d);
+        for (int half = 0; half < 2; half++) {
+            int row = 16 * set + 8 * half + LANE_G;
+            float sum = 0.0f;
+            if (row < left) {
+                #pragma unroll
+                for (int d = 0; d < D / 8; d++)
+                    sum = add_two(sum, dY[set][d / 2][half + d % 2 * 2],
+                                  y + row * D + 8 * d + 2 * LANE_T);
+            }
+            delta[set][half] = row_sum(sum);
         }
-    }
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_dq(
+extern "C" __global__ void __launch_bounds__(128, 2) attention_dq(
     const __nv_bfloat16* __restrict__ dy, const __nv_bfloat16* __restrict__ q,
     const __nv_bfloat16* __restrict__ k, const __nv_bfloat16* __restrict__ v,
     const __nv_bfloat16* __restrict__ y, const float* __restrict__ lse,
     float* __restrict__ delta, __nv_bfloat16* __restrict__ dq,
     int T, int S, int group, int causal, float scale) {
-    alignas(16) __shared__ __nv_bfloat16 q_tile[ROWS * PITCH], dy_tile[ROWS * PITCH];
-    alignas(16) __shared__ __nv_bfloat16 k_tile[STEP * PITCH], v_tile[STEP * PITCH];
-    int first = (gridDim.y - 1 - blockIdx.y) * ROWS, row = WARP_ROW + LANE_G;
+    alignas(16) __shared__ __nv_bfloat16 tiles[2][2][TILE * PITCH];  // stages of k and v
+    int first = (gridDim.y - 1 - blockIdx.y) * ROWS, row = 16 * SETS * WARP, left = T - first - row;
+    int ahead = causal ? S - T + 1 : S;  // query i sees the keys below min(S, i + ahead)
     long long query = (long long)blockIdx.x * T + first;
     k += (long long)(blockIdx.x / group) * S * D;
     v += (long long)(blockIdx.x / group) * S * D;
-    load_tile(q_tile, q + query * D, ROWS, T - first);
-    load_tile(dy_tile, dy + query * D, ROWS, T - first);
 
+    unsigned Q[SETS][D / 16][4], dY[SETS][D / 16][4];
+    load_rows<ROWS, 128>(tiles[0][0], q + query * D, T - first);  // as long as the stage
+    load_rows<ROWS, 128>(tiles[1][0], dy + query * D, T - first);
+    wait_async();
     __syncthreads();
+    left_operands(Q, tiles[0][0] + row * PITCH);
+    left_operands(dY, tiles[1][0] + row * PITCH);
+    __syncthreads();  // all have read q before the first k overwrites it
+    load_rows<TILE, 128>(tiles[0][0], k, S);
+    load_rows<TILE, 128>(tiles[0][1], v, S);
 
-    float dQ[D / 8][4] = {}, row_lse[2], row_delta[2];
-    int seen[2];  // the keys that a row may see are those below
+    float dQ[SETS][D / 8][4] = {}, row_lse[SETS][2], row_delta[SETS][2];
+    sum_delta(row_delta, dY, y + (query + row) * D, left);
     #pragma unroll
-    for (int half = 0; half < 2; half++, row += 8) {
-        bool exists = first + row < T;  // dq of other rows is not written
-        float sum = 0.0f;
-        for (int column = 2 * LANE_T; exists && column < D; column += 8)
-            sum = add_two(sum, dy_tile + row * PITCH + column, y + (query + row) * D + column);
-        row_delta[half] = row_sum(sum);
-        row_lse[half] = exists ? lse[query + row] * LOG2_E : 0.0f;
-        seen[half] = causal ? min(S, S - T + first + row + 1) : S;
-        if (exists && LANE_T == 0) delta[query + row] = row_delta[half];
-    }
-    int keys = causal ? min(S, S - T + first + ROWS) : S;
-    for (int key = 0; key < keys; key += STEP) {
-        load_tile(k_tile, k + (long long)key * D, STEP, S - key);
-        load_tile(v_tile, v + (long long)key * D, STEP, S - key);
-        __syncthreads();
-
-        float P[STEP / 8][4] = {}, dS[STEP / 8][4] = {};  // S and dP at first
-        two_products(P, dS, q_tile, k_tile, dy_tile, v_tile);
+    for (int set = 0; set < SETS; set++)
         #pragma unroll
-        for (int n = 0; n < STEP / 8; n++)
-            #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float p = exp2f(fmaf(P[n][i], scale * LOG2_E, -row_lse[i / 2]));
-                if (key + 8 * n + 2 * LANE_T + i % 2 >= seen[i / 2]) p = 0.0f;
-                dS[n][i] = p * (dS[n][i] - row_delta[i / 2]);
-            }
-        #pragma unroll
-        for (int n = 0; n < STEP / 8; n += 2) {
-            unsigned a[4];
-            left_operand(a, dS[n], dS[n + 1]);
-            add_product(dQ, a, k_tile + 8 * n * PITCH);
+        for (int half = 0; half < 2; half++) {
+            int i = 16 * set + 8 * half + LANE_G;
+            row_lse[set][half] = i < left ? lse[query + row + i] * LOG2_E : 0.0f;
+            if (i < left && LANE_T == 0) delta[query + row + i] = row_delta[set][half];
         }
-        __syncthreads();  // all have read the tiles before the next come
+
+    int block_keys = min(S, first + ROWS - 1 + ahead), stage = 0;
+    int fewest = min(S, first + row + ahead), most = min(S, first + row + 16 * SETS - 1 + ahead);
+    for (int tile = 0; tile < block_keys; tile += TILE, stage ^= 1) {
+        wait_async();
+        __syncthreads();  // this tile has come, and all have read the one before
+        if (int next = tile + TILE; next < block_keys) {
+            load_rows<TILE, 128>(tiles[stage ^ 1][0], k + (long long)next * D, S - next);
+            load_rows<TILE, 128>(tiles[stage ^ 1][1], v + (long long)next * D, S - next);
+        }
+        #pragma unroll
+        for (int step = 0; step < TILE; step += STEP) {
+            int key = tile + step;
+            if (key >= most) break;
+            float P[SETS][STEP / 8][4] = {}, dS[SETS][STEP / 8][4] = {};  // S and dP at first
+            add_turned<STEP>(P, Q, tiles[stage][0] + step * PITCH);
+            add_turned<STEP>(dS, dY, tiles[stage][1] + step * PITCH);
+            if (key + STEP > fewest) hide_unseen<STEP>(P, key, first + row, ahead, S);
+            #pragma unroll
+            for (int set = 0; set < SETS; set++)
+                #pragma unroll
+                for (int n = 0; n < STEP / 8; n++)
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        float p = exp2f(fmaf(P[set][n][i], scale * LOG2_E, -row_lse[set][i / 2]));
+                        dS[set][n][i] = p * (dS[set][n][i] - row_delta[set][i / 2]);
+                    }
+            add_product<STEP>(dQ, dS, tiles[stage][0] + step * PITCH);
+        }
     }
-    const float scales[2] = {scale, scale};
-    write_rows(dq + query * D, dQ, scales, T - first);
+    float scales[SETS][2];
+    #pragma unroll
+    for (int set = 0; set < SETS; set++) scales[set][0] = scales[set][1] = scale;
+    write_rows(dq + (query + row) * D, dQ, scales, left);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 3) attention_dk_dv(
+constexpr int KEY_WARPS = 4 / SETS, SLICES = 8 / KEY_WARPS;  // of the 64 keys, of a tile's queries
+
+// Adds d of the warps of the other slices, in their order, to that of slice 0.
+__device__ __forceinline__ void add_slices(float (&d)[SETS][D / 8][4], float* sums) {
+    int slice = WARP / KEY_WARPS, place = threadIdx.x % (32 * KEY_WARPS);
+    for (int s = 1; s < SLICES; s++) {
+        __syncthreads();  // all have read what lay there
+        #pragma unroll
+        for (int i = 0; i < SETS * D / 2; i++)
+            if (slice == s) sums[i * 32 * KEY_WARPS + place] = d[i / (D / 2)][i / 4 % (D / 8)][i % 4];
+        __syncthreads();
+        #pragma unroll
+        for (int i = 0; i < SETS * D / 2; i++)
+            if (slice == 0) d[i / (D / 2)][i / 4 % (D / 8)][i % 4] += sums[i * 32 * KEY_WARPS + place];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256, 1) attention_dk_dv(
     const __nv_bfloat16* __restrict__ dy, const __nv_bfloat16* __restrict__ q,
     const __nv_bfloat16* __restrict__ k, const __nv_bfloat16* __restrict__ v,
     const float* __restrict__ lse, const float* __restrict__ delta,
     __nv_bfloat16* __restrict__ dk, __nv_bfloat16* __restrict__ dv,
     int T, int S, int group, int causal, float scale) {
-    alignas(16) __shared__ __nv_bfloat16 k_tile[ROWS * PITCH], v_tile[ROWS * PITCH];
-    alignas(16) __shared__ __nv_bfloat16 q_tile[STEP * PITCH], dy_tile[STEP * PITCH];
-    __shared__ float lse_tile[STEP], delta_tile[STEP];
-    int first = blockIdx.y * ROWS, ahead = S - T;  // query i sees the keys up to ahead + i
+    alignas(16) __shared__ __nv_bfloat16 tiles[2][2][TILE * PITCH];  // stages of q and dy
+    __shared__ float lse_tile[2][TILE], delta_tile[2][TILE];
+    int first = 64 * blockIdx.y, row = WARP % KEY_WARPS * 16 * SETS, ahead = causal ? S - T + 1 : S;
+    int slice = WARP / KEY_WARPS * 16;  // of the queries of a tile, this warp's first
     long long key = (long long)blockIdx.x * S + first;
-    load_tile(k_tile, k + key * D, ROWS, S - first);
-    load_tile(v_tile, v + key * D, ROWS, S - first);
 
-    float dK[D / 8][4] = {}, dV[D / 8][4] = {};
-    int start = causal ? max(0, first - ahead) / STEP * STEP : 0;
-    for (int h = 0; h < group; h++)
-        for (int query = start; query < T; query += STEP) {
-            long long from = ((long long)blockIdx.x * group + h) * T + query;
-            load_tile(q_tile, q + from * D, STEP, T - query);
-            load_tile(dy_tile, dy + from * D, STEP, T - query);
-            if (threadIdx.x < STEP) {
-                bool exists = query + (int)threadIdx.x < T;  // others add 0: their q and dy are 0
-                lse_tile[threadIdx.x] = exists ? lse[from + threadIdx.x] * LOG2_E : 0.0f;
-                delta_tile[threadIdx.x] = exists ? delta[from + threadIdx.x] : 0.0f;
-            }
-            __syncthreads();
+    unsigned K[SETS][D / 16][4], V[SETS][D / 16][4];
+    __nv_bfloat16 *k_rows = tiles[0][0], *v_rows = k_rows + 64 * PITCH;
+    load_rows<64, 256>(k_rows, k + key * D, S - first);
+    load_rows<64, 256>(v_rows, v + key * D, S - first);
+    wait_async();
+    __syncthreads();
+    left_operands(K, k_rows + row * PITCH);
+    left_operands(V, v_rows + row * PITCH);
+    __syncthreads();  // all have read k and v before the first q and dy overwrite them
 
-            float P[STEP / 8][4] = {}, dS[STEP / 8][4] = {};  // S^T and dP^T at first
-            two_products(P, dS, k_tile, q_tile, v_tile, dy_tile);
-            #pragma unroll
-            for (int n = 0; n < STEP / 8; n++)
-                #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int column = 8 * n + 2 * LANE_T + i % 2, row = WARP_ROW + LANE_G + i / 2 * 8;
-                    bool seen = !causal || first + row <= ahead + query + column;
-                    float p = exp2f(fmaf(P[n][i], scale * LOG2_E, -lse_tile[column]));
-                    P[n][i] = seen ? p : 0.0f;
-                    dS[n][i] = P[n][i] * (dS[n][i] - delta_tile[column]);
-                }
-            #pragma unroll
-            for (int n = 0; n < STEP / 8; n += 2) {
-                unsigned a[4];
-                left_operand(a, P[n], P[n + 1]);
-                add_product(dV, a, dy_tile + 8 * n * PITCH);
-                left_operand(a, dS[n], dS[n + 1]);
-                add_product(dK, a, q_tile + 8 * n * PITCH);
-            }
-            __syncthreads();  // all have read the tiles before the next come
+    auto load = [&](int stage, int head, int query) {
+        long long from = ((long long)blockIdx.x * group + head) * T + query;
+        load_rows<TILE, 256>(tiles[stage][0], q + from * D, T - query);
+        load_rows<TILE, 256>(tiles[stage][1], dy + from * D, T - query);
+        int i = threadIdx.x;  // rows that do not exist add 0: their q, dy, lse and delta are 0
+        if (i < TILE) {
+            bool exists = query + i < T;
+            load_async<4>(lse_tile[stage] + i, lse + from + i, exists);
+            load_async<4>(delta_tile[stage] + i, delta + from + i, exists);
         }
-    const float one[2] = {1.0f, 1.0f}, scales[2] = {scale, scale};
-    write_rows(dv + key * D, dV, one, S - first);
-    write_rows(dk + key * D, dK, scales, S - first);
+    };
+    float dK[SETS][D / 8][4] = {}, dV[SETS][D / 8][4] = {};
+    int start = max(0, first + 1 - ahead) / TILE * TILE, stage = 0;  // first query that sees a key
+    int head = 0, query = start;
+    load(0, head, query);
+    while (head < group) {
+        wait_async();
+        __syncthreads();  // this tile has come, and all have read the one before
+        int next_head = head, next = query + TILE;
+        if (next >= T) next = start, next_head++;
+        if (next_head < group) load(stage ^ 1, next_head, next);
+
+        float P[SETS][2][4] = {}, dS[SETS][2][4] = {};  // S^T and dP^T at first
+        const __nv_bfloat16* q_rows = tiles[stage][0] + slice * PITCH;
+        const __nv_bfloat16* dy_rows = tiles[stage][1] + slice * PITCH;
+        add_turned<16>(P, K, q_rows);
+        add_turned<16>(dS, V, dy_rows);
+        #pragma unroll
+        for (int n = 0; n < 2; n++)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int column = slice + 8 * n + 2 * LANE_T + i % 2;
+                float log2_sum = lse_tile[stage][column] * LOG2_E;
+                #pragma unroll
+                for (int set = 0; set < SETS; set++) {
+                    float p = exp2f(fmaf(P[set][n][i], scale * LOG2_E, -log2_sum));
+                    int key_row = first + row + 16 * set + 8 * (i / 2) + LANE_G;
+                    if (key_row >= query + column + ahead) p = 0.0f;
+                    P[set][n][i] = p;
+                    dS[set][n][i] = p * (dS[set][n][i] - delta_tile[stage][column]);
+                }
+            }
+        add_product<16>(dV, P, dy_rows);
+        add_product<16>(dK, dS, q_rows);
+        stage ^= 1, head = next_head, query = next;
+    }
+
+    add_slices(dV, reinterpret_cast<float*>(tiles));
+    add_slices(dK, reinterpret_cast<float*>(tiles));
+    if (slice) return;
+    float one[SETS][2], scales[SETS][2];
+    #pragma unroll
+    for (int i = 0; i < 2 * SETS; i++) one[i / 2][i % 2] = 1.0f, scales[i / 2][i % 2] = scale;
+    write_rows(dv + (key + row) * D, dV, one, S - first - row);
+    write_rows(dk + (key + row) * D, dK, scales, S - first - row);
 }
