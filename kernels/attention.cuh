@@ -23,10 +23,9 @@ constexpr int PITCH = D + 8;  // an odd number of 16 bytes: the 8 rows of a matr
 constexpr float LOG2_E = 1.44269504f;  // exp(x) = exp2(x log2(e)), and the card has only exp2
 
 #define MINUS_INFINITY __int_as_float(0xff800000)
-#define WARP ((int)threadIdx.x / 32)
-#define LANE ((int)threadIdx.x % 32)
-#define LANE_G (LANE / 4)
-#define LANE_T (LANE % 4)
+#define WARP ((int)(threadIdx.x / 32))
+#define LANE_G ((int)(threadIdx.x % 32 / 4))
+#define LANE_T ((int)(threadIdx.x % 4))
 
 // The sum of x over the four lanes that share a row.
 __device__ __forceinline__ float row_sum(float x) {
@@ -40,15 +39,15 @@ __device__ __forceinline__ void load_rows(
     __nv_bfloat16* tile, const __nv_bfloat16* from, int left) {
     #pragma unroll
     for (int i = 0; i < N * D / 8; i += THREADS) {
-        int chunk = i + threadIdx.x, row = chunk / (D / 8), column = chunk % (D / 8) * 8;
+        unsigned chunk = i + threadIdx.x, row = chunk / (D / 8), column = chunk % (D / 8) * 8;
         if (N * D / 8 % THREADS && row >= N) break;
-        load_async<16>(tile + row * PITCH + column, from + 8 * chunk, row < left);
+        load_async<16>(tile + row * PITCH + column, from + 8 * chunk, (int)row < left);
     }
 }
 
 // The address that this lane gives for 16 x 16 numbers.
 __device__ __forceinline__ const __nv_bfloat16* lane_address(const __nv_bfloat16* numbers) {
-    return numbers + LANE % 16 * PITCH + LANE / 16 * 8;
+    return numbers + threadIdx.x % 16 * PITCH + threadIdx.x % 32 / 16 * 8;
 }
 
 // 16 SETS rows as left operands.
@@ -70,7 +69,7 @@ __device__ __forceinline__ unsigned two(float x, float y) {
 template <int N>
 __device__ __forceinline__ void add_turned(
     float (&x)[SETS][N / 8][4], const unsigned (&a)[SETS][D / 16][4], const __nv_bfloat16* y) {
-    y += (LANE / 16 * 8 + LANE % 8) * PITCH + LANE / 8 % 2 * 8;
+    y += (threadIdx.x % 32 / 16 * 8 + threadIdx.x % 8) * PITCH + threadIdx.x / 8 % 2 * 8;
     #pragma unroll
     for (int d = 0; d < D / 16; d++)
         #pragma unroll

@@ -21,13 +21,13 @@
 // sevenths of it for the second S and dP; the bytes, 115 MB at 4.3 TB/s, take 27 us. Loads from
 // shared memory, 2.5 of 128 bytes for each mma, take about 320 us at 1.8 GHz, causal 160 us.
 // Reached: not yet measured.
-// Registers: at most 168
+// Registers: at most 255
 #include "hardware.cuh"
 #include "attention.cuh"
 
 constexpr int ROWS = 64 * SETS;  // queries of a block of attention_dq
-constexpr int TILE = 32 * SETS;  // rows of the tiles that change: two stages of two fit 48 KB
-constexpr int STEP = 32;         // keys of attention_dq's S and dP at a time
+constexpr int TILE = 32 * SETS;  // keys of a tile: two stages of k and v fit 48 KB
+constexpr int KEYS = 32;         // of a step: S and dP in registers
 
 // sum plus the products of two neighbours.
 __device__ __forceinline__ float add_two(float sum, unsigned a, const __nv_bfloat16* b) {
@@ -36,7 +36,8 @@ __device__ __forceinline__ float add_two(float sum, unsigned a, const __nv_bfloa
     return fmaf(widen(x.y), widen(y.y), fmaf(widen(x.x), widen(y.x), sum));
 }
 
-// delta of this lane's rows: dy lies in its left operands, y in memory. `left` rows exist.
+// delta of this lane's rows: dy lies in its left operands, y in memory. `left` rows exist; others
+// have a dy of zeros and read the last row instead, so that all loads are under way at once.
 __device__ __forceinline__ void sum_delta(
     float (&delta)[SETS][2], const unsigned (&dY)[SETS][D / 16][4], const __nv_bfloat16* y,
     int left) {
@@ -44,14 +45,11 @@ __device__ __forceinline__ void sum_delta(
     for (int set = 0; set < SETS; set++)
         #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int row = 16 * set + 8 * half + LANE_G;
+            const __nv_bfloat16* row = y + min(16 * set + 8 * half + LANE_G, left - 1) * D;
             float sum = 0.0f;
-            if (row < left) {
-                #pragma unroll
-                for (int d = 0; d < D / 8; d++)
-                    sum = add_two(sum, dY[set][d / 2][half + d % 2 * 2],
-                                  y + row * D + 8 * d + 2 * LANE_T);
-            }
+            #pragma unroll
+            for (int d = 0; d < D / 8; d++)
+                sum = add_two(sum, dY[set][d / 2][half + d % 2 * 2], row + 8 * d + 2 * LANE_T);
             delta[set][half] = row_sum(sum);
         }
 }
@@ -101,23 +99,23 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_dq(
             load_rows<TILE, 128>(tiles[stage ^ 1][1], v + (long long)next * D, S - next);
         }
         #pragma unroll
-        for (int step = 0; step < TILE; step += STEP) {
+        for (int step = 0; step < TILE; step += KEYS) {
             int key = tile + step;
             if (key >= most) break;
-            float P[SETS][STEP / 8][4] = {}, dS[SETS][STEP / 8][4] = {};  // S and dP at first
-            add_turned<STEP>(P, Q, tiles[stage][0] + step * PITCH);
-            add_turned<STEP>(dS, dY, tiles[stage][1] + step * PITCH);
-            if (key + STEP > fewest) hide_unseen<STEP>(P, key, first + row, ahead, S);
+            float P[SETS][KEYS / 8][4] = {}, dS[SETS][KEYS / 8][4] = {};  // S and dP at first
+            add_turned<KEYS>(P, Q, tiles[stage][0] + step * PITCH);
+            add_turned<KEYS>(dS, dY, tiles[stage][1] + step * PITCH);
+            if (key + KEYS > fewest) hide_unseen<KEYS>(P, key, first + row, ahead, S);
             #pragma unroll
             for (int set = 0; set < SETS; set++)
                 #pragma unroll
-                for (int n = 0; n < STEP / 8; n++)
+                for (int n = 0; n < KEYS / 8; n++)
                     #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         float p = exp2f(fmaf(P[set][n][i], scale * LOG2_E, -row_lse[set][i / 2]));
                         dS[set][n][i] = p * (dS[set][n][i] - row_delta[set][i / 2]);
                     }
-            add_product<STEP>(dQ, dS, tiles[stage][0] + step * PITCH);
+            add_product<KEYS>(dQ, dS, tiles[stage][0] + step * PITCH);
         }
     }
     float scales[SETS][2];
@@ -126,39 +124,76 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_dq(
     write_rows(dq + (query + row) * D, dQ, scales, left);
 }
 
-constexpr int KEY_WARPS = 4 / SETS, SLICES = 8 / KEY_WARPS;  // of the 64 keys, of a tile's queries
+// attention_dk_dv: so many warps share the keys of a block, and as many such groups as there are
+// slices have 16 queries of each tile.
+constexpr int WARPS = 8;
+constexpr int KEY_WARPS = 4 / SETS;
+constexpr int BLOCK_KEYS = 16 * SETS * KEY_WARPS;
+constexpr int SLICES = WARPS / KEY_WARPS;
+constexpr int QUERIES = 16 * SLICES;
 
 // Adds d of the warps of the other slices, in their order, to that of slice 0.
 __device__ __forceinline__ void add_slices(float (&d)[SETS][D / 8][4], float* sums) {
-    int slice = WARP / KEY_WARPS, place = threadIdx.x % (32 * KEY_WARPS);
-    for (int s = 1; s < SLICES; s++) {
+    sums += threadIdx.x % (32 * KEY_WARPS);
+    for (int slice = 1; slice < SLICES; slice++) {
         __syncthreads();  // all have read what lay there
         #pragma unroll
         for (int i = 0; i < SETS * D / 2; i++)
-            if (slice == s) sums[i * 32 * KEY_WARPS + place] = d[i / (D / 2)][i / 4 % (D / 8)][i % 4];
+            if (WARP / KEY_WARPS == slice)
+                sums[32 * KEY_WARPS * i] = d[i / (D / 2)][i / 4 % (D / 8)][i % 4];
         __syncthreads();
         #pragma unroll
         for (int i = 0; i < SETS * D / 2; i++)
-            if (slice == 0) d[i / (D / 2)][i / 4 % (D / 8)][i % 4] += sums[i * 32 * KEY_WARPS + place];
+            if (WARP < KEY_WARPS)
+                d[i / (D / 2)][i / 4 % (D / 8)][i % 4] += sums[32 * KEY_WARPS * i];
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 1) attention_dk_dv(
+// Adds what 16 queries give to dV, and to dK before its scale. Keys are rows of P and dS here; query
+// j, a column, sees row i if i < j + seen.
+__device__ __forceinline__ void add_queries(
+    float (&dK)[SETS][D / 8][4], float (&dV)[SETS][D / 8][4],
+    const unsigned (&K)[SETS][D / 16][4], const unsigned (&V)[SETS][D / 16][4],
+    const __nv_bfloat16* q, const float* lse, int seen, float scale) {
+    const __nv_bfloat16* dy = q + QUERIES * PITCH;
+    const float* delta = lse + QUERIES;
+    float P[SETS][2][4] = {}, dS[SETS][2][4] = {};  // S^T and dP^T at first
+    add_turned<16>(P, K, q);
+    add_turned<16>(dS, V, dy);
+    #pragma unroll
+    for (int n = 0; n < 2; n++)
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int column = 8 * n + 2 * LANE_T + i % 2;
+            float log2_sum = lse[column] * LOG2_E;
+            #pragma unroll
+            for (int set = 0; set < SETS; set++) {
+                int key = 16 * set + 8 * (i / 2) + LANE_G;
+                float p = exp2f(fmaf(P[set][n][i], scale * LOG2_E, -log2_sum));
+                P[set][n][i] = key < column + seen ? p : 0.0f;
+                dS[set][n][i] = P[set][n][i] * (dS[set][n][i] - delta[column]);
+            }
+        }
+    add_product<16>(dV, P, dy);
+    add_product<16>(dK, dS, q);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attention_dk_dv(
     const __nv_bfloat16* __restrict__ dy, const __nv_bfloat16* __restrict__ q,
     const __nv_bfloat16* __restrict__ k, const __nv_bfloat16* __restrict__ v,
     const float* __restrict__ lse, const float* __restrict__ delta,
     __nv_bfloat16* __restrict__ dk, __nv_bfloat16* __restrict__ dv,
     int T, int S, int group, int causal, float scale) {
-    alignas(16) __shared__ __nv_bfloat16 tiles[2][2][TILE * PITCH];  // stages of q and dy
-    __shared__ float lse_tile[2][TILE], delta_tile[2][TILE];
-    int first = 64 * blockIdx.y, row = WARP % KEY_WARPS * 16 * SETS, ahead = causal ? S - T + 1 : S;
+    alignas(16) __shared__ __nv_bfloat16 tiles[2][2][QUERIES * PITCH];  // stages of q and dy
+    __shared__ float sums[2][2][QUERIES];  // stages of lse and delta
+    int first = BLOCK_KEYS * blockIdx.y, row = WARP % KEY_WARPS * 16 * SETS, ahead = causal ? S - T + 1 : S;
     int slice = WARP / KEY_WARPS * 16;  // of the queries of a tile, this warp's first
     long long key = (long long)blockIdx.x * S + first;
 
     unsigned K[SETS][D / 16][4], V[SETS][D / 16][4];
-    __nv_bfloat16 *k_rows = tiles[0][0], *v_rows = k_rows + 64 * PITCH;
-    load_rows<64, 256>(k_rows, k + key * D, S - first);
-    load_rows<64, 256>(v_rows, v + key * D, S - first);
+    __nv_bfloat16 *k_rows = tiles[0][0], *v_rows = k_rows + BLOCK_KEYS * PITCH;
+    load_rows<BLOCK_KEYS, 32 * WARPS>(k_rows, k + key * D, S - first);
+    load_rows<BLOCK_KEYS, 32 * WARPS>(v_rows, v + key * D, S - first);
     wait_async();
     __syncthreads();
     left_operands(K, k_rows + row * PITCH);
@@ -167,49 +202,28 @@ extern "C" __global__ void __launch_bounds__(256, 1) attention_dk_dv(
 
     auto load = [&](int stage, int head, int query) {
         long long from = ((long long)blockIdx.x * group + head) * T + query;
-        load_rows<TILE, 256>(tiles[stage][0], q + from * D, T - query);
-        load_rows<TILE, 256>(tiles[stage][1], dy + from * D, T - query);
+        load_rows<QUERIES, 32 * WARPS>(tiles[stage][0], q + from * D, T - query);
+        load_rows<QUERIES, 32 * WARPS>(tiles[stage][1], dy + from * D, T - query);
         int i = threadIdx.x;  // rows that do not exist add 0: their q, dy, lse and delta are 0
-        if (i < TILE) {
-            bool exists = query + i < T;
-            load_async<4>(lse_tile[stage] + i, lse + from + i, exists);
-            load_async<4>(delta_tile[stage] + i, delta + from + i, exists);
-        }
+        if (i >= QUERIES) return;
+        load_async<4>(sums[stage][0] + i, lse + from + i, query + i < T);
+        load_async<4>(sums[stage][1] + i, delta + from + i, query + i < T);
     };
     float dK[SETS][D / 8][4] = {}, dV[SETS][D / 8][4] = {};
-    int start = max(0, first + 1 - ahead) / TILE * TILE, stage = 0;  // first query that sees a key
-    int head = 0, query = start;
-    load(0, head, query);
+    int start = max(0, first + 1 - ahead) / QUERIES * QUERIES;  // the first that sees a key is there
+    int head = 0, query = start, stage = 0;
+    load(stage, head, query);
     while (head < group) {
         wait_async();
         __syncthreads();  // this tile has come, and all have read the one before
-        int next_head = head, next = query + TILE;
-        if (next >= T) next = start, next_head++;
-        if (next_head < group) load(stage ^ 1, next_head, next);
-
-        float P[SETS][2][4] = {}, dS[SETS][2][4] = {};  // S^T and dP^T at first
-        const __nv_bfloat16* q_rows = tiles[stage][0] + slice * PITCH;
-        const __nv_bfloat16* dy_rows = tiles[stage][1] + slice * PITCH;
-        add_turned<16>(P, K, q_rows);
-        add_turned<16>(dS, V, dy_rows);
-        #pragma unroll
-        for (int n = 0; n < 2; n++)
-            #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int column = slice + 8 * n + 2 * LANE_T + i % 2;
-                float log2_sum = lse_tile[stage][column] * LOG2_E;
-                #pragma unroll
-                for (int set = 0; set < SETS; set++) {
-                    float p = exp2f(fmaf(P[set][n][i], scale * LOG2_E, -log2_sum));
-                    int key_row = first + row + 16 * set + 8 * (i / 2) + LANE_G;
-                    if (key_row >= query + column + ahead) p = 0.0f;
-                    P[set][n][i] = p;
-                    dS[set][n][i] = p * (dS[set][n][i] - delta_tile[stage][column]);
-                }
-            }
-        add_product<16>(dV, P, dy_rows);
-        add_product<16>(dK, dS, q_rows);
-        stage ^= 1, head = next_head, query = next;
+        int seen = query + slice + ahead - first - row;
+        bool last = query + QUERIES >= T;
+        head += last, query = last ? start : query + QUERIES;
+        if (head < group) load(stage ^ 1, head, query);
+        if (seen + 15 > 0)
+            add_queries(dK, dV, K, V, tiles[stage][0] + slice * PITCH, sums[stage][0] + slice, seen,
+                        scale);
+        stage ^= 1;
     }
 
     add_slices(dV, reinterpret_cast<float*>(tiles));
