@@ -9,18 +9,25 @@
 //
 // causal: the last query sees every key, each earlier query one fewer.
 //
-// Launch: (B H, ceil(T / 64)) blocks of 128 threads, 64 queries each, the longest loops first.
-// The keys come in tiles of 64. Of the tiles so far a row knows m, its largest score, l, its sum of
-// exp(S - m), and O, its sum of exp(S - m) v; a larger m shrinks l and O by exp(m - larger m).
+// Launch: (B H, ceil(T / ROWS)) blocks of 128 threads, ROWS queries each, the longest loops first;
+// ROWS is 128 for D <= 64, else 64. Tiles of k and v come by asynchronous copies, one ahead of
+// their use. Of the keys so far a row knows m, its largest score, l, its sum of exp(S - m), and O,
+// its sum of exp(S - m) v; a larger m shrinks l and O by exp(m - larger m). A warp leaves out steps
+// that none of its queries sees, and compares keys with queries only where one of them does not.
 //
 // Accuracy: products of bf16 summed in float. P is rounded to bf16, by 2^-8 of it at most, before
 // it meets v; l is not. exp2f has 2 ulp of float on the card.
 // Flops: 4 B H T S D, half of it causal. Bytes: those of q, k, v, y and lse once; each block reads
 // its k and v again, from the L2 cache.
-// Floor for B = 4, H = 32, K = 4, T = S = 1024, D = 64 at 790 TFLOP/s: 43.5 us, causal 21.8 us; the
-// bytes, 38.3 MB at 4.3 TB/s, take 8.9 us. A warp's 16 rows use what they load from shared memory
-// once, 256 bytes for each mma: at 128 bytes a clock of 1.8 GHz about 70 us, causal 35 us.
-// Reached: not yet measured.
+// Floor for B = 4, H = 32, K = 4, T = S = 1024, D = 64 at 791 TFLOP/s: 43.4 us, causal 21.7 us; the
+// bytes, 38.3 MB at 4.26 TB/s, take 9.0 us.
+// Predicted, causal: a warp's 32 x 64 scores take 128 mma, 64 exponentials a lane (512 cycles) and
+// 570 instructions in all. At the 6.4 cycles that mma.sync is said to take on this card (wgmma is
+// out of its reach) that is 820 cycles, 31 us; two warps a scheduler overlap it with the rest in
+// part: 45 to 60 us.
+// Reached on an H200: not yet measured. The version before, of 16 rows a warp and loads of 32 bits
+// from shared memory, took 111.9 us (2026-11-27), PyTorch's attention 59.9 us.
+// Checked by: python scripts/gpu_cases.py attention
 // Registers: at most 255
 #include "hardware.cuh"
 #include "attention.cuh"
@@ -35,8 +42,8 @@ __device__ __forceinline__ float row_max(float x) {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// Scores P of KEYS more keys become exp(scale P - m), and O, m and l are made to go with them.
-// l is of this lane's keys.
+// Scores P of KEYS more keys become exp(scale P - m), and m, l and O are brought up to date. l is
+// of this lane's keys only; row_sum comes last.
 __device__ __forceinline__ void soften(
     float (&P)[SETS][KEYS / 8][4], float (&O)[SETS][D / 8][4], float (&m)[SETS][2],
     float (&l)[SETS][2], float log2_scale) {

@@ -5,11 +5,14 @@
 // loads from shared memory serve all its sets; one set alone would keep shared memory, not the
 // tensor cores, at its limit. Wider heads leave registers for one set only.
 //
-// How 16 rows lie in registers is told at mma_m16n8k16_bf16 and ldmatrix_x4 in hardware.cuh. Lane l
-// gives the address of row l % 16 at column l / 16 * 8 of 16 x 16 numbers, always. The four matrices
-// are then the four registers of a left operand. Of a right operand Y^T, matrices 0 and 2 are the
-// one of Y's first 8 rows, 1 and 3 that of its other 8; of a right operand Y, which is turned on
-// its way, matrices 0 and 1 are the one of its first 8 columns, 2 and 3 that of its other 8.
+// How 16 rows lie in registers is told at mma_m16n8k16_bf16 and ldmatrix_x4 in hardware.cuh. One
+// ldmatrix_x4 brings 16 x 16 numbers, as quarters of 8 x 8: a left operand, or two right operands.
+// The order of its quarters is the order of the addresses that the lanes give:
+//
+//   left operand X                        rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
+//   right operands Y, turned on its way   the same; two quarters for each 8 columns of Y
+//   right operands Y^T                    columns 0-7 and 8-15 of rows 0-7, then of rows 8-15; two
+//                                         quarters for each 8 rows of Y
 //
 // For P V with P made from S = Q K^T, two neighbouring 16 x 8 results, rounded, are a 16 x 16 left
 // operand: the same rows and columns in the same lanes. P never leaves its registers.
@@ -45,7 +48,7 @@ __device__ __forceinline__ void load_rows(
     }
 }
 
-// The address that this lane gives for 16 x 16 numbers.
+// The address that this lane gives for X, and for Y turned on its way.
 __device__ __forceinline__ const __nv_bfloat16* lane_address(const __nv_bfloat16* numbers) {
     return numbers + threadIdx.x % 16 * PITCH + threadIdx.x % 32 / 16 * 8;
 }

@@ -8,19 +8,25 @@
 //     dq    = scale dS @ k
 //     dk    = scale dS^T @ q
 //
-// attention_dq: (B H, ceil(T / 64)) blocks of 128 threads, each 64 queries; it writes their delta
-// and goes through the keys. attention_dk_dv, after it: (B K, ceil(S / 64)) blocks of 128 threads,
-// each 64 keys; it goes through the queries of all heads of its group, and works on S^T, P^T, dP^T,
-// dS^T: keys are rows there.
-// S and dP are thus computed twice, and in return each gradient is a sum of one warp in one order:
-// no atomics, always the same bits. Causal tiles that nobody sees are left out.
+// attention_dq: (B H, ceil(T / ROWS)) blocks of 128 threads, ROWS queries each, 128 for D <= 64,
+// else 64; it writes their delta and goes through the keys. attention_dk_dv, after it:
+// (B K, ceil(S / 64)) blocks of 256 threads, 64 keys each, the longest loops first; it goes through
+// the queries of all heads of its group, and works on S^T, P^T, dP^T, dS^T: keys are rows there.
+// Few such blocks exist, so each fills a multiprocessor: its warps share the keys and also the
+// queries of a tile, and at the end those of the same keys add their sums.
+// S and dP are thus computed twice, and in return each gradient is a sum in one order: no atomics,
+// always the same bits. Causal tiles that nobody sees are left out.
 //
 // Accuracy: as attention.cu; P and dS are rounded to bf16, by 2^-8 at most, before their products.
 // Flops: 6 B H T S D for dq, 8 B H T S D for dk and dv, half of it causal.
-// Floor for B = 4, H = 32, K = 4, T = S = 1024, D = 64 at 790 TFLOP/s: 152 us, causal 76 us, two
-// sevenths of it for the second S and dP; the bytes, 115 MB at 4.3 TB/s, take 27 us. Loads from
-// shared memory, 2.5 of 128 bytes for each mma, take about 320 us at 1.8 GHz, causal 160 us.
-// Reached: not yet measured.
+// Floor for B = 4, H = 32, K = 4, T = S = 1024, D = 64 at 791 TFLOP/s: 152 us, causal 76 us, two
+// sevenths of it for the second S and dP; the bytes, 115 MB at 4.26 TB/s, take 27 us.
+// Predicted, causal, at 6.4 cycles for mma.sync (attention.cu): dq 46 us of mma, 55 to 75 us in
+// all; dk and dv 62 us of mma, 80 to 105 us in all; together 135 to 180 us.
+// Reached on an H200: not yet measured. The version before, with 16 rows a warp, loads of 32 bits
+// from shared memory and four warps a block everywhere, took 562 us (2026-11-27), 151 us of it dq
+// and 412 us dk and dv, which had 1.4 warps a scheduler; PyTorch's attention 209 us.
+// Checked by: python scripts/gpu_cases.py attention
 // Registers: at most 255
 #include "hardware.cuh"
 #include "attention.cuh"
@@ -149,8 +155,8 @@ __device__ __forceinline__ void add_slices(float (&d)[SETS][D / 8][4], float* su
     }
 }
 
-// Adds what 16 queries give to dV, and to dK before its scale. Keys are rows of P and dS here; query
-// j, a column, sees row i if i < j + seen.
+// Adds what 16 queries give to dV, and to dK before its scale. Keys are rows of P and dS here;
+// query j of them, a column, sees row i if i < j + seen.
 __device__ __forceinline__ void add_queries(
     float (&dK)[SETS][D / 8][4], float (&dV)[SETS][D / 8][4],
     const unsigned (&K)[SETS][D / 16][4], const unsigned (&V)[SETS][D / 16][4],
@@ -186,8 +192,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attention_dk_dv(
     int T, int S, int group, int causal, float scale) {
     alignas(16) __shared__ __nv_bfloat16 tiles[2][2][QUERIES * PITCH];  // stages of q and dy
     __shared__ float sums[2][2][QUERIES];  // stages of lse and delta
-    int first = BLOCK_KEYS * blockIdx.y, row = WARP % KEY_WARPS * 16 * SETS, ahead = causal ? S - T + 1 : S;
-    int slice = WARP / KEY_WARPS * 16;  // of the queries of a tile, this warp's first
+    int first = BLOCK_KEYS * blockIdx.y, row = WARP % KEY_WARPS * 16 * SETS;
+    int slice = WARP / KEY_WARPS * 16;   // of the queries of a tile, this warp's first
+    int ahead = causal ? S - T + 1 : S;  // query i sees the keys below min(S, i + ahead)
     long long key = (long long)blockIdx.x * S + first;
 
     unsigned K[SETS][D / 16][4], V[SETS][D / 16][4];
@@ -210,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attention_dk_dv(
         load_async<4>(sums[stage][1] + i, delta + from + i, query + i < T);
     };
     float dK[SETS][D / 8][4] = {}, dV[SETS][D / 8][4] = {};
-    int start = max(0, first + 1 - ahead) / QUERIES * QUERIES;  // the first that sees a key is there
+    int start = max(0, first + 1 - ahead) / QUERIES * QUERIES;  // of the tile that first sees a key
     int head = 0, query = start, stage = 0;
     load(stage, head, query);
     while (head < group) {
