@@ -166,18 +166,22 @@ __device__ __forceinline__ void add_queries(
     float P[SETS][2][4] = {}, dS[SETS][2][4] = {};  // S^T and dP^T at first
     add_turned<16>(P, K, q);
     add_turned<16>(dS, V, dy);
+    if (seen < 16 * SETS)  // else every query sees every key
+        #pragma unroll
+        for (int i = 0; i < 8 * SETS; i++) {
+            int set = i / 8, n = i / 4 % 2, key = 16 * set + 8 * (i / 2 % 2) + LANE_G;
+            if (key >= 8 * n + 2 * LANE_T + i % 2 + seen) P[set][n][i % 4] = MINUS_INFINITY;
+        }
     #pragma unroll
     for (int n = 0; n < 2; n++)
         #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int column = 8 * n + 2 * LANE_T + i % 2;
-            float log2_sum = lse[column] * LOG2_E;
+            int query = 8 * n + 2 * LANE_T + i % 2;
+            float log2_sum = lse[query] * LOG2_E;
             #pragma unroll
             for (int set = 0; set < SETS; set++) {
-                int key = 16 * set + 8 * (i / 2) + LANE_G;
-                float p = exp2f(fmaf(P[set][n][i], scale * LOG2_E, -log2_sum));
-                P[set][n][i] = key < column + seen ? p : 0.0f;
-                dS[set][n][i] = P[set][n][i] * (dS[set][n][i] - delta[column]);
+                P[set][n][i] = exp2f(fmaf(P[set][n][i], scale * LOG2_E, -log2_sum));
+                dS[set][n][i] = P[set][n][i] * (dS[set][n][i] - delta[query]);
             }
         }
     add_product<16>(dV, P, dy);
