@@ -9,21 +9,32 @@
 //
 // causal: the last query sees every key, each earlier query one fewer.
 //
-// Launch: (B H, ceil(T / 64)) blocks of 128 threads, 64 queries each, the longest loops first.
-// The keys come in tiles of 64. Of the tiles so far a row knows m, its largest score, l, its sum of
-// exp(S - m), and O, its sum of exp(S - m) v; a larger m shrinks l and O by exp(m - larger m).
+// Launch: (B H, ceil(T / ROWS)) blocks of 128 threads, ROWS queries each, the longest loops first;
+// ROWS is 128 for D <= 64, else 64. Tiles of k and v come by asynchronous copies, one ahead of
+// their use. Of the keys so far a row knows m, its largest score, l, its sum of exp(S - m), and O,
+// its sum of exp(S - m) v; a larger m shrinks l and O by exp(m - larger m). A warp leaves out steps
+// that none of its queries sees, and compares keys with queries only where one of them does not.
 //
 // Accuracy: products of bf16 summed in float. P is rounded to bf16, by 2^-8 of it at most, before
 // it meets v; l is not. exp2f has 2 ulp of float on the card.
 // Flops: 4 B H T S D, half of it causal. Bytes: those of q, k, v, y and lse once; each block reads
 // its k and v again, from the L2 cache.
-// Floor for B = 4, H = 32, K = 4, T = S = 1024, D = 64 at 790 TFLOP/s: 43.5 us, causal 21.8 us; the
-// bytes, 38.3 MB at 4.3 TB/s, take 8.9 us. A warp's 16 rows use what they load from shared memory
-// once, 256 bytes for each mma: at 128 bytes a clock of 1.8 GHz about 70 us, causal 35 us.
-// Reached: not yet measured.
-// Registers: at most 168
+// Floor for B = 4, H = 32, K = 4, T = S = 1024, D = 64 at 791 TFLOP/s: 43.4 us, causal 21.7 us; the
+// bytes, 38.3 MB at 4.26 TB/s, take 9.0 us.
+// Predicted, causal: a warp's 32 x 64 scores take 128 mma, 64 exponentials a lane (512 cycles) and
+// 570 instructions in all. At the 6.4 cycles that mma.sync is said to take on this card (wgmma is
+// out of its reach) that is 820 cycles, 31 us; two warps a scheduler overlap it with the rest in
+// part: 45 to 60 us.
+// Reached on an H200: not yet measured. The version before, of 16 rows a warp and loads of 32 bits
+// from shared memory, took 111.9 us (2026-11-27), PyTorch's attention 59.9 us.
+// Checked by: python scripts/gpu_cases.py attention
+// Registers: at most 255
 #include "hardware.cuh"
 #include "attention.cuh"
+
+constexpr int ROWS = 64 * SETS;  // queries of a block
+constexpr int TILE = 32 * SETS;  // keys of a tile: two stages of k and v fit 48 KB
+constexpr int KEYS = TILE;       // of a step: scores in registers
 
 // The larger of x over the four lanes that share a row.
 __device__ __forceinline__ float row_max(float x) {
@@ -31,79 +42,89 @@ __device__ __forceinline__ float row_max(float x) {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_forward(
+// Scores P of KEYS more keys become exp(scale P - m), and m, l and O are brought up to date. l is
+// of this lane's keys only; row_sum comes last.
+__device__ __forceinline__ void soften(
+    float (&P)[SETS][KEYS / 8][4], float (&O)[SETS][D / 8][4], float (&m)[SETS][2],
+    float (&l)[SETS][2], float log2_scale) {
+    #pragma unroll
+    for (int set = 0; set < SETS; set++)
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float larger = m[set][half];
+            #pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+                larger = fmaxf(larger, fmaxf(P[set][n][2 * half], P[set][n][2 * half + 1]));
+            larger = row_max(larger);  // finite: every query sees the first key
+            float shrink = exp2f((m[set][half] - larger) * log2_scale), top = larger * log2_scale;
+            m[set][half] = larger;
+            l[set][half] *= shrink;
+            #pragma unroll
+            for (int n = 0; n < D / 8; n++)
+                #pragma unroll
+                for (int i = 2 * half; i < 2 * half + 2; i++) O[set][n][i] *= shrink;
+            #pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+                #pragma unroll
+                for (int i = 2 * half; i < 2 * half + 2; i++) {
+                    P[set][n][i] = exp2f(fmaf(P[set][n][i], log2_scale, -top));
+                    l[set][half] += P[set][n][i];
+                }
+        }
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2) attention_forward(
     const __nv_bfloat16* __restrict__ q, const __nv_bfloat16* __restrict__ k,
     const __nv_bfloat16* __restrict__ v, __nv_bfloat16* __restrict__ y, float* __restrict__ lse,
     int T, int S, int group, int causal, float scale) {
-    alignas(16) __shared__ __nv_bfloat16 k_tile[ROWS * PITCH], v_tile[ROWS * PITCH];
-    const float minus_infinity = __int_as_float(0xff800000), log2_scale = scale * LOG2_E;
-    int first = (gridDim.y - 1 - blockIdx.y) * ROWS, row = WARP_ROW + LANE_G;
+    alignas(16) __shared__ __nv_bfloat16 tiles[2][2][TILE * PITCH];  // stages of k and v
+    int first = (gridDim.y - 1 - blockIdx.y) * ROWS, row = 16 * SETS * WARP;
+    int ahead = causal ? S - T + 1 : S;  // query i sees the keys below min(S, i + ahead)
     long long query = (long long)blockIdx.x * T + first;
     k += (long long)(blockIdx.x / group) * S * D;
     v += (long long)(blockIdx.x / group) * S * D;
 
-    unsigned Q[D / 16][4];
-    load_tile(k_tile, q + query * D, ROWS, T - first);
+    load_rows<TILE, 128>(tiles[0][0], k, S);
+    load_rows<TILE, 128>(tiles[0][1], v, S);
+    load_rows<ROWS, 128>(tiles[1][0], q + query * D, T - first);  // as long as the stage
+    wait_async();
     __syncthreads();
+    unsigned Q[SETS][D / 16][4];
+    left_operands(Q, tiles[1][0] + row * PITCH);
+
+    float O[SETS][D / 8][4] = {}, m[SETS][2], l[SETS][2] = {};
     #pragma unroll
-    for (int d = 0; d < D / 16; d++) left_operand(Q[d], k_tile + WARP_ROW * PITCH + 16 * d);
-    __syncthreads();  // all have read q before the first k overwrites it
-
-    float O[D / 8][4] = {}, m[2] = {minus_infinity, minus_infinity}, l[2] = {0.0f, 0.0f};
-    int keys = causal ? min(S, S - T + first + ROWS) : S;
-    for (int key = 0; key < keys; key += ROWS) {
-        load_tile(k_tile, k + (long long)key * D, ROWS, S - key);
-        load_tile(v_tile, v + (long long)key * D, ROWS, S - key);
-        __syncthreads();
-
-        float P[ROWS / 8][4] = {};  // the scores, before scale, until they are exponentials
+    for (int set = 0; set < SETS; set++) m[set][0] = m[set][1] = MINUS_INFINITY;
+    int block_keys = min(S, first + ROWS - 1 + ahead), stage = 0;
+    int fewest = min(S, first + row + ahead), most = min(S, first + row + 16 * SETS - 1 + ahead);
+    for (int tile = 0; tile < block_keys; tile += TILE, stage ^= 1) {
+        wait_async();
+        __syncthreads();  // this tile has come, and all have read the one before
+        if (int next = tile + TILE; next < block_keys) {
+            load_rows<TILE, 128>(tiles[stage ^ 1][0], k + (long long)next * D, S - next);
+            load_rows<TILE, 128>(tiles[stage ^ 1][1], v + (long long)next * D, S - next);
+        }
         #pragma unroll
-        for (int d = 0; d < D / 16; d++)
-            #pragma unroll
-            for (int n = 0; n < ROWS / 8; n++)
-                add_turned(P[n], Q[d], k_tile + 8 * n * PITCH + 16 * d);
+        for (int step = 0; step < TILE; step += KEYS) {
+            int key = tile + step;
+            if (key >= most) break;
+            float P[SETS][KEYS / 8][4] = {};  // scores, before scale, until they are exponentials
+            add_turned<KEYS>(P, Q, tiles[stage][0] + step * PITCH);
+            if (key + KEYS > fewest) hide_unseen<KEYS>(P, key, first + row, ahead, S);
+            soften(P, O, m, l, scale * LOG2_E);
+            add_product<KEYS>(O, P, tiles[stage][1] + step * PITCH);
+        }
+    }
 
+    #pragma unroll
+    for (int set = 0; set < SETS; set++)
         #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int seen = causal ? min(S, S - T + first + row + 8 * half + 1) : S;
-            float larger = m[half];
-            #pragma unroll
-            for (int n = 0; n < ROWS / 8; n++)
-                #pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; i++) {
-                    if (key + 8 * n + 2 * LANE_T + i % 2 >= seen) P[n][i] = minus_infinity;
-                    larger = fmaxf(larger, P[n][i]);
-                }
-            larger = row_max(larger);  // finite: every query sees the first key
-            float shrink = exp2f((m[half] - larger) * log2_scale), top = larger * log2_scale;
-            m[half] = larger;
-            l[half] *= shrink;
-            #pragma unroll
-            for (int n = 0; n < D / 8; n++) O[n][2 * half] *= shrink, O[n][2 * half + 1] *= shrink;
-            #pragma unroll
-            for (int n = 0; n < ROWS / 8; n++)
-                #pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; i++) {
-                    P[n][i] = exp2f(fmaf(P[n][i], log2_scale, -top));
-                    l[half] += P[n][i];  // of this lane's keys; row_sum comes last
-                }
+            int i = row + 16 * set + 8 * half + LANE_G;
+            float sum = row_sum(l[set][half]);
+            if (LANE_T == 0 && first + i < T)
+                lse[query + i] = m[set][half] * scale + logf(sum);
+            l[set][half] = 1.0f / sum;
         }
-        #pragma unroll
-        for (int n = 0; n < ROWS / 8; n += 2) {
-            unsigned a[4];
-            left_operand(a, P[n], P[n + 1]);
-            add_product(O, a, v_tile + 8 * n * PITCH);
-        }
-        __syncthreads();  // all have read both tiles before the next come
-    }
-
-    float over_l[2];
-    #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        l[half] = row_sum(l[half]);
-        over_l[half] = 1.0f / l[half];
-        if (LANE_T == 0 && first + row + 8 * half < T)
-            lse[query + row + 8 * half] = m[half] * scale + logf(l[half]);
-    }
-    write_rows(y + query * D, O, over_l, T - first);
+    write_rows(y + (query + row) * D, O, l, T - first - row);
 }

@@ -1,32 +1,34 @@
 // What attention.cu and attention_backward.cu share: tiles of rows in shared memory and products of
 // them on tensor cores. HEAD_WIDTH, D, is a multiple of 16 up to 128, each compiled for itself.
 //
-// A block is four warps, and a warp owns 16 rows of each product: no sum crosses a warp. How 16
-// rows lie in registers is told at mma_m16n8k16_bf16 in hardware.cuh, where lane l is at g = l / 4,
-// t = l % 4. Three facts make attention out of it.
+// A warp owns 16 SETS rows of each product: no sum crosses a warp. Each 16 x 16 numbers that it
+// loads from shared memory serve all its sets; one set alone would keep shared memory, not the
+// tensor cores, at its limit. Wider heads leave registers for one set only.
 //
-// 1. For Q K^T a register holds two neighbours of one row of Q or of K, as they lie in memory: one
-//    load of 32 bits (left_operand, add_turned).
-// 2. For P V with P made from S = Q K^T, two neighbouring 16 x 8 results, rounded, are a 16 x 16
-//    left operand: the same rows and columns in the same lanes. P never leaves its registers.
-// 3. For P V a register holds two neighbours of one column of V, from two rows in memory. Loads of
-//    32 bits from rows 2t and 2t + 1, at columns 2g and 2g + 1, have two such pairs: one of an even
-//    column and one of an odd. So 16 columns become two products, of the 8 even and of the 8 odd
-//    columns (add_product). Lane (g, t) then has columns 4t and 4t + 2 in the even result and
-//    4t + 1 and 4t + 3 in the odd one, together four neighbours, stored at once (write_rows).
+// How 16 rows lie in registers is told at mma_m16n8k16_bf16 and ldmatrix_x4 in hardware.cuh. One
+// ldmatrix_x4 brings 16 x 16 numbers, as quarters of 8 x 8: a left operand, or two right operands.
+// The order of its quarters is the order of the addresses that the lanes give:
+//
+//   left operand X                        rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
+//   right operands Y, turned on its way   the same; two quarters for each 8 columns of Y
+//   right operands Y^T                    columns 0-7 and 8-15 of rows 0-7, then of rows 8-15; two
+//                                         quarters for each 8 rows of Y
+//
+// For P V with P made from S = Q K^T, two neighbouring 16 x 8 results, rounded, are a 16 x 16 left
+// operand: the same rows and columns in the same lanes. P never leaves its registers.
 #ifndef HEAD_WIDTH
 #define HEAD_WIDTH 128
 #endif
 
 constexpr int D = HEAD_WIDTH;
-constexpr int THREADS = 128;
-constexpr int ROWS = 64;      // of a block: queries, or keys in attention_dk_dv
-constexpr int PITCH = D + 8;  // 4 banks more than a multiple of 8: no two lanes of a load collide
+constexpr int SETS = D <= 64 ? 2 : 1;
+constexpr int PITCH = D + 8;  // an odd number of 16 bytes: the 8 rows of a matrix share no bank
 constexpr float LOG2_E = 1.44269504f;  // exp(x) = exp2(x log2(e)), and the card has only exp2
 
-#define WARP_ROW ((int)threadIdx.x / 32 * 16)  // the first row of this warp
-#define LANE_G ((int)threadIdx.x % 32 / 4)
-#define LANE_T ((int)threadIdx.x % 4)
+#define MINUS_INFINITY __int_as_float(0xff800000)
+#define WARP ((int)(threadIdx.x / 32))
+#define LANE_G ((int)(threadIdx.x % 32 / 4))
+#define LANE_T ((int)(threadIdx.x % 4))
 
 // The sum of x over the four lanes that share a row.
 __device__ __forceinline__ float row_sum(float x) {
@@ -34,20 +36,31 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// `rows` rows into a tile, of which `left` exist; zeros for the others.
-__device__ __forceinline__ void load_tile(
-    __nv_bfloat16* tile, const __nv_bfloat16* from, int rows, int left) {
-    #pragma unroll 2  // more would cost attention_dk_dv registers that it does not have
-    for (int i = threadIdx.x; i < rows * D / 8; i += THREADS) {
-        int row = i / (D / 8), column = i % (D / 8) * 8;
-        uint4 eight = {0, 0, 0, 0};
-        if (row < left) eight = reinterpret_cast<const uint4*>(from)[i];
-        *reinterpret_cast<uint4*>(tile + row * PITCH + column) = eight;
+// Starts copies of N rows into a tile, by THREADS threads; `left` rows exist, the others are zero.
+template <int N, int THREADS>
+__device__ __forceinline__ void load_rows(
+    __nv_bfloat16* tile, const __nv_bfloat16* from, int left) {
+    #pragma unroll
+    for (int i = 0; i < N * D / 8; i += THREADS) {
+        unsigned chunk = i + threadIdx.x, row = chunk / (D / 8), column = chunk % (D / 8) * 8;
+        if (N * D / 8 % THREADS && row >= N) break;
+        load_async<16>(tile + row * PITCH + column, from + 8 * chunk, (int)row < left);
     }
 }
 
-__device__ __forceinline__ unsigned two(const __nv_bfloat16* neighbours) {
-    return *reinterpret_cast<const unsigned*>(neighbours);
+// The address that this lane gives for X, and for Y turned on its way.
+__device__ __forceinline__ const __nv_bfloat16* lane_address(const __nv_bfloat16* numbers) {
+    return numbers + threadIdx.x % 16 * PITCH + threadIdx.x % 32 / 16 * 8;
+}
+
+// 16 SETS rows as left operands.
+__device__ __forceinline__ void left_operands(
+    unsigned (&a)[SETS][D / 16][4], const __nv_bfloat16* rows) {
+    rows = lane_address(rows);
+    #pragma unroll
+    for (int set = 0; set < SETS; set++)
+        #pragma unroll
+        for (int d = 0; d < D / 16; d++) ldmatrix_x4(a[set][d], rows + 16 * set * PITCH + 16 * d);
 }
 
 __device__ __forceinline__ unsigned two(float x, float y) {
@@ -55,58 +68,86 @@ __device__ __forceinline__ unsigned two(float x, float y) {
     return reinterpret_cast<const unsigned&>(rounded);
 }
 
-// A left operand: 16 x 16 numbers of a tile.
-__device__ __forceinline__ void left_operand(unsigned (&a)[4], const __nv_bfloat16* tile) {
-    tile += LANE_G * PITCH + 2 * LANE_T;
-    a[0] = two(tile), a[1] = two(tile + 8 * PITCH);
-    a[2] = two(tile + 8), a[3] = two(tile + 8 * PITCH + 8);
-}
-
-// A left operand from two neighbouring results.
-__device__ __forceinline__ void left_operand(
-    unsigned (&a)[4], const float (&x)[4], const float (&y)[4]) {
-    a[0] = two(x[0], x[1]), a[1] = two(x[2], x[3]);
-    a[2] = two(y[0], y[1]), a[3] = two(y[2], y[3]);
-}
-
-// d += a Y^T, 16 x 8, for 8 rows and 16 columns of the tile of Y.
+// x += A Y^T for N rows of Y.
+template <int N>
 __device__ __forceinline__ void add_turned(
-    float (&d)[4], const unsigned (&a)[4], const __nv_bfloat16* tile) {
-    tile += LANE_G * PITCH + 2 * LANE_T;
-    unsigned b[2] = {two(tile), two(tile + 8)};
-    mma_m16n8k16_bf16(d, a, b);
-}
-
-// d += a V, 16 x D, for 16 rows of the tile of V. Of the 16 columns from 16 n, d[2 n] has the even
-// and d[2 n + 1] the odd ones.
-__device__ __forceinline__ void add_product(
-    float (&d)[D / 8][4], const unsigned (&a)[4], const __nv_bfloat16* tile) {
-    tile += 2 * LANE_T * PITCH + 2 * LANE_G;
+    float (&x)[SETS][N / 8][4], const unsigned (&a)[SETS][D / 16][4], const __nv_bfloat16* y) {
+    y += (threadIdx.x % 32 / 16 * 8 + threadIdx.x % 8) * PITCH + threadIdx.x / 8 % 2 * 8;
     #pragma unroll
-    for (int n = 0; n < D / 16; n++, tile += 16) {
-        unsigned row0 = two(tile), row1 = two(tile + PITCH);
-        unsigned row8 = two(tile + 8 * PITCH), row9 = two(tile + 9 * PITCH);
-        unsigned even[2] = {__byte_perm(row0, row1, 0x5410), __byte_perm(row8, row9, 0x5410)};
-        unsigned odd[2] = {__byte_perm(row0, row1, 0x7632), __byte_perm(row8, row9, 0x7632)};
-        mma_m16n8k16_bf16(d[2 * n], a, even);
-        mma_m16n8k16_bf16(d[2 * n + 1], a, odd);
-    }
-}
-
-// The warp's 16 rows of a result of add_product, times factors; `left` rows of the block exist.
-__device__ __forceinline__ void write_rows(
-    __nv_bfloat16* to, const float (&d)[D / 8][4], const float (&factor)[2], int left) {
-    #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int row = WARP_ROW + LANE_G + 8 * half;
-        float f = factor[half];
-        if (row >= left) continue;
-        uint2* out = reinterpret_cast<uint2*>(to + row * D) + LANE_T;
+    for (int d = 0; d < D / 16; d++)
         #pragma unroll
-        for (int n = 0; n < D / 16; n++) {
-            const float *even = d[2 * n] + 2 * half, *odd = d[2 * n + 1] + 2 * half;
-            uint2 four = {two(f * even[0], f * odd[0]), two(f * even[1], f * odd[1])};
-            out[4 * n] = four;
+        for (int n = 0; n < N / 16; n++) {
+            unsigned r[4];
+            ldmatrix_x4(r, y + 16 * n * PITCH + 16 * d);
+            unsigned first[2] = {r[0], r[1]}, other[2] = {r[2], r[3]};
+            #pragma unroll
+            for (int set = 0; set < SETS; set++) {
+                mma_m16n8k16_bf16(x[set][2 * n], a[set][d], first);
+                mma_m16n8k16_bf16(x[set][2 * n + 1], a[set][d], other);
+            }
+        }
+}
+
+// d += X Y for N rows of Y and N columns of X, which is rounded to bf16.
+template <int N>
+__device__ __forceinline__ void add_product(
+    float (&d)[SETS][D / 8][4], const float (&x)[SETS][N / 8][4], const __nv_bfloat16* y) {
+    y = lane_address(y);
+    #pragma unroll
+    for (int n = 0; n < N / 16; n++) {
+        unsigned a[SETS][4];
+        #pragma unroll
+        for (int set = 0; set < SETS; set++)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* pair = x[set][2 * n + i / 2] + 2 * (i % 2);
+                a[set][i] = two(pair[0], pair[1]);
+            }
+        #pragma unroll
+        for (int c = 0; c < D / 16; c++) {
+            unsigned r[4];
+            ldmatrix_x4_trans(r, y + 16 * n * PITCH + 16 * c);
+            unsigned first[2] = {r[0], r[1]}, other[2] = {r[2], r[3]};
+            #pragma unroll
+            for (int set = 0; set < SETS; set++) {
+                mma_m16n8k16_bf16(d[set][2 * c], a[set], first);
+                mma_m16n8k16_bf16(d[set][2 * c + 1], a[set], other);
+            }
         }
     }
+}
+
+// Minus infinity for the scores of keys that a query does not see: key >= min(S, query + ahead).
+// The columns of x begin at `key`, its rows at `query`.
+template <int N>
+__device__ __forceinline__ void hide_unseen(
+    float (&x)[SETS][N / 8][4], int key, int query, int ahead, int S) {
+    #pragma unroll
+    for (int set = 0; set < SETS; set++)
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int seen = min(S, query + 16 * set + 8 * half + LANE_G + ahead) - key - 2 * LANE_T;
+            #pragma unroll
+            for (int n = 0; n < N / 8; n++) {
+                if (8 * n >= seen) x[set][n][2 * half] = MINUS_INFINITY;
+                if (8 * n + 1 >= seen) x[set][n][2 * half + 1] = MINUS_INFINITY;
+            }
+        }
+}
+
+// 16 SETS rows, times factors; `left` of them exist.
+__device__ __forceinline__ void write_rows(
+    __nv_bfloat16* to, const float (&d)[SETS][D / 8][4], const float (&factor)[SETS][2], int left) {
+    #pragma unroll
+    for (int set = 0; set < SETS; set++)
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int row = 16 * set + 8 * half + LANE_G;
+            if (row >= left) continue;
+            float f = factor[set][half];
+            unsigned* out = reinterpret_cast<unsigned*>(to + row * D) + LANE_T;
+            #pragma unroll
+            for (int n = 0; n < D / 8; n++)
+                out[4 * n] = two(f * d[set][n][2 * half], f * d[set][n][2 * half + 1]);
+        }
 }

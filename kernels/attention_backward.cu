@@ -8,161 +8,241 @@
 //     dq    = scale dS @ k
 //     dk    = scale dS^T @ q
 //
-// attention_dq: (B H, ceil(T / 64)) blocks of 128 threads, each 64 queries; it writes their delta
-// and goes through the keys. attention_dk_dv, after it: (B K, ceil(S / 64)) blocks of 128 threads,
-// each 64 keys; it goes through the queries of all heads of its group, and works on S^T, P^T, dP^T,
-// dS^T: keys are rows there.
-// S and dP are thus computed twice, and in return each gradient is a sum of one warp in one order:
-// no atomics, always the same bits. Causal tiles that nobody sees are left out.
+// attention_dq: (B H, ceil(T / ROWS)) blocks of 128 threads, ROWS queries each, 128 for D <= 64,
+// else 64; it writes their delta and goes through the keys. attention_dk_dv, after it:
+// (B K, ceil(S / 64)) blocks of 256 threads, 64 keys each, the longest loops first; it goes through
+// the queries of all heads of its group, and works on S^T, P^T, dP^T, dS^T: keys are rows there.
+// Few such blocks exist, so each fills a multiprocessor: its warps share the keys and also the
+// queries of a tile, and at the end those of the same keys add their sums.
+// S and dP are thus computed twice, and in return each gradient is a sum in one order: no atomics,
+// always the same bits. Causal tiles that nobody sees are left out.
 //
 // Accuracy: as attention.cu; P and dS are rounded to bf16, by 2^-8 at most, before their products.
 // Flops: 6 B H T S D for dq, 8 B H T S D for dk and dv, half of it causal.
-// Floor for B = 4, H = 32, K = 4, T = S = 1024, D = 64 at 790 TFLOP/s: 152 us, causal 76 us, two
-// sevenths of it for the second S and dP; the bytes, 115 MB at 4.3 TB/s, take 27 us. Loads from
-// shared memory, 2.5 of 128 bytes for each mma, take about 320 us at 1.8 GHz, causal 160 us.
-// Reached: not yet measured.
-// Registers: at most 168
+// Floor for B = 4, H = 32, K = 4, T = S = 1024, D = 64 at 791 TFLOP/s: 152 us, causal 76 us, two
+// sevenths of it for the second S and dP; the bytes, 115 MB at 4.26 TB/s, take 27 us.
+// Predicted, causal, at 6.4 cycles for mma.sync (attention.cu): dq 46 us of mma, 55 to 75 us in
+// all; dk and dv 62 us of mma, 80 to 105 us in all; together 135 to 180 us.
+// Reached on an H200: not yet measured. The version before, with 16 rows a warp, loads of 32 bits
+// from shared memory and four warps a block everywhere, took 562 us (2026-11-27), 151 us of it dq
+// and 412 us dk and dv, which had 1.4 warps a scheduler; PyTorch's attention 209 us.
+// Checked by: python scripts/gpu_cases.py attention
+// Registers: at most 255
 #include "hardware.cuh"
 #include "attention.cuh"
 
-constexpr int STEP = D <= 64 ? 32 : 16;  // rows of the tiles that change: four tiles fit 48 KB
+constexpr int ROWS = 64 * SETS;  // queries of a block of attention_dq
+constexpr int TILE = 32 * SETS;  // keys of a tile: two stages of k and v fit 48 KB
+constexpr int KEYS = 32;         // of a step: S and dP in registers
 
 // sum plus the products of two neighbours.
-__device__ __forceinline__ float add_two(
-    float sum, const __nv_bfloat16* a, const __nv_bfloat16* b) {
-    __nv_bfloat162 x = *reinterpret_cast<const __nv_bfloat162*>(a);
+__device__ __forceinline__ float add_two(float sum, unsigned a, const __nv_bfloat16* b) {
+    __nv_bfloat162 x = reinterpret_cast<const __nv_bfloat162&>(a);
     __nv_bfloat162 y = *reinterpret_cast<const __nv_bfloat162*>(b);
     return fmaf(widen(x.y), widen(y.y), fmaf(widen(x.x), widen(y.x), sum));
 }
 
-// X1 Y1^T and X2 Y2^T: 16 rows of this warp from tiles of ROWS rows, against tiles of STEP rows.
-// S and dP with x queries and y keys; S^T and dP^T with x keys and y queries.
-__device__ __forceinline__ void two_products(
-    float (&xy1)[STEP / 8][4], float (&xy2)[STEP / 8][4],
-    const __nv_bfloat16* x1, const __nv_bfloat16* y1,
-    const __nv_bfloat16* x2, const __nv_bfloat16* y2) {
+// delta of this lane's rows: dy lies in its left operands, y in memory. `left` rows exist; others
+// have a dy of zeros and read the last row instead, so that all loads are under way at once.
+__device__ __forceinline__ void sum_delta(
+    float (&delta)[SETS][2], const unsigned (&dY)[SETS][D / 16][4], const __nv_bfloat16* y,
+    int left) {
     #pragma unroll
-    for (int d = 0; d < D; d += 16) {
-        unsigned a1[4], a2[4];
-        left_operand(a1, x1 + WARP_ROW * PITCH + d);
-        left_operand(a2, x2 + WARP_ROW * PITCH + d);
+    for (int set = 0; set < SETS; set++)
         #pragma unroll
-        for (int n = 0; n < STEP / 8; n++) {
-            add_turned(xy1[n], a1, y1 + 8 * n * PITCH + d);
-            add_turned(xy2[n], a2, y2 + 8 * n * PITCH + d);
+        for (int half = 0; half < 2; half++) {
+            const __nv_bfloat16* row = y + min(16 * set + 8 * half + LANE_G, left - 1) * D;
+            float sum = 0.0f;
+            #pragma unroll
+            for (int d = 0; d < D / 8; d++)
+                sum = add_two(sum, dY[set][d / 2][half + d % 2 * 2], row + 8 * d + 2 * LANE_T);
+            delta[set][half] = row_sum(sum);
         }
-    }
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_dq(
+extern "C" __global__ void __launch_bounds__(128, 2) attention_dq(
     const __nv_bfloat16* __restrict__ dy, const __nv_bfloat16* __restrict__ q,
     const __nv_bfloat16* __restrict__ k, const __nv_bfloat16* __restrict__ v,
     const __nv_bfloat16* __restrict__ y, const float* __restrict__ lse,
     float* __restrict__ delta, __nv_bfloat16* __restrict__ dq,
     int T, int S, int group, int causal, float scale) {
-    alignas(16) __shared__ __nv_bfloat16 q_tile[ROWS * PITCH], dy_tile[ROWS * PITCH];
-    alignas(16) __shared__ __nv_bfloat16 k_tile[STEP * PITCH], v_tile[STEP * PITCH];
-    int first = (gridDim.y - 1 - blockIdx.y) * ROWS, row = WARP_ROW + LANE_G;
+    alignas(16) __shared__ __nv_bfloat16 tiles[2][2][TILE * PITCH];  // stages of k and v
+    int first = (gridDim.y - 1 - blockIdx.y) * ROWS, row = 16 * SETS * WARP, left = T - first - row;
+    int ahead = causal ? S - T + 1 : S;  // query i sees the keys below min(S, i + ahead)
     long long query = (long long)blockIdx.x * T + first;
     k += (long long)(blockIdx.x / group) * S * D;
     v += (long long)(blockIdx.x / group) * S * D;
-    load_tile(q_tile, q + query * D, ROWS, T - first);
-    load_tile(dy_tile, dy + query * D, ROWS, T - first);
 
+    unsigned Q[SETS][D / 16][4], dY[SETS][D / 16][4];
+    load_rows<ROWS, 128>(tiles[0][0], q + query * D, T - first);  // as long as the stage
+    load_rows<ROWS, 128>(tiles[1][0], dy + query * D, T - first);
+    wait_async();
     __syncthreads();
+    left_operands(Q, tiles[0][0] + row * PITCH);
+    left_operands(dY, tiles[1][0] + row * PITCH);
+    __syncthreads();  // all have read q before the first k overwrites it
+    load_rows<TILE, 128>(tiles[0][0], k, S);
+    load_rows<TILE, 128>(tiles[0][1], v, S);
 
-    float dQ[D / 8][4] = {}, row_lse[2], row_delta[2];
-    int seen[2];  // the keys that a row may see are those below
+    float dQ[SETS][D / 8][4] = {}, row_lse[SETS][2], row_delta[SETS][2];
+    sum_delta(row_delta, dY, y + (query + row) * D, left);
     #pragma unroll
-    for (int half = 0; half < 2; half++, row += 8) {
-        bool exists = first + row < T;  // dq of other rows is not written
-        float sum = 0.0f;
-        for (int column = 2 * LANE_T; exists && column < D; column += 8)
-            sum = add_two(sum, dy_tile + row * PITCH + column, y + (query + row) * D + column);
-        row_delta[half] = row_sum(sum);
-        row_lse[half] = exists ? lse[query + row] * LOG2_E : 0.0f;
-        seen[half] = causal ? min(S, S - T + first + row + 1) : S;
-        if (exists && LANE_T == 0) delta[query + row] = row_delta[half];
-    }
-    int keys = causal ? min(S, S - T + first + ROWS) : S;
-    for (int key = 0; key < keys; key += STEP) {
-        load_tile(k_tile, k + (long long)key * D, STEP, S - key);
-        load_tile(v_tile, v + (long long)key * D, STEP, S - key);
-        __syncthreads();
-
-        float P[STEP / 8][4] = {}, dS[STEP / 8][4] = {};  // S and dP at first
-        two_products(P, dS, q_tile, k_tile, dy_tile, v_tile);
+    for (int set = 0; set < SETS; set++)
         #pragma unroll
-        for (int n = 0; n < STEP / 8; n++)
-            #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float p = exp2f(fmaf(P[n][i], scale * LOG2_E, -row_lse[i / 2]));
-                if (key + 8 * n + 2 * LANE_T + i % 2 >= seen[i / 2]) p = 0.0f;
-                dS[n][i] = p * (dS[n][i] - row_delta[i / 2]);
-            }
-        #pragma unroll
-        for (int n = 0; n < STEP / 8; n += 2) {
-            unsigned a[4];
-            left_operand(a, dS[n], dS[n + 1]);
-            add_product(dQ, a, k_tile + 8 * n * PITCH);
+        for (int half = 0; half < 2; half++) {
+            int i = 16 * set + 8 * half + LANE_G;
+            row_lse[set][half] = i < left ? lse[query + row + i] * LOG2_E : 0.0f;
+            if (i < left && LANE_T == 0) delta[query + row + i] = row_delta[set][half];
         }
-        __syncthreads();  // all have read the tiles before the next come
+
+    int block_keys = min(S, first + ROWS - 1 + ahead), stage = 0;
+    int fewest = min(S, first + row + ahead), most = min(S, first + row + 16 * SETS - 1 + ahead);
+    for (int tile = 0; tile < block_keys; tile += TILE, stage ^= 1) {
+        wait_async();
+        __syncthreads();  // this tile has come, and all have read the one before
+        if (int next = tile + TILE; next < block_keys) {
+            load_rows<TILE, 128>(tiles[stage ^ 1][0], k + (long long)next * D, S - next);
+            load_rows<TILE, 128>(tiles[stage ^ 1][1], v + (long long)next * D, S - next);
+        }
+        #pragma unroll
+        for (int step = 0; step < TILE; step += KEYS) {
+            int key = tile + step;
+            if (key >= most) break;
+            float P[SETS][KEYS / 8][4] = {}, dS[SETS][KEYS / 8][4] = {};  // S and dP at first
+            add_turned<KEYS>(P, Q, tiles[stage][0] + step * PITCH);
+            add_turned<KEYS>(dS, dY, tiles[stage][1] + step * PITCH);
+            if (key + KEYS > fewest) hide_unseen<KEYS>(P, key, first + row, ahead, S);
+            #pragma unroll
+            for (int set = 0; set < SETS; set++)
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        float p = exp2f(fmaf(P[set][n][i], scale * LOG2_E, -row_lse[set][i / 2]));
+                        dS[set][n][i] = p * (dS[set][n][i] - row_delta[set][i / 2]);
+                    }
+            add_product<KEYS>(dQ, dS, tiles[stage][0] + step * PITCH);
+        }
     }
-    const float scales[2] = {scale, scale};
-    write_rows(dq + query * D, dQ, scales, T - first);
+    float scales[SETS][2];
+    #pragma unroll
+    for (int set = 0; set < SETS; set++) scales[set][0] = scales[set][1] = scale;
+    write_rows(dq + (query + row) * D, dQ, scales, left);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 3) attention_dk_dv(
+// attention_dk_dv: so many warps share the keys of a block, and as many such groups as there are
+// slices have 16 queries of each tile.
+constexpr int WARPS = 8;
+constexpr int KEY_WARPS = 4 / SETS;
+constexpr int BLOCK_KEYS = 16 * SETS * KEY_WARPS;
+constexpr int SLICES = WARPS / KEY_WARPS;
+constexpr int QUERIES = 16 * SLICES;
+
+// Adds d of the warps of the other slices, in their order, to that of slice 0.
+__device__ __forceinline__ void add_slices(float (&d)[SETS][D / 8][4], float* sums) {
+    sums += threadIdx.x % (32 * KEY_WARPS);
+    for (int slice = 1; slice < SLICES; slice++) {
+        __syncthreads();  // all have read what lay there
+        #pragma unroll
+        for (int i = 0; i < SETS * D / 2; i++)
+            if (WARP / KEY_WARPS == slice)
+                sums[32 * KEY_WARPS * i] = d[i / (D / 2)][i / 4 % (D / 8)][i % 4];
+        __syncthreads();
+        #pragma unroll
+        for (int i = 0; i < SETS * D / 2; i++)
+            if (WARP < KEY_WARPS)
+                d[i / (D / 2)][i / 4 % (D / 8)][i % 4] += sums[32 * KEY_WARPS * i];
+    }
+}
+
+// Adds what 16 queries give to dV, and to dK before its scale. Keys are rows of P and dS here;
+// query j of them, a column, sees row i if i < j + seen.
+__device__ __forceinline__ void add_queries(
+    float (&dK)[SETS][D / 8][4], float (&dV)[SETS][D / 8][4],
+    const unsigned (&K)[SETS][D / 16][4], const unsigned (&V)[SETS][D / 16][4],
+    const __nv_bfloat16* q, const float* lse, int seen, float scale) {
+    const __nv_bfloat16* dy = q + QUERIES * PITCH;
+    const float* delta = lse + QUERIES;
+    float P[SETS][2][4] = {}, dS[SETS][2][4] = {};  // S^T and dP^T at first
+    add_turned<16>(P, K, q);
+    add_turned<16>(dS, V, dy);
+    if (seen < 16 * SETS)  // else every query sees every key
+        #pragma unroll
+        for (int i = 0; i < 8 * SETS; i++) {
+            int set = i / 8, n = i / 4 % 2, key = 16 * set + 8 * (i / 2 % 2) + LANE_G;
+            if (key >= 8 * n + 2 * LANE_T + i % 2 + seen) P[set][n][i % 4] = MINUS_INFINITY;
+        }
+    #pragma unroll
+    for (int n = 0; n < 2; n++)
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int query = 8 * n + 2 * LANE_T + i % 2;
+            float log2_sum = lse[query] * LOG2_E;
+            #pragma unroll
+            for (int set = 0; set < SETS; set++) {
+                P[set][n][i] = exp2f(fmaf(P[set][n][i], scale * LOG2_E, -log2_sum));
+                dS[set][n][i] = P[set][n][i] * (dS[set][n][i] - delta[query]);
+            }
+        }
+    add_product<16>(dV, P, dy);
+    add_product<16>(dK, dS, q);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attention_dk_dv(
     const __nv_bfloat16* __restrict__ dy, const __nv_bfloat16* __restrict__ q,
     const __nv_bfloat16* __restrict__ k, const __nv_bfloat16* __restrict__ v,
     const float* __restrict__ lse, const float* __restrict__ delta,
     __nv_bfloat16* __restrict__ dk, __nv_bfloat16* __restrict__ dv,
     int T, int S, int group, int causal, float scale) {
-    alignas(16) __shared__ __nv_bfloat16 k_tile[ROWS * PITCH], v_tile[ROWS * PITCH];
-    alignas(16) __shared__ __nv_bfloat16 q_tile[STEP * PITCH], dy_tile[STEP * PITCH];
-    __shared__ float lse_tile[STEP], delta_tile[STEP];
-    int first = blockIdx.y * ROWS, ahead = S - T;  // query i sees the keys up to ahead + i
+    alignas(16) __shared__ __nv_bfloat16 tiles[2][2][QUERIES * PITCH];  // stages of q and dy
+    __shared__ float sums[2][2][QUERIES];  // stages of lse and delta
+    int first = BLOCK_KEYS * blockIdx.y, row = WARP % KEY_WARPS * 16 * SETS;
+    int slice = WARP / KEY_WARPS * 16;   // of the queries of a tile, this warp's first
+    int ahead = causal ? S - T + 1 : S;  // query i sees the keys below min(S, i + ahead)
     long long key = (long long)blockIdx.x * S + first;
-    load_tile(k_tile, k + key * D, ROWS, S - first);
-    load_tile(v_tile, v + key * D, ROWS, S - first);
 
-    float dK[D / 8][4] = {}, dV[D / 8][4] = {};
-    int start = causal ? max(0, first - ahead) / STEP * STEP : 0;
-    for (int h = 0; h < group; h++)
-        for (int query = start; query < T; query += STEP) {
-            long long from = ((long long)blockIdx.x * group + h) * T + query;
-            load_tile(q_tile, q + from * D, STEP, T - query);
-            load_tile(dy_tile, dy + from * D, STEP, T - query);
-            if (threadIdx.x < STEP) {
-                bool exists = query + (int)threadIdx.x < T;  // others add 0: their q and dy are 0
-                lse_tile[threadIdx.x] = exists ? lse[from + threadIdx.x] * LOG2_E : 0.0f;
-                delta_tile[threadIdx.x] = exists ? delta[from + threadIdx.x] : 0.0f;
-            }
-            __syncthreads();
+    unsigned K[SETS][D / 16][4], V[SETS][D / 16][4];
+    __nv_bfloat16 *k_rows = tiles[0][0], *v_rows = k_rows + BLOCK_KEYS * PITCH;
+    load_rows<BLOCK_KEYS, 32 * WARPS>(k_rows, k + key * D, S - first);
+    load_rows<BLOCK_KEYS, 32 * WARPS>(v_rows, v + key * D, S - first);
+    wait_async();
+    __syncthreads();
+    left_operands(K, k_rows + row * PITCH);
+    left_operands(V, v_rows + row * PITCH);
+    __syncthreads();  // all have read k and v before the first q and dy overwrite them
 
-            float P[STEP / 8][4] = {}, dS[STEP / 8][4] = {};  // S^T and dP^T at first
-            two_products(P, dS, k_tile, q_tile, v_tile, dy_tile);
-            #pragma unroll
-            for (int n = 0; n < STEP / 8; n++)
-                #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int column = 8 * n + 2 * LANE_T + i % 2, row = WARP_ROW + LANE_G + i / 2 * 8;
-                    bool seen = !causal || first + row <= ahead + query + column;
-                    float p = exp2f(fmaf(P[n][i], scale * LOG2_E, -lse_tile[column]));
-                    P[n][i] = seen ? p : 0.0f;
-                    dS[n][i] = P[n][i] * (dS[n][i] - delta_tile[column]);
-                }
-            #pragma unroll
-            for (int n = 0; n < STEP / 8; n += 2) {
-                unsigned a[4];
-                left_operand(a, P[n], P[n + 1]);
-                add_product(dV, a, dy_tile + 8 * n * PITCH);
-                left_operand(a, dS[n], dS[n + 1]);
-                add_product(dK, a, q_tile + 8 * n * PITCH);
-            }
-            __syncthreads();  // all have read the tiles before the next come
-        }
-    const float one[2] = {1.0f, 1.0f}, scales[2] = {scale, scale};
-    write_rows(dv + key * D, dV, one, S - first);
-    write_rows(dk + key * D, dK, scales, S - first);
+    auto load = [&](int stage, int head, int query) {
+        long long from = ((long long)blockIdx.x * group + head) * T + query;
+        load_rows<QUERIES, 32 * WARPS>(tiles[stage][0], q + from * D, T - query);
+        load_rows<QUERIES, 32 * WARPS>(tiles[stage][1], dy + from * D, T - query);
+        int i = threadIdx.x;  // rows that do not exist add 0: their q, dy, lse and delta are 0
+        if (i >= QUERIES) return;
+        load_async<4>(sums[stage][0] + i, lse + from + i, query + i < T);
+        load_async<4>(sums[stage][1] + i, delta + from + i, query + i < T);
+    };
+    float dK[SETS][D / 8][4] = {}, dV[SETS][D / 8][4] = {};
+    int start = max(0, first + 1 - ahead) / QUERIES * QUERIES;  // of the tile that first sees a key
+    int head = 0, query = start, stage = 0;
+    load(stage, head, query);
+    while (head < group) {
+        wait_async();
+        __syncthreads();  // this tile has come, and all have read the one before
+        int seen = query + slice + ahead - first - row;
+        bool last = query + QUERIES >= T;
+        head += last, query = last ? start : query + QUERIES;
+        if (head < group) load(stage ^ 1, head, query);
+        if (seen + 15 > 0)
+            add_queries(dK, dV, K, V, tiles[stage][0] + slice * PITCH, sums[stage][0] + slice, seen,
+                        scale);
+        stage ^= 1;
+    }
+
+    add_slices(dV, reinterpret_cast<float*>(tiles));
+    add_slices(dK, reinterpret_cast<float*>(tiles));
+    if (slice) return;
+    float one[SETS][2], scales[SETS][2];
+    #pragma unroll
+    for (int i = 0; i < 2 * SETS; i++) one[i / 2][i % 2] = 1.0f, scales[i / 2][i % 2] = scale;
+    write_rows(dv + (key + row) * D, dV, one, S - first - row);
+    write_rows(dk + (key + row) * D, dK, scales, S - first - row);
 }

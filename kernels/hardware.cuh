@@ -41,3 +41,37 @@ __device__ __forceinline__ void put2(__half* out, float x, float y) {
 __device__ __forceinline__ void put2(__nv_bfloat16* out, float x, float y) {
     *reinterpret_cast<__nv_bfloat162*>(out) = __floats2bfloat162_rn(x, y);
 }
+
+#ifndef MLM_EMULATED
+
+// Starts a copy of BYTES, 4 or 16, to shared memory; zeros if `exists` is false. Both ends lie at
+// a multiple of BYTES. Until wait_async the bytes there are undefined; other threads see them after
+// a barrier that follows it. No register holds them on their way.
+template <int BYTES>
+__device__ __forceinline__ void load_async(void* shared, const void* global, bool exists) {
+    unsigned to = (unsigned)__cvta_generic_to_shared(shared), bytes = exists ? BYTES : 0;
+    if constexpr (BYTES == 16)  // past the L1 cache
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     :: "r"(to), "l"(global), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;"
+                     :: "r"(to), "l"(global), "r"(bytes), "n"(BYTES) : "memory");
+}
+
+// Waits for all copies that this thread has started.
+__device__ __forceinline__ void wait_async() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Four 8 x 8 matrices of 16-bit numbers in shared memory, at once: lane l has the address of row
+// l % 8 of matrix l / 8, a multiple of 16 bytes. Into r[i] goes of matrix i, with g = l / 4 and
+// t = l % 4: row g, columns 2t and 2t + 1. Turned (trans): column g, rows 2t and 2t + 1.
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");
+}
+#endif

@@ -127,6 +127,26 @@ extern "C" __global__ void mma(const unsigned* a, const unsigned* b, float* d) {
     mma_m16n8k16_bf16(sums, left, right);
     for (int i = 0; i < 4; i++) d[4 * lane + i] = sums[i];
 }
+extern "C" __global__ void matrices(const uint4* rows, uint4* plain, uint4* turned) {
+    __shared__ uint4 tile[32];
+    unsigned lane = threadIdx.x, r[4];
+    tile[lane] = rows[lane];
+    __syncwarp();
+    ldmatrix_x4(r, tile + lane);
+    plain[lane] = {r[0], r[1], r[2], r[3]};
+    ldmatrix_x4_trans(r, tile + lane);
+    turned[lane] = {r[0], r[1], r[2], r[3]};
+}
+extern "C" __global__ void copies(const uint4* fours, const float* ones, int n, int early,
+                                  uint4* out_fours, float* out_ones) {
+    __shared__ uint4 four[32];
+    __shared__ float one[32];
+    unsigned i = threadIdx.x;
+    load_async<16>(four + i, fours + i, i < n);
+    load_async<4>(one + i, ones + i, i < n);
+    if (!early) wait_async();
+    out_fours[i] = four[i], out_ones[i] = one[i];
+}
 extern "C" __global__ void many(const float* x, char i8, short i16, int i32, long long i64,
                                 __half f16, float f32, double f64, double* out) {
     double values[8] = {x[0], double(i8), double(i16), double(i32), double(i64), f16, f32, f64};
@@ -320,6 +340,31 @@ def test_mma_has_the_documented_layout(kernels):
         for i, row in enumerate([0, 8]):
             got[lane // 4 + row, lane % 4 * 2:][:2] = sums[lane, i]
     np.testing.assert_allclose(got, c + a.astype(float) @ b.astype(float), rtol=0, atol=1e-5)
+
+
+def test_ldmatrix_has_the_documented_layout(kernels):
+    rows = aligned((32, 8), np.uint16)
+    rows[:] = np.random.default_rng(0).integers(0, 2**16, rows.shape)
+    plain, turned = (aligned((32, 4, 2), np.uint16) for _ in range(2))
+    with emulator.thread_order(0):
+        kernels("matrices")((1,), (32,), (rows, plain, turned))
+    for lane in range(32):
+        group, pair = lane // 4, lane % 4 * 2
+        for i, matrix in enumerate(rows.reshape(4, 8, 8)):
+            assert plain[lane, i].tolist() == matrix[group, pair:pair + 2].tolist()
+            assert turned[lane, i].tolist() == matrix[pair:pair + 2, group].tolist()
+
+
+def test_copies_land_at_the_wait_and_no_earlier(kernels):
+    fours, ones = aligned((32, 4), np.uint32), aligned(32, f32)
+    fours[:], ones[:] = np.random.default_rng(0).integers(0, 2**32, (32, 4)), np.arange(32)
+    out = aligned((32, 4), np.uint32), aligned(32, f32)
+    kernels("copies")((2,), (32,), (fours, ones, i32(20), i32(1), *out))
+    assert (out[0] == 2**32 - 1).all() and np.isnan(out[1]).all()
+    kernels("copies")((2,), (32,), (fours, ones, i32(20), i32(0), *out))
+    for copied, given in zip(out, (fours, ones)):
+        np.testing.assert_array_equal(copied[:20], given[:20])
+        assert (copied[20:] == 0).all()
 
 
 def test_numbers_arrive_as_cupy_passes_them(kernels):
@@ -578,7 +623,38 @@ extern "C" __global__ void misaligned(float* out, int bug) {
     float4 v = *reinterpret_cast<float4*>(out + 4 * blockIdx.x + bug);  // misaligned
     out[4 * blockIdx.x] = v.y;
 }
+extern "C" __global__ void copy_past_global(float* out, int bug) {
+    __shared__ float row[64];
+    load_async<4>(row + threadIdx.x, out + INDEX + bug, true);
+    wait_async();  // copy_past_global
+    __syncthreads();
+    out[INDEX] = row[threadIdx.x];
+}
+extern "C" __global__ void misaligned_copy(float* out, int bug) {
+    __shared__ float4 row[64];
+    load_async<16>(row + threadIdx.x, out + 4 * (INDEX / 4) + bug, true);
+    wait_async();  // misaligned_copy
+    __syncthreads();
+    out[INDEX] = row[threadIdx.x].x;
+}
 
+extern "C" __global__ void copy_too_early(float* out, int bug) {
+    __shared__ float row[64];
+    row[threadIdx.x] = 1.f;
+    __syncthreads();
+    float other = row[63 - threadIdx.x];
+    if (!bug) __syncthreads();
+    load_async<4>(row + threadIdx.x, out + INDEX, true);  // copy_too_early
+    wait_async();
+    out[INDEX] = other;
+}
+extern "C" __global__ void copy_seen_too_early(float* out, int bug) {
+    __shared__ float row[64];
+    load_async<4>(row + threadIdx.x, out + INDEX, true);
+    wait_async();
+    if (!bug) __syncthreads();
+    out[INDEX] = row[63 - threadIdx.x];  // copy_seen_too_early
+}
 extern "C" __global__ void no_barrier(float* out, int bug) {
     __shared__ float row[64];
     row[threadIdx.x] = threadIdx.x;
@@ -671,8 +747,12 @@ FINDS = {
         "past_static": ("global-buffer-overflow", "store"),
         "past_dynamic": ("use-after-poison", "past_dynamic"),
         "misaligned": ("misaligned address", "misaligned"),
+        "copy_past_global": ("heap-buffer-overflow", "copy_past_global"),
+        "misaligned_copy": ("misaligned address", "misaligned_copy"),
     },
     "thread": {
+        "copy_too_early": ("data race", "copy_too_early"),
+        "copy_seen_too_early": ("data race", "copy_seen_too_early"),
         "no_barrier": ("data race", "no_barrier"),
         "late_barrier": ("data race", "late_barrier"),
         "no_syncwarp": ("data race", "no_syncwarp"),

@@ -17,7 +17,7 @@ def attention_forward(q, k, v, causal: bool):
     xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
     y, lse = xp.empty((B, H, T, D), "bfloat16"), xp.empty((B, H, T), "float32")
     kernel("attention.cu", "attention_forward", "bfloat16", HEAD_WIDTH=D)(
-        (B * H, -(-T // 64)), (128,), q, k, v, y, lse, T, S, H // K, causal, 1 / math.sqrt(D))
+        (B * H, -(-T // _rows(D))), (128,), q, k, v, y, lse, T, S, H // K, causal, 1 / math.sqrt(D))
     return y, lse
 
 
@@ -28,10 +28,15 @@ def attention_backward(dy, q, k, v, y, lse, causal: bool):
     dq, dk, dv = (xp.empty(a.shape, "bfloat16") for a in (q, k, v))
     delta, sizes = xp.empty((B, H, T), "float32"), (T, S, H // K, causal, 1 / math.sqrt(D))
     kernel("attention_backward.cu", "attention_dq", "bfloat16", HEAD_WIDTH=D)(
-        (B * H, -(-T // 64)), (128,), dy, q, k, v, y, lse, delta, dq, *sizes)  # writes delta
+        (B * H, -(-T // _rows(D))), (128,), dy, q, k, v, y, lse, delta, dq, *sizes)  # writes delta
     kernel("attention_backward.cu", "attention_dk_dv", "bfloat16", HEAD_WIDTH=D)(
-        (B * K, -(-S // 64)), (128,), dy, q, k, v, lse, delta, dk, dv, *sizes)
+        (B * K, -(-S // 64)), (256,), dy, q, k, v, lse, delta, dk, dv, *sizes)
     return dq, dk, dv
+
+
+def _rows(D):
+    """The queries of a block: ROWS of the kernels."""
+    return 128 if D <= 64 else 64
 
 
 def _check_attention(what, q, k, v, causal, **others):

@@ -2,8 +2,9 @@
 
 Called as CuPy's RawModule is, with NumPy arrays. What a GPU leaves undefined, or hangs on, is an
 error here: a barrier or shuffle that some of its threads never reach, a missing argument, one of
-another size. Shared memory is NaN until written, and the order of threads can be shuffled. Run
-under `sanitized_environment`, an access out of bounds or a race between threads ends the process.
+another size. Shared memory is NaN until written, or until the wait for an asynchronous copy to it,
+and the order of threads can be shuffled. Run under `sanitized_environment`, an access out of bounds
+or a race between threads ends the process.
 
 Not checked: speed, memory limits, and how a GPU rounds sums of mma, expf and the like.
 """

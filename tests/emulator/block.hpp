@@ -29,14 +29,22 @@ namespace emulator {
 using Where = std::source_location;
 enum class State { ready, at_barrier, in_warp, left };
 
-constexpr unsigned MAX_THREADS = MAX_FIBERS;
+constexpr unsigned MAX_THREADS = MAX_FIBERS, MAX_COPIES = 64;
 constexpr size_t MAX_SHARED = 227 << 10;
+
+struct Copy {  // to shared memory, started and not yet waited for: copies.hpp
+    void* to;
+    const void* from;  // null: zeros
+    int bytes;
+};
 
 struct Thread : Fiber {
     uint3 index;
     unsigned number;  // x runs fastest; 32 neighbours are a warp
     State state;
     Where where;  // the barrier or collective that it is in, or was in last
+    Copy copies[MAX_COPIES];
+    unsigned copying;
 };
 
 inline dim3 grid_size, block_size;
@@ -132,6 +140,7 @@ UNWATCHED inline void begin_thread(Thread& thread) {
     unsigned n = thread.number;
     thread.index = {n % size.x, n / size.x % size.y, n / size.x / size.y};
     thread.state = State::ready;
+    thread.copying = 0;
     start_fiber(thread, n, thread_entry);
 
     unsigned blocks_apart = std::max(2u, MAX_THREADS / thread_count);

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "copies.hpp"
 #include "numbers.hpp"
 #include "warp.hpp"
 

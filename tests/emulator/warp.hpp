@@ -162,3 +162,27 @@ UNWATCHED inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4],
     for (unsigned i = 0; i < 4; i++)
         for (unsigned k = 0; k < 16; k++) d[i] += left[i / 2][k] * right[i % 2][k];
 }
+
+// ldmatrix.sync.aligned.m8n8.x4: lane l has the address of row l % 8 of matrix l / 8; r[i] is of
+// matrix i, row lane / 4, columns 2 (lane % 4) and the next.
+inline void ldmatrix_x4(unsigned (&r)[4], const void* row,
+                        emulator::Where where = emulator::Where::current()) {
+    uint4 own = *static_cast<const uint4*>(row);  // 8 numbers, read by the kernel's thread
+    const emulator::Lane* all = emulator::meet(~0u, &own, sizeof own, where);
+    for (unsigned i = 0; i < 4; i++)
+        r[i] = all[8 * i + emulator::lane() / 4].shown[emulator::lane() % 4];
+}
+
+// The same with .trans: rows 2 (lane % 4) and the next, column lane / 4.
+inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row,
+                              emulator::Where where = emulator::Where::current()) {
+    uint4 own = *static_cast<const uint4*>(row);
+    const emulator::Lane* all = emulator::meet(~0u, &own, sizeof own, where);
+    unsigned column = emulator::lane() / 4, pair = emulator::lane() % 4;
+    for (unsigned i = 0; i < 4; i++) {
+        auto number = [&](unsigned row) {
+            return all[8 * i + row].shown[column / 2] >> 16 * (column % 2) & 0xFFFF;
+        };
+        r[i] = number(2 * pair) | number(2 * pair + 1) << 16;
+    }
+}
