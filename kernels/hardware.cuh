@@ -41,3 +41,22 @@ __device__ __forceinline__ void put2(__half* out, float x, float y) {
 __device__ __forceinline__ void put2(__nv_bfloat16* out, float x, float y) {
     *reinterpret_cast<__nv_bfloat162*>(out) = __floats2bfloat162_rn(x, y);
 }
+
+#ifndef MLM_EMULATED
+// Shared memory whose size the launch gives.
+#define DYN_SHARED(T, name) extern __shared__ T name[]
+
+// Begins to copy 16 bytes from global to shared memory. The copies since the last commit_async are
+// a group; wait_async<n> waits for all of the thread's groups but the last n. Other threads see the
+// bytes after a barrier.
+__device__ __forceinline__ void load_async(void* to, const void* from) {
+    unsigned place = (unsigned)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(place), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int groups> __device__ __forceinline__ void wait_async() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(groups) : "memory");
+}
+#endif

@@ -49,7 +49,9 @@ BUGS = [
     Bug("missing __syncthreads in a loop", "thread", "data race .*lora_matmul.cu",
         "lora_matmul.cu", "__syncthreads();  // all have read it", "// all have read it"),
     Bug("missing __syncthreads before a sum", "thread", "data race .*nf4_matmul.cu",
-        "nf4_matmul.cu", "    __syncthreads();\n    int column", "    int column"),
+        "nf4_matmul.cu", "__syncthreads();  // who writes", "// who writes"),
+    Bug("missing __syncwarp after a copy", "thread", "data race .*nf4_matmul.cu",
+        "nf4_matmul.cu", "        __syncwarp();\n", ""),
     Bug("race across blocks", "thread", "data race .*nf4_dequantize.cu", "nf4_dequantize.cu",
         "blockIdx.x * 1024LL", "blockIdx.x * 1000LL"),
     Bug("missing __syncthreads between tiles", "thread", "data race .*attention",
@@ -66,9 +68,12 @@ BUGS = [
     Bug("shared memory read before it is written", None, "wrong values", "nf4_dequantize.cu",
         "if (threadIdx.x < 16) table", "if (threadIdx.x < 15) table"),
     Bug("missing __syncthreads, seen by its values", None, "wrong values", "nf4_matmul.cu",
-        "    __syncthreads();\n    int column", "    int column"),
+        "__syncthreads();  // who writes", "// who writes"),
+    Bug("a copy that is not waited for", None, "wrong values", "nf4_matmul.cu",
+        "wait_async<STAGES - 1>", "wait_async<STAGES>"),
     Bug("wrong order of registers", None, "wrong values", "nf4_matmul.cu",
-        "int low = 16 * i, high = 16 * i + 8;", "int low = 16 * i + 8, high = 16 * i;"),
+        "levels_of(shared, four << 7), levels_of(shared, four >> 1)",
+        "levels_of(shared, four >> 1), levels_of(shared, four << 7)"),
 ]
 
 
@@ -92,8 +97,8 @@ def dequantize(cp):
 
 
 def few_rows(cp):
-    W, x = quantize_4bit(normal(24, 192)), bf16(3, 192)
-    h, B = bf16(3, 4), bf16(24, 4)
+    W, x = quantize_4bit(normal(40, 192)), bf16(3, 192)
+    h, B = bf16(3, 4), bf16(40, 4)
     on_card = quantize_4bit(cp.asarray(W.dequantize()))
     y = cuda.nf4_matmul(cp.asarray(x), on_card.on_card(), cp.asarray(h), cp.asarray(B))
     x, h, B = (a.astype(np.float32) for a in (x, h, B))

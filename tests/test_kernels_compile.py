@@ -22,8 +22,6 @@ def variants():
         text = path.read_text()
         if "attention.cuh" in text:
             options = [f"-DHEAD_WIDTH={width}" for width in range(16, 129, 16)]
-        elif "TILES" in text:
-            options = ["-DTILES=1", "-DTILES=2"]
         else:
             options = [f"-DREAL={real}" for real in cuda.REAL.values()] if "REAL" in text else [""]
         yield from ((path.name, option) for option in options)

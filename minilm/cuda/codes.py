@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minilm.backend import array_module
-from minilm.cuda.raw import kernel
+from minilm.cuda.raw import kernel, multiprocessors
 
 
 class Codes(NamedTuple):
@@ -93,7 +93,10 @@ def nf4_matmul(x, W: Codes, h=None, B=None):
                          f"and {B.shape}")
     y = xp.empty((len(x), N), "bfloat16")
     if y.size:
-        kernel("nf4_matmul.cu", "nf4_matmul", TILES=-(-len(x) // 8))(
-            (-(-N // 16),), (256,), x, *W.arrays, h, B, y, len(x), N, K, h.shape[1],
-            W.c2_codes.size > 0)
+        blocks = K // 64
+        spans = -(-blocks // 64)  # of 8 warps, each with a share of at most 8 blocks
+        share = -(-blocks // (8 * spans))
+        kernel("nf4_matmul.cu", "nf4_matmul", shared=96256)(
+            (min(multiprocessors(), -(-N // 8)),), (32, 8), x, *W.arrays, h, B, y, len(x), N,
+            blocks, share, spans, h.shape[1], W.c2_codes.size > 0)
     return y

@@ -24,14 +24,15 @@ DTYPES = {c: dtype for dtype, c in REAL.items()} | {
 
 class Kernel:
     """A kernel of a file, compiled with REAL = real and other macros; call it with a grid, a block
-    and arguments.
+    and arguments. shared: the bytes of shared memory that each block gets beside its fixed arrays.
 
     Arrays must have the parameter's dtype, be C-contiguous and begin at a multiple of 16 bytes:
     TypeError and ValueError otherwise. Python numbers are converted to the parameter's type;
     OverflowError where one does not fit.
     """
 
-    def __init__(self, file: str, name: str, real: str = "float32", **macros: int):
+    def __init__(self, file: str, name: str, real: str = "float32", shared: int = 0,
+                 **macros: int):
         if real not in REAL:
             raise TypeError(f"{name} computes in {', '.join(REAL)}, got {real}")
         source, self.name = read(file), name
@@ -39,13 +40,15 @@ class Kernel:
         values = {"REAL": REAL[real], **macros}
         options = ("-std=c++17", *(f"-D{macro}={value}" for macro, value in values.items()))
         module = cupy().RawModule(code=source, options=options)
-        self.launch = module.get_function(name)
+        self.launch, self.shared = module.get_function(name), shared
+        if shared > 48 << 10:  # more than that must be asked for
+            self.launch.max_dynamic_shared_size_bytes = shared
 
     def __call__(self, grid, block, *args):
         if len(args) != len(self.parameters):
             raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, got {len(args)}")
         args = tuple(self.checked(arg, *p) for arg, p in zip(args, self.parameters))
-        self.launch(grid, block, args)
+        self.launch(grid, block, args, shared_mem=self.shared)
 
     def checked(self, arg, name, dtype, is_array):
         """The argument as the kernel takes it."""
@@ -66,6 +69,12 @@ class Kernel:
 
 
 kernel = functools.cache(Kernel)
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """How many the current GPU has."""
+    return cupy().cuda.Device().attributes["MultiProcessorCount"]
 
 
 def read(file: str) -> str:

@@ -112,6 +112,12 @@ class RawKernel:
         arrays.count(self.function.name, [a for a in args if isinstance(a, ndarray)])
 
 
+class Device:
+    """A card with fewer multiprocessors than small problems have blocks for."""
+
+    attributes = {"MultiProcessorCount": 3}
+
+
 def _argument(x):
     """An array's memory, or a scalar by value; of NumPy arrays only one element is a value."""
     if isinstance(x, ndarray):
@@ -147,7 +153,7 @@ def make() -> dict[str, types.ModuleType]:
                       MemoryPool=memory.MemoryPool)
     cuda = module(
         "cupy.cuda", device=device, runtime=runtime, memory=memories,
-        MemoryHook=memory.MemoryHook, is_available=lambda: True,
+        MemoryHook=memory.MemoryHook, is_available=lambda: True, Device=Device,
         **{f.__name__: f for f in (
             memory.get_allocator, memory.set_allocator, streams.Event, streams.Stream,
             streams.get_current_stream, streams.PinnedMemory, streams.PinnedMemoryPointer)})

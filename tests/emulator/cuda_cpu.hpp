@@ -73,6 +73,7 @@ UNWATCHED inline const char* launch(const unsigned* shape, size_t shared, unsign
     dynamic_size = shared;
     blocks_begun = 0;
     failed = false;
+    for (Copies& thread : copies) thread = {};
     sanitizer::begin_launch(scheduler);
     sanitizer::forbid(dynamic_shared + shared, sizeof dynamic_shared - shared);
     run_grid(order);

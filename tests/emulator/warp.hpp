@@ -162,3 +162,46 @@ UNWATCHED inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4],
     for (unsigned i = 0; i < 4; i++)
         for (unsigned k = 0; k < 16; k++) d[i] += left[i / 2][k] * right[i % 2][k];
 }
+
+namespace emulator {
+
+struct Copies {  // that a thread has begun and not waited for, in a ring
+    void* to[64];
+    const void* from[64];
+    unsigned group[64], begun, done, groups;  // groups: committed
+};
+inline Copies copies[MAX_THREADS];
+
+UNWATCHED inline void begin_copy(void* to, const void* from) {
+    Copies& mine = copies[current->number];
+    unsigned i = mine.begun++ % 64;
+    mine.to[i] = to, mine.from[i] = from, mine.group[i] = mine.groups;
+}
+
+// The next copy to do if all groups but the last n are waited for; false if there is none.
+UNWATCHED inline bool next_copy(unsigned n, void*& to, const void*& from) {
+    Copies& mine = copies[current->number];
+    unsigned i = mine.done % 64;
+    if (mine.done == mine.begun || mine.group[i] + n >= mine.groups) return false;
+    to = mine.to[i], from = mine.from[i];
+    mine.done++;
+    return true;
+}
+
+}  // namespace emulator
+
+// cp.async: the bytes come when they are waited for. Until then the place holds none of its old
+// ones: who still reads there, or does not wait, gets NaN.
+inline void load_async(void* to, const void* from) {
+    *static_cast<uint4*>(to) = {~0u, ~0u, ~0u, ~0u};
+    emulator::begin_copy(to, from);
+}
+
+UNWATCHED inline void commit_async() { emulator::copies[emulator::current->number].groups++; }
+
+template <int n> void wait_async() {
+    void* to;
+    const void* from;
+    while (emulator::next_copy(n, to, from))
+        *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+}
