@@ -6,23 +6,23 @@
 // Rounded to bfloat16: the levels (by 2^-8 at most, no worse than weights dequantized to bfloat16)
 // and the result. Products of two bfloat16 are exact; sums and the constants are float32.
 //
-// Launch: a block of 512 threads for each multiprocessor, at most one for 8 rows of W. A block takes
-// tile after tile of 8 rows, and each of its 16 warps up to 4 blocks of 64 columns of a tile. So a
-// warp that has all its columns at once (K <= 4096) keeps their part of x in registers. Codes come
+// Launch: a block of 32 x 8 threads for each multiprocessor, at most one for 8 rows of W. A block
+// takes tile after tile of 8 rows, and each of its 8 warps up to 8 blocks of 64 columns of a tile. So
+// a warp that has all its columns at once (K <= 4096) keeps their part of x in registers. Codes come
 // to shared memory two tiles ahead. Tensor cores multiply 16 rows of x (zeros past the last) by the
 // 8 rows of W, which leaves its 4 bits only in their registers. The warps' sums are added in their
 // order, so that y has the same bits every time.
 //
 // Bytes: N K (1/2 + 1/64 + 4/16384) + 2 (M K + M N + (M + N) r) double quantized; flops:
 // 2 M N (K + r). What limits: a multiprocessor's shared memory and cache move 128 bytes a cycle. For
-// 8 x 256 codes they take 64 cycles, half of them the table's, 16 the codes', so that 11008 x 4096
-// takes 11 tiles x 16 warps x 64 = 11300 cycles, 6 us at 1.85 GHz, and 2 - 3 us until the first
-// codes are there.
+// 8 x 512 codes they take 125 cycles, half of them the table's, 32 the codes', and two of a scheduler's
+// warps about 2 x 520 instructions; so 11008 x 4096 takes 11 tiles x 1000 = 11000 cycles at best, 6 us
+// at 1.85 GHz, and 2 - 3 us until the first codes are there.
 // Floor at 4.26 TB/s: 11008 x 4096 5.5 us, 4096 x 4096 2.0 us. Expected: 9 - 10 and 4.5 us, M = 1 .. 16.
 // Reached: not yet measured. The version before (a block for 16 rows, x and codes through the
 // cache), H200, 2026-11-27: 18.0, 18.8, 19.6, 25.6 us for M = 1, 4, 8, 16; 4096 x 4096 8.5 - 12.5 us.
 // Check: python scripts/gpu_cases.py matmul
-// Registers: at most 128
+// Registers: at most 255
 #include "hardware.cuh"
 
 #define WARPS 8
@@ -63,52 +63,46 @@ __device__ __forceinline__ int first_block(const Weight& W, int span) {
     return (span * WARPS + threadIdx.y) * W.share;
 }
 
-// Begins to copy the warp's codes of a piece.
+// Block b of row n of a tile; past W's last row that one again, whose products are not stored.
+__device__ __forceinline__ int block_at(const Weight& W, int tile, int n, int b) {
+    return min(ROWS * tile + n, W.N - 1) * W.blocks + b;
+}
+
+// Begins to copy the warp's codes of a piece, two rows at once.
 __device__ __forceinline__ void fetch(
     uint4 (&codes)[ROWS][2 * DEPTH], const Weight& W, Piece piece) {
-    int row = threadIdx.x / (2 * DEPTH) * (DEPTH / 2), part = threadIdx.x % (2 * DEPTH);
-    int first = first_block(W, piece.span), left = W.N - ROWS * piece.tile;
-    bool exists = part < 2 * min(W.share, W.blocks - first);
-    const uint4* from = W.packed + part
-        + 2LL * ((ROWS * piece.tile + row) * W.blocks + first);
-    #pragma unroll
-    for (int i = 0; i < DEPTH / 2; i++) {
-        int n = row + i;
-        if (exists && n < left)
-            load_async(&codes[n][part ^ 2 * (n % 4)], from + 2LL * i * W.blocks);
+    int half = threadIdx.x / 16 * 4, part = threadIdx.x % 16, first = first_block(W, piece.span);
+    if (ROWS * piece.tile < W.N && part < 2 * min(W.share, W.blocks - first)) {
+        #pragma unroll
+        for (int i = 0; i < 4; i++)
+            load_async(&codes[half + i][part ^ 2 * i],
+                       W.packed + part + 2LL * block_at(W, piece.tile, half + i, first));
     }
     commit_async();
 }
 
-// A thread has ROWS * SPAN / THREADS of a piece's constants, of the block i % SPAN and rows
-// from i / SPAN on. They are asked for while the piece before is multiplied; those of blocks and
-// rows that do not exist are 0.
-#define THREADS (32 * WARPS)
-#define EACH (ROWS * SPAN / THREADS)
-
-struct Constants { float factor[EACH]; unsigned code[EACH]; };
+// A thread has two of a piece's constants, of block tid % 64 and rows tid / 64 and the same + 4. They
+// are asked for while the piece before is multiplied; those of blocks that do not exist are 0.
+struct Constants { float factor[2]; unsigned code[2]; };
 
 __device__ __forceinline__ Constants ask(const Weight& W, Piece piece) {
-    int tid = 32 * threadIdx.y + threadIdx.x, b = piece.span * WARPS * W.share + tid % SPAN;
-    bool exists = tid % SPAN < WARPS * W.share && b < W.blocks;
+    int i = threadIdx.y % 2 * 32 + threadIdx.x, b = piece.span * WARPS * W.share + i;
     Constants c = {};
-    #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        int n = ROWS * piece.tile + tid / SPAN + i * (THREADS / SPAN), at = n * W.blocks + b;
-        if (!exists || n >= W.N) continue;
-        c.factor[i] = __ldg(W.factors + (at >> W.shift));
-        if (W.doubled) c.code[i] = __ldg(W.c2_codes + at);
+    if (ROWS * piece.tile < W.N && i < WARPS * W.share && b < W.blocks) {
+        int at[2] = {block_at(W, piece.tile, threadIdx.y / 2, b),
+                     block_at(W, piece.tile, threadIdx.y / 2 + 4, b)};
+        c.factor[0] = __ldg(W.factors + (at[0] >> W.shift));
+        c.factor[1] = __ldg(W.factors + (at[1] >> W.shift));
+        if (W.doubled) c.code[0] = __ldg(W.c2_codes + at[0]), c.code[1] = __ldg(W.c2_codes + at[1]);
     }
     return c;
 }
 
 __device__ __forceinline__ void answer(
     float (&constant)[SPAN][ROWS + 2], const Constants& c, const float* map, float offset) {
-    int tid = 32 * threadIdx.y + threadIdx.x;
-    #pragma unroll
-    for (int i = 0; i < EACH; i++)
-        constant[tid % SPAN][tid / SPAN + i * (THREADS / SPAN)] =
-            __fadd_rn(__fmul_rn(map[c.code[i]], c.factor[i]), offset);
+    float* to = &constant[threadIdx.y % 2 * 32 + threadIdx.x][threadIdx.y / 2];
+    to[0] = __fadd_rn(__fmul_rn(map[c.code[0]], c.factor[0]), offset);
+    to[4] = __fadd_rn(__fmul_rn(map[c.code[1]], c.factor[1]), offset);
 }
 
 // The registers of x for step i (see `multiply`) of block j: of rows g and g + 8, zeros past the last
@@ -197,7 +191,7 @@ __device__ __forceinline__ void make_tables(
         __nv_bfloat162 two = __floats2bfloat162_rn(levels[byte >> 4], levels[byte & 15]);
         shared.table[byte][threadIdx.x] = *reinterpret_cast<const unsigned*>(&two);
     }
-    for (int i = 32 * threadIdx.y + threadIdx.x; i < 256; i += THREADS)
+    for (int i = 32 * threadIdx.y + threadIdx.x; i < 256; i += 32 * WARPS)
         shared.map[i] = doubled ? map[i] : 1;
 }
 
