@@ -97,6 +97,22 @@ extern "C" __global__ void unwritten(float* out, int write) {
     if (write) fixed[threadIdx.x] = 1.f;
     if (write) sized[threadIdx.x] = __float2half_rn(1.f);
 }
+extern "C" __global__ void copies(const uint4* x, uint4* out, int groups) {
+    __shared__ uint4 copied[3];
+    for (int i = 0; i < 3; i++) {
+        load_async(copied + i, x + i);
+        commit_async();
+    }
+    if (groups == 0) wait_async<0>();
+    if (groups == 1) wait_async<1>();
+    if (groups == 2) wait_async<2>();
+    for (int i = 0; i < 3; i++) out[i] = copied[i];
+    load_async(copied, x + 1);
+    out[3] = copied[0];
+    commit_async();
+    wait_async<0>();
+    out[4] = copied[0];
+}
 
 extern "C" __global__ void shuffles(const int* x, int* out, int width) {
     int v = x[threadIdx.x];
@@ -244,6 +260,18 @@ def test_unwritten_shared_memory_is_nan_in_every_block(kernels):
     out = np.zeros((4, 64), f32)
     kernels("unwritten")((4,), (32,), (out, i32(1)), shared_mem=64)
     assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize("groups", [0, 1, 2, 3])
+def test_copies_come_when_their_group_is_waited_for(kernels, groups):
+    """And a place to which one is under way has lost what it held."""
+    x, out = aligned((3, 4), np.uint32), aligned((5, 4), np.uint32)
+    x[...] = np.random.default_rng(0).integers(0, 2**32, x.shape, np.uint32)
+    kernels("copies")((1,), (1,), (x, out, i32(groups)))
+    expected = x.copy()
+    expected[3 - groups :] = 2**32 - 1
+    np.testing.assert_array_equal(out[:3], expected)
+    np.testing.assert_array_equal(out[3:], [[2**32 - 1] * 4, x[1]])
 
 
 @pytest.mark.parametrize("width", [32, 8])
