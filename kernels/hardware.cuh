@@ -54,7 +54,9 @@ __device__ __forceinline__ void load_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(place), "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_async() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 template <int groups> __device__ __forceinline__ void wait_async() {
     asm volatile("cp.async.wait_group %0;" :: "n"(groups) : "memory");

@@ -7,21 +7,22 @@
 // and the result. Products of two bfloat16 are exact; sums and the constants are float32.
 //
 // Launch: a block of 32 x 8 threads for each multiprocessor, at most one for 8 rows of W. A block
-// takes tile after tile of 8 rows, and each of its 8 warps up to 8 blocks of 64 columns of a tile. So
-// a warp that has all its columns at once (K <= 4096) keeps their part of x in registers. Codes come
-// to shared memory two tiles ahead. Tensor cores multiply 16 rows of x (zeros past the last) by the
-// 8 rows of W, which leaves its 4 bits only in their registers. The warps' sums are added in their
-// order, so that y has the same bits every time.
+// takes tile after tile of 8 rows, and each of its 8 warps up to 8 blocks of 64 columns of a tile.
+// So a warp that has all its columns at once (K <= 4096) keeps their part of x in registers. Codes
+// come to shared memory two tiles ahead. Tensor cores multiply 16 rows of x (zeros past the last)
+// by the 8 rows of W, which leaves its 4 bits only in their registers. The warps' sums are added in
+// their order, so that y has the same bits every time.
 //
 // Bytes: N K (1/2 + 1/64 + 4/16384) + 2 (M K + M N + (M + N) r) double quantized; flops:
-// 2 M N (K + r). What limits: a multiprocessor's shared memory and cache move 128 bytes a cycle. For
-// 8 x 512 codes they take 125 cycles, half of them the table's, 32 the codes', and two of a scheduler's
-// warps about 2 x 520 instructions; so 11008 x 4096 takes 11 tiles x 1000 = 11000 cycles at best, 6 us
-// at 1.85 GHz, and 2 - 3 us until the first codes are there.
-// Floor at 4.26 TB/s: 11008 x 4096 5.5 us, 4096 x 4096 2.0 us. Expected: 9 - 10 and 4.5 us, M = 1 .. 16.
-// Reached: not yet measured. The version before (a block for 16 rows, x and codes through the
-// cache), H200, 2026-11-27: 18.0, 18.8, 19.6, 25.6 us for M = 1, 4, 8, 16; 4096 x 4096 8.5 - 12.5 us.
-// Check: python scripts/gpu_cases.py matmul
+// 2 M N (K + r). What limits: a multiprocessor's shared memory and cache move 128 bytes a cycle.
+// For 8 x 512 codes they take 125 cycles, half of them the table's, 32 the codes', and a warp about
+// 520 instructions, two warps sharing a scheduler. So 11008 x 4096 takes 11 tiles x 1050 = 11500
+// cycles at best, 6.2 us at 1.85 GHz, and 2 - 3 us until the first codes are there.
+// Floor at 4.26 TB/s: 11008 x 4096 5.5 us, 4096 x 4096 2.0 us. Expected: 9 - 11 and 4.5 - 5.5 us,
+// for each M. Reached: not yet measured. The version before (a block for 16 rows, x and codes
+// through the cache), H200, 2026-11-27: 18.0, 18.8, 19.6, 25.6 us for M = 1, 4, 8, 16;
+// 4096 x 4096 8.5, 8.7, 9.2, 12.5 us.
+// Check: python scripts/bench/gpu_cases.py matmul
 // Registers: at most 255
 #include "hardware.cuh"
 
@@ -32,9 +33,9 @@
 #define SPAN (WARPS * DEPTH)
 
 struct Shared {
-    unsigned table[256][32];  // the two levels of each byte, a copy for each lane: in the lane's own
-                              // bank, where none collides with another
-    uint4 codes[STAGES][WARPS][ROWS][2 * DEPTH];  // part p of row n at p ^ 2 (n % 4): see `multiply`
+    unsigned table[256][32];  // the two levels of each byte, a copy for each lane: in the lane's
+                              // own bank, where none collides with another
+    uint4 codes[STAGES][WARPS][ROWS][2 * DEPTH];  // part p of row n at p ^ 2 (n % 4): see multiply
     float sum[2][WARPS][16][ROWS];
     float constant[2][SPAN][ROWS + 2];  // 2 more, so that half a warp writes without a collision
     float map[256];
@@ -81,8 +82,8 @@ __device__ __forceinline__ void fetch(
     commit_async();
 }
 
-// A thread has two of a piece's constants, of block tid % 64 and rows tid / 64 and the same + 4. They
-// are asked for while the piece before is multiplied; those of blocks that do not exist are 0.
+// A thread has two of a piece's constants, of block tid % 64 and rows tid / 64 and the same + 4.
+// They are asked for while the piece before is multiplied; those of no block are 0.
 struct Constants { float factor[2]; unsigned code[2]; };
 
 __device__ __forceinline__ Constants ask(const Weight& W, Piece piece) {
@@ -105,9 +106,9 @@ __device__ __forceinline__ void answer(
     to[4] = __fadd_rn(__fmul_rn(map[c.code[1]], c.factor[1]), offset);
 }
 
-// The registers of x for step i (see `multiply`) of block j: of rows g and g + 8, zeros past the last
-// row and the last block. The choice between them and zero is a move too, from where 16 bytes were
-// loaded to where the tensor core wants them.
+// The registers of x for step i (see multiply) of block j: of rows g and g + 8, zeros past the
+// last row and the last block. The choice between them and zero is a move too, from where 16 bytes
+// were loaded to where the tensor core wants them.
 __device__ __forceinline__ void load_x(
     unsigned (&v)[DEPTH][4][4], const uint4* x, int M, const Weight& W, int span) {
     int g = threadIdx.x / 4, t = threadIdx.x % 4, first = first_block(W, span);
@@ -187,12 +188,13 @@ __device__ __forceinline__ LowRank load_low_rank(
 
 __device__ __forceinline__ void make_tables(
     Shared& shared, const float* levels, const float* map, int doubled) {
+    int tid = 32 * threadIdx.y + threadIdx.x;
+    float own = doubled ? map[tid] : 1;  // under way while the table is made
     for (int byte = threadIdx.y; byte < 256; byte += WARPS) {
         __nv_bfloat162 two = __floats2bfloat162_rn(levels[byte >> 4], levels[byte & 15]);
         shared.table[byte][threadIdx.x] = *reinterpret_cast<const unsigned*>(&two);
     }
-    for (int i = 32 * threadIdx.y + threadIdx.x; i < 256; i += 32 * WARPS)
-        shared.map[i] = doubled ? map[i] : 1;
+    shared.map[tid] = own;
 }
 
 __device__ __forceinline__ void put_sums(float (&to)[16][ROWS], const float (&sum)[4]) {

@@ -15,9 +15,9 @@
 // Bytes a weight: 4 in, 0.5 + 4/64 out. Instructions: about 31 a number, 44 us for 11008 x 4096 if
 // each cycle issues one.
 // Floor at 4.26 TB/s: 4096 x 4096 18.0 us, 11008 x 4096 48.3 us. Expected: 24 and 60 us.
-// Reached: not yet measured. The version before (4 neighbours at 4 places, 52 instructions a number),
-// H200, 2026-11-27: 36.3 and 86.9 us.
-// Check: python scripts/gpu_cases.py quantize
+// Reached: not yet measured. The version before (4 neighbours at 4 places, 52 instructions a
+// number), H200, 2026-11-27: 36.3 and 86.9 us.
+// Check: python scripts/bench/gpu_cases.py quantize
 // Registers: at most 48
 
 // The largest v of each `width` neighbouring lanes.
@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(256) nf4_quantize(
             for (int i = 0; i < 8; i++) v[j][i] = __fdiv_rn(v[j][i], c);
             factor = 1;
         }
-        unsigned codes = 0;  // of the first byte in the lowest bits, its first code in the upper half
+        unsigned codes = 0;  // the first byte in the lowest bits, its first code in their upper half
         #pragma unroll
         for (int i = 0; i < 8; i++)
             codes |= code_of(__fmul_rn(v[j][i], factor), middle3, middle7, middle11, levels)
