@@ -51,7 +51,7 @@ BUGS = [
     Bug("missing __syncthreads before a sum", "thread", "data race .*nf4_matmul.cu",
         "nf4_matmul.cu", "    __syncthreads();\n    int column", "    int column"),
     Bug("race across blocks", "thread", "data race .*nf4_dequantize.cu", "nf4_dequantize.cu",
-        "blockIdx.x * 1024LL", "blockIdx.x * 1000LL"),
+        "blockIdx.x * (1024LL * EACH)", "blockIdx.x * (1000LL * EACH)"),
     Bug("missing __syncthreads between tiles", "thread", r"(?s)data race.*attention\.cu",
         "attention.cu", "__syncthreads();  // this tile has come", "// this tile has come"),
     Bug("missing __syncthreads between tiles, backward", "thread",

@@ -51,8 +51,8 @@ def nf4_dequantize(W: Codes, dtype):
     out = xp.empty(W.shape, dtype)
     if n:
         kernel("nf4_dequantize.cu", "nf4_dequantize", str(out.dtype))(
-            (-(-n // 8192),), (256,), *W.arrays, out, n, W.block_size.bit_length() - 1,
-            W.c2_codes.size > 0)
+            (-(-n * out.itemsize // 16384),), (256,), *W.arrays, out, n,
+            W.block_size.bit_length() - 1, W.c2_codes.size > 0)
     return out
 
 
