@@ -8,7 +8,7 @@ In reading order, each floor only on those before it:
     nn, transformer, decode, generate               one model, three families
     quantize, peft, optim, distill                  the methods
     data, interop, measure                          text to batches, others' files, bytes of a step
-    workers, train, checkpoint, run                 steps, evaluation, runs that can be resumed
+    parallel, train, checkpoint, run, loop          steps, evaluation, runs that can be resumed
 """
 
 __version__ = "0.1.0"
