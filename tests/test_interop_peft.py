@@ -19,6 +19,7 @@ from minilm.files import FormatError, read_json, read_tensors, write_json, write
 from minilm.interop.huggingface import save_model
 from minilm.interop.peft import FIELDS, load_adapter, save_adapter
 from minilm.interop.peft_formats import FORMATS
+from minilm.nn import Module
 from minilm.peft import (
     add_ia3,
     add_lora,
@@ -113,6 +114,19 @@ def expect(name, folder, file, *texts):
     assert all(text in str(info.value) for text in texts), str(info.value)
     assert {p: t.data.tobytes() for p, t in model.named_parameters()} == before
     assert not adapted_layers(model)
+
+
+def test_an_adapter_on_a_layer_that_peft_does_not_know_is_not_left_out(tmp_path):
+    class Wrapped(Module):
+        def __init__(self, module):
+            self.module = module
+
+    model = base("llama")
+    model.replace("blocks.1.mlp", Wrapped(model.blocks[1].mlp))
+    add_lora(model, 2, 3.0, ("mlp.up", "module.up"))
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.module\.up is no layer"):
+        save_adapter(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 TARGETS = ("q", "k", "v", "o", "mlp.up", "mlp.down", "blocks.1.attention.q", "all-linear")

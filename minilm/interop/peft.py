@@ -8,6 +8,7 @@ is not run.
 """
 
 import os
+from itertools import chain
 from pathlib import Path
 
 from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
@@ -70,8 +71,10 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     if not adapters:
         raise ValueError(f"this model has no adapter {name!r}")
     kind, method = _method(name, adapters)
-    arrays, forms, others = {}, {}, []
-    for module, paths in family.joined(model.config.layers, layers).items():
+    modules, arrays, forms, others = family.joined(model.config.layers, layers), {}, {}, []
+    if lost := sorted(adapters.keys() - set(chain(*modules.values()))):
+        raise ValueError(f"{lost[0]} is no layer that PEFT would find in a {family.architecture}")
+    for module, paths in modules.items():
         parts = [adapters.get(ours) for ours in paths]
         if not any(parts):
             others.append(module)
