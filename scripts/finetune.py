@@ -96,7 +96,7 @@ METHODS = {
     "full": Method(1e-3, everything),
     "lora": Method(3e-3, adapters),
     "qlora": Method(3e-3, adapters_on_codes),
-    "ia3": Method(1e-2, lambda model, s: add_ia3(model)),
+    "ia3": Method(3e-2, lambda model, s: add_ia3(model)),
 }
 
 

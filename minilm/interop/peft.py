@@ -71,8 +71,7 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     if not adapters:
         raise ValueError(f"this model has no adapter {name!r}")
     kind, method = _method(name, adapters)
-    arrays, forms, others = {}, {}, []
-    modules = family.joined(model.config.layers, layers)
+    modules, arrays, forms, others = family.joined(model.config.layers, layers), {}, {}, []
     if lost := sorted(adapters.keys() - set(chain(*modules.values()))):
         raise ValueError(f"{lost[0]} is no layer that PEFT would find in a {family.architecture}")
     for module, paths in modules.items():
