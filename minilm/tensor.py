@@ -280,7 +280,10 @@ def concat(*xs, axis):
         raise ValueError(f"concat along axis {axis}: shapes {shapes} do not go together")
     lead, ends = (slice(None),) * axis, list(itertools.accumulate(s[axis] for s in shapes))
     parts = [(*lead, slice(end - s[axis], end)) for s, end in zip(shapes, ends)]
-    y = array_module(xs[0]).concatenate(xs, axis)
+    shape = (*shapes[0][:axis], ends[-1], *shapes[0][axis + 1 :])
+    y = array_module(xs[0]).empty(shape, xs[0].dtype)
+    for part, x in zip(parts, xs):
+        y[part] = x
     return y, *(lambda dy, part=part: dy[part] for part in parts)
 
 

@@ -14,12 +14,13 @@ from conftest import close
 from minilm import cuda, ops
 from minilm.backend import array_module, memory_limit, peak_memory, to_device
 from minilm.blas import matmul
+from minilm.cache import Cache
 from minilm.generate import generate
 from minilm.optim import SGD, AdamW, LossScaler, clip_grad_norm, flat
 from minilm.peft import add_lora, merge_lora, requantize_lora
 from minilm.quantize import quantize_model
 from minilm.run import RunDirectory
-from minilm.tensor import no_grad
+from minilm.tensor import Tensor, no_grad
 from minilm.train import Diverged, Trainer
 from minilm.transformer import Config, Transformer
 
@@ -150,6 +151,26 @@ def test_qlora(cupy, family, kind, dtype):
                for a, b in zip(gpu.state_dict().values(), cpu.state_dict().values(), strict=True))
     close(trained(gpu)[0], trained(cpu)[0], dtype)
     same_parameters(gpu, cpu, dtype)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prefix_trains(cupy, family, dtype):
+    """Keys and values in front, one for the whole batch; a mask speaks of them too."""
+    results = []
+    for model, device in zip(pair(family, dtype=dtype), ("cpu", "cuda")):
+        rng, c = np.random.default_rng(3), model.config
+        shape = 1, c.kv_heads, 3, c.width // c.heads
+        k1, v1, k2, v2 = prefix = [
+            Tensor(to_device(rng.standard_normal(shape).astype(dtype), device), requires_grad=True)
+            for _ in range(4)]
+        cache, mask = Cache.of([(k1, v1), (k2, v2)]), np.ones((4, 8), int)
+        mask[0, :2] = 0
+        y = model.freeze().eval()(TOKENS[:, :5], mask, cache)
+        y.backward(y.data)
+        results.append([y.data, *(x.grad for x in prefix)])
+    for actual, expected in zip(*reversed(results)):
+        same(actual, expected, dtype)
 
 
 def test_quantized_on_the_cpu_and_moved(cupy):
