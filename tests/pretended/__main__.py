@@ -2,9 +2,10 @@
 
     cd tests; python -m pretended PATH  # one of PATHS, in a process with pretended.environment()
 
-Prints {"launches": by kernel, of one step, "kernels": all that ran, "not_compared": ..., "milliseconds": of the host for
-that step, "functions": those of this project and CuPy that take most of it,
-"losses": [[here, on the CPU] of each step], "error": the largest of the gradients, to their scale}.
+Prints {"launches": by kernel, of one step; "kernels": all that ran; "not_compared": by name;
+"milliseconds": of the host for that step; "functions": those of this project and CuPy that take
+most of it; "losses": [[here, on the CPU] of each step]; "error": the largest of the gradients, to
+their scale; "texts": [here, on the CPU]; "faults": of products}.
 """
 
 import cProfile

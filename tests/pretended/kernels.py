@@ -64,7 +64,7 @@ class Generated:
         given = {name: x for name, x in given.items() if x is not None and name[0] != "_"}
         with np.errstate(all="ignore"):
             if self.is_reduction:
-                return reduce(self.operation, given["in0"], given["out0"])
+                return reduce(self.operation, *given.values())
             if self.operation in SPECIAL:
                 return SPECIAL[self.operation](**given) is not NotImplemented
             return elementwise(self.operation, given)
@@ -88,9 +88,12 @@ def elementwise(operation, given) -> bool:
     return True
 
 
-def reduce(operation, x, out) -> bool:
+def reduce(operation, *given) -> bool:
     """The axes that go come first, so both are flat: (reduced, kept) -> (kept,)."""
-    if operation not in REDUCTIONS:
+    (x, *others), out = given[:-1], given[-1]
+    if operation == "_tensordot_core_mul_sum":
+        operation, x = "sum", x * others.pop()
+    if operation not in REDUCTIONS or others:
         return False
     if x.dtype.kind not in "biu":
         x = x.astype(np.promote_types(np.float32, out.dtype))
