@@ -10,9 +10,12 @@ Its Python and Cython run as on a card, and NVRTC compiles every kernel for one.
     products.py runs a product by NumPy
 
 Whatever CuPy refuses fails here: a name, a signature, a dtype, a kernel that does not compile, a
-grid that is too large. A kernel that kernels.py has no formula for is noted as not compared.
-Streams are in order, nothing is asynchronous, and no time says anything about a card; only the time
-that Python takes to launch is real.
+grid that is too large. A kernel that kernels.py has no formula for is noted as not compared. The
+tests that take the fixture `cupy` run on it as "real" where the environment is this one's.
+
+Not here: what CuPy has compiled before (sort, argsort and argpartition by Thrust, sums by CUB),
+denormals that a card takes for 0, and NVRTC's machine code, which is made but not run. Streams are
+in order, nothing is asynchronous, and only the time that Python takes to launch is a real one.
 """
 
 import hashlib

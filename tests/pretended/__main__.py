@@ -2,9 +2,10 @@
 
     cd tests; python -m pretended PATH  # one of PATHS, in a process with pretended.environment()
 
-Prints {"launches": by kernel, of one step, "not_compared": ..., "milliseconds": of the host for
-that step, "functions": those of this project and CuPy that take most of it,
-"losses": [[here, on the CPU] of each step], "error": the largest of the gradients, to their scale}.
+Prints {"launches": by kernel, of one step; "kernels": all that ran; "not_compared": by name;
+"milliseconds": of the host for that step; "functions": those of this project and CuPy that take
+most of it; "losses": [[here, on the CPU] of each step]; "error": the largest of the gradients, to
+their scale; "texts": [here, on the CPU]; "faults": of products}.
 """
 
 import cProfile
@@ -87,18 +88,19 @@ def main(path):
     card = installed()
     cupy()
     (ours, step), (theirs, expected) = (make(*PATHS[path], device) for device in ("cuda", "cpu"))
-    losses = []
+    losses, kernels = [], set()
     for _ in range(STEPS):
+        kernels |= card.launches.keys()
         card.launches.clear()
         losses.append([float(loss.data) for loss in (step(), expected())])
     launches, actual, grads = dict(card.launches), gradients(ours), gradients(theirs)
     tokens = np.arange(5)[None]
     texts = [generate(model, tokens, 4, temperature=0) for model in (ours, theirs)]
-    not_compared = dict(card.not_compared)
+    kernels |= card.launches.keys()
     milliseconds, functions = host_times(card, step)
     print(json.dumps({
-        "launches": launches, "not_compared": not_compared, "milliseconds": milliseconds,
-        "functions": functions, "losses": losses,
+        "launches": launches, "kernels": sorted(kernels), "milliseconds": milliseconds,
+        "not_compared": dict(card.not_compared), "functions": functions, "losses": losses,
         "error": float(np.abs(actual - grads).max() / np.abs(grads).max()),
         "texts": [np.asarray(text).tolist() for text in texts],
         "faults": [repr(fault) for fault in card.faults]}))

@@ -10,6 +10,7 @@ The name says what is done, CArray<T, ndim, ...> is {address, size, shape, strid
 """
 
 import ctypes
+import math
 import re
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ class Generated:
     """A kernel of CuPy's: `run` gives whether NumPy has computed it."""
 
     def __init__(self, source: str, name: str):
-        self.operation = name.removeprefix("cupy_").partition("__")[0]
+        self.operation = re.sub(r"^cupyx?_(scipy_special_)?|_kernel$", "", name.partition("__")[0])
         declared = re.search(rf"__global__ void {name}\((.*?)\) {{", source, re.S)[1]
         self.parameters = [parameter(text) for text in re.split(r",\s*(?![^<]*>)", declared)]
         self.computed = {name: DTYPES.get(kind) for kind, name in re.findall(
@@ -63,10 +64,9 @@ class Generated:
         given = {name: x for name, x in given.items() if x is not None and name[0] != "_"}
         with np.errstate(all="ignore"):
             if self.is_reduction:
-                return reduce(self.operation, given["in0"], given["out0"])
+                return reduce(self.operation, *given.values())
             if self.operation in SPECIAL:
-                SPECIAL[self.operation](**given)
-                return True
+                return SPECIAL[self.operation](**given) is not NotImplemented
             return elementwise(self.operation, given)
 
 
@@ -88,20 +88,22 @@ def elementwise(operation, given) -> bool:
     return True
 
 
-def reduce(operation, x, out) -> bool:
+def reduce(operation, *given) -> bool:
     """The axes that go come first, so both are flat: (reduced, kept) -> (kept,)."""
-    if operation not in REDUCTIONS:
+    (x, *others), out = given[:-1], given[-1]
+    if operation == "_tensordot_core_mul_sum":
+        operation, x = "sum", x * others.pop()
+    if operation not in REDUCTIONS or others:
         return False
-    if x.dtype.itemsize == 2:
-        x = x.astype(np.float32)
+    if x.dtype.kind not in "biu":
+        x = x.astype(np.promote_types(np.float32, out.dtype))
     y = REDUCTIONS[operation](x.reshape(-1, max(1, out.size)), 0)
     out[...] = y.reshape(out.shape).astype(out.dtype)
     return True
 
 
-REDUCTIONS = {"sum": np.sum, "max": np.max, "min": np.min, "all": np.all, "any": np.any,
-              "argmax": np.argmax, "argmin": np.argmin, "prod": np.prod,
-              "count_nonzero": np.count_nonzero}
+REDUCTIONS = {name: getattr(np, name) for name in (
+    "sum", "mean", "max", "min", "prod", "all", "any", "argmax", "argmin", "count_nonzero")}
 
 
 def copy(in0, out0): out0[...] = in0.astype(out0.dtype)
@@ -132,6 +134,29 @@ def scatter_add(v, indices, cdim_, rdim_, adim_, a):
     np.add.at(a, (slice(None), indices.reshape(-1, cdim_, rdim_)[0, :, 0] % adim_), v)
 
 
+def erf(in0, out0):
+    out0[...] = np.reshape([math.erf(x) for x in in0.reshape(-1).tolist()], in0.shape)
+
+
+def searchsorted(x, bins, n_bins, side_is_right, assume_increasing, y):
+    y[...] = np.searchsorted(bins, x, "right" if side_is_right else "left")
+
+
+def packbits_big(a, a_size, packed): packed[...] = np.packbits(a[:a_size])
+def unpackbits_big(a, unpacked): unpacked[...] = np.unpackbits(a)
+
+
+def scan_naive(b, a, out):
+    """Sums of all before, which CuPy puts together from blocks."""
+    if a.size > 512:
+        return NotImplemented
+    out[...] = np.cumsum(a, dtype=out.dtype)
+
+
+def scatter_update_mask(v, mask, mask_scanned, a):
+    a[mask] = v.reshape(-1)[mask_scanned[mask] - 1]
+
+
 def tri(m, k, out):
     row, column = divmod(np.arange(out.size), m)
     out[...] = column <= row + k
@@ -145,8 +170,9 @@ def mat_ptrs(base, stride, out):
 def prepare_array_indexing(s, len, stride, out): out += stride * (s % len)
 
 
-SPECIAL = {f.__name__: f for f in (copy, fill, where, clip, arange, take, scatter_update,
-                                   scatter_add, prepare_array_indexing, tri, mat_ptrs)}
+SPECIAL = {f.__name__: f for f in (
+    copy, fill, where, clip, arange, take, scatter_update, scatter_add, prepare_array_indexing, tri,
+    mat_ptrs, erf, searchsorted, packbits_big, unpackbits_big, scan_naive, scatter_update_mask)}
 INTEGERS = {"a": "int8", "h": "uint8", "s": "int16", "t": "uint16", "i": "int32", "j": "uint32",
             "l": "int64", "m": "uint64", "x": "int64", "y": "uint64", "b": "bool"}  # as C++ says
 
@@ -169,7 +195,7 @@ def matrix(address, dtype, rows, columns):
 
 def kernel(source: str, options: tuple, name: str):
     """run(shape, shared memory, arguments' addresses) of a kernel: whether it was computed."""
-    if name.startswith("cupy_"):
+    if "CArray<" in source and not source.startswith("#line"):
         generated = Generated(source, name)
         return lambda shape, shared, arguments: generated.run(
             [arguments[i] for i in range(len(generated.parameters))])
