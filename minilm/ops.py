@@ -127,7 +127,7 @@ def rms_norm(x, g, eps=1e-6):
 
     (..., C), (C,) -> (..., C). On a GPU this is kernels/rms_norm.cu, but for float64.
     """
-    if array_module(x) is not np and str(x.dtype) in cuda.REAL and g.dtype == x.dtype:
+    if array_module(x) is not np and x.dtype in cuda.COMPUTES and g.dtype == x.dtype:
         return _rms_norm_by_kernel(x, g, eps)
     C, dtype = x.shape[-1], x.dtype
 

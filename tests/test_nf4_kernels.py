@@ -262,19 +262,22 @@ def test_quantize_refuses(cupy):
     refused(TypeError, "array on the GPU, got ndarray", quantize, x.get(), middles, order, 64)
 
 
+def changed(W, name, value):
+    return dataclasses.replace(W, **{name: value})
+
+
 def test_dequantize_refuses(cupy):
     W = quantize_4bit(cupy.ones((4, 64), "float32")).on_card()
     call = cuda.nf4_dequantize
     for name in ("packed", "c2_codes", "c1", "map", "levels", "offset"):
         whole = getattr(W, name)
         more = cupy.zeros(whole.size + 16, whole.dtype)
-        refused(ValueError, f"{name} of .*{whole.size + 16}", call, W._replace(**{name: more}),
-                "float32")
-        wrong = W._replace(**{name: whole.astype("float64")})
+        refused(ValueError, f"{name} of .*{whole.size + 16}", changed, W, name, more)
+        wrong = changed(W, name, whole.astype("float64"))
         refused(TypeError, "must be (uint8|float32), got float64", call, wrong, "float32")
-    refused(ValueError, "block_size must be", call, W._replace(block_size=16, c2_codes=cupy.zeros(
-        16, "uint8")), "float32")
-    refused(TypeError, "array on the GPU, got ndarray", call, W._replace(c1=W.c1.get()), "float16")
+    refused(ValueError, "block_size must be", changed, W, "block_size", 16)
+    refused(TypeError, "array on the GPU, got ndarray", call, changed(W, "c1", W.c1.get()),
+            "float16")
 
 
 def test_matmul_refuses(cupy):

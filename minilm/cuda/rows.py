@@ -54,6 +54,6 @@ def _rms_norm(name, x, g, rstd, *args):
 
 
 def _launch(file, name, blocks, threads, first, *rest):
-    launch = kernel(file, name, str(first.dtype))
+    launch = kernel(file, name, first.dtype)
     if blocks:
         launch((blocks,), (threads,), first, *rest)
