@@ -190,19 +190,22 @@ def test_qlora_launches_the_kernels_and_nothing_in_their_place(cupy, launched):
     with Trainer(gpu, AdamW(gpu.parameters())) as trainer:
         trainer.step(0, TOKENS, TARGETS)
     assert launched == {"nf4_dequantize": 14 + 14 - 3, "adamw": 1, "swiglu": 2,
-                        "swiglu_backward": 2, "rms_norm": 5, "rms_norm_backward": 5 - 1}
+                        "swiglu_backward": 2, "rms_norm": 5, "rms_norm_backward": 5 - 1,
+                        "rotary": 2 * 2 * 2}
     gpu.astype("bfloat16")
     launched.clear()
     with no_grad():
         gpu(TOKENS[:2])
-    assert launched == {"nf4_matmul": 14, "attention_forward": 2, "swiglu": 2, "rms_norm": 5}
+    assert launched == {"nf4_matmul": 14, "attention_forward": 2, "swiglu": 2, "rms_norm": 5,
+                        "rotary": 2 * 2}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_llamas_norms_and_swiglu_are_kernels(cupy, launched, dtype):
+def test_a_llamas_norms_rotary_and_swiglu_are_kernels(cupy, launched, dtype):
     _, gpu = pair("llama", dtype=dtype)
     ops.cross_entropy(gpu(TOKENS), TARGETS).backward()
-    assert launched == {"swiglu": 2, "swiglu_backward": 2, "rms_norm": 5, "rms_norm_backward": 5}
+    assert launched == {"swiglu": 2, "swiglu_backward": 2, "rms_norm": 5, "rms_norm_backward": 5,
+                        "rotary": 2 * 2 * 2}
 
 
 def test_a_run_on_the_gpu_is_saved_and_goes_on_as_if_it_had_not_stopped(cupy, tmp_path):

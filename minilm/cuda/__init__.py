@@ -8,11 +8,11 @@ from minilm.cuda.codes import Codes, nf4_dequantize, nf4_matmul, nf4_quantize
 from minilm.cuda.lora import lora_backward, lora_forward
 from minilm.cuda.optimizer import adamw
 from minilm.cuda.raw import COMPUTES, DTYPES, KERNELS, REAL, Kernel, aligned, kernel, read
-from minilm.cuda.rows import rms_norm, rms_norm_backward, swiglu, swiglu_backward
+from minilm.cuda.rows import rms_norm, rms_norm_backward, rotary, swiglu, swiglu_backward
 
 __all__ = [
     "COMPUTES", "DTYPES", "KERNELS", "REAL", "Codes", "Kernel", "adamw", "aligned",
-    "attention_backward", "attention_forward", "kernel", "lora_backward", "lora_forward", "nf4_dequantize",
-    "nf4_matmul", "nf4_quantize", "read", "rms_norm", "rms_norm_backward", "swiglu",
-    "swiglu_backward",
+    "attention_backward", "attention_forward", "kernel", "lora_backward", "lora_forward",
+    "nf4_dequantize", "nf4_matmul", "nf4_quantize", "read", "rms_norm", "rms_norm_backward",
+    "rotary", "swiglu", "swiglu_backward",
 ]

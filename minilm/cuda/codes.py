@@ -48,7 +48,7 @@ class Codes:
 
     @cached_property
     def numbers(self):
-        """n, log2(block_size) and whether the constants are doubly quantized, as kernels take them."""
+        """n, log2(block_size) and whether constants are in 8 bits, as the kernels take them."""
         return (np.int64(math.prod(self.shape)), np.int32(self.block_size.bit_length() - 1),
                 np.int32(self.map.size > 0))
 

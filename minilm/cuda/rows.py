@@ -1,4 +1,4 @@
-"""Launchers of what a block of Llama does between its matrix products: SwiGLU and RMSNorm.
+"""Launchers of what a block of Llama does between its products: SwiGLU, RMSNorm, rotary positions.
 
 Arrays are float32, float16 or bfloat16, all of one dtype: TypeError else, and ValueError for shapes
 that do not go together.
@@ -51,6 +51,21 @@ def _rms_norm(name, x, g, rstd, *args):
         raise ValueError(f"{name}: x {x.shape} goes with g {x.shape[-1:]} and rstd {x.shape[:-1]}, "
                          f"got {g.shape} and {rstd.shape}")
     _launch("rms_norm.cu", name, rstd.size if x.size else 0, 128, *args)
+
+
+def rotary(x, cos, sin, back: bool = False):
+    """x (B, T, H, D), turned and its heads apart: (B, H, T, D). cos and sin are (T, D / 2).
+
+    back: the gradient's way, from (B, H, T, D) to (B, T, H, D).
+    """
+    B, (T, H), D = len(x), x.shape[2:0:-1] if back else x.shape[1:3], x.shape[-1]
+    if D % 2 or cos.shape != (T, D // 2) or sin.shape != cos.shape:
+        raise ValueError(f"rotary: x {x.shape} goes with tables {(T, D // 2)}, got {cos.shape} and "
+                         f"{sin.shape}")
+    y = array_module(x).empty((B, T, H, D) if back else (B, H, T, D), x.dtype)
+    n = B * T * H * -(-(D // 2 * x.itemsize) // 16)  # vectors of 16 bytes, of either half
+    _launch("rotary.cu", "rotary", -(-n // 256), 256, x, cos, sin, y, n, T, H, D // 2, back)
+    return y
 
 
 def _launch(file, name, blocks, threads, first, *rest):
