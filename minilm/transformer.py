@@ -218,6 +218,7 @@ class Transformer(Module):
         if self.embed_norm:
             x = self.embed_norm(x)
         x = self.drop(x)
+        places = array_module(x.data).arange(past, past + tokens.shape[1])
         angles = None if self.position else rotary_tables(self.config, places, x.dtype)
         x = self._run_blocks(x, mask, angles, cache)
         return self.norm(x) if self.norm else x
@@ -236,9 +237,13 @@ class Transformer(Module):
         return x
 
     def _checked(self, tokens, mask, past):
-        """tokens, integers (B, T), and mask as booleans (B, 1, 1, T); else ValueError."""
+        """tokens, integers (B, T), and mask as booleans (B, 1, 1, T); else ValueError.
+
+        NumPy's tokens stay on the host, where their ids are checked (ops.embedding).
+        """
         xp = array_module(self.embed.weight.data)
-        tokens, context = xp.asarray(tokens), self.config.context
+        tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)
+        context = self.config.context
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens must be integers (B, T), got {tokens.dtype} {tokens.shape}")
         T = past + tokens.shape[1]

@@ -38,6 +38,13 @@ MASK = np.ones((4, 8), int)
 MASK[1, 5:] = 0
 
 
+@pytest.fixture(autouse=True)
+def same_dropout(monkeypatch):
+    """The CPU drops what the card does: the generator that counts is there its specification."""
+    monkeypatch.setattr(ops, "drawn", lambda rng, shape, p: cuda.kept(
+        shape, p, int(rng.integers(2**63))))
+
+
 def pair(family, change=lambda model: None, dtype="float32"):
     """The same model twice, on the CPU and on the GPU, its weights far from their first values."""
     models = []
@@ -205,7 +212,7 @@ def test_a_llamas_norms_rotary_and_swiglu_are_kernels(cupy, launched, dtype):
     _, gpu = pair("llama", dtype=dtype)
     ops.cross_entropy(gpu(TOKENS), TARGETS).backward()
     assert launched == {"swiglu": 2, "swiglu_backward": 2, "rms_norm": 5, "rms_norm_backward": 5,
-                        "rotary": 2 * 2 * 2}
+                        "rotary": 2 * 2 * 2, "scatter_add": 1}
 
 
 def test_a_run_on_the_gpu_is_saved_and_goes_on_as_if_it_had_not_stopped(cupy, tmp_path):
@@ -258,16 +265,16 @@ def test_state_comes_back_from_the_host(cupy):
 
 
 def test_a_step_reads_back_numbers_only(cupy):
-    """Whatever waits for the card or crosses the bus: ids, loss and norm, and never an array."""
+    """Whatever waits for the card or crosses the bus: loss and norm, and never an array."""
     _, gpu = pair("llama")
     opt = AdamW(gpu.parameters())
     with Trainer(gpu, opt) as trainer:
         trainer.step(0, TOKENS, TARGETS)
         emulated_cupy.reset()
         trainer.step(1, TOKENS, TARGETS)
-        assert set(emulated_cupy.to_host) <= {"bool", "float"}
-        assert sum(emulated_cupy.to_host.values()) <= 4, "ids twice, loss, norm"
-        assert sum(emulated_cupy.to_device.values()) <= 3, "tokens, targets, which of them count"
+        assert set(emulated_cupy.to_host) <= {"float"}
+        assert sum(emulated_cupy.to_host.values()) <= 2, "loss, norm"
+        assert sum(emulated_cupy.to_device.values()) <= 4, "tokens, their order, targets, which count"
         trainer.evaluate(TOKENS, TARGETS)
         assert emulated_cupy.to_host["get"] <= 1, "the guesses"
 

@@ -1,4 +1,4 @@
-"""Launchers of what a block of Llama does between its products: SwiGLU, RMSNorm, rotary positions.
+"""Launchers of what a model does between its products: SwiGLU, RMSNorm, rotary positions, sums.
 
 Arrays are float32, float16 or bfloat16, all of one dtype: TypeError else, and ValueError for shapes
 that do not go together.
@@ -66,6 +66,22 @@ def rotary(x, cos, sin, back: bool = False):
     n = B * T * H * -(-(D // 2 * x.itemsize) // 16)  # vectors of 16 bytes, of either half
     _launch("rotary.cu", "rotary", -(-n // 256), 256, x, cos, sin, y, n, T, H, D // 2, back)
     return y
+
+
+def scatter_add(ids, dy, n: int):
+    """Rows of dy added up by their id, in their order: (N,), (N, C) -> (n, C) float32.
+
+    ids: integers from 0 to n - 1, on the card or NumPy's.
+    """
+    if dy.ndim != 2 or ids.shape != dy.shape[:1]:
+        raise ValueError(f"scatter_add: ids {ids.shape} do not go with rows {dy.shape}")
+    xp, places, (N, C) = array_module(dy), array_module(ids), dy.shape
+    total = xp.zeros((n, C), "float32")
+    if dy.size:
+        keys = xp.asarray(places.sort(ids.astype("int64") * N + places.arange(N)))
+        kernel("scatter_add.cu", "scatter_add", dy.dtype)(
+            (N, -(-C // 128)), (128,), keys, dy, total, N, C)
+    return total
 
 
 def _launch(file, name, blocks, threads, first, *rest):

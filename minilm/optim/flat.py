@@ -9,6 +9,7 @@ parameters are the rounded copy. Their gradients are added up in float32 too.
 
 import math
 import mmap
+import operator
 import threading
 
 import numpy as np
@@ -107,7 +108,7 @@ def _receiver(param, view):
                 param.grad = view
             else:
                 with np.errstate(invalid="ignore"):  # inf - inf: the norm will tell
-                    view[...] += wide(dy)
+                    operator.iadd(view, dy)
 
     return receive
 
