@@ -3,8 +3,8 @@
 //     y = x * scale  where philox(seed, i) >= threshold, else 0            x, y (n,)
 //
 // philox(seed, i) is word i % 4 of Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
-// easy as 1, 2, 3", section 4) at counter i / 4 with the seed as its key. What is kept is not stored:
-// the backward pass, y = dy, computes it again. In float, rounded once.
+// easy as 1, 2, 3", section 4) at counter i / 4 with the seed as its key. What is kept is not
+// stored: the backward pass, for x = dy, computes it again. In float, rounded once.
 //
 // Launch: a block of 256 threads for every 4096 bytes of x; a thread has 16 bytes.
 // Bytes a number: x in and y out, in bf16 4. About 25 integer operations.

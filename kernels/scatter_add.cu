@@ -1,5 +1,5 @@
-// Rows added up by their id, in their order: the same bits every time, which atomicAdd does not give;
-// the gradient of `embedding` of minilm/ops.py.
+// Rows added up by their id, in their order: the same bits every time, which atomicAdd does not
+// give; the gradient of `embedding` of minilm/ops.py.
 //
 //     total[id] = ((0 + dy[i0]) + dy[i1]) + ...   for ids[i0] = ids[i1] = ... = id, i0 < i1 < ...
 //

@@ -93,9 +93,9 @@ def _layout(x):
     """
     (rows, columns), (row, column), size = x.shape[-2:], x.strides[-2:], x.itemsize
     row, column = row // size, column // size
-    if column == 1 and row == columns or x.flags.c_contiguous:
+    if (column == 1 and row == columns) or x.flags.c_contiguous:
         return x, 0, columns  # CUBLAS_OP_N
-    if row == 1 and column == rows or x.flags.f_contiguous:
+    if (row == 1 and column == rows) or x.flags.f_contiguous:
         return x, 1, rows  # CUBLAS_OP_T
     if column == 1 and row >= columns:
         return x, 0, row

@@ -100,11 +100,11 @@ def test_an_embeddings_gradient(cupy, dtype):
     """With ids on either side, and nothing waits for the card where they are NumPy's."""
     ids, dy = np.random.default_rng(0).integers(0, 5, (4, 30)), normal(0, 4, 30, 6).astype(dtype)
     found = []
-    for given in (ids, cupy.asarray(ids)):
+    for places in (ids, cupy.asarray(ids)):
         table = Embedding(5, 6, np.random.default_rng(1)).astype(dtype).to("cuda")
         emulated_cupy.reset()
-        table(given).backward(cupy.asarray(dy))
-        assert given is not ids or not emulated_cupy.to_host
+        table(places).backward(cupy.asarray(dy))
+        assert places is not ids or not emulated_cupy.to_host
         found.append(table.weight.grad.get())
     expected = in_order(ids.ravel(), dy.reshape(-1, 6), 5).astype(dtype)
     assert found[0].tobytes() == found[1].tobytes() == expected.tobytes()

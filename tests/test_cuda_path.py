@@ -274,7 +274,7 @@ def test_a_step_reads_back_numbers_only(cupy):
         trainer.step(1, TOKENS, TARGETS)
         assert set(emulated_cupy.to_host) <= {"float"}
         assert sum(emulated_cupy.to_host.values()) <= 2, "loss, norm"
-        assert sum(emulated_cupy.to_device.values()) <= 4, "tokens, their order, targets, which count"
+        assert sum(emulated_cupy.to_device.values()) <= 4, "ids, their order, targets, counted"
         trainer.evaluate(TOKENS, TARGETS)
         assert emulated_cupy.to_host["get"] <= 1, "the guesses"
 

@@ -1,5 +1,6 @@
-"""kernels/swiglu.cu, rms_norm.cu and rotary.cu, by their ops and by their launchers: values and gradients
-against NumPy in float64, each element to what rounding it once allows, in every order of threads.
+"""kernels/swiglu.cu, rms_norm.cu and rotary.cu, by their ops and by their launchers: values and
+gradients against NumPy in float64, each element to what rounding it once allows (rotary: the bits
+of NumPy), in every order of threads.
 
 Also: arrays that are strided or misaligned, what is kept for the backward pass, dtypes that have no
 kernel, and wrong input, refused before a launch.

@@ -92,21 +92,22 @@ class FourBit:
     def on_card(self) -> cuda.Codes:
         """The arrays as CUDA kernels take them; they must be on the GPU, with codes of 4 bits.
 
-        Made once, of these very arrays: what is written into them later is seen.
+        Made once, of these very arrays: what is written into them later is seen. Not so in the
+        lectures' form, which needs c1 / 127: it is made each time.
         """
-        if self.c1 is None or self.offset is not None:
-            return self._codes
-        return replace(self._codes, c1=self.c1 * np.float32(1 / 127))  # a copy, so each time anew
+        lectures = self.c1 is not None and self.offset is None
+        return self._make_codes() if lectures else self._codes
 
-    @functools.cached_property
-    def _codes(self):
+    _codes = functools.cached_property(lambda self: self._make_codes())
+
+    def _make_codes(self):
         xp = array_module(self.packed)
         def none(dtype): return xp.empty(0, dtype)
         if self.c1 is None:
             constants = (self.c2, none("uint8"), none("float32"), none("float32"), none("float32"))
-        elif self.offset is None:  # the lectures' form: 256 equal steps, of c1 / 127
-            constants = (none("float32"), self.c2.view(np.uint8), self.c1, _map_on("int8", xp),
-                         xp.zeros(1, np.float32))
+        elif self.offset is None:  # the lectures' form: 256 equal steps
+            constants = (none("float32"), self.c2.view(np.uint8), self.c1 * np.float32(1 / 127),
+                         _map_on("int8", xp), xp.zeros(1, np.float32))
         else:
             constants = (none("float32"), self.c2, self.c1, _map_on("dynamic", xp), self.offset)
         return cuda.Codes(self.packed, _levels_on(self.codebook, xp), *constants, self.shape,
