@@ -50,6 +50,8 @@ def backward(root: Node, dy):
                 grads[parent] = grads[parent] + dx
                 sums.add(parent)
         del dy, dx, vjps  # or they would stay until the next node's are there
+    while thread.finish:
+        thread.finish.pop()()
 
 
 def _deposit(leaf, dy):
@@ -107,6 +109,9 @@ class ThreadState(threading.local):
     graph = True  # are graphs being built?
     marks = False  # if not, does a bare node mark what would have a gradient?
     rng = None  # the generator that dropout draws from
+
+    def __init__(self):
+        self.finish = set()  # functions that `backward` calls when its walk is done
 
 
 thread = ThreadState()

@@ -175,11 +175,18 @@ def scattered(cp):
     near(cuda.scatter_add(ids, cp.asarray(dy), 4), total, 1e-6)
 
 
+def gathered(cp):
+    pieces, flat = [bf16(9), bf16(2100)], cp.zeros(2110, "float32")
+    cuda.gather([cp.asarray(x) for x in pieces], [0, 10], flat)
+    near(flat, np.concatenate([pieces[0], [0], pieces[1]]).astype(np.float32), 0)
+
+
 PROBLEMS = {"nf4_dequantize.cu": dequantize, "nf4_quantize.cu": dequantize,
             "nf4_matmul.cu": few_rows, "lora_matmul.cu": lora, "adamw.cu": step,
             "attention.cu": attended, "attention_backward.cu": attended,
             "swiglu.cu": gated, "rms_norm.cu": normed,
-            "rotary.cu": turned, "dropout.cu": dropped, "scatter_add.cu": scattered}
+            "rotary.cu": turned, "dropout.cu": dropped, "scatter_add.cu": scattered,
+            "gather.cu": gathered}
 
 
 def in_a_fork(run, cp) -> str:

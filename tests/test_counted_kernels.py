@@ -1,4 +1,4 @@
-"""kernels/dropout.cu and scatter_add.cu: what is random or added up has the same bits every time.
+"""kernels/dropout.cu, scatter_add.cu, gather.cu: what is random or added up has the same bits.
 
 Philox against the numbers that its authors publish, the kernel against its NumPy twin, sums against
 a loop over the rows, all in every order of threads; and wrong input, refused before a launch.
@@ -12,8 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minilm import cuda, ops
+from minilm.backend import to_device
 from minilm.graph import randomness
 from minilm.nn import Dropout, Embedding
+from minilm.optim import AdamW
 from minilm.tensor import Tensor, checkpoint
 
 DTYPES = list(cuda.REAL)
@@ -126,12 +128,68 @@ def test_an_items_gradient(cupy, index):
     np.testing.assert_allclose(*grads, rtol=1e-6)
 
 
+@given(st.sampled_from(["float16", "bfloat16"]), st.lists(st.integers(0, 9000), max_size=5), orders)
+def test_pieces_come_to_their_places(cupy, dtype, sizes, order):
+    """And nothing else is written."""
+    pieces = [normal(i, n).astype(dtype) for i, n in enumerate(sizes)]
+    places = np.cumsum([3, *(n + 1 for n in sizes)])[:-1].tolist()
+    flat = np.full(sum(sizes) + 9, 7, np.float32)
+    found = cupy.asarray(flat)
+    with emulator.thread_order(order):
+        cuda.gather([cupy.asarray(x) for x in pieces], places, found)
+    for x, place in zip(pieces, places):
+        flat[place : place + x.size] = x
+    assert found.get().tobytes() == flat.tobytes()
+
+
+def doubled(params, times):
+    """Backward of sum of p * p, some times."""
+    for _ in range(times):
+        sum(((p * p).sum() for p in params), start=0.0).backward()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_small_gradients_wait_and_come_in_one_launch(cupy, times):
+    """Each is there when `backward` ends; a second walk adds to the first."""
+    values, grads = [normal(i, 5, 3).astype("bfloat16") for i in range(4)], []
+    for xp in (np, cupy):
+        params = [Tensor(xp.asarray(x), requires_grad=True) for x in values]
+        opt, before = AdamW(params), emulator.launches["gather"]
+        doubled(params, times)
+        assert emulator.launches["gather"] - before == (xp is cupy)
+        grads.append([to_device(p.grad, "cpu").tobytes() for p in params])
+        assert params[0].grad.dtype == "float32" and not opt.flat.waiting
+    assert grads[0] == grads[1]
+
+
+def test_gradients_that_waited_in_vain_are_forgotten(cupy):
+    """A walk that ends in an error, and a hook that hands gradients over to another thread."""
+    a, b = (Tensor(cupy.asarray(normal(i, 6).astype("bfloat16")), requires_grad=True)
+            for i in range(2))
+    opt = AdamW([a, b])
+    a.on_grad(cupy.ones(6, "bfloat16"))
+    opt.zero_grad()
+    doubled([b], 1)
+    opt.flat.complete()
+    assert opt.flat.grad.get()[:6].tolist() == [0] * 6
+    b.on_grad(cupy.ones(6, "bfloat16"))  # a second one: it is added
+    opt.zero_grad()
+    b.on_grad(cupy.ones(6, "bfloat16"))
+    opt.flat.complete()
+    assert b.grad.get().tolist() == [1] * 6
+
+
 def test_wrong_input_is_refused_before_a_launch(cupy):
     before, x = emulator.launches.copy(), cupy.ones((4, 6), "float32")
     for error, message, call in [
         (ValueError, "do not go with rows", lambda: cuda.scatter_add(np.zeros(3, int), x, 2)),
         (ValueError, "do not go with rows", lambda: cuda.scatter_add(np.zeros(4, int), x[0], 2)),
         (ValueError, "contiguous", lambda: cuda.scatter_add(np.zeros(6, int), x.T, 2)),
+        (ValueError, "of 24 numbers, .* fit 24 numbers from 1", lambda: cuda.gather(
+            [x.astype("float16")], [1], x.reshape(-1))),
+        (ValueError, "does not fit", lambda: cuda.gather([x.astype("float16").T], [0], x)),
+        (TypeError, "one dtype", lambda: cuda.gather([x, x.astype("float16")], [0, 0], x)),
+        (TypeError, "flat must be float32", lambda: cuda.gather([x], [0], x.astype("float16"))),
         (TypeError, "on the GPU", lambda: cuda.dropout(x.get(), 0.5, 1)),
         (ValueError, "multiple of 16", lambda: cuda.dropout(x.reshape(-1)[1:], 0.5, 1)),
         (OverflowError, "seed = 9223372036854775808", lambda: cuda.dropout(x, 0.5, 2**63)),

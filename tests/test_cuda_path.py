@@ -207,6 +207,28 @@ def test_qlora_launches_the_kernels_and_nothing_in_their_place(cupy, launched):
                         "rotary": 2 * 2}
 
 
+def test_launches_of_a_qlora_step(cupy):
+    """The host decides how long a step takes: each launch is 5 to 40 us of it. At 22 layers and
+    more rows than nf4_matmul takes, 56 products and 38 launches a layer, 869 in all."""
+    tokens, counts = np.random.default_rng(0).integers(0, 13, (2, 9)), []
+    for layers in (1, 2):
+        sizes = SHAPE | dict(width=64, heads=4, layers=layers, context=9)
+        gpu = Transformer(Config.llama(**sizes, kv_heads=2, hidden=64)).astype("bfloat16")
+        quantize_model(gpu.to("cuda"))
+        add_lora(gpu, 2, alpha=4, targets="all-linear")
+        opt = AdamW(gpu.parameters())
+        for _ in range(2):
+            emulated_cupy.reset()
+            opt.zero_grad()
+            ops.cross_entropy(gpu(tokens), tokens).backward()
+            opt.step()
+        counts.append(emulated_cupy.launches.copy())
+    products = [count.pop("gemmEx") for count in counts]
+    one, two = (sum(count.values()) for count in counts)
+    assert products[1] - products[0] <= 56
+    assert two - one <= 38 and one + 21 * (two - one) <= 869
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_llamas_norms_rotary_and_swiglu_are_kernels(cupy, launched, dtype):
     _, gpu = pair("llama", dtype=dtype)
