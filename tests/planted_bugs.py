@@ -176,9 +176,10 @@ def scattered(cp):
 
 
 def gathered(cp):
-    pieces, flat = [bf16(9), bf16(2100)], cp.zeros(2110, "float32")
+    pieces, flat = [bf16(9), bf16(2100)], cp.zeros(9 + 1 + 2100, "float32")
     cuda.gather([cp.asarray(x) for x in pieces], [0, 10], flat)
-    near(flat, np.concatenate([pieces[0], [0], pieces[1]]).astype(np.float32), 0)
+    first, second = (x.astype(np.float32) for x in pieces)
+    near(flat, np.concatenate([first, [0], second]), 0)
 
 
 PROBLEMS = {"nf4_dequantize.cu": dequantize, "nf4_quantize.cu": dequantize,
