@@ -93,6 +93,11 @@ def _unbroadcast(dx, node):
     return dx.astype(node.dtype, copy=False)
 
 
+def after_backward(finish):
+    """For a leaf's hook: this thread's `backward` calls finish() when its walk is done, once."""
+    thread.finish.add(finish)
+
+
 def once(fn):
     """Share work between the vjps of one op: fn(dy) runs once, later calls get its result."""
     result = []
@@ -111,7 +116,7 @@ class ThreadState(threading.local):
     rng = None  # the generator that dropout draws from
 
     def __init__(self):
-        self.finish = set()  # functions that `backward` calls when its walk is done
+        self.finish = set()  # see after_backward
 
 
 thread = ThreadState()

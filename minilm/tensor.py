@@ -26,9 +26,9 @@ from minilm import cuda
 from minilm.arrays import one_dtype, wide
 from minilm.backend import array_module
 from minilm.blas import matmul as product
-from minilm.graph import Node, backward, no_grad, once, randomness, thread
+from minilm.graph import Node, after_backward, backward, no_grad, once, randomness, thread
 
-__all__ = ["Tensor", "checkpoint", "no_grad", "op"]
+__all__ = ["Tensor", "after_backward", "checkpoint", "no_grad", "op"]
 
 
 class Tensor:

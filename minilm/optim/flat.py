@@ -17,8 +17,7 @@ import numpy as np
 from minilm import cuda
 from minilm.arrays import wide
 from minilm.backend import array_module
-from minilm.graph import thread
-from minilm.tensor import Tensor
+from minilm.tensor import Tensor, after_backward
 
 PIECE = 1 << 24  # elements
 
@@ -107,7 +106,7 @@ class FlatParameters:
                     param.grad = view
                     if _is_small(dy):
                         self.waiting.append((cuda.aligned(dy), place))
-                        thread.finish.add(self.gather)
+                        after_backward(self.gather)
                     else:
                         view[...] = dy
                 else:
