@@ -169,10 +169,14 @@ def test_gradients_that_waited_in_vain_are_forgotten(cupy):
     opt = AdamW([a, b])
     a.on_grad(cupy.ones(6, "bfloat16"))
     opt.zero_grad()
+    assert not opt.flat.waiting
     doubled([b], 1)
     opt.flat.complete()
     assert opt.flat.grad.get()[:6].tolist() == [0] * 6
-    b.on_grad(cupy.ones(6, "bfloat16"))  # a second one: it is added
+    opt.zero_grad()
+    b.on_grad(cupy.full(6, 2, "bfloat16"))  # waits until it is asked for, or a second one comes
+    b.on_grad(cupy.full(6, 3, "bfloat16"))
+    assert b.grad.get().tolist() == [5] * 6
     opt.zero_grad()
     b.on_grad(cupy.ones(6, "bfloat16"))
     opt.flat.complete()
