@@ -42,7 +42,7 @@ def swiglu(gate, up):
     """
     one_shape("swiglu", gate=gate, up=up)
     one_dtype("swiglu", gate=gate, up=up)
-    if array_module(gate) is not np and str(gate.dtype) in cuda.REAL:
+    if array_module(gate) is not np and gate.dtype in cuda.COMPUTES:
         gate, up = cuda.aligned(gate), cuda.aligned(up)
         y = cuda.swiglu(gate, up)
         gradients = once(lambda dy: cuda.swiglu_backward(cuda.aligned(dy), gate, up))

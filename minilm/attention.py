@@ -45,10 +45,16 @@ def rotary(x, cos, sin):
 
     The pair (x_i, x_{i + D/2}) turns by the i-th angle of its position; the gradient turns back.
     (..., T, D), (T, D/2), (T, D/2) -> (..., T, D).
+
+    On a GPU (B, H, T, D) goes to kernels/rotary.cu, but for float64.
     """
     half = x.shape[-1] // 2
     if x.shape[-1] % 2 or cos.shape != (x.shape[-2], half) or sin.shape != cos.shape:
         raise ValueError(f"rotary: x {x.shape} needs tables {(x.shape[-2], half)}, got {cos.shape}")
+
+    by_kernel = array_module(x) is not np and x.ndim == 4 and x.dtype in cuda.COMPUTES
+    if by_kernel and cos.dtype == sin.dtype == x.dtype:
+        return _rotary_by_kernel(x, cos, sin)
 
     def turn(x, sin):
         y, a, b = array_module(x).empty_like(x), x[..., :half], x[..., half:]
@@ -79,6 +85,15 @@ def plain_attention(q, k, v, mask=None, causal=False):
 # out the keys that none of its rows sees. The factor 1 / sqrt(D) goes to q and the division to P v:
 # both are smaller than the scores. A row's largest score is taken off, or exp would overflow. The
 # query heads of a group stand beside their key/value head, which is not repeated.
+def _rotary_by_kernel(x, cos, sin):
+    """The same in one pass, from the view that split_heads makes to heads apart, and back."""
+    cos, sin = cuda.aligned(cos), cuda.aligned(sin)
+    y = cuda.rotary(cuda.aligned(x.transpose(0, 2, 1, 3)), cos, sin)
+
+    def dx(dy): return cuda.rotary(cuda.aligned(dy), cos, sin, back=True).transpose(0, 2, 1, 3)
+    return y, dx
+
+
 @op
 def attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(D) + mask) v, eq. (1) of Vaswani et al. 2017, arXiv:1706.03762.

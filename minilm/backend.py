@@ -15,8 +15,13 @@ import numpy as np
 
 def array_module(x):
     """numpy or cupy, whichever x belongs to."""
-    on_cpu = type(x) is np.ndarray or isinstance(x, (np.ndarray, np.generic))
-    return np if on_cpu else sys.modules["cupy"]
+    return module_of(type(x))
+
+
+@functools.cache  # asked thousands of times a step
+def module_of(kind: type):
+    """numpy or cupy, whichever arrays of this type belong to."""
+    return np if issubclass(kind, (np.ndarray, np.generic)) else sys.modules["cupy"]
 
 
 def to_device(array, device: str):
@@ -47,14 +52,22 @@ def cupy():
 def cublas():
     """(CuPy's cuBLAS functions, the current device's handle, which adds up in float32 only).
 
-    By default cuBLAS may cut a long sum of 16-bit products in parts and round each to 16 bits.
+    By default cuBLAS may cut a long sum of 16-bit products in parts and round each to 16 bits. So
+    may this handle after a product of CuPy's own, hence the mode is set each time.
     """
+    blas, current_handle = _cublas()
+    handle = current_handle()
+    disallow_reduced_precision_reduction = 16  # of cublasMath_t; CuPy has no name for it
+    blas.setMathMode(handle, disallow_reduced_precision_reduction)
+    return blas, handle
+
+
+@functools.cache
+def _cublas():
+    cp = cupy()
     from cupy_backends.cuda.libs import cublas
 
-    handle = cupy().cuda.device.get_cublas_handle()
-    disallow_reduced_precision_reduction = 16  # of cublasMath_t; CuPy has no name for it
-    cublas.setMathMode(handle, disallow_reduced_precision_reduction)
-    return cublas, handle
+    return cublas, cp.cuda.device.get_cublas_handle
 
 
 def pointer(x) -> int:

@@ -5,12 +5,18 @@ NumPy's BLAS has no 16-bit product, so there it is computed in float32. CuPy mul
 LoRA a pass over its output: there cuBLAS is called by hand.
 """
 
+import ctypes
+import functools
 import math
 
+import ml_dtypes
 import numpy as np
 
 from minilm.arrays import wide
-from minilm.backend import array_module, cublas, pointer
+from minilm.backend import array_module, cublas
+
+# cudaDataType: CUDA_R_16F, CUDA_R_16BF
+CUDA_TYPES = {np.dtype(np.float16): 2, np.dtype(ml_dtypes.bfloat16): 14}
 
 
 def matmul(a, b, alpha: float = 1.0, add_to=None):  # (..., I, K), (..., K, J) -> (..., I, J)
@@ -76,19 +82,25 @@ def _gemm(a, b, alpha, c, beta):
     blas, handle = cublas()
     a, turn_a, lda = _layout(a)
     b, turn_b, ldb = _layout(b)
-    (I, K), J = a.shape[-2:], b.shape[-1]
-    alpha, beta = np.array(alpha, np.float32), np.array(beta, np.float32)
-    kind = {"float16": 2, "bfloat16": 14}[str(a.dtype)]  # cudaDataType: CUDA_R_16F, CUDA_R_16BF
+    (I, K), J, kind = a.shape[-2:], b.shape[-1], CUDA_TYPES[a.dtype]
+    alpha, beta = _float32(alpha), _float32(beta)
+    at_alpha, at_beta = ctypes.addressof(alpha), ctypes.addressof(beta)
     # op, op, sizes, alpha | b, type, ld, stride | a, ... | beta, c, ... and how to compute
     if c.ndim == 2:
-        blas.gemmEx(handle, turn_b, turn_a, J, I, K, alpha.ctypes.data,
-                    pointer(b), kind, ldb, pointer(a), kind, lda, beta.ctypes.data,
-                    pointer(c), kind, J, blas.CUBLAS_COMPUTE_32F, blas.CUBLAS_GEMM_DEFAULT)
+        blas.gemmEx(handle, turn_b, turn_a, J, I, K, at_alpha,
+                    b.data.ptr, kind, ldb, a.data.ptr, kind, lda, at_beta,
+                    c.data.ptr, kind, J, blas.CUBLAS_COMPUTE_32F, blas.CUBLAS_GEMM_DEFAULT)
     else:
         blas.gemmStridedBatchedEx(
-            handle, turn_b, turn_a, J, I, K, alpha.ctypes.data,
-            pointer(b), kind, ldb, K * J, pointer(a), kind, lda, I * K, beta.ctypes.data,
-            pointer(c), kind, J, I * J, len(c), blas.CUBLAS_COMPUTE_32F, blas.CUBLAS_GEMM_DEFAULT)
+            handle, turn_b, turn_a, J, I, K, at_alpha,
+            b.data.ptr, kind, ldb, K * J, a.data.ptr, kind, lda, I * K, at_beta,
+            c.data.ptr, kind, J, I * J, len(c), blas.CUBLAS_COMPUTE_32F, blas.CUBLAS_GEMM_DEFAULT)
+
+
+@functools.lru_cache(256)
+def _float32(number):
+    """The number in memory, where cuBLAS reads it; made once."""
+    return ctypes.c_float(number)
 
 
 def _layout(x):
@@ -96,10 +108,11 @@ def _layout(x):
 
     A matrix that is neither, such as every second column of one, is copied.
     """
-    (rows, columns), (row, column) = x.shape[-2:], (s // x.itemsize for s in x.strides[-2:])
-    if x.flags.c_contiguous:
+    (rows, columns), (row, column), size = x.shape[-2:], x.strides[-2:], x.itemsize
+    row, column = row // size, column // size
+    if (column == 1 and row == columns) or x.flags.c_contiguous:
         return x, 0, columns  # CUBLAS_OP_N
-    if x.flags.f_contiguous:
+    if (row == 1 and column == rows) or x.flags.f_contiguous:
         return x, 1, rows  # CUBLAS_OP_T
     if column == 1 and row >= columns:
         return x, 0, row

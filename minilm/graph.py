@@ -50,6 +50,8 @@ def backward(root: Node, dy):
                 grads[parent] = grads[parent] + dx
                 sums.add(parent)
         del dy, dx, vjps  # or they would stay until the next node's are there
+    while thread.finish:
+        thread.finish.pop()()
 
 
 def _deposit(leaf, dy):
@@ -91,6 +93,11 @@ def _unbroadcast(dx, node):
     return dx.astype(node.dtype, copy=False)
 
 
+def after_backward(finish):
+    """For a leaf's hook: this thread's `backward` calls finish() when its walk is done, once."""
+    thread.finish.add(finish)
+
+
 def once(fn):
     """Share work between the vjps of one op: fn(dy) runs once, later calls get its result."""
     result = []
@@ -108,6 +115,9 @@ class ThreadState(threading.local):
     marks = False  # if not, does a bare node mark what would have a gradient?
     rng = None  # the generator that dropout draws from
     dropout = True  # does dropout act at all?
+
+    def __init__(self):
+        self.finish = set()  # see after_backward
 
 
 thread = ThreadState()

@@ -119,8 +119,11 @@ class Module:
 
     def to(self, device: str):
         """Move every tensor to "cpu" or "cuda"; RuntimeError says why where that cannot be."""
-        for _, t in self.named_tensors():
-            t.data = to_device(t.data, device)
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                value.data = to_device(value.data, device)
+        for _, child in self.children():
+            child.to(device)
         return self
 
 

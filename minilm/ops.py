@@ -53,15 +53,21 @@ def linear(x, W, b=None):
 
 @op
 def embedding(ids, W):
-    """W[ids], ids from 0 to V - 1: integers (...), (V, C) -> (..., C)."""
-    V = len(W)
+    """W[ids], ids from 0 to V - 1: integers (...), (V, C) -> (..., C).
+
+    With W on a GPU ids may stay NumPy's: to check those does not wait for the card.
+    """
+    V, xp = len(W), array_module(W)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"embedding: ids must be integers, got dtype {ids.dtype}")
     if ids.size and (ids.min() < 0 or ids.max() >= V):
         raise ValueError(f"ids from {ids.min()} to {ids.max()}, but the table has {V} rows")
 
-    def dW(dy): return scatter_add(ids.reshape(-1), rows(dy), V)
-    return W[ids], None, dW
+    def dW(dy):
+        if xp is not np and dy.dtype in cuda.COMPUTES:
+            return cuda.scatter_add(ids.reshape(-1), cuda.aligned(rows(dy)), V)
+        return scatter_add(xp.asarray(ids).reshape(-1), rows(dy), V)
+    return W[xp.asarray(ids)], None, dW
 
 
 def plain_layer_norm(x, g, b, eps=1e-5):
@@ -115,7 +121,7 @@ def rms_norm(x, g, eps=1e-6):
     (..., C), (C,) -> (..., C). On a GPU this is kernels/rms_norm.cu, but for float64. On a CPU it
     goes by blocks of rows, as layer_norm does.
     """
-    if array_module(x) is not np and str(x.dtype) in cuda.REAL and g.dtype == x.dtype:
+    if array_module(x) is not np and x.dtype in cuda.COMPUTES and g.dtype == x.dtype:
         return _rms_norm_by_kernel(x, g, eps)
     C, dtype = x.shape[-1], x.dtype
 
@@ -154,12 +160,22 @@ def dropout(x, p, rng):
 
     rng: the numpy Generator that draws them. ValueError unless 0 <= p < 1.
     Source: Srivastava et al. 2014, JMLR 15, in the form that scales while training.
+    On a GPU rng draws a seed, and kernels/dropout.cu the rest, but for float64.
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout: p must be in [0, 1), got {p}")
     if p == 0:
         return x, lambda dy: dy
-    kept = array_module(x).asarray(rng.random(x.shape, dtype=np.float32) >= p)
+    if array_module(x) is not np and x.dtype in cuda.COMPUTES:
+        seed = int(rng.integers(2**63))
+        def dx(dy): return cuda.dropout(cuda.aligned(dy), p, seed)
+        return cuda.dropout(cuda.aligned(x), p, seed), dx
+    kept = array_module(x).asarray(drawn(rng, x.shape, p))
     scale = 1 / (1 - p)
     y = (x * kept * scale).astype(x.dtype, copy=False)
     return y, lambda dy: dy * kept * scale
+
+
+def drawn(rng, shape, p):
+    """True with probability 1 - p."""
+    return rng.random(shape, dtype=np.float32) >= p

@@ -23,12 +23,22 @@ import itertools
 
 import numpy as np
 
+from minilm import cuda
 from minilm.arrays import one_dtype, wide
 from minilm.backend import array_module
 from minilm.blas import matmul as product
-from minilm.graph import Node, backward, no_dropout, no_grad, once, randomness, thread
+from minilm.graph import (
+    Node,
+    after_backward,
+    backward,
+    no_dropout,
+    no_grad,
+    once,
+    randomness,
+    thread,
+)
 
-__all__ = ["Tensor", "checkpoint", "no_grad", "op"]
+__all__ = ["Tensor", "after_backward", "checkpoint", "no_grad", "op"]
 
 
 class Tensor:
@@ -251,9 +261,21 @@ def getitem(x, index):
         xp = array_module(dy)
         dy = wide(dy)
         whole = xp.zeros(shape, dy.dtype)
-        xp.add.at(whole, index, dy)  # an index may name an element twice
+        if xp is not np and _is_basic(index):
+            whole[index] = dy
+        elif xp is not np and dy.dtype in cuda.COMPUTES:  # in one order, which add.at has not
+            places = xp.arange(whole.size).reshape(shape)[index].reshape(-1)
+            return cuda.scatter_add(places, dy.reshape(-1, 1), whole.size).reshape(shape)
+        else:
+            xp.add.at(whole, index, dy)  # an index may name an element twice
         return whole
     return x[index], dx
+
+
+def _is_basic(index):
+    """Whether the index is of slices and numbers, so that it names no element twice."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is ... or type(part) in (int, slice) for part in parts)
 
 
 @op

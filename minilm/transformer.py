@@ -274,9 +274,12 @@ class Transformer(Module):
         return x
 
     def _checked(self, tokens, start):
-        """tokens as integers (B, T) on the model's device; else ValueError."""
-        _, some = next(self.named_tensors())
-        tokens, context = array_module(some.data).asarray(tokens), self.config.context
+        """tokens as integers (B, T); else ValueError.
+
+        NumPy's tokens stay on the host, where their ids are checked (ops.embedding).
+        """
+        tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)
+        context = self.config.context
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens must be integers (B, T), got {tokens.dtype} {tokens.shape}")
         T = start + tokens.shape[1]

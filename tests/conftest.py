@@ -75,6 +75,7 @@ def cupy(request):
 
 def forget_cupy():
     """Let go of the module, of the kernels that it compiled, and of arrays that are kept."""
-    backend.cupy.cache_clear()
+    for kept in (backend.cupy, backend.module_of, backend._cublas):
+        kept.cache_clear()
     cuda.kernel.cache_clear()
     eightbit._tables.cache_clear()

@@ -46,6 +46,10 @@ BUGS = [
         "adamw.cu", "<const float4*>(g + first)", "<const float4*>(g + first / 2)"),
     Bug("shared array overrun", "address", "index 256 out of bounds", "nf4_dequantize.cu",
         "map[threadIdx.x] = c2_map[threadIdx.x]", "map[threadIdx.x + 1] = c2_map[threadIdx.x]"),
+    Bug("vectors of a short half", "address", "misaligned address", "rotary.cu",
+        "half % VECTOR == 0", "true"),
+    Bug("run past the last key", "address", "heap-buffer-overflow", "scatter_add.cu",
+        "past = N;", "past = N + 2;"),
     Bug("missing __syncthreads in a loop", "thread", "data race .*lora_matmul.cu",
         "lora_matmul.cu", "__syncthreads();  // all have read it", "// all have read it"),
     Bug("missing __syncthreads before a sum", "thread", "data race .*nf4_matmul.cu",
@@ -157,10 +161,37 @@ def normed(cp):
     near(dx, rstd.get()[:, None] * (dy * g - xhat * along.mean(-1, keepdims=True)), 1e-5)
 
 
+def turned(cp):
+    x, cos, sin = normal(2, 3, 2, 6), normal(3, 3), normal(3, 3)
+    a, b = np.split(x.swapaxes(1, 2), 2, -1)
+    y = cuda.rotary(*map(cp.asarray, (x, cos, sin)))
+    near(y, np.concatenate([a * cos - b * sin, b * cos + a * sin], -1), 0)
+
+
+def dropped(cp):
+    x = normal(1027)
+    near(cuda.dropout(cp.asarray(x), 0.3, 5), np.where(cuda.kept(1027, 0.3, 5), x / 0.7, 0), 1e-6)
+
+
+def scattered(cp):
+    ids, dy, total = np.array([2, 0, 2, 2, 1]), normal(5, 130), np.zeros((4, 130), np.float32)
+    np.add.at(total, ids, dy)
+    near(cuda.scatter_add(ids, cp.asarray(dy), 4), total, 1e-6)
+
+
+def gathered(cp):
+    pieces, flat = [bf16(9), bf16(2100)], cp.zeros(9 + 1 + 2100, "float32")
+    cuda.gather([cp.asarray(x) for x in pieces], [0, 10], flat)
+    first, second = (x.astype(np.float32) for x in pieces)
+    near(flat, np.concatenate([first, [0], second]), 0)
+
+
 PROBLEMS = {"nf4_dequantize.cu": dequantize, "nf4_quantize.cu": dequantize,
             "nf4_matmul.cu": few_rows, "lora_matmul.cu": lora, "adamw.cu": step,
             "attention.cu": attended, "attention_backward.cu": attended,
-            "swiglu.cu": gated, "rms_norm.cu": normed}
+            "swiglu.cu": gated, "rms_norm.cu": normed,
+            "rotary.cu": turned, "dropout.cu": dropped, "scatter_add.cu": scattered,
+            "gather.cu": gathered}
 
 
 def in_a_fork(run, cp) -> str:

@@ -39,6 +39,13 @@ MASK = np.ones((4, 8), int)
 MASK[1, 5:] = 0
 
 
+@pytest.fixture(autouse=True)
+def same_dropout(monkeypatch):
+    """The CPU drops what the card does: the generator that counts is there its specification."""
+    monkeypatch.setattr(ops, "drawn", lambda rng, shape, p: cuda.kept(
+        shape, p, int(rng.integers(2**63))))
+
+
 def pair(family, change=lambda model: None, dtype="float32"):
     """The same model twice, on the CPU and on the GPU, its weights far from their first values."""
     models = []
@@ -211,19 +218,44 @@ def test_qlora_launches_the_kernels_and_nothing_in_their_place(cupy, launched):
     with Trainer(gpu, AdamW(gpu.parameters())) as trainer:
         trainer.step(0, (TOKENS, TARGETS))
     assert launched == {"nf4_dequantize": 14 + 14 - 3, "adamw": 1, "swiglu": 2,
-                        "swiglu_backward": 2, "rms_norm": 5, "rms_norm_backward": 5 - 1}
+                        "swiglu_backward": 2, "rms_norm": 5, "rms_norm_backward": 5 - 1,
+                        "rotary": 2 * 2 * 2}
     gpu.astype("bfloat16")
     launched.clear()
     with no_grad():
         gpu(TOKENS[:2])
-    assert launched == {"nf4_matmul": 14, "attention_forward": 2, "swiglu": 2, "rms_norm": 5}
+    assert launched == {"nf4_matmul": 14, "attention_forward": 2, "swiglu": 2, "rms_norm": 5,
+                        "rotary": 2 * 2}
+
+
+def test_launches_of_a_qlora_step(cupy):
+    """The host decides how long a step takes: each launch is 5 to 40 us of it. At 22 layers and
+    more rows than nf4_matmul takes, 56 products and 38 launches a layer, 869 in all."""
+    tokens, counts = np.random.default_rng(0).integers(0, 13, (2, 9)), []
+    for layers in (1, 2):
+        sizes = SHAPE | dict(width=64, heads=4, layers=layers, context=9)
+        gpu = Transformer(Config.llama(**sizes, kv_heads=2, hidden=64)).astype("bfloat16")
+        quantize_model(gpu.to("cuda"))
+        add_lora(gpu, 2, alpha=4, targets="all-linear")
+        opt = AdamW(gpu.parameters())
+        for _ in range(2):
+            emulated_cupy.reset()
+            opt.zero_grad()
+            ops.cross_entropy(gpu(tokens), tokens).backward()
+            opt.step()
+        counts.append(emulated_cupy.launches.copy())
+    products = [count.pop("gemmEx") for count in counts]
+    one, two = (sum(count.values()) for count in counts)
+    assert products[1] - products[0] <= 56
+    assert two - one <= 38 and one + 21 * (two - one) <= 869
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_llamas_norms_and_swiglu_are_kernels(cupy, launched, dtype):
+def test_a_llamas_norms_rotary_and_swiglu_are_kernels(cupy, launched, dtype):
     _, gpu = pair("llama", dtype=dtype)
     ops.cross_entropy(gpu(TOKENS), TARGETS).backward()
-    assert launched == {"swiglu": 2, "swiglu_backward": 2, "rms_norm": 5, "rms_norm_backward": 5}
+    assert launched == {"swiglu": 2, "swiglu_backward": 2, "rms_norm": 5, "rms_norm_backward": 5,
+                        "rotary": 2 * 2 * 2, "scatter_add": 1}
 
 
 def test_a_run_on_the_gpu_is_saved_and_goes_on_as_if_it_had_not_stopped(cupy, tmp_path):
@@ -276,16 +308,16 @@ def test_state_comes_back_from_the_host(cupy):
 
 
 def test_a_step_reads_back_numbers_only(cupy):
-    """Whatever waits for the card or crosses the bus: ids, loss and norm, and never an array."""
+    """Whatever waits for the card or crosses the bus: loss and norm, and never an array."""
     _, gpu = pair("llama")
     opt = AdamW(gpu.parameters())
     with Trainer(gpu, opt) as trainer:
         trainer.step(0, (TOKENS, TARGETS))
         emulated_cupy.reset()
         trainer.step(1, (TOKENS, TARGETS))
-        assert set(emulated_cupy.to_host) <= {"bool", "float"}
-        assert sum(emulated_cupy.to_host.values()) <= 4, "ids twice, loss, norm"
-        assert sum(emulated_cupy.to_device.values()) <= 3, "tokens, targets, which of them count"
+        assert set(emulated_cupy.to_host) <= {"float"}
+        assert sum(emulated_cupy.to_host.values()) <= 2, "loss, norm"
+        assert sum(emulated_cupy.to_device.values()) <= 4, "ids, their order, targets, counted"
         trainer.evaluate(TOKENS, TARGETS)
         assert emulated_cupy.to_host["get"] <= 1, "the guesses"
 

@@ -4,6 +4,7 @@ product within the rounding that its kernel declares, in every order of threads;
 Not tested: float32 numbers below 1.2e-38, which a card flushes to zero and NumPy does not.
 """
 
+import copy
 import dataclasses
 
 import emulator
@@ -15,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import cuda
-from minilm.quantize import fourbit, quantize_4bit
+from minilm.backend import to_device
+from minilm.quantize import QuantizedLinear, fourbit, quantize_4bit
 from minilm.quantize.fourbit import BLOCK_SIZES, levels
 
 BF16 = ml_dtypes.bfloat16
@@ -32,6 +34,10 @@ def on_card(cupy, q):
     arrays = {f.name: getattr(q, f.name) for f in dataclasses.fields(q)}
     return dataclasses.replace(q, **{name: cupy.asarray(a) for name, a in arrays.items()
                                      if isinstance(a, np.ndarray | np.generic)})
+
+
+def on_host(x):
+    return to_device(x, "cpu").tobytes()
 
 
 def numbers(rng, n, codebook):
@@ -228,6 +234,23 @@ def test_equal_constants_have_the_codes_of_numpy(cupy, form, n):
 
 
 @pytest.mark.parametrize("form", [False, True, "int8"])
+def test_a_weight_on_the_card_is_prepared_once_and_sees_what_is_loaded(cupy, form):
+    rng = np.random.default_rng(0)
+    one, two = (QuantizedLinear(quantize_4bit(rng.standard_normal((6, 64)), double_quant=form))
+                for _ in range(2))
+    layer = QuantizedLinear(one.weight).to("cuda")
+    assert layer.weight.dequantize().get().tobytes() == one.weight.dequantize().tobytes()
+    if form != "int8":  # whose c1 / 127 is made anew
+        assert layer.weight.on_card() is layer.weight.on_card()
+    assert layer.weight.on_card().packed is layer.weight.packed is layer.packed.data
+    layer.load_state_dict(two.state_dict())
+    again = copy.deepcopy(layer)
+    again.load_state_dict(one.state_dict())
+    for found, expected in (again, one), (layer, two), (layer.to("cpu"), two):
+        assert on_host(found.weight.dequantize()) == expected.weight.dequantize().tobytes()
+
+
+@pytest.mark.parametrize("form", [False, True, "int8"])
 def test_nothing_to_do_is_no_launch(cupy, form):
     before = emulator.launches.total()
     empty = quantize_4bit(cupy.empty((0, 64), "float32"), double_quant=form)
@@ -262,19 +285,22 @@ def test_quantize_refuses(cupy):
     refused(TypeError, "array on the GPU, got ndarray", quantize, x.get(), middles, order, 64)
 
 
+def changed(W, name, value):
+    return dataclasses.replace(W, **{name: value})
+
+
 def test_dequantize_refuses(cupy):
     W = quantize_4bit(cupy.ones((4, 64), "float32")).on_card()
     call = cuda.nf4_dequantize
     for name in ("packed", "c2_codes", "c1", "map", "levels", "offset"):
         whole = getattr(W, name)
         more = cupy.zeros(whole.size + 16, whole.dtype)
-        refused(ValueError, f"{name} of .*{whole.size + 16}", call, W._replace(**{name: more}),
-                "float32")
-        wrong = W._replace(**{name: whole.astype("float64")})
+        refused(ValueError, f"{name} of .*{whole.size + 16}", changed, W, name, more)
+        wrong = changed(W, name, whole.astype("float64"))
         refused(TypeError, "must be (uint8|float32), got float64", call, wrong, "float32")
-    refused(ValueError, "block_size must be", call, W._replace(block_size=16, c2_codes=cupy.zeros(
-        16, "uint8")), "float32")
-    refused(TypeError, "array on the GPU, got ndarray", call, W._replace(c1=W.c1.get()), "float16")
+    refused(ValueError, "block_size must be", changed, W, "block_size", 16)
+    refused(TypeError, "array on the GPU, got ndarray", call, changed(W, "c1", W.c1.get()),
+            "float16")
 
 
 def test_matmul_refuses(cupy):

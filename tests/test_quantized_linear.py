@@ -2,6 +2,7 @@
 float copy of it, and a quantized model is saved, converted, refused and run like any other.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -257,6 +258,26 @@ def test_a_state_is_saved_and_loaded(tmp_path, kind, double_quant):
     assert not equal(other(TOKENS).data, model(TOKENS).data)
     other.load_state_dict(read_tensors(tmp_path / "model.safetensors"))
     assert bits(other) == bits(model) and equal(other(TOKENS).data, model(TOKENS).data)
+
+
+@forms
+def test_a_weight_is_one_object_that_sees_what_is_loaded(kind, double_quant):
+    """A layer uses the weight that it was given; loading writes into its very arrays."""
+    weight = quantize_weight(normal(7, 64), kind, double_quant)
+    other = quantize_weight(normal(7, 64, seed=1), kind, double_quant)
+    layer = QuantizedLinear(weight)
+    assert layer.weight is weight and layer.weight is layer.weight
+    assert all(a is getattr(weight, name) for name, a in layer.state_dict().items())
+    layer.load_state_dict(QuantizedLinear(other).state_dict())
+    assert layer.weight is weight and equal(weight.dequantize(), other.dequantize())
+
+
+def test_a_copy_has_a_weight_of_its_own():
+    model = quantize_model(make("gpt2"))
+    again, before = copy.deepcopy(model), bits(model)
+    again.load_state_dict(quantize_model(make("gpt2", seed=5)).state_dict())
+    assert bits(model) == before and not equal(again(TOKENS).data, model(TOKENS).data)
+    assert equal(again(TOKENS).data, quantize_model(make("gpt2", seed=5))(TOKENS).data)
 
 
 def test_a_state_of_another_form_is_refused():

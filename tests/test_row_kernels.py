@@ -1,5 +1,6 @@
-"""kernels/swiglu.cu and rms_norm.cu, by their ops and by their launchers: values and gradients
-against NumPy in float64, each element to what rounding it once allows, in every order of threads.
+"""kernels/swiglu.cu, rms_norm.cu and rotary.cu, by their ops and by their launchers: values and
+gradients against NumPy in float64, each element to what rounding it once allows (rotary: the bits
+of NumPy), in every order of threads.
 
 Also: arrays that are strided or misaligned, what is kept for the backward pass, dtypes that have no
 kernel, and wrong input, refused before a launch.
@@ -109,6 +110,49 @@ def test_rms_norm(cupy, dtype, N, C, size, seed, order):
     rounded_once(found, spec(norm, (x, g), dy), norm_off(x, g, dy), dtype)
 
 
+def tables(seed, dtype, T, half):
+    angles = np.random.default_rng(seed).uniform(0, 7, (T, half))
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+
+def turned(tables, xp=np, heads_apart=False):
+    """rotary as an op of x: heads that lie between tokens come as split_heads' view."""
+    cos, sin = (xp.asarray(t) for t in tables)
+    if heads_apart:
+        return lambda x: ops.rotary(x, cos, sin)
+    return lambda x: ops.rotary(ops.split_heads(x, x.shape[-1] // (2 * cos.shape[-1])), cos, sin)
+
+
+@given(dtypes, st.integers(1, 3), st.integers(1, 9), st.integers(1, 3),
+       st.sampled_from([2, 4, 6, 8, 16, 24, 64, 128]), st.booleans(), seeds, orders)
+@example("bfloat16", 2, 40, 2, 64, False, 0, 0)
+@example("float32", 1, 5, 1, 2, True, 0, 1)
+def test_rotary(cupy, dtype, B, T, H, D, apart, seed, order):
+    """The bits of NumPy, from the view of split_heads and back, by one launch each way; heads that
+    lie apart will do too."""
+    x, = draw(seed, dtype, (B, H, T, D) if apart else (B, T, H * D))
+    dy, = draw(seed + 1, dtype, (B, H, T, D))
+    given, before = tables(seed, dtype, T, D // 2), emulator.launches["rotary"]
+    found = run(cupy, turned(given, cupy, apart), (x,), dy, order)
+    assert emulator.launches["rotary"] - before == 2
+    x = Tensor(x, requires_grad=True)
+    y = turned(given, np, apart)(x)
+    y.backward(dy)
+    assert [a.tobytes() for a in (y.data, x.grad)] == [a.tobytes() for a in found]
+
+
+def test_a_turned_head_lies_apart_and_its_gradient_between_tokens(cupy):
+    """So attention copies neither q nor k, and the gradient is a row of all heads as it is."""
+    x, dy, *given = draw(0, "float32", (2, 3, 8), (2, 2, 3, 4), (3, 2), (3, 2))
+    x = Tensor(cupy.asarray(x), requires_grad=True)
+    y = turned(given, cupy)(x)
+    assert y.data.flags.c_contiguous
+    split = Tensor(x.data.reshape(2, 3, 2, 4).transpose(0, 2, 1, 3), requires_grad=True)
+    kept, split.on_grad = [], lambda dx: kept.append(dx)
+    ops.rotary(split, *map(cupy.asarray, given)).backward(cupy.asarray(dy))
+    assert kept[0].transpose(0, 2, 1, 3).flags.c_contiguous
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gates_beyond_exps_range(cupy, dtype):
     """exp(-gate) overflows or vanishes; a gate that is no number says so."""
@@ -199,6 +243,8 @@ def test_nothing_is_no_launch(cupy):
         assert cuda.swiglu(x, x).shape == shape
         y, rstd = cuda.rms_norm(x, cupy.zeros(shape[1:], "float32"), 1e-6)
         assert y.shape == shape and rstd.shape == shape[:1]
+    none = cupy.zeros((3, 2), "float32")
+    assert cuda.rotary(cupy.zeros((2, 3, 0, 4), "float32"), none, none).shape == (2, 0, 3, 4)
     assert emulator.launches == before
 
 
@@ -207,6 +253,7 @@ LAUNCHERS = {
     cuda.swiglu_backward: {"dy": (4, 16), "gate": (4, 16), "up": (4, 16)},
     cuda.rms_norm: {"x": (4, 16), "g": (16,)},
     cuda.rms_norm_backward: {"dy": (4, 16), "x": (4, 16), "g": (16,), "rstd": (4,)},
+    cuda.rotary: {"x": (2, 8, 2, 16), "cos": (8, 8), "sin": (8, 8)},
 }
 WRONG = [
     (TypeError, "GPU|ndarray", lambda a: a.get()),

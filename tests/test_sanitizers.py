@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not emulator.available() and "CI" not in os.envi
 
 
 TESTS = ["test_nf4_kernels.py", "test_lora_kernels.py", "test_adamw_kernel.py",
-         "test_attention_kernel.py", "test_row_kernels.py"]
+         "test_attention_kernel.py", "test_row_kernels.py", "test_counted_kernels.py"]
 
 
 @pytest.mark.parametrize("build", [None, "address", "thread"])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from minilm import ops
 from minilm.graph import current_rng
-from minilm.tensor import Tensor, checkpoint, no_grad, op, randomness
+from minilm.tensor import Tensor, after_backward, checkpoint, no_grad, op, randomness
 
 
 def leaf(*shape, dtype=np.float64, seed=0):
@@ -195,6 +195,18 @@ def test_on_grad_takes_the_gradient():
     (x * 2.0 + x * 3.0 + y).sum().backward()
     assert [g.tolist() for g in taken] == [[5, 5, 5]]  # once, when it is final
     assert x.grad is None and y.grad.tolist() == [1, 1, 1]
+
+
+def test_what_a_hook_asks_for_is_done_once_when_the_walk_is_done():
+    x, y, seen = leaf(3), leaf(3), []
+    def finish(): seen.append("finish")
+    for name, t in (("x", x), ("y", y)):
+        t.on_grad = lambda dy, name=name: (seen.append(name), after_backward(finish))
+    (x * 2.0 + y).sum().backward()
+    assert sorted(seen[:2]) == ["x", "y"] and seen[2:] == ["finish"]
+    z = leaf(3)
+    (z * z).sum().backward()
+    assert len(seen) == 3
 
 
 def test_a_weights_gradient_is_ready_before_the_walk_goes_on_to_the_layer_below():

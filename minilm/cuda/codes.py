@@ -1,6 +1,8 @@
 """Launchers of the kernels for 4-bit codes."""
 
-from typing import NamedTuple
+import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -8,10 +10,12 @@ from minilm.backend import array_module
 from minilm.cuda.raw import kernel
 
 
-class Codes(NamedTuple):
+@dataclass(frozen=True)
+class Codes:
     """What the kernels want of a FourBit: its arrays and two tables, all on the GPU.
 
     Constants c2 are float32; in 8 bits they are c2_codes, with c1, map and offset, and c2 is empty.
+    Checked once, here: ValueError where an array does not go with the shape.
     """
 
     packed: object  # uint8 (n / 2,)
@@ -24,35 +28,37 @@ class Codes(NamedTuple):
     shape: tuple
     block_size: int
 
-    @property
-    def arrays(self):
-        """The arrays, in the order in which the kernels take them."""
-        return self[:7]
-
-    def checked(self, what: str):
-        """The number of codes n; ValueError where an array does not go with the shape."""
-        n = int(np.prod(self.shape))
-        blocks, doubled = -(-n // self.block_size), self.map.size > 0
+    def __post_init__(self):
+        n, size = math.prod(self.shape), self.block_size
+        if size < 32 or size & (size - 1):
+            raise ValueError(f"Codes: block_size must be 32, 64, 128 ..., got {size}")
+        blocks, doubled = -(-n // size), self.map.size > 0
         wanted = {"packed": -(-n // 2), "levels": 16, "c2": 0 if doubled else blocks,
                   "c2_codes": blocks if doubled else 0, "c1": -(-blocks // 256) if doubled else 0,
                   "map": 256 if doubled else 0, "offset": 1 if doubled else 0}
-        for name, size in wanted.items():
-            if (found := getattr(self, name).size) != size:
-                raise ValueError(f"{what}: {name} of {self.shape} in blocks of {self.block_size} "
-                                 f"has {size} elements, got {found}")
-        if self.block_size < 32 or self.block_size & (self.block_size - 1):
-            raise ValueError(f"{what}: block_size must be 32, 64, 128 ..., got {self.block_size}")
-        return n
+        for name, expected in wanted.items():
+            if (found := getattr(self, name).size) != expected:
+                raise ValueError(f"Codes: {name} of {self.shape} in blocks of {size} has "
+                                 f"{expected} elements, got {found}")
+
+    @cached_property
+    def arrays(self):
+        """The arrays, in the order in which the kernels take them."""
+        return (self.packed, self.levels, self.c2, self.c2_codes, self.c1, self.map, self.offset)
+
+    @cached_property
+    def numbers(self):
+        """n, log2(block_size) and whether constants are in 8 bits, as the kernels take them."""
+        return (np.int64(math.prod(self.shape)), np.int32(self.block_size.bit_length() - 1),
+                np.int32(self.map.size > 0))
 
 
 def nf4_dequantize(W: Codes, dtype):
     """The numbers that 4-bit codes stand for, in W's shape: float32, float16 or bfloat16."""
-    n, xp = W.checked("nf4_dequantize"), array_module(W.packed)
-    out = xp.empty(W.shape, dtype)
-    if n:
-        kernel("nf4_dequantize.cu", "nf4_dequantize", str(out.dtype))(
-            (-(-n * out.itemsize // 16384),), (256,), *W.arrays, out, n,
-            W.block_size.bit_length() - 1, W.c2_codes.size > 0)
+    out, numbers = array_module(W.packed).empty(W.shape, dtype), W.numbers
+    if out.size:
+        kernel("nf4_dequantize.cu", "nf4_dequantize", out.dtype)(
+            (-(-out.nbytes // 16384),), (256,), *W.arrays, out, *numbers)
     return out
 
 
@@ -81,7 +87,6 @@ def nf4_matmul(x, W: Codes, h=None, B=None):
     All but W are bfloat16. W has blocks of 64 and K is a multiple of 64. Rounded to bfloat16 are
     the levels of W and y; the sums are float32.
     """
-    W.checked("nf4_matmul")
     xp, (N, K) = array_module(x), W.shape
     if h is None:
         h, B = (xp.empty((rows, 0), "bfloat16") for rows in (len(x), N))
@@ -95,5 +100,5 @@ def nf4_matmul(x, W: Codes, h=None, B=None):
     if y.size:
         kernel("nf4_matmul.cu", "nf4_matmul", TILES=-(-len(x) // 8))(
             (-(-N // 16),), (256,), x, *W.arrays, h, B, y, len(x), N, K, h.shape[1],
-            W.c2_codes.size > 0)
+            W.numbers[-1])
     return y

@@ -28,9 +28,9 @@ def _check_lora(what, x, W, A, **others):
     """Hold all arrays against each other, before the first of several launches."""
     arrays = {"x": x, "W": W, "A": A, **others}
     one_dtype(what, **arrays)
-    matmul = kernel("lora_matmul.cu", "lora_matmul", str(x.dtype))
+    matmul = kernel("lora_matmul.cu", "lora_matmul", x.dtype)
     for name, a in arrays.items():
-        matmul.checked(a, name, x.dtype, True)
+        matmul.check(a, name, x.dtype)
     if not x.ndim == W.ndim == A.ndim == 2:
         raise ValueError(f"{what} takes matrices, got x {x.shape}, W {W.shape}, A {A.shape}")
     (M, I), O, r = x.shape, len(W), len(A)
@@ -50,6 +50,6 @@ def _lora_matmul(P, Q, more=None, turned=(False, False), scale=1.0):
     (M, K), N, R = P.shape[::p], Q.shape[::q][0], P2.shape[::p][1] if more else 0
     C = array_module(P).empty((M, N), P.dtype)
     if C.size:
-        kernel("lora_matmul.cu", "lora_matmul", str(C.dtype))(
+        kernel("lora_matmul.cu", "lora_matmul", C.dtype)(
             (-(-M // 64) * -(-N // 64),), (256,), P, Q, P2, Q2, C, M, N, K, R, *turned, scale)
     return C

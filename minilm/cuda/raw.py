@@ -12,12 +12,13 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  (gives NumPy the dtype bfloat16)
 import numpy as np
 
-from minilm.backend import array_module, cupy, pointer
+from minilm.backend import cupy, pointer
 
 # In the package in a wheel, beside it in the source tree.
 KERNELS = next(folder / "kernels" for folder in Path(__file__).parents[1:3]
                if (folder / "kernels").is_dir())
 REAL = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
+COMPUTES = frozenset(map(np.dtype, REAL))  # the dtypes that kernels have
 DTYPES = {c: dtype for dtype, c in REAL.items()} | {
     "unsigned char": "uint8", "int": "int32", "long long": "int64"}
 
@@ -31,7 +32,8 @@ class Kernel:
     OverflowError where one does not fit.
     """
 
-    def __init__(self, file: str, name: str, real: str = "float32", **macros: int):
+    def __init__(self, file: str, name: str, real="float32", **macros: int):
+        real = str(np.dtype(real))
         if real not in REAL:
             raise TypeError(f"{name} computes in {', '.join(REAL)}, got {real}")
         source, self.name = read(file), name
@@ -39,30 +41,39 @@ class Kernel:
         values = {"REAL": REAL[real], **macros}
         options = ("-std=c++17", *(f"-D{macro}={value}" for macro, value in values.items()))
         module = cupy().RawModule(code=source, options=options)
-        self.launch = module.get_function(name)
+        self.launch, self.array = module.get_function(name), cupy().ndarray
 
     def __call__(self, grid, block, *args):
         if len(args) != len(self.parameters):
             raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, got {len(args)}")
-        args = tuple(self.checked(arg, *p) for arg, p in zip(args, self.parameters))
-        self.launch(grid, block, args)
+        given = []
+        for arg, (name, dtype, is_array) in zip(args, self.parameters):
+            if is_array:
+                self.check(arg, name, dtype)
+            elif type(arg) is not dtype.type:
+                arg = self.number(arg, name, dtype)
+            given.append(arg)
+        self.launch(grid, block, tuple(given))
 
-    def checked(self, arg, name, dtype, is_array):
-        """The argument as the kernel takes it."""
-        what = f"{self.name}: {name}"
-        if not is_array:
-            if dtype.kind == "i" and not (number := np.iinfo(dtype)).min <= arg <= number.max:
-                raise OverflowError(f"{what} = {arg} does not fit {dtype}")
-            return dtype.type(arg)
-        if array_module(arg) is np:
-            raise TypeError(f"{what} must be an array on the GPU, got {type(arg).__name__}")
-        if arg.dtype != dtype:
-            raise TypeError(f"{what} must be {dtype}, got {arg.dtype}")
-        if not arg.flags.c_contiguous:
-            raise ValueError(f"{what} must be contiguous, got strides {arg.strides}")
-        if arg.size and pointer(arg) % 16:
-            raise ValueError(f"{what} must begin at a multiple of 16 bytes, not {pointer(arg):#x}")
-        return arg
+    def check(self, x, name, dtype):
+        """TypeError or ValueError where x is no array as the kernel takes it."""
+        if type(x) is not self.array:
+            raise TypeError(f"{self.name}: {name} must be an array on the GPU, got "
+                            f"{type(x).__name__}")
+        if x.dtype is not dtype and x.dtype != dtype:
+            raise TypeError(f"{self.name}: {name} must be {dtype}, got {x.dtype}")
+        if not x.flags.c_contiguous:
+            raise ValueError(f"{self.name}: {name} must be contiguous, got strides {x.strides}")
+        if x.data.ptr % 16 and x.size:
+            raise ValueError(f"{self.name}: {name} must begin at a multiple of 16 bytes, not "
+                             f"{x.data.ptr:#x}")
+
+    def number(self, x, name, dtype):
+        """A Python number in the parameter's type; OverflowError where it does not fit."""
+        half = 1 << 8 * dtype.itemsize - 1
+        if dtype.kind == "i" and not -half <= x < half:
+            raise OverflowError(f"{self.name}: {name} = {x} does not fit {dtype}")
+        return dtype.type(x)
 
 
 kernel = functools.cache(Kernel)

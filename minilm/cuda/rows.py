@@ -1,4 +1,4 @@
-"""Launchers of what a block of Llama does between its matrix products: SwiGLU and RMSNorm.
+"""Launchers of what a model does between its products: SwiGLU, RMSNorm, rotary positions, sums.
 
 Arrays are float32, float16 or bfloat16, all of one dtype: TypeError else, and ValueError for shapes
 that do not go together.
@@ -53,7 +53,38 @@ def _rms_norm(name, x, g, rstd, *args):
     _launch("rms_norm.cu", name, rstd.size if x.size else 0, 128, *args)
 
 
+def rotary(x, cos, sin, back: bool = False):
+    """x (B, T, H, D), turned and its heads apart: (B, H, T, D). cos and sin are (T, D / 2).
+
+    back: the gradient's way, from (B, H, T, D) to (B, T, H, D).
+    """
+    B, (T, H), D = len(x), x.shape[2:0:-1] if back else x.shape[1:3], x.shape[-1]
+    if D % 2 or cos.shape != (T, D // 2) or sin.shape != cos.shape:
+        raise ValueError(f"rotary: x {x.shape} goes with tables {(T, D // 2)}, got {cos.shape} and "
+                         f"{sin.shape}")
+    y = array_module(x).empty((B, T, H, D) if back else (B, H, T, D), x.dtype)
+    n = B * T * H * -(-(D // 2 * x.itemsize) // 16)  # vectors of 16 bytes, of either half
+    _launch("rotary.cu", "rotary", -(-n // 256), 256, x, cos, sin, y, n, T, H, D // 2, back)
+    return y
+
+
+def scatter_add(ids, dy, n: int):
+    """Rows of dy added up by their id, in their order: (N,), (N, C) -> (n, C) float32.
+
+    ids: integers from 0 to n - 1, on the card or NumPy's.
+    """
+    if dy.ndim != 2 or ids.shape != dy.shape[:1]:
+        raise ValueError(f"scatter_add: ids {ids.shape} do not go with rows {dy.shape}")
+    xp, places, (N, C) = array_module(dy), array_module(ids), dy.shape
+    total = xp.zeros((n, C), "float32")
+    if dy.size:
+        keys = xp.asarray(places.sort(ids.astype("int64") * N + places.arange(N)))
+        kernel("scatter_add.cu", "scatter_add", dy.dtype)(
+            (N, -(-C // 128)), (128,), keys, dy, total, N, C)
+    return total
+
+
 def _launch(file, name, blocks, threads, first, *rest):
-    launch = kernel(file, name, str(first.dtype))
+    launch = kernel(file, name, first.dtype)
     if blocks:
         launch((blocks,), (threads,), first, *rest)

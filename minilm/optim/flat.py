@@ -9,14 +9,16 @@ parameters are the rounded copy. Their gradients are added up in float32 too.
 
 import math
 import mmap
+import operator
 import threading
 
 import numpy as np
 
+from minilm import cuda
 from minilm.arrays import wide
 from minilm.backend import array_module
 from minilm.blas import dot
-from minilm.tensor import Tensor
+from minilm.tensor import Tensor, after_backward
 
 PIECE = 1 << 24  # elements
 
@@ -48,12 +50,13 @@ class FlatParameters:
         dtype = self.params[0].dtype
         self.data, self.grad = self.zeros(), self.zeros()
         self.rounded = self.data if self.data.dtype == dtype else self.zeros(dtype)
+        self.waiting, self.lock = [], threading.Lock()  # (gradient, its place), to be gathered
         buffers = (self.views(flat) for flat in (self.data, self.rounded, self.grad))
-        for p, master, data, grad in zip(self.params, *buffers):
+        for p, place, master, data, grad in zip(self.params, self.places, *buffers):
             master[...] = wide(p.data)
             data[...] = p.data
             p.data = data
-            p.on_grad = _receiver(p, grad)
+            p.on_grad = self._receiver(p, grad, place.start)
         self.zero_grad()
 
     def zeros(self, dtype=None):
@@ -75,15 +78,44 @@ class FlatParameters:
 
     def zero_grad(self):
         """Forget the gradients; nothing is written until new ones arrive."""
+        self.waiting.clear()
         for p in self.params:
             if p.node:  # an adapter that rests has none
                 p.grad = None
 
     def complete(self):
         """Zeros where no gradient arrived, so that .grad is whole."""
+        self.gather()
         for p, grad in zip(self.params, self.views(self.grad)):
             if p.grad is None:
                 grad[...] = 0
+
+    def gather(self):
+        """Bring the gradients that wait to their places, all in one launch."""
+        with self.lock:
+            if self.waiting:
+                cuda.gather(*zip(*self.waiting), self.grad)
+                self.waiting.clear()
+
+    def _receiver(self, param, view, place):
+        """What takes a gradient. A small one on a card waits for the end of `backward`."""
+        lock = threading.Lock()  # threads may bring gradients of one parameter at once
+
+        def receive(dy):
+            with lock:
+                if param.grad is None:
+                    param.grad = view
+                    if _is_small(dy):
+                        self.waiting.append((cuda.aligned(dy), place))
+                        after_backward(self.gather)
+                    else:
+                        view[...] = dy
+                else:
+                    self.gather()
+                    with np.errstate(invalid="ignore"):  # inf - inf: the norm will tell
+                        operator.iadd(view, dy)
+
+        return receive
 
 
 def _places(params):
@@ -98,19 +130,9 @@ def _places(params):
     return places, end
 
 
-def _receiver(param, view):
-    lock = threading.Lock()  # threads may bring gradients of one parameter at once
-
-    def receive(dy):
-        with lock:
-            if param.grad is None:
-                view[...] = dy
-                param.grad = view
-            else:
-                with np.errstate(invalid="ignore"):  # inf - inf: the norm will tell
-                    view[...] += wide(dy)
-
-    return receive
+def _is_small(dy):
+    """Whether a copy of this gradient to its place is mostly the launch: of adapters on a card."""
+    return array_module(dy) is not np and dy.dtype.itemsize == 2 and dy.size <= 1 << 20
 
 
 def squares(x) -> float:

@@ -26,12 +26,14 @@ def quantized_lora(x, W, A, B, b=None, scale=1.0):  # (..., I), (O, I), (r, I), 
     if b is not None:
         y += b
 
+    dy_rows = once(rows)  # (N, O)
+
     @once
-    def dh(dy): return product(rows(dy), B, alpha=scale)  # (N, r)
+    def dh(dy): return product(dy_rows(dy), B, alpha=scale)  # (N, r)
 
     def dx(dy):
         small = product(dh(dy), A)
-        return product(rows(dy), W.dequantize(x.dtype), add_to=small).reshape(*lead, -1)
+        return product(dy_rows(dy), W.dequantize(x.dtype), add_to=small).reshape(*lead, -1)
     def dA(dy): return product(dh(dy).T, x)
-    def dB(dy): return product(rows(dy).T, h)
+    def dB(dy): return product(dy_rows(dy).T, h)
     return y.reshape(*lead, -1), dx, None, dA, dB, lambda dy: dy

@@ -52,6 +52,7 @@ def normal_float(k: int) -> list[float]:
     return [*(-q for q in side(half - 1)), 0.0, *reversed(side(half))]
 
 
+@functools.cache
 def bits_of(name: str) -> int:
     """Bits of a code of this codebook."""
     return math.ceil(math.log2(len(levels(name))))

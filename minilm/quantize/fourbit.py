@@ -74,7 +74,7 @@ class FourBit:
         """The numbers in self.shape: eq. (6) in float32, rounded once to dtype."""
         k, size = bits_of(self.codebook), self.block_size
         if _has_kernels(self.packed, self.codebook):
-            real = dtype if str(np.dtype(dtype)) in cuda.REAL else "float32"
+            real = dtype if np.dtype(dtype) in cuda.COMPUTES else np.float32
             return cuda.nf4_dequantize(self.on_card(), real).astype(dtype, copy=False)
         c2 = self.absmax  # eq. (6), the inner dequant
         xp, n = array_module(c2), math.prod(self.shape)
@@ -90,18 +90,26 @@ class FourBit:
         return x[:n].reshape(self.shape).astype(dtype, copy=False)
 
     def on_card(self) -> cuda.Codes:
-        """The arrays as CUDA kernels take them; they must be on the GPU, with codes of 4 bits."""
+        """The arrays as CUDA kernels take them; they must be on the GPU, with codes of 4 bits.
+
+        Made once, of these very arrays: what is written into them later is seen. Not so in the
+        lectures' form, which needs c1 / 127: it is made each time.
+        """
+        lectures = self.c1 is not None and self.offset is None
+        return self._make_codes() if lectures else self._codes
+
+    _codes = functools.cached_property(lambda self: self._make_codes())
+
+    def _make_codes(self):
         xp = array_module(self.packed)
-        def empty(dtype): return xp.empty(0, dtype)
+        def none(dtype): return xp.empty(0, dtype)
         if self.c1 is None:
-            constants = (self.c2, empty("uint8"), empty("float32"), empty("float32"),
-                         empty("float32"))
+            constants = (self.c2, none("uint8"), none("float32"), none("float32"), none("float32"))
         elif self.offset is None:  # the lectures' form: 256 equal steps
-            constants = (empty("float32"), self.c2.view(np.uint8), self.c1 * np.float32(1 / 127),
+            constants = (none("float32"), self.c2.view(np.uint8), self.c1 * np.float32(1 / 127),
                          _map_on("int8", xp), xp.zeros(1, np.float32))
         else:
-            constants = (empty("float32"), self.c2, self.c1, _map_on("dynamic", xp),
-                         self.offset.reshape(1))
+            constants = (none("float32"), self.c2, self.c1, _map_on("dynamic", xp), self.offset)
         return cuda.Codes(self.packed, _levels_on(self.codebook, xp), *constants, self.shape,
                           self.block_size)
 

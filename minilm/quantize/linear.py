@@ -75,26 +75,27 @@ def _few_rows(x, W):
 class QuantizedLinear(Module):
     """x dequant(W)^T + b, in place of a Linear: (..., I) -> (..., O).
 
-    weight: W (O, I). Its arrays are kept as frozen tensors, so that they move and are saved.
-    compute_dtype and threshold as in quantized_linear. With a threshold the outliers are sought in
-    all rows that come together, so a cache shifts results within the rounding to 8 bits.
+    weight: W (O, I). Its arrays are frozen tensors too, under their names, so that they are saved
+    and loaded: into the same memory. compute_dtype and threshold as in quantized_linear. With a
+    threshold the outliers are sought in all rows that come together, so a cache shifts results
+    within the rounding to 8 bits.
     """
 
     tokenwise = True
 
     def __init__(self, weight: FourBit | Int8, bias: Tensor | None = None, compute_dtype=None,
                  threshold=None):
-        names = [field.name for field in fields(weight)]
-        self.arrays = tuple(name for name in names if hasattr(getattr(weight, name), "dtype"))
-        for name in self.arrays:
-            setattr(self, name, Tensor(getattr(weight, name)))
-        self.form = replace(weight, **dict.fromkeys(self.arrays))  # what is left: shape, codebook
+        self.weight = weight
+        for name, array in arrays_of(weight).items():
+            setattr(self, name, Tensor(array))
         self.bias, self.compute_dtype, self.threshold = bias, compute_dtype, threshold
 
-    @property
-    def weight(self) -> FourBit | Int8:
-        """The quantized weight (O, I)."""
-        return replace(self.form, **{name: getattr(self, name).data for name in self.arrays})
+    def to(self, device):
+        """Move the arrays, and make the weight of them anew."""
+        super().to(device)
+        moved = {name: getattr(self, name).data for name in arrays_of(self.weight)}
+        self.weight = replace(self.weight, **moved)
+        return self
 
     def forward(self, x):
         return quantized_linear(x, self.weight, self.bias, compute_dtype=self.compute_dtype,
@@ -109,6 +110,12 @@ class QuantizedLinear(Module):
         if self.bias is not None:
             self.bias.become(self.bias.data.astype(dtype))
         return self
+
+
+def arrays_of(weight: FourBit | Int8) -> dict:
+    """name -> array of what a quantized weight is made of."""
+    given = {field.name: getattr(weight, field.name) for field in fields(weight)}
+    return {name: value for name, value in given.items() if hasattr(value, "dtype")}
 
 
 def quantize_model(model: Module, kind: str = "nf4", double_quant: bool | str = True,

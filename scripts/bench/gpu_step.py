@@ -16,7 +16,7 @@ from contenders import timed
 from gpu_table import Ceilings, Row, cells, code_bytes, line
 
 from minilm import ops
-from minilm.backend import peak_memory, to_device
+from minilm.backend import peak_memory
 from minilm.optim import AdamW
 from minilm.peft import add_lora
 from minilm.quantize import quantize_model
@@ -67,7 +67,6 @@ def our_step(model: Transformer, batch: int, optimizer=AdamW):
     """A function that makes a step and returns its loss."""
     optimizer = optimizer(model.parameters(), LR)
     tokens, targets = random_batch(model.config, batch)
-    tokens = to_device(tokens, model.embed.weight.device)
 
     def step():
         optimizer.zero_grad()
