@@ -48,7 +48,7 @@ def dot(a, b) -> float:  # (n,), (n,) -> a b
     total, y = 0.0, np.zeros((), a.dtype)
     for i in range(0, a.size, 1 << 30):  # cuBLAS counts in 32 bits
         x, z = a[i : i + (1 << 30)], b[i : i + (1 << 30)]
-        dots(handle, x.size, pointer(x), 1, pointer(z), 1, y.ctypes.data)
+        dots(handle, x.size, x.data.ptr, 1, z.data.ptr, 1, y.ctypes.data)
         total += float(y)
     return total
 

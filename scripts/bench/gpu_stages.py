@@ -11,10 +11,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CASES = ("adam dequantize quantize rows rotary dropout scatter gather products lora matmul "
-         "attention paged model").split()
-SANITIZED = ("adam dequantize quantize rows rotary dropout scatter gather lora matmul attention "
-             "paged").split()
+CASES = re.findall(r"^def (\w+)\(large\):", (HERE / "gpu_cases.py").read_text(), re.M)
+SANITIZED = [name for name in CASES if name not in ("products", "model")]  # cuBLAS's, and slow
 TESTS = ("cuda_path nf4_kernels gpu_benchmark attention_kernel row_kernels adamw_kernel "
          "lora_kernels paged eightbit student memory_report measure main").split()  # longest first
 GROUPS = {"dequantize": 30, "matmul": 40, "lora": 40, "attention": 25, "swiglu": 25, "rms_norm": 25,
