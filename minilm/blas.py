@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from minilm.arrays import wide
-from minilm.backend import array_module, cublas, pointer
+from minilm.backend import array_module, cublas
 
 # cudaDataType: CUDA_R_16F, CUDA_R_16BF
 CUDA_TYPES = {np.dtype(np.float16): 2, np.dtype(ml_dtypes.bfloat16): 14}
