@@ -13,8 +13,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CASES = re.findall(r"^def (\w+)\(large\):", (HERE / "gpu_cases.py").read_text(), re.M)
 SANITIZED = [name for name in CASES if name not in ("products", "model")]  # cuBLAS's, and slow
-TESTS = ("cuda_path nf4_kernels gpu_benchmark attention_kernel row_kernels adamw_kernel "
-         "lora_kernels paged eightbit student memory_report measure main").split()  # longest first
+TESTS = (  # longest first
+    "cuda_path nf4_kernels gpu_benchmark attention_kernel row_kernels adamw_kernel lora_kernels "
+    "counted_kernels paged eightbit student memory_report measure main").split()
 GROUPS = {"dequantize": 30, "matmul": 40, "lora": 40, "attention": 25, "swiglu": 25, "rms_norm": 25,
           "adamw": 20, "pages": 25, "quantize": 20, "reference": 20}  # at most, in seconds
 WANTED = ("cupy", "torch", "hypothesis", "pytest", "xdist", "pytest_timeout", "tyro", "tqdm",
