@@ -11,113 +11,61 @@
 // every time. Tensor cores multiply 16 rows of W by TILES = ceil(M / 8) times 8 rows of x, each
 // number of tiles compiled for itself; W leaves its 4 bits only in their registers.
 // Bytes: N K (1/2 + 4/64) + 2 (M K + M N + (M + N) r); flops: 2 M N (K + r).
-// What limits: the path to cache and shared memory, which takes 128 bytes or one line a cycle. For
-// 16 rows and 64 columns of W it is busy 16 cycles with the table, 10 with codes, 6 with constants,
-// 4 with making the table, and 2 with each row of x: 40 at M = 1. 11008 x 4096 has 334 of these for
-// each of 132 multiprocessors, 7 us, and they issue about 105 instructions each, 5 us beside it.
-// Floor at 4.26 TB/s: 11008 x 4096 5.5 us, 4096 x 4096 2.0 us. Reached: not yet measured.
+// Floor at 4.3 TB/s: 4096 x 4096 2.2 us at M = 1, 2.3 us at M = 16; 11008 x 4096 5.9 and 6.0 us.
+// Reached: not yet measured.
 // Registers: at most 128
+#include "fourbit.cuh"
 #include "hardware.cuh"
 
 #ifndef TILES
 #define TILES 2
 #endif
 #define WARPS 8
-#define ROWS 16  // of W, in a block
+#define DEPTH 4  // blocks of 64 columns that a warp has under way before it multiplies the first
 
-// The lane's codes of two blocks of 64 columns, for each of its rows of W: 8 bytes of each.
-//
-// Loaded are 16 bytes a lane, so that the four lanes of a row have 64 neighbouring bytes: a request
-// takes as long as the lines that it touches are many. So lanes 0 and 1 have the first block, 2 and
-// 3 the second, until lanes 2 apart exchange what they have of the other's quarter.
-__device__ __forceinline__ void load(
-    uint4 (&codes)[2], const uint4* packed, const int (&row)[2], int b, bool exists) {
-    int t = threadIdx.x % 4;
-    #pragma unroll
-    for (int i = 0; i < 2; i++)
-        codes[i] = exists ? __ldg(packed + (2 * (row[i] + b) + t)) : make_uint4(0, 0, 0, 0);
-}
+typedef unsigned long long Codes;  // 16 codes of a row, the first in the high half of the low byte
 
-__device__ __forceinline__ void exchange(uint4& codes) {
-    bool second = threadIdx.x % 4 >= 2;
-    unsigned x = __shfl_xor_sync(0xffffffff, second ? codes.x : codes.z, 2);
-    unsigned y = __shfl_xor_sync(0xffffffff, second ? codes.y : codes.w, 2);
-    if (second) codes.x = x, codes.y = y;
-    else codes.z = x, codes.w = y;
-}
-
-// What makes a constant of each row: asked for while the blocks before are multiplied.
-struct Constants { float factor[2]; unsigned code[2]; };
-
-// Constant i is map[c2_codes[i]] * factors[i >> shift] + offset; without codes it is factors[i].
-struct Scales {
-    const unsigned char* c2_codes;
-    const float* factors;
-    unsigned start;  // the thread block's first
-    int shift, doubled;
-};
-
-__device__ __forceinline__ Constants ask(
-    const Scales& scales, const int (&row)[2], int b, bool exists) {
-    Constants c = {};
-    if (exists)
-        #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            unsigned at = scales.start + row[i] + b;
-            c.factor[i] = __ldg(scales.factors + (at >> scales.shift));
-            if (scales.doubled) c.code[i] = __ldg(scales.c2_codes + at);
-        }
-    return c;
-}
-
-// The lane's quarter of a block of x, in row 8 tile + g of each tile. Rows past the last are zeros,
-// and cost nothing.
-__device__ __forceinline__ void load_x(
-    uint4 (&v)[TILES][2], const uint4* const (&columns)[TILES], const int (&limit)[TILES], int b) {
-    #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-        #pragma unroll
-        for (int i = 0; i < 2; i++)
-            v[tile][i] = b < limit[tile] ? __ldg(columns[tile] + 8 * b + i)
-                                         : make_uint4(0, 0, 0, 0);
-}
-
-// The two levels of the byte in bits 7 .. 14, from the lane's copy.
-__device__ __forceinline__ unsigned levels_of(
-    const unsigned (*table)[32], unsigned bits, unsigned copy) {
-    return *reinterpret_cast<const unsigned*>(
-        reinterpret_cast<const char*>(table) + ((bits & 255 << 7) | copy));
-}
-
-// sum += W x^T over a block of 64 columns. The lane's rows of W have `codes` and constants c, and x
-// is its part of the block, in each tile.
+// sum += W x^T over `blocks` <= DEPTH blocks of 64 columns. The lane's rows of W have `codes`, and
+// `constant` in block t; `x` points to its columns of the first block.
 //
 // A tensor core adds over k, 16 columns at a time, and any order of columns will do if W and x
-// agree on it. Here a lane has a quarter of a block, 8 bytes of codes. Step i takes four of its 16
-// columns: 4 i and the next where mma has k = 2 t, 2 t + 1, and the two after where it has
-// k = 2 t + 8, 2 t + 9. So a byte of codes is one register of W, and the registers of x are used in
-// the order in which they were loaded.
+// agree on it. Here lane t of the four that share a row has columns 16 t .. 16 t + 15 of a block,
+// which are 8 bytes of codes. Step i takes four of them: 16 t + 4 i and the next where mma has
+// k = 2 t, 2 t + 1, and the two after where it has k = 2 t + 8, 2 t + 9. So a byte of codes is one
+// register of W, and the registers of x are used in the order in which they were loaded.
 __device__ __forceinline__ void multiply(
-    float (&sum)[TILES][4], const uint2 (&codes)[2], const float (&c)[2],
-    const uint4 (&x)[TILES][2], const unsigned (*table)[32], unsigned copy) {
-    float d[TILES][4] = {};
+    float (&sum)[TILES][4], const Codes (&codes)[DEPTH][2], const float (&constant)[2],
+    const uint4* const (&x)[TILES], int blocks, const unsigned (*table)[32]) {
+    int lane = threadIdx.x % 32;
     #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        unsigned one = (i < 2 ? codes[0].x : codes[0].y) >> 16 * (i % 2);
-        unsigned two = (i < 2 ? codes[1].x : codes[1].y) >> 16 * (i % 2);
-        unsigned w[4] = {levels_of(table, one << 7, copy), levels_of(table, two << 7, copy),
-                         levels_of(table, one >> 1, copy), levels_of(table, two >> 1, copy)};
+    for (int j = 0; j < DEPTH; j++) {
+        alignas(16) unsigned v[TILES][8] = {};
         #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            const uint4& four = x[tile][i / 2];
-            unsigned step[2] = {i % 2 ? four.z : four.x, i % 2 ? four.w : four.y};
-            mma_m16n8k16_bf16(d[tile], w, step);
+        for (int tile = 0; tile < TILES; tile++)
+            if (j < blocks) {
+                reinterpret_cast<uint4*>(v[tile])[0] = __ldg(x[tile] + 8 * j);
+                reinterpret_cast<uint4*>(v[tile])[1] = __ldg(x[tile] + 8 * j + 1);
+            }
+        float d[TILES][4] = {};
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int low = 16 * i, high = 16 * i + 8;  // where the step's two bytes begin
+            unsigned w[4] = {
+                table[codes[j][0] >> low & 255][lane], table[codes[j][1] >> low & 255][lane],
+                table[codes[j][0] >> high & 255][lane], table[codes[j][1] >> high & 255][lane]};
+            #pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+                unsigned step[2] = {v[tile][2 * i], v[tile][2 * i + 1]};
+                mma_m16n8k16_bf16(d[tile], w, step);
+            }
         }
-    }
-    #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
+        float c[2] = {__shfl_sync(0xffffffff, constant[0], j, 4),
+                      __shfl_sync(0xffffffff, constant[1], j, 4)};
         #pragma unroll
-        for (int i = 0; i < 4; i++) sum[tile][i] = fmaf(d[tile][i], c[i / 2], sum[tile][i]);
+        for (int tile = 0; tile < TILES; tile++)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) sum[tile][i] = fmaf(d[tile][i], c[i / 2], sum[tile][i]);
+    }
 }
 
 // Columns k and k + 1 of a row of r numbers in one register; zeros beyond the row's end.
@@ -127,12 +75,11 @@ __device__ __forceinline__ unsigned pair(const __nv_bfloat16* matrix, int row, i
     return first | second << 16;
 }
 
-// sum += B h^T: r more columns, 16 for each warp in turn. N rows of B exist.
+// sum += B h^T: r more columns, 16 for each warp in turn. A lane has rows n of B, m of h.
 __device__ __forceinline__ void add_low_rank(
     float (&sum)[TILES][4], const __nv_bfloat16* h, const __nv_bfloat16* B,
-    int N, int M, int r) {
-    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    int n[2] = {min(g, N - 1), min(g + 8, N - 1)};
+    const int (&m)[TILES], const int (&n)[2], int r) {
+    int warp = threadIdx.x / 32, t = threadIdx.x % 4;
     #pragma unroll 1  // r is small: most warps have none, few have two
     for (int first = 16 * warp; first < r; first += 16 * WARPS) {
         int k = first + 2 * t;
@@ -140,110 +87,71 @@ __device__ __forceinline__ void add_low_rank(
                          pair(B, n[0], k + 8, r), pair(B, n[1], k + 8, r)};
         #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            int m = min(8 * tile + g, M - 1);
-            unsigned v[2] = {pair(h, m, k, r), pair(h, m, k + 8, r)};
+            unsigned v[2] = {pair(h, m[tile], k, r), pair(h, m[tile], k + 8, r)};
             mma_m16n8k16_bf16(sum[tile], w, v);
         }
     }
 }
 
-union Shared {
-    unsigned table[256][32];  // the two levels of each byte, a copy for each lane: the lane's own
-                              // bank, where none collides with another
-    float partial[WARPS][ROWS][8 * TILES + 1];  // then the sums; 1 more, for other banks each row
-};
-
-__device__ __forceinline__ void make_table(unsigned (*table)[32], const float* levels) {
-    int byte = threadIdx.x;
-    __nv_bfloat162 two = __floats2bfloat162_rn(levels[byte >> 4], levels[byte & 15]);
-    unsigned bits = *reinterpret_cast<const unsigned*>(&two);
-    uint4 four = make_uint4(bits, bits, bits, bits), *row = reinterpret_cast<uint4*>(table[byte]);
-    for (int i = 0; i < 8; i++) row[(byte + i) % 8] = four;  // eight lanes, all banks
-}
-
-extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? 3 : 2) nf4_matmul(
+// Asked for 3 blocks a multiprocessor, the compiler spends the registers on loading x ahead; with
+// two tiles it does better unasked.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? 3 : 0) nf4_matmul(
     const __nv_bfloat16* __restrict__ x, const unsigned char* __restrict__ packed,
     const float* __restrict__ levels, const float* __restrict__ c2,
     const unsigned char* __restrict__ c2_codes, const float* __restrict__ c1,
     const float* __restrict__ c2_map, const float* __restrict__ offset,
     const __nv_bfloat16* __restrict__ h, const __nv_bfloat16* __restrict__ B,
     __nv_bfloat16* __restrict__ y, int M, int N, int K, int r, int doubled) {
-    __shared__ Shared shared;
-    __shared__ float map[256];
+    __shared__ unsigned table[256][32];  // the two levels of each byte, a copy for each lane: the
+    __shared__ float map[256];           // lane's own bank, where none collides with another
+    __shared__ float partial[WARPS][16][8 * TILES];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 
-    // A lane has rows g, g + 8 .. of the block's rows of W, and row g of each tile of x. Past W's
-    // last row it repeats that one, whose products are not stored.
-    int first = ROWS * blockIdx.x, blocks = K / 64, share = (blocks + WARPS - 1) / WARPS;
-    int begin = warp * share, end = min(begin + share, blocks), row[2], limit[TILES];
-    for (int i = 0; i < 2; i++) row[i] = min(8 * i + g, N - 1 - first) * blocks + begin;
-    const uint4* codes = reinterpret_cast<const uint4*>(packed) + 2LL * first * blocks;
-    const uint4 *columns[TILES];
-    for (int tile = 0; tile < TILES; tile++) {
-        int m = 8 * tile + g;
-        columns[tile] = reinterpret_cast<const uint4*>(x) + m * (K / 8) + 8 * begin
-                        + 2 * (2 * (t % 2) + t / 2);
-        limit[tile] = m < M ? end - begin : 0;
-    }
-    int mine = end - begin - t / 2, its = end - begin - t;  // blocks left of codes, of constants
-    Scales scales = {c2_codes, doubled ? c1 : c2, (unsigned)first * blocks, doubled ? 8 : 0,
-                     doubled};
-    uint4 next[2][2];
-    load(next[0], codes, row, 0, 0 < mine);
-    load(next[1], codes, row, 2, 2 < mine);
-    Constants constants = ask(scales, row, t, 0 < its);
-    uint4 next_x[TILES][2];
-    load_x(next_x, columns, limit, 0);
-
-    float mean = doubled ? __ldg(offset) : 0;
+    __nv_bfloat162 two = __floats2bfloat162_rn(levels[threadIdx.x >> 4], levels[threadIdx.x & 15]);
+    for (int i = 0; i < 32; i++)
+        table[threadIdx.x][(lane + i) % 32] = *reinterpret_cast<const unsigned*>(&two);
     if (doubled) map[threadIdx.x] = c2_map[threadIdx.x];
-    make_table(shared.table, levels);
     __syncthreads();
 
+    // A lane has rows g and g + 8 of the block's rows of W, and row g of each tile of x. Past the
+    // last row it repeats that one, whose products are not stored; past its last block of columns
+    // that one, with zeros for x.
+    int first = 16 * blockIdx.x, n[2] = {min(g, N - 1 - first), min(g + 8, N - 1 - first)};
+    int m[TILES], blocks = K / 64, share = (blocks + WARPS - 1) / WARPS;
+    for (int tile = 0; tile < TILES; tile++) m[tile] = min(8 * tile + g, M - 1);
+    int end = min((warp + 1) * share, blocks);
+    long long start = (long long)first * blocks;  // the first row's first block
     float sum[TILES][4] = {};
-    unsigned copy = 4 * lane;  // bytes from a row's begin
-    for (int b = 0; b < share; b += 4) {  // lane t has the constants of block b + t
+    for (int b = warp * share; b < end; b += DEPTH) {
+        Codes codes[DEPTH][2];
+        #pragma unroll
+        for (int j = 0; j < DEPTH; j++)
+            #pragma unroll
+            for (int i = 0; i < 2; i++)
+                codes[j][i] = __ldg(reinterpret_cast<const Codes*>(packed) + 4 * start
+                                    + 4 * (n[i] * blocks + min(b + j, end - 1)) + t);
         float constant[2];
-        #pragma unroll
-        for (int i = 0; i < 2; i++)
-            constant[i] = doubled ? __fadd_rn(__fmul_rn(map[constants.code[i]],
-                                                        constants.factor[i]), mean)
-                                  : constants.factor[i];
-        constants = ask(scales, row, b + 4 + t, b + 4 < its);
-        #pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-            if (b + j >= share) break;
-            uint4 now[2];
-            #pragma unroll
-            for (int i = 0; i < 2; i++) exchange(now[i] = next[j / 2][i]);
-            load(next[j / 2], codes, row, b + j + 4, b + j + 4 < mine);
-            #pragma unroll
-            for (int k = 0; k < 2; k++) {
-                uint2 eight[2];
-                float c[2];
-                #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    eight[i] = k ? make_uint2(now[i].z, now[i].w) : make_uint2(now[i].x, now[i].y);
-                    c[i] = __shfl_sync(0xffffffff, constant[i], j + k, 4);
-                }
-                uint4 v[TILES][2];
-                #pragma unroll
-                for (int i = 0; i < 2 * TILES; i++) v[i / 2][i % 2] = next_x[i / 2][i % 2];
-                load_x(next_x, columns, limit, b + j + k + 1);
-                multiply(sum, eight, c, v, shared.table, copy);
-            }
-        }
+        long long at[2] = {start + n[0] * blocks + min(b + t, end - 1),
+                           start + n[1] * blocks + min(b + t, end - 1)};
+        if (doubled)  // asked once, so that both are under way together
+            for (int i = 0; i < 2; i++)
+                constant[i] = constant_of(at[i], c2, c2_codes, c1, map, offset, 1);
+        else
+            for (int i = 0; i < 2; i++) constant[i] = __ldg(c2 + at[i]);
+        const uint4* columns[TILES];
+        for (int tile = 0; tile < TILES; tile++)
+            columns[tile] = reinterpret_cast<const uint4*>(x) + m[tile] * (K / 8) + 8 * b + 2 * t;
+        multiply(sum, codes, constant, columns, end - b, table);
     }
-    add_low_rank(sum, h, B + (long long)first * r, N - first, M, r);
+    add_low_rank(sum, h, B + (long long)first * r, m, n, r);
 
-    __syncthreads();  // the table is not needed any more
     for (int tile = 0; tile < TILES; tile++)
         for (int i = 0; i < 4; i++)
-            shared.partial[warp][g + 8 * (i / 2)][8 * tile + 2 * t + i % 2] = sum[tile][i];
+            partial[warp][g + 8 * (i / 2)][8 * tile + 2 * t + i % 2] = sum[tile][i];
     __syncthreads();
-    int column = threadIdx.x % ROWS, m = threadIdx.x / ROWS;  // of y
-    if (m >= M || first + column >= N) return;
+    int column = threadIdx.x % 16, row = threadIdx.x / 16;  // of y
+    if (row >= M || first + column >= N) return;
     float total = 0;
-    for (int w = 0; w < WARPS; w++) total += shared.partial[w][column][m];
-    put(y + (long long)m * N + first + column, total);
+    for (int w = 0; w < WARPS; w++) total += partial[w][column][row];
+    put(y + (long long)row * N + first + column, total);
 }
