@@ -41,10 +41,10 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
     temperature divides the logits; 0 takes the likeliest token. top_k samples among the k
     likeliest, top_p among the fewest whose probabilities reach p (Holtzman et al. 2019,
     arXiv:1904.09751). Past the model's context the window slides: the last `context` tokens are run
-    again for each token, because their positions change. If some module is not known to be
-    tokenwise, all tokens are run again from the start (see decode.caches); the modules are looked
-    at once, when the stream begins. Dropout is off, in this thread only. ValueError for bad
-    settings or tokens, and for a model that is not causal.
+    again for each token, because their positions change. A model that cannot use a cache (see
+    decode.caches) does so for every token; this is decided once, when the stream begins. Dropout is
+    off, in this thread only. ValueError for bad settings or tokens, and for a model that is not
+    causal.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":

@@ -15,8 +15,8 @@ from minilm.tensor import Tensor
 class Module:
     """Base of everything with parameters.
 
-    tokenwise: True if each result (..., O) depends only on its own row (..., I). Then generation may
-    give the module one token at a time. Each class must say so itself. If one does not, generation
+    tokenwise: True if each result (..., O) depends only on its own row (..., I). Generation then
+    gives the module one token at a time. Each class must say so itself. If one does not, generation
     runs the whole text for each token, which is slow but right whatever the module does.
     """
 
