@@ -9,9 +9,9 @@
 // with correction = sqrt(1 - beta2^t) and rate = lr correction / (1 - beta1^t). As in NumPy,
 // nothing is contracted to fmaf, and what depends only on the settings is computed in float64,
 // before the launch. The bits differ only if a number falls below 1.2e-38, which the card makes
-// zero and NumPy does not. The square of a gradient below about 1e-17, times 1 - beta2, is so
+// zero and NumPy does not. The square of a gradient below about 1e-17, times 1 - beta2, is that
 // small. No element depends on another, so parts that begin at multiples of four can be updated
-// apart.
+// separately.
 //
 // Launch: n / 1024 + 1 blocks of 256 threads; a thread has four neighbours of each array.
 // Bytes per parameter: 28, for p, g, m, v in and p, m, v out. About 14 flops, which cost nothing.

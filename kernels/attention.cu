@@ -13,11 +13,11 @@
 // else 64. The blocks with the longest loops come first. Asynchronous copies bring each tile of k
 // and v while the tile before it is used. A row keeps three things of the keys so far: its largest
 // score m, its sum l of exp(S - m), and its sum O of exp(S - m) v. A larger m shrinks l and O by
-// exp(m - larger m). A warp leaves out steps of which none of its queries sees a key. It compares
-// keys with queries only in steps of which some query does not see every key.
+// exp(m - larger m). A warp skips steps whose keys none of its queries sees. It looks at single
+// keys only in steps that some query sees in part.
 //
 // Accuracy: products of bf16 are summed in float. P is rounded to bf16, by 2^-8 of it at most,
-// before it multiplies v; l is not rounded. The card's exp2f is exact to 2 ulp of float.
+// before it multiplies v; l is not rounded. The card's exp2f errs by up to 2 ulp of float.
 // Flops: 4 B H T S D, or half of that if causal. Bytes: those of q, k, v, y and lse once. Each
 // block reads its k and v again, from the L2 cache.
 // Floor for B = 4, H = 32, K = 4, T = S = 1024, D = 64 at 791 TFLOP/s: 43.4 us, causal 21.7 us. The

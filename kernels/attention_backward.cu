@@ -15,9 +15,10 @@
 // keys, and the blocks with the longest loops come first. It goes through the queries of all heads
 // of its group. It works on S^T, P^T, dP^T and dS^T, whose rows are keys. There are few such
 // blocks, so each fills a multiprocessor: its warps share out the keys and also the queries of a
-// tile. At the end the warps that have the same keys add up their sums. So S and dP are computed
-// twice. In return each gradient is a sum in one order: no atomics, always the same bits. Causal
-// tiles that no query sees are left out.
+// tile. At the end the warps that have the same keys add up their sums.
+//
+// So S and dP are computed twice. In return each gradient is a sum in one order: no atomics, always
+// the same bits. Causal tiles that no query sees are left out.
 //
 // Accuracy: as attention.cu. P and dS are rounded to bf16, by 2^-8 at most, before their products.
 // Flops: 6 B H T S D for dq and 8 B H T S D for dk and dv, or half of that if causal.

@@ -3,7 +3,8 @@
 //
 //     flat[place : place + size] = x               for each (x's address, place, size) of the table
 //
-// Launch: (blocks, pieces) blocks of 256 threads. `blocks` is enough for the largest piece, or 64.
+// Launch: (blocks, pieces) blocks of 256 threads. `blocks` is enough for the largest piece, at most
+// 64.
 // Bytes per number: 2 in and 4 out.
 // Floor at 4.26 TB/s: adapters of 12.6 M numbers, 17.7 us. Expected: 25 - 35 us. It replaces 308
 // launches of CuPy's copy, which would take the card 2 us each and the host 5 - 40 us each.

@@ -6,9 +6,9 @@
 //     packed = codes[0::2] << 4 | codes[1::2]        of all blocks, with a zero after an odd n
 //
 // A card takes float32 below 1.18e-38 for zero. So codes differ from NumPy's in blocks with such an
-// absmax, and in fp4, which has two zeros, if s is so small. If an absmax is over 2^126, its
-// reciprocal is so small. Such a block divides, and a number beside a middle may get the other
-// level.
+// absmax, and in fp4, which has two zeros, if s is that small. If absmax is over 2^126, its
+// reciprocal is that small too. Such a block divides instead, and a number beside a middle may get
+// the other level.
 //
 // Launch: ceil(n / 4096) blocks of 256 threads. A thread takes 8 neighbours at each of 2 places, so
 // a warp loads 1024 bytes in a row and stores 128. 4096 is a multiple of every block size, so each

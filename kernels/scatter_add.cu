@@ -3,7 +3,7 @@
 //
 //     total[id] = ((0 + dy[i0]) + dy[i1]) + ...   for ids[i0] = ids[i1] = ... = id, i0 < i1 < ...
 //
-// dy is (N, C), keys = sort(ids N + place) is (N,), and total (V, C) is zero before. A block looks
+// dy is (N, C), keys = sort(ids N + place) is (N,), and total (V, C) is zero before. A block checks
 // whether its key begins a run of one id. If so, it finds the end of the run by bisection, and then
 // each thread adds up a column.
 //
