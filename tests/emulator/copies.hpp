@@ -1,7 +1,7 @@
 // Copies from global to shared memory that a thread starts and later waits for (cp.async). On a GPU
 // they land at any time in between. Here the destination is NaN from the start of a copy and gets
-// its value as late as it may, at the wait, both written by the thread: who reads too early gets
-// NaN, and a race with another thread is one that ThreadSanitizer sees.
+// its value as late as possible, at the wait. So who reads too early gets NaN. The thread itself
+// writes both, so ThreadSanitizer sees a race with another thread.
 #pragma once
 #include "block.hpp"
 #include "numbers.hpp"
