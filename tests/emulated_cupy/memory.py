@@ -37,7 +37,7 @@ class MemoryPool:
 
     def __init__(self):
         self._limit = self._used = self._total = 0
-        self._free, self._dropped = set(), deque()  # free chunks; chunks that a finalizer has dropped
+        self._free, self._dropped = set(), deque()  # free chunks; those a finalizer dropped
         self._lock = threading.RLock()
         self._sizes = {}  # address -> bytes, of every live block
 

@@ -1,8 +1,8 @@
 """The stand-in's streams, events and pinned memory: cupy.cuda's names, and nothing runs late.
 
-Work is done when it is queued, on any stream. So a missing wait or synchronize() does not show here;
-minilm.optim.streams.SimulatedDevice shows a missing wait. Misuse does show here: a blocking stream,
-a copy from memory that is not pinned, and an event that measures time.
+Work is done when it is queued, on any stream. So a missing wait or synchronize() does not show
+here; minilm.optim.streams.SimulatedDevice shows a missing wait. Misuse does show here: a blocking
+stream, a copy from memory that is not pinned, and an event that measures time.
 """
 
 import ctypes

@@ -2,9 +2,9 @@
 
 It is called like CuPy's RawModule, with NumPy arrays. What a GPU leaves undefined, or hangs on, is
 an error here: a barrier or shuffle that some of its threads never reach, a missing argument, or one
-of another size. Shared memory is NaN until it is written, or until the wait for an asynchronous copy
-to it. The order of threads can be shuffled. Under `sanitized_environment`, an access out of bounds
-or a race between threads ends the process.
+of another size. Shared memory is NaN until it is written, or until the wait for an asynchronous
+copy to it. The order of threads can be shuffled. Under `sanitized_environment`, an access out of
+bounds or a race between threads ends the process.
 
 Speed and memory limits are not checked, nor how a GPU rounds sums of mma, expf and the like.
 """
@@ -90,7 +90,7 @@ class Function:
         self.launch(shape, shared_mem, pointers)
 
     def launch(self, shape, shared_mem, pointers):
-        """Run a grid of blocks (shape: six numbers), with arguments at these addresses, unchecked."""
+        """Run a grid of blocks (shape: six numbers). The arguments' addresses are not checked."""
         check_fork()
         launches[self.name] += 1
         fault = self._launch((ctypes.c_uint * 6)(*shape), ctypes.c_size_t(shared_mem),

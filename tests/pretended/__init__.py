@@ -1,8 +1,8 @@
 """The real CuPy on a card that does not exist: `python -m pretended` in `environment()`.
 
-The stand-in (tests/emulated_cupy) contains what we know of CuPy. This is CuPy itself, from the extra
-`kernels`. Its Python and Cython run as on a card, and NVRTC compiles every kernel for one. These
-files replace the rest:
+The stand-in (tests/emulated_cupy) contains what we know of CuPy. This is CuPy itself, from the
+extra `kernels`. Its Python and Cython run as on a card, and NVRTC compiles every kernel for one.
+These files replace the rest:
 
     driver.c    the CUDA runtime and driver: the card's memory is the host's, a launch calls back
     cublas.c    cuBLAS's functions: products call back, all others are recorded
@@ -14,9 +14,9 @@ Whatever CuPy refuses fails here: a name, a signature, a dtype, a kernel that do
 grid that is too large. If kernels.py has no formula for a kernel, it is recorded as not compared.
 In this environment, tests that take the fixture `cupy` run on this CuPy as "real".
 
-Some things are missing: what CuPy brings compiled (sort, argsort and argpartition by Thrust, sums by
-CUB), and denormals that a card takes for 0. NVRTC's machine code is made but not run. Streams are in
-order and nothing is asynchronous. Only the time that Python takes to launch is real.
+Some things are missing: what CuPy brings compiled (sort, argsort and argpartition by Thrust, sums
+by CUB), and denormals that a card takes for 0. NVRTC's machine code is made but not run. Streams
+are in order and nothing is asynchronous. Only the time that Python takes to launch is real.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def available() -> bool:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a process in which `pretended.card.installed()` works. Builds what it needs.
+    """Build what is needed, and give the environment for `pretended.card.installed()`.
 
     The libraries, and the kernels that CuPy compiles, stay in a folder of their own.
     """

@@ -54,7 +54,7 @@ def make(family, dtype, codebook, optimizer, device):
     if codebook:
         quantize_model(model, codebook)
         add_lora(model, 4, 8, "all-linear")
-        for name, p in model.named_parameters():  # with B = 0, as at the start, A would have no gradient
+        for name, p in model.named_parameters():  # with B = 0 A would have no gradient
             if name.endswith("B"):
                 p.data[...] = np.random.default_rng(2).normal(0, 0.02, p.shape).astype(p.dtype)
     model.to(device)
