@@ -11,7 +11,7 @@
 // The order of the quarters is the order of the addresses that the lanes give:
 //
 //   left operand X                        rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
-//   right operands Y, by ldmatrix's trans the same; two quarters for each 8 columns of Y
+//   right operands Y, by trans            the same; two quarters for each 8 columns of Y
 //   right operands Y^T                    columns 0-7 and 8-15 of rows 0-7, then of rows 8-15; two
 //                                         quarters for each 8 rows of Y
 //

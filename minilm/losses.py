@@ -72,7 +72,7 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):
         raise ValueError(f"cross_entropy: every target is {ignore_index}; nothing to average")
     t = t * counted  # targets that are not counted become class 0
     if t.size and (t.min() < 0 or t.max() >= V):
-        raise ValueError(f"cross_entropy: targets from {t.min()} to {t.max()}, {V} classes")
+        raise ValueError(f"cross_entropy: targets from {t.min()} to {t.max()}, but V is {V}")
     xp = array_module(z)
     t, counted = xp.asarray(t), xp.asarray(counted)  # they may be NumPy's
 

@@ -48,7 +48,7 @@ def rms_norm_backward(dy, x, g, rstd):
 
 def _rms_norm(name, x, g, rstd, *args):
     if g.shape != x.shape[-1:] or rstd.shape != x.shape[:-1]:
-        raise ValueError(f"{name}: x {x.shape} goes with g {x.shape[-1:]} and rstd {x.shape[:-1]}, "
+        raise ValueError(f"{name}: x {x.shape} needs g {x.shape[-1:]} and rstd {x.shape[:-1]}, "
                          f"got {g.shape} and {rstd.shape}")
     _launch("rms_norm.cu", name, rstd.size if x.size else 0, 128, *args)
 
@@ -60,7 +60,7 @@ def rotary(x, cos, sin, back: bool = False):
     """
     B, (T, H), D = len(x), x.shape[2:0:-1] if back else x.shape[1:3], x.shape[-1]
     if D % 2 or cos.shape != (T, D // 2) or sin.shape != cos.shape:
-        raise ValueError(f"rotary: x {x.shape} goes with tables {(T, D // 2)}, got {cos.shape} and "
+        raise ValueError(f"rotary: x {x.shape} needs tables {(T, D // 2)}, got {cos.shape} and "
                          f"{sin.shape}")
     y = array_module(x).empty((B, T, H, D) if back else (B, H, T, D), x.dtype)
     n = B * T * H * -(-(D // 2 * x.itemsize) // 16)  # vectors of 16 bytes in a half of every head
