@@ -30,6 +30,7 @@ from minilm.tensor import Tensor
 class Adapter(Module):
     """One layer's numbers of a method, and how they act: the base of the methods' classes."""
 
+    tokenwise = False  # a method that is says so of itself
     shape = None, None  # (O, I) of the weights it is for; None for a side that may be any
     resting = None  # path -> node of its tensors, while another adapter acts
 

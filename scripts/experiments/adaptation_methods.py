@@ -148,7 +148,7 @@ def held_out():
 def old_text(model, tokenizer, count: int | None) -> float:
     """Bits a byte of it, or of its first documents."""
     documents = held_out()[:count]
-    tokens, targets = data.rows(data.pack(documents, tokenizer), model.config.context)
+    tokens, targets = data.cut(data.pack(documents, tokenizer), model.config.context)
     size = sum(len(document.encode()) for document in documents)
     loss = loss_of(model, tokens, targets)
     return bits_per_byte(loss, int((targets != data.IGNORED).sum()), size)
