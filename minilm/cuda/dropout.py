@@ -13,7 +13,7 @@ from minilm.cuda.raw import kernel
 
 
 def dropout(x, p: float, seed: int):
-    """x / (1 - p) where kept(x.shape, p, seed), else 0; seed: 0 to 2^63 - 1."""
+    """x / (1 - p) for the elements of kept(x.shape, p, seed), else 0. seed: 0 to 2^63 - 1."""
     y = array_module(x).empty(x.shape, x.dtype)
     if x.size:
         kernel("dropout.cu", "dropout", x.dtype)(

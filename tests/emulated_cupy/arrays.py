@@ -235,7 +235,7 @@ def _inside(name, x, given):
         given.append(x)
         return x._host
     if isinstance(x, np.ndarray):
-        raise TypeError(f"{name}: a NumPy array where CuPy's are, {x.dtype} {x.shape}")
+        raise TypeError(f"{name}: a NumPy array among CuPy's, {x.dtype} {x.shape}")
     if type(x) in (list, tuple):
         return type(x)(_inside(name, part, given) for part in x)
     return x
