@@ -83,9 +83,9 @@ UNWATCHED inline void acquire(void* place) {
     if (TSAN) __tsan_acquire(place);
 }
 
-// A place for every barrier of a block and of its warps. Each barrier has two, used in turn, because
-// a thread that leaves late must not see what others do on their way to the next barrier. The places
-// are new for every block: blocks that shared them would count as ordered.
+// A place for every barrier of a block and of its warps. Each barrier has two, used in turn: a
+// thread that leaves late must not see what others do on their way to the next barrier. The places
+// are new for every block, because blocks that shared them would count as ordered.
 struct Places {
     long block[2], warp[1024][2];
 };

@@ -2,8 +2,8 @@
 // exist.
 //
 // The functions' C signatures are those of cupy_backends.cuda.api.runtime and .driver 14.2. The
-// last int says that no Python override is looked for. Memory is the host's; new memory is filled with
-// 0xFF. Work that is queued is done at once. A launch that a card would refuse is refused.
+// last int says that no Python override is looked for. Memory is the host's; new memory is filled
+// with 0xFF. Work that is queued is done at once. A launch that a card would refuse is refused.
 #include <Python.h>
 #include <stdlib.h>
 #include <string.h>
