@@ -6,16 +6,18 @@
 //     p *= 1 - lr weight_decay                               eq. (3)
 //     p -= (m / (sqrt(v) + eps correction)) rate             eq. (4)
 //
-// with correction = sqrt(1 - beta2^t) and rate = lr correction / (1 - beta1^t). Nothing is
-// contracted to fmaf, and what the settings give is computed in float64 before the launch, as
-// there. The bits differ only where a number falls below 1.2e-38: the card makes it zero, NumPy
-// does not. That is the square of a gradient below 1e-17 or so, times 1 - beta2.
-// Elements do not know of each other: parts that begin at multiples of four can be updated apart.
+// with correction = sqrt(1 - beta2^t) and rate = lr correction / (1 - beta1^t). As in NumPy,
+// nothing is contracted to fmaf, and what depends only on the settings is computed in float64,
+// before the launch. The bits differ only if a number falls below 1.2e-38, which the card makes
+// zero and NumPy does not. The square of a gradient below about 1e-17, times 1 - beta2, is that
+// small. No element depends on another, so parts that begin at multiples of four can be updated
+// separately.
 //
 // Launch: n / 1024 + 1 blocks of 256 threads; a thread has four neighbours of each array.
-// Bytes a parameter: p, g, m, v in and p, m, v out, 28; about 14 flops, which cost nothing.
+// Bytes per parameter: 28, for p, g, m, v in and p, m, v out. About 14 flops, which cost nothing.
 // Floor at 4.3 TB/s: 1e9 parameters 6.5 ms, 1e6 6.5 us.
 // Reached: not yet measured.
+// Check: python scripts/bench/check_kernels.py adam
 // Registers: at most 40
 
 struct Settings {

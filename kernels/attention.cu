@@ -1,49 +1,50 @@
 // softmax(q k^T / sqrt(D)) v without its T x S scores in memory: FlashAttention-2 (Dao 2023,
 // arXiv:2307.08691), algorithm 1, on the online softmax of Milakov & Gimelshein 2018
-// (arXiv:1805.02867). As minilm/attention.py has it, for q (B, H, T, D), k and v (B, K, S, D):
+// (arXiv:1805.02867). The formula of minilm/attention.py, for q (B, H, T, D), k and v (B, K, S, D):
 //
-//     S   = scale q @ k^T                  -inf where a key may not be seen
-//     lse = log(exp(S).sum(-1))            (B, H, T), what the backward pass wants
+//     S   = scale q @ k^T                  -inf if the key may not be seen
+//     lse = log(exp(S).sum(-1))            (B, H, T), which the backward pass needs
 //     P   = exp(S - lse)
 //     y   = P @ v                          head h of q reads head h // group of k and v
 //
-// causal: the last query sees every key, each earlier query one fewer.
+// causal: the last query sees every key, each earlier query one key fewer.
 //
-// Launch: (B H, ceil(T / ROWS)) blocks of 128 threads, ROWS queries each, the longest loops first;
-// ROWS is 128 for D <= 64, else 64. Tiles of k and v come by asynchronous copies, one ahead of
-// their use. Of the keys so far a row knows m, its largest score, l, its sum of exp(S - m), and O,
-// its sum of exp(S - m) v; a larger m shrinks l and O by exp(m - larger m). A warp leaves out steps
-// that none of its queries sees, and compares keys with queries only where one of them does not.
+// Launch: (B H, ceil(T / ROWS)) blocks of 128 threads. A block has ROWS queries: 128 if D <= 64,
+// else 64. The blocks with the longest loops come first. Asynchronous copies bring each tile of k
+// and v while the tile before it is used. A row keeps three things of the keys so far: its largest
+// score m, its sum l of exp(S - m), and its sum O of exp(S - m) v. A larger m shrinks l and O by
+// exp(m - larger m). A warp skips steps whose keys none of its queries sees. It looks at single
+// keys only in steps that some query sees in part.
 //
-// Accuracy: products of bf16 summed in float. P is rounded to bf16, by 2^-8 of it at most, before
-// it meets v; l is not. exp2f has 2 ulp of float on the card.
-// Flops: 4 B H T S D, half of it causal. Bytes: those of q, k, v, y and lse once; each block reads
-// its k and v again, from the L2 cache.
-// Floor for B = 4, H = 32, K = 4, T = S = 1024, D = 64 at 791 TFLOP/s: 43.4 us, causal 21.7 us; the
+// Accuracy: products of bf16 are summed in float. P is rounded to bf16, by 2^-8 of it at most,
+// before it multiplies v; l is not rounded. The card's exp2f errs by up to 2 ulp of float.
+// Flops: 4 B H T S D, or half of that if causal. Bytes: those of q, k, v, y and lse once. Each
+// block reads its k and v again, from the L2 cache.
+// Floor for B = 4, H = 32, K = 4, T = S = 1024, D = 64 at 791 TFLOP/s: 43.4 us, causal 21.7 us. The
 // bytes, 38.3 MB at 4.26 TB/s, take 9.0 us.
-// Predicted, causal: a warp's 32 x 64 scores take 128 mma, 64 exponentials a lane (512 cycles) and
-// 570 instructions in all. At the 6.4 cycles that mma.sync is said to take on this card (wgmma is
-// out of its reach) that is 820 cycles, 31 us; two warps a scheduler overlap it with the rest in
-// part: 45 to 60 us.
+// Predicted, causal: a warp's 32 x 64 scores take 128 mma, 64 exponentials per lane (512 cycles)
+// and 570 instructions in all. mma.sync, slower than wgmma, is said to take 6.4 cycles on this
+// card. So the mma take 820 cycles, or 31 us for all scores. Two warps per scheduler overlap them
+// with the rest in part: 45 to 60 us.
 // Reached on an H200: not yet measured. The version before, of 16 rows a warp and loads of 32 bits
 // from shared memory, took 111.9 us (2026-11-27), PyTorch's attention 59.9 us.
-// Checked by: python scripts/gpu_cases.py attention
+// Check: python scripts/bench/check_kernels.py attention
 // Registers: at most 255
 #include "hardware.cuh"
 #include "attention.cuh"
 
 constexpr int ROWS = 64 * SETS;  // queries of a block
 constexpr int TILE = 32 * SETS;  // keys of a tile: two stages of k and v fit 48 KB
-constexpr int KEYS = TILE;       // of a step: scores in registers
+constexpr int KEYS = TILE;       // keys of a step: their scores are in registers
 
-// The larger of x over the four lanes that share a row.
+// The largest x of the four lanes that share a row.
 __device__ __forceinline__ float row_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// Scores P of KEYS more keys become exp(scale P - m), and m, l and O are brought up to date. l is
-// of this lane's keys only; row_sum comes last.
+// Turns the scores P of KEYS more keys into exp(scale (P - m)) and updates m, l and O. m is kept
+// without scale. l counts only this lane's keys: row_sum adds up the lanes at the end.
 __device__ __forceinline__ void soften(
     float (&P)[SETS][KEYS / 8][4], float (&O)[SETS][D / 8][4], float (&m)[SETS][2],
     float (&l)[SETS][2], float log2_scale) {
@@ -86,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_forward(
 
     load_rows<TILE, 128>(tiles[0][0], k, S);
     load_rows<TILE, 128>(tiles[0][1], v, S);
-    load_rows<ROWS, 128>(tiles[1][0], q + query * D, T - first);  // as long as the stage
+    load_rows<ROWS, 128>(tiles[1][0], q + query * D, T - first);  // fills the stage: ROWS is 2 TILE
     wait_async();
     __syncthreads();
     unsigned Q[SETS][D / 16][4];
@@ -108,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_forward(
         for (int step = 0; step < TILE; step += KEYS) {
             int key = tile + step;
             if (key >= most) break;
-            float P[SETS][KEYS / 8][4] = {};  // scores, before scale, until they are exponentials
+            float P[SETS][KEYS / 8][4] = {};  // scores without scale, then exponentials
             add_turned<KEYS>(P, Q, tiles[stage][0] + step * PITCH);
             if (key + KEYS > fewest) hide_unseen<KEYS>(P, key, first + row, ahead, S);
             soften(P, O, m, l, scale * LOG2_E);

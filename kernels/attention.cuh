@@ -1,28 +1,30 @@
 // What attention.cu and attention_backward.cu share: tiles of rows in shared memory and products of
-// them on tensor cores. HEAD_WIDTH, D, is a multiple of 16 up to 128, each compiled for itself.
+// them on tensor cores. D, which is HEAD_WIDTH, is a multiple of 16 up to 128. Each D is compiled
+// by itself.
 //
-// A warp owns 16 SETS rows of each product: no sum crosses a warp. Each 16 x 16 numbers that it
-// loads from shared memory serve all its sets; one set alone would keep shared memory, not the
-// tensor cores, at its limit. Wider heads leave registers for one set only.
+// A warp owns 16 SETS rows of each product, so no sum crosses a warp. Each 16 x 16 numbers that it
+// loads from shared memory serve all its sets. With one set, shared memory would be the limit and
+// not the tensor cores. Wider heads leave registers for one set only.
 //
-// How 16 rows lie in registers is told at mma_m16n8k16_bf16 and ldmatrix_x4 in hardware.cuh. One
+// mma_m16n8k16_bf16 and ldmatrix_x4 in hardware.cuh tell how 16 rows lie in registers. One
 // ldmatrix_x4 brings 16 x 16 numbers, as quarters of 8 x 8: a left operand, or two right operands.
-// The order of its quarters is the order of the addresses that the lanes give:
+// The order of the quarters is the order of the addresses that the lanes give:
 //
 //   left operand X                        rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
-//   right operands Y, turned on its way   the same; two quarters for each 8 columns of Y
+//   right operands Y, by trans            the same; two quarters for each 8 columns of Y
 //   right operands Y^T                    columns 0-7 and 8-15 of rows 0-7, then of rows 8-15; two
 //                                         quarters for each 8 rows of Y
 //
-// For P V with P made from S = Q K^T, two neighbouring 16 x 8 results, rounded, are a 16 x 16 left
-// operand: the same rows and columns in the same lanes. P never leaves its registers.
+// P V needs P, made from S = Q K^T, as a left operand. Two neighbouring 16 x 8 results, rounded,
+// are one already: the same rows and columns lie in the same lanes. So P never leaves its
+// registers.
 #ifndef HEAD_WIDTH
 #define HEAD_WIDTH 128
 #endif
 
 constexpr int D = HEAD_WIDTH;
 constexpr int SETS = D <= 64 ? 2 : 1;
-constexpr int PITCH = D + 8;  // an odd number of 16 bytes: the 8 rows of a matrix share no bank
+constexpr int PITCH = D + 8;  // an odd multiple of 16 bytes: the 8 rows of a matrix share no bank
 constexpr float LOG2_E = 1.44269504f;  // exp(x) = exp2(x log2(e)), and the card has only exp2
 
 #define MINUS_INFINITY __int_as_float(0xff800000)
@@ -36,7 +38,8 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Starts copies of N rows into a tile, by THREADS threads; `left` rows exist, the others are zero.
+// Starts copies of N rows into a tile, by THREADS threads. `left` rows exist; the others become
+// zero.
 template <int N, int THREADS>
 __device__ __forceinline__ void load_rows(
     __nv_bfloat16* tile, const __nv_bfloat16* from, int left) {
@@ -48,12 +51,12 @@ __device__ __forceinline__ void load_rows(
     }
 }
 
-// The address that this lane gives for X, and for Y turned on its way.
+// The address that this lane gives for X, and for Y by trans.
 __device__ __forceinline__ const __nv_bfloat16* lane_address(const __nv_bfloat16* numbers) {
     return numbers + threadIdx.x % 16 * PITCH + threadIdx.x % 32 / 16 * 8;
 }
 
-// 16 SETS rows as left operands.
+// Loads 16 SETS rows as left operands.
 __device__ __forceinline__ void left_operands(
     unsigned (&a)[SETS][D / 16][4], const __nv_bfloat16* rows) {
     rows = lane_address(rows);
@@ -117,7 +120,7 @@ __device__ __forceinline__ void add_product(
     }
 }
 
-// Minus infinity for the scores of keys that a query does not see: key >= min(S, query + ahead).
+// Makes scores minus infinity if the query does not see the key: key >= min(S, query + ahead).
 // The columns of x begin at `key`, its rows at `query`.
 template <int N>
 __device__ __forceinline__ void hide_unseen(
@@ -135,7 +138,7 @@ __device__ __forceinline__ void hide_unseen(
         }
 }
 
-// 16 SETS rows, times factors; `left` of them exist.
+// Writes 16 SETS rows, each times its factor; `left` of them exist.
 __device__ __forceinline__ void write_rows(
     __nv_bfloat16* to, const float (&d)[SETS][D / 8][4], const float (&factor)[SETS][2], int left) {
     #pragma unroll

@@ -1,5 +1,6 @@
 // Gradients of attention.cu, which saved y and lse: FlashAttention-2 (Dao 2023, arXiv:2307.08691),
-// algorithm 2. With S and P = exp(S - lse) as there, computed again, and heads of a group summed:
+// algorithm 2. S and P = exp(S - lse) are those of attention.cu, computed again. dk and dv are
+// summed over the heads of a group.
 //
 //     delta = (dy * y).sum(-1)             (B, H, T)
 //     dv    = P^T @ dy
@@ -8,42 +9,45 @@
 //     dq    = scale dS @ k
 //     dk    = scale dS^T @ q
 //
-// attention_dq: (B H, ceil(T / ROWS)) blocks of 128 threads, ROWS queries each, 128 for D <= 64,
-// else 64; it writes their delta and goes through the keys. attention_dk_dv, after it:
-// (B K, ceil(S / 64)) blocks of 256 threads, 64 keys each, the longest loops first; it goes through
-// the queries of all heads of its group, and works on S^T, P^T, dP^T, dS^T: keys are rows there.
-// Few such blocks exist, so each fills a multiprocessor: its warps share the keys and also the
-// queries of a tile, and at the end those of the same keys add their sums.
-// S and dP are thus computed twice, and in return each gradient is a sum in one order: no atomics,
-// always the same bits. Causal tiles that nobody sees are left out.
+// attention_dq: (B H, ceil(T / ROWS)) blocks of 128 threads. A block has ROWS queries: 128 if
+// D <= 64, else 64. It writes their delta and goes through the keys.
+// attention_dk_dv, launched after it: (B K, ceil(S / 64)) blocks of 256 threads. A block has 64
+// keys, and the blocks with the longest loops come first. It goes through the queries of all heads
+// of its group. It works on S^T, P^T, dP^T and dS^T, whose rows are keys. There are few such
+// blocks, so each fills a multiprocessor: its warps share out the keys and also the queries of a
+// tile. At the end the warps that have the same keys add up their sums.
 //
-// Accuracy: as attention.cu; P and dS are rounded to bf16, by 2^-8 at most, before their products.
-// Flops: 6 B H T S D for dq, 8 B H T S D for dk and dv, half of it causal.
-// Floor for B = 4, H = 32, K = 4, T = S = 1024, D = 64 at 791 TFLOP/s: 152 us, causal 76 us, two
-// sevenths of it for the second S and dP; the bytes, 115 MB at 4.26 TB/s, take 27 us.
-// Predicted, causal, at 6.4 cycles for mma.sync (attention.cu): dq 46 us of mma, 55 to 75 us in
-// all; dk and dv 62 us of mma, 80 to 105 us in all; together 135 to 180 us.
+// So S and dP are computed twice. In return each gradient is a sum in one order: no atomics, always
+// the same bits. Causal tiles that no query sees are left out.
+//
+// Accuracy: as attention.cu. P and dS are rounded to bf16, by 2^-8 at most, before their products.
+// Flops: 6 B H T S D for dq and 8 B H T S D for dk and dv, or half of that if causal.
+// Floor for B = 4, H = 32, K = 4, T = S = 1024, D = 64 at 791 TFLOP/s: 152 us, causal 76 us. Two
+// sevenths of it go to the second S and dP. The bytes, 115 MB at 4.26 TB/s, take 27 us.
+// Predicted, causal, at 6.4 cycles for mma.sync (attention.cu): 46 us of mma for dq, 55 to 75 us in
+// all; 62 us of mma for dk and dv, 80 to 105 us in all; together 135 to 180 us.
 // Reached on an H200: not yet measured. The version before, with 16 rows a warp, loads of 32 bits
 // from shared memory and four warps a block everywhere, took 562 us (2026-11-27), 151 us of it dq
 // and 412 us dk and dv, which had 1.4 warps a scheduler; PyTorch's attention 209 us.
-// Checked by: python scripts/gpu_cases.py attention
+// Check: python scripts/bench/check_kernels.py attention
 // Registers: at most 255
 #include "hardware.cuh"
 #include "attention.cuh"
 
 constexpr int ROWS = 64 * SETS;  // queries of a block of attention_dq
 constexpr int TILE = 32 * SETS;  // keys of a tile: two stages of k and v fit 48 KB
-constexpr int KEYS = 32;         // of a step: S and dP in registers
+constexpr int KEYS = 32;         // keys of a step: their S and dP are in registers
 
-// sum plus the products of two neighbours.
+// sum + a0 b0 + a1 b1, for the two numbers in a and the two at b.
 __device__ __forceinline__ float add_two(float sum, unsigned a, const __nv_bfloat16* b) {
     __nv_bfloat162 x = reinterpret_cast<const __nv_bfloat162&>(a);
     __nv_bfloat162 y = *reinterpret_cast<const __nv_bfloat162*>(b);
     return fmaf(widen(x.y), widen(y.y), fmaf(widen(x.x), widen(y.x), sum));
 }
 
-// delta of this lane's rows: dy lies in its left operands, y in memory. `left` rows exist; others
-// have a dy of zeros and read the last row instead, so that all loads are under way at once.
+// delta of this lane's rows, from the dy in its left operands and the y in memory. `left` rows
+// exist. The others have a dy of zeros and read the last row, so that all loads are under way at
+// once.
 __device__ __forceinline__ void sum_delta(
     float (&delta)[SETS][2], const unsigned (&dY)[SETS][D / 16][4], const __nv_bfloat16* y,
     int left) {
@@ -74,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_dq(
     v += (long long)(blockIdx.x / group) * S * D;
 
     unsigned Q[SETS][D / 16][4], dY[SETS][D / 16][4];
-    load_rows<ROWS, 128>(tiles[0][0], q + query * D, T - first);  // as long as the stage
+    load_rows<ROWS, 128>(tiles[0][0], q + query * D, T - first);  // fills the stage: ROWS is 2 TILE
     load_rows<ROWS, 128>(tiles[1][0], dy + query * D, T - first);
     wait_async();
     __syncthreads();
@@ -130,15 +134,15 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_dq(
     write_rows(dq + (query + row) * D, dQ, scales, left);
 }
 
-// attention_dk_dv: so many warps share the keys of a block, and as many such groups as there are
-// slices have 16 queries of each tile.
+// attention_dk_dv: KEY_WARPS warps share out the keys of a block. There are SLICES groups of so
+// many warps, and each group has 16 queries of every tile.
 constexpr int WARPS = 8;
 constexpr int KEY_WARPS = 4 / SETS;
 constexpr int BLOCK_KEYS = 16 * SETS * KEY_WARPS;
 constexpr int SLICES = WARPS / KEY_WARPS;
 constexpr int QUERIES = 16 * SLICES;
 
-// Adds d of the warps of the other slices, in their order, to that of slice 0.
+// Adds the d of the other slices to that of slice 0, in the order of the slices.
 __device__ __forceinline__ void add_slices(float (&d)[SETS][D / 8][4], float* sums) {
     sums += threadIdx.x % (32 * KEY_WARPS);
     for (int slice = 1; slice < SLICES; slice++) {
@@ -155,8 +159,8 @@ __device__ __forceinline__ void add_slices(float (&d)[SETS][D / 8][4], float* su
     }
 }
 
-// Adds what 16 queries give to dV, and to dK before its scale. Keys are rows of P and dS here;
-// query j of them, a column, sees row i if i < j + seen.
+// Adds the share of 16 queries to dV, and to dK, which gets its scale later. Here the rows of P and
+// dS are keys and the columns are queries: query j sees key i if i < j + seen.
 __device__ __forceinline__ void add_queries(
     float (&dK)[SETS][D / 8][4], float (&dV)[SETS][D / 8][4],
     const unsigned (&K)[SETS][D / 16][4], const unsigned (&V)[SETS][D / 16][4],
@@ -166,7 +170,7 @@ __device__ __forceinline__ void add_queries(
     float P[SETS][2][4] = {}, dS[SETS][2][4] = {};  // S^T and dP^T at first
     add_turned<16>(P, K, q);
     add_turned<16>(dS, V, dy);
-    if (seen < 16 * SETS)  // else every query sees every key
+    if (seen < 16 * SETS)  // otherwise every query sees every key
         #pragma unroll
         for (int i = 0; i < 8 * SETS; i++) {
             int set = i / 8, n = i / 4 % 2, key = 16 * set + 8 * (i / 2 % 2) + LANE_G;
@@ -197,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attention_dk_dv(
     alignas(16) __shared__ __nv_bfloat16 tiles[2][2][QUERIES * PITCH];  // stages of q and dy
     __shared__ float sums[2][2][QUERIES];  // stages of lse and delta
     int first = BLOCK_KEYS * blockIdx.y, row = WARP % KEY_WARPS * 16 * SETS;
-    int slice = WARP / KEY_WARPS * 16;   // of the queries of a tile, this warp's first
+    int slice = WARP / KEY_WARPS * 16;   // this warp's first query in a tile
     int ahead = causal ? S - T + 1 : S;  // query i sees the keys below min(S, i + ahead)
     long long key = (long long)blockIdx.x * S + first;
 
@@ -221,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attention_dk_dv(
         load_async<4>(sums[stage][1] + i, delta + from + i, query + i < T);
     };
     float dK[SETS][D / 8][4] = {}, dV[SETS][D / 8][4] = {};
-    int start = max(0, first + 1 - ahead) / QUERIES * QUERIES;  // of the tile that first sees a key
+    int start = max(0, first + 1 - ahead) / QUERIES * QUERIES;  // the first tile that sees a key
     int head = 0, query = start, stage = 0;
     load(stage, head, query);
     while (head < group) {

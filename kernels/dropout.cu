@@ -1,16 +1,16 @@
-// Dropout by a generator that counts; `dropout` of minilm/ops.py, `kept` of minilm/cuda/dropout.py.
+// Dropout; `dropout` of minilm/ops.py, with the random numbers of `kept` in minilm/cuda/dropout.py.
 //
-//     y = x * scale  where philox(seed, i) >= threshold, else 0            x, y (n,)
+//     y[i] = x[i] * scale if philox(seed, i) >= threshold else 0            x, y (n,)
 //
 // philox(seed, i) is word i % 4 of Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
-// easy as 1, 2, 3", section 4) at counter i / 4 with the seed as its key. What is kept is not
-// stored: the backward pass, for x = dy, computes it again. In float, rounded once.
+// easy as 1, 2, 3", section 4) at counter i / 4 with the seed as its key. Nothing is stored for the
+// backward pass: it computes the same numbers again, for x = dy. In float, rounded once.
 //
 // Launch: a block of 256 threads for every 4096 bytes of x; a thread has 16 bytes.
-// Bytes a number: x in and y out, in bf16 4. About 25 integer operations.
+// Bytes per number in bf16: 4, for x in and y out. About 25 integer operations.
 // Floor at 4.26 TB/s: 4096 rows of 2048 in bf16, 7.9 us. Expected: 9 - 11 us.
 // Reached: not yet measured.
-// Check: python scripts/bench/gpu_cases.py dropout
+// Check: python scripts/bench/check_kernels.py dropout
 // Registers: at most 40
 #include "hardware.cuh"
 #include "vector.cuh"

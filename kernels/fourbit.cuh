@@ -1,6 +1,7 @@
-// How the kernels see a FourBit of minilm/quantize/fourbit.py.
+// How the kernels read a FourBit of minilm/quantize/fourbit.py.
 
-// The constant of a block: as it is, or eq. (6) of arXiv:2305.14314, in NumPy's order of operations.
+// The constant of a block: stored in float, or in 8 bits and then by eq. (6) of arXiv:2305.14314,
+// in NumPy's order of operations.
 __device__ __forceinline__ float constant_of(
     long long block, const float* c2, const unsigned char* c2_codes, const float* c1,
     const float* map, const float* offset, int doubled) {

@@ -1,7 +1,7 @@
-// What plain CUDA C has no words for, and one vocabulary for the three dtypes.
+// Instructions that CUDA C has no functions for, and one set of functions for the three dtypes.
 //
-// REAL is the dtype of activations and weights: a file that uses it is compiled once for each,
-// with -DREAL=float, __half or __nv_bfloat16. Arithmetic is always in float.
+// REAL is the dtype of activations and weights. A file that uses it is compiled once for each
+// dtype, with -DREAL=float, __half or __nv_bfloat16. Arithmetic is always in float.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -44,13 +44,13 @@ __device__ __forceinline__ void put2(__nv_bfloat16* out, float x, float y) {
 
 #ifndef MLM_EMULATED
 
-// Starts a copy of BYTES, 4 or 16, to shared memory; zeros if `exists` is false. Both ends lie at
-// a multiple of BYTES. Until wait_async the bytes there are undefined; other threads see them after
-// a barrier that follows it. No register holds them on their way.
+// Starts a copy of BYTES bytes, 4 or 16, to shared memory, or writes zeros if `exists` is false.
+// Both addresses are multiples of BYTES. The bytes are undefined until wait_async. Other threads
+// see them after a barrier that follows it. The copy takes no register.
 template <int BYTES>
 __device__ __forceinline__ void load_async(void* shared, const void* global, bool exists) {
     unsigned to = (unsigned)__cvta_generic_to_shared(shared), bytes = exists ? BYTES : 0;
-    if constexpr (BYTES == 16)  // past the L1 cache
+    if constexpr (BYTES == 16)  // bypasses the L1 cache
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                      :: "r"(to), "l"(global), "r"(bytes) : "memory");
     else
@@ -61,9 +61,9 @@ __device__ __forceinline__ void load_async(void* shared, const void* global, boo
 // Waits for all copies that this thread has started.
 __device__ __forceinline__ void wait_async() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Four 8 x 8 matrices of 16-bit numbers in shared memory, at once: lane l has the address of row
-// l % 8 of matrix l / 8, a multiple of 16 bytes. Into r[i] goes of matrix i, with g = l / 4 and
-// t = l % 4: row g, columns 2t and 2t + 1. Turned (trans): column g, rows 2t and 2t + 1.
+// Loads four 8 x 8 matrices of 16-bit numbers from shared memory at once. Lane l gives the address
+// of row l % 8 of matrix l / 8, a multiple of 16 bytes. With g = l / 4 and t = l % 4, r[i] gets two
+// numbers of matrix i: row g, columns 2t and 2t + 1; with trans column g, rows 2t and 2t + 1.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -1,35 +1,37 @@
-// The products of LoRA (arXiv:2106.09685), forward and backward, on tiles in shared memory: the one
-// to learn from. What is fast is dequantizing W and a product of cuBLAS, on tensor cores.
+// The products of LoRA (arXiv:2106.09685), forward and backward, on tiles in shared memory. This is
+// a kernel to learn from: it is faster to dequantize W and multiply by cuBLAS, on tensor cores.
 //
 //     C = scale (P Q^T + P2 Q2^T)     P (M, K), Q (N, K), P2 (M, R), Q2 (N, R) -> C (M, N)
 //
 //     h = scale x A^T                 dh = scale dy B
 //     y = x W^T + h B^T               dx = dy W + dh A        dA = dh^T x        dB = dy^T h
 //
-// as NumPy has them in float64, rounded once to REAL. P_turned says that P and P2 lie in memory as
-// (K, M) and (R, M), Q_turned the same of Q and Q2: a transpose is another order of reading. Both
-// terms are one sum of K + R products: the update costs no further pass over y or dx. Each sum is
-// one thread's, first term first, so that the result is always the same bits.
+// P_turned says that P and P2 lie in memory as (K, M) and (R, M); Q_turned says the same of Q and
+// Q2. So a transpose is only another order of reading. Both terms are one sum of K + R products, so
+// the update costs no further pass over y or dx. Sums are in float, rounded once to REAL. One
+// thread computes each sum, first term first, so the bits are always the same.
 //
-// Launch: a block of 256 threads a tile of 64 x 64, ceil(M / 64) ceil(N / 64) blocks. A thread has
-// 4 x 4 sums: 8 numbers from shared memory make 16 products. Each block reads 64 (K + R) numbers
-// of either side, so a number of P comes N / 64 times, mostly from the L2 cache.
+// Launch: ceil(M / 64) ceil(N / 64) blocks of 256 threads, one for each tile of 64 x 64. A thread
+// has 4 x 4 sums: 8 numbers from shared memory make 16 products. Each block reads 64 (K + R)
+// numbers of P and P2 and as many of Q and Q2. So each number of P is read N / 64 times, mostly
+// from the L2 cache.
 // Flops: 2 M N (K + R). Bytes: at least those of the operands and of C, once.
 // Floor at 790 TFLOP/s for M = 2048, W 4096 x 4096, r = 16 in bf16: y and h 87.7 us, the gradients
 // 88.3 us; their bytes alone, at 4.3 TB/s, 15.7 us and 19.6 us. This kernel multiplies in float
-// without tensor cores, whose peak is a twelfth of theirs: it cannot come near.
+// without tensor cores. Its peak is a twelfth of theirs, so it cannot come near the floor.
 // Reached: not yet measured.
+// Check: python scripts/bench/check_kernels.py lora
 // Registers: at most 80
 #include "hardware.cuh"
 
 #define TILE 64   // lines of P and of Q: rows and columns of C
 #define DEPTH 16  // terms of the sums that a tile holds
-#define PITCH (TILE + 4)  // a warp's stores meet 2 at a bank, not 16, and 4 numbers stay one load
+#define PITCH (TILE + 4)  // 2 stores of a warp share a bank, not 16, and 4 numbers stay one load
 
-// A tile of a matrix of `lines` x `depth`, zero beyond it: tile[k * PITCH + line].
+// Loads a tile of a `lines` x `depth` matrix, zero beyond it, into tile[k * PITCH + line].
 __device__ __forceinline__ void load_tile(
     float* tile, const REAL* from, int lines, int depth, long long pitch, int turned) {
-    // Neighbours in a warp read neighbours in memory: 16 of a line, or 32 lines where turned.
+    // Neighbours in a warp read neighbours in memory: 16 of a line, or 32 lines if turned.
     int line = turned ? threadIdx.x % TILE : threadIdx.x / DEPTH;
     int k = turned ? threadIdx.x / TILE : threadIdx.x % DEPTH;
     int next_line = turned ? 0 : 256 / DEPTH, next_k = turned ? 256 / TILE : 0;

@@ -3,16 +3,18 @@
 //     W = levels.astype(bfloat16)[codes] * repeat(c2, 64)    (N, K), blocks of 64 along K
 //     y = (x @ W.T + h @ B.T).astype(bfloat16)               x (M, K), h (M, r), B (N, r): bfloat16
 //
-// Rounded to bfloat16: the levels (by 2^-8 at most, no worse than weights dequantized to bfloat16)
-// and the result. Products of two bfloat16 are exact; sums and the constants are float32.
+// The levels and the result are rounded to bfloat16. A level changes by 2^-8 of it at most, no more
+// than a weight that is dequantized to bfloat16. Products of two bfloat16 are exact; sums and the
+// constants are float32.
 //
-// Launch: ceil(N / 16) blocks of 256 threads. A block owns 16 rows of W, each of its 8 warps an
-// eighth of their columns; the warps' sums are added in their order, so that y has the same bits
-// every time. Tensor cores multiply 16 rows of W by TILES = ceil(M / 8) times 8 rows of x, each
-// number of tiles compiled for itself; W leaves its 4 bits only in their registers.
+// Launch: ceil(N / 16) blocks of 256 threads. A block owns 16 rows of W, and each of its 8 warps an
+// eighth of their columns. The sums of the warps are added in order, so y has the same bits every
+// time. Tensor cores multiply 16 rows of W by 8 rows of x, for TILES = ceil(M / 8) tiles of x. Each
+// TILES is compiled by itself. W leaves its 4 bits only in registers.
 // Bytes: N K (1/2 + 4/64) + 2 (M K + M N + (M + N) r); flops: 2 M N (K + r).
 // Floor at 4.3 TB/s: 4096 x 4096 2.2 us at M = 1, 2.3 us at M = 16; 11008 x 4096 5.9 and 6.0 us.
 // Reached: not yet measured.
+// Check: python scripts/bench/check_kernels.py matmul
 // Registers: at most 128
 #include "fourbit.cuh"
 #include "hardware.cuh"
@@ -21,17 +23,17 @@
 #define TILES 2
 #endif
 #define WARPS 8
-#define DEPTH 4  // blocks of 64 columns that a warp has under way before it multiplies the first
+#define DEPTH 4  // blocks of 64 columns that a warp starts to load before it multiplies the first
 
 typedef unsigned long long Codes;  // 16 codes of a row, the first in the high half of the low byte
 
-// sum += W x^T over `blocks` <= DEPTH blocks of 64 columns. The lane's rows of W have `codes`, and
-// `constant` in block t; `x` points to its columns of the first block.
+// sum += W x^T over `blocks` <= DEPTH blocks of 64 columns. The lane's rows of W have `codes`. Lane
+// t of four has the `constant` of block t. `x` points to the lane's columns of the first block.
 //
 // A tensor core adds over k, 16 columns at a time, and any order of columns will do if W and x
 // agree on it. Here lane t of the four that share a row has columns 16 t .. 16 t + 15 of a block,
-// which are 8 bytes of codes. Step i takes four of them: 16 t + 4 i and the next where mma has
-// k = 2 t, 2 t + 1, and the two after where it has k = 2 t + 8, 2 t + 9. So a byte of codes is one
+// which are 8 bytes of codes. Step i takes four of them: 16 t + 4 i and the next as mma's k = 2 t
+// and 2 t + 1, and the two after those as its k = 2 t + 8 and 2 t + 9. So a byte of codes is one
 // register of W, and the registers of x are used in the order in which they were loaded.
 __device__ __forceinline__ void multiply(
     float (&sum)[TILES][4], const Codes (&codes)[DEPTH][2], const float (&constant)[2],
@@ -80,7 +82,7 @@ __device__ __forceinline__ void add_low_rank(
     float (&sum)[TILES][4], const __nv_bfloat16* h, const __nv_bfloat16* B,
     const int (&m)[TILES], const int (&n)[2], int r) {
     int warp = threadIdx.x / 32, t = threadIdx.x % 4;
-    #pragma unroll 1  // r is small: most warps have none, few have two
+    #pragma unroll 1  // r is small: most warps have no step, few have two
     for (int first = 16 * warp; first < r; first += 16 * WARPS) {
         int k = first + 2 * t;
         unsigned w[4] = {pair(B, n[0], k, r), pair(B, n[1], k, r),
@@ -93,8 +95,8 @@ __device__ __forceinline__ void add_low_rank(
     }
 }
 
-// Asked for 3 blocks a multiprocessor, the compiler spends the registers on loading x ahead; with
-// two tiles it does better unasked.
+// If it is asked for 3 blocks per multiprocessor, the compiler uses the registers to load x ahead.
+// With two tiles it does better without being asked.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? 3 : 0) nf4_matmul(
     const __nv_bfloat16* __restrict__ x, const unsigned char* __restrict__ packed,
     const float* __restrict__ levels, const float* __restrict__ c2,
@@ -102,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? 3 : 0) nf4
     const float* __restrict__ c2_map, const float* __restrict__ offset,
     const __nv_bfloat16* __restrict__ h, const __nv_bfloat16* __restrict__ B,
     __nv_bfloat16* __restrict__ y, int M, int N, int K, int r, int doubled) {
-    __shared__ unsigned table[256][32];  // the two levels of each byte, a copy for each lane: the
-    __shared__ float map[256];           // lane's own bank, where none collides with another
+    __shared__ unsigned table[256][32];  // the two levels of each byte, a copy for each lane in
+    __shared__ float map[256];           // its own bank, so that no two lanes collide
     __shared__ float partial[WARPS][16][8 * TILES];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 
@@ -114,8 +116,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? 3 : 0) nf4
     __syncthreads();
 
     // A lane has rows g and g + 8 of the block's rows of W, and row g of each tile of x. Past the
-    // last row it repeats that one, whose products are not stored; past its last block of columns
-    // that one, with zeros for x.
+    // last row it uses the last row again, and these products are not stored. Past its last block
+    // of columns it uses that block again, with zeros for x.
     int first = 16 * blockIdx.x, n[2] = {min(g, N - 1 - first), min(g + 8, N - 1 - first)};
     int m[TILES], blocks = K / 64, share = (blocks + WARPS - 1) / WARPS;
     for (int tile = 0; tile < TILES; tile++) m[tile] = min(8 * tile + g, M - 1);
@@ -133,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? 3 : 0) nf4
         float constant[2];
         long long at[2] = {start + n[0] * blocks + min(b + t, end - 1),
                            start + n[1] * blocks + min(b + t, end - 1)};
-        if (doubled)  // asked once, so that both are under way together
+        if (doubled)  // one test for both, so that both loads are under way together
             for (int i = 0; i < 2; i++)
                 constant[i] = constant_of(at[i], c2, c2_codes, c1, map, offset, 1);
         else

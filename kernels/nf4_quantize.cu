@@ -5,22 +5,23 @@
 //     codes  = order[searchsorted(middles, s)]       the number of middles below s: 0 .. 15
 //     packed = codes[0::2] << 4 | codes[1::2]        of all blocks, with a zero after an odd n
 //
-// A card takes float32 below 1.18e-38 for zero. So codes are not NumPy's in blocks with such an
-// absmax, nor for fp4, which has two zeros, where s is so small. A block with an absmax over 2^126,
-// whose reciprocal is that small, divides: a number beside a middle may get the other level.
+// A card takes float32 below 1.18e-38 for zero. So codes differ from NumPy's in blocks with such an
+// absmax, and in fp4, which has two zeros, if s is that small. If absmax is over 2^126, its
+// reciprocal is that small too. Such a block divides instead, and a number beside a middle may get
+// the other level.
 //
-// Launch: ceil(n / 4096) blocks of 256 threads. A thread takes 8 neighbours at 2 places, so that a
-// warp loads 1024 bytes in a row and stores 128. 4096 is a multiple of every block size, so each
+// Launch: ceil(n / 4096) blocks of 256 threads. A thread takes 8 neighbours at each of 2 places, so
+// a warp loads 1024 bytes in a row and stores 128. 4096 is a multiple of every block size, so each
 // number is read once. A code takes 4 comparisons, two of them with middles in registers.
-// Bytes a weight: 4 in, 0.5 + 4/64 out. Instructions: about 31 a number, 44 us for 11008 x 4096 if
-// each cycle issues one.
+// Bytes per weight: 4 in, 0.5 + 4/64 out. Instructions: about 31 per number, 44 us for 11008 x 4096
+// if each cycle issues one.
 // Floor at 4.26 TB/s: 4096 x 4096 18.0 us, 11008 x 4096 48.3 us. Expected: 24 and 60 us.
 // Reached: not yet measured. The version before (4 neighbours at 4 places, 52 instructions a
 // number), H200, 2026-11-27: 36.3 and 86.9 us.
-// Check: python scripts/bench/gpu_cases.py quantize
+// Check: python scripts/bench/check_kernels.py quantize
 // Registers: at most 48
 
-// The largest v of each `width` neighbouring lanes.
+// The largest v of the `width` neighbouring lanes that this lane belongs to.
 __device__ __forceinline__ float largest_of(float v, int width) {
     #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
@@ -33,8 +34,8 @@ __device__ __forceinline__ float largest_of(float v, int width) {
 struct Levels { float middle[16]; unsigned code[16]; };  // 15 middles
 
 // The code of s, by bisection: the first i middles are less than s. i counts bytes, which saves the
-// multiplications by 4: a third of the work here is to find places. (A pointer into `middle` that
-// moves along instead of i was compiled wrongly by NVRTC 13.0: the last step compared with the
+// multiplications by 4: a third of the work here is to compute addresses. (An earlier version moved
+// a pointer into `middle` instead. NVRTC 13.0 compiled it wrongly: the last step compared with the
 // middle of the step before. A CPU cannot show that; check_gpu.py did.)
 __device__ __forceinline__ unsigned code_of(
     float s, float middle3, float middle7, float middle11, const Levels& levels) {
@@ -53,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(256) nf4_quantize(
     const unsigned char* __restrict__ order, unsigned char* __restrict__ packed,
     float* __restrict__ c2, long long n, int block_shift) {
     __shared__ Levels levels;
-    __shared__ float largest[16];  // of 16 runs of 256 numbers, in memory's order
+    __shared__ float largest[16];  // of each of 16 runs of 256 numbers, in memory's order
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block_size = 1 << block_shift;
     long long base = blockIdx.x * 4096LL;
     int left = min(n - base, 4096LL);
@@ -108,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(256) nf4_quantize(
             for (int i = 0; i < 8; i++) v[j][i] = __fdiv_rn(v[j][i], c);
             factor = 1;
         }
-        unsigned codes = 0;  // the first byte in the lowest bits, its first code in their upper half
+        unsigned codes = 0;  // the first byte in the lowest bits, its first code in the upper half
         #pragma unroll
         for (int i = 0; i < 8; i++)
             codes |= code_of(__fmul_rn(v[j][i], factor), middle3, middle7, middle11, levels)

@@ -1,18 +1,19 @@
-// Rotary positions on heads that lie between tokens; `rotary` of minilm/attention.py.
+// Rotary positions; `rotary` of minilm/attention.py. The same pass moves the heads in front of the
+// tokens.
 //
 //     a, b = x[..., :half], x[..., half:]                x (B, T, H, D), half = D / 2
 //     y[..., :half] = a * cos - b * sin                  y (B, H, T, D); cos, sin (T, half)
 //     y[..., half:] = b * cos + a * sin
 //
-// So it takes the heads apart in passing. back: the gradient, from (B, H, T, D) to (B, T, H, D), is
-// the turn by -sin. Each product and sum is rounded to REAL, as NumPy does: the same bits.
+// back: the gradient, which is the turn by -sin, from (B, H, T, D) to (B, T, H, D). Each product
+// and sum is rounded to REAL, as in NumPy, so the bits are the same.
 //
-// Launch: blocks of 256 threads. A thread has 16 bytes of a and of b, where half is a multiple of
-// that; it reads both, cos and sin, and writes both.
-// Bytes a number: x in and y out, in bf16 4; the tables stay in the cache.
+// Launch: blocks of 256 threads. A thread has 16 bytes of a and 16 of b, or what is left of a half.
+// It reads both, with cos and sin, and writes both.
+// Bytes per number in bf16: 4, for x in and y out; the tables stay in the cache.
 // Floor at 4.26 TB/s: 4096 tokens of 32 heads of 64 in bf16, 7.9 us each way. Expected: 9 - 10 us.
 // Reached: not yet measured.
-// Check: python scripts/bench/gpu_cases.py rotary
+// Check: python scripts/bench/check_kernels.py rotary
 // Registers: at most 64
 #include "hardware.cuh"
 #include "vector.cuh"

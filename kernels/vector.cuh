@@ -1,11 +1,12 @@
-// As many numbers as 16 bytes hold: what a thread loads or stores at once, and computes in float.
+// A vector is as many numbers as 16 bytes hold. A thread loads or stores one at once, and computes
+// in float.
 
 constexpr int VECTOR = 16 / sizeof(REAL);
 struct alignas(16) Vector { REAL at[VECTOR]; };
 
-// VECTOR numbers that begin at a multiple of 16 bytes; not whole: `left` numbers from anywhere, and
-// zeros after them. Callers give `whole` as a constant: a branch for each load would wait for the
-// one before.
+// Loads a vector. If `whole`, it begins at a multiple of 16 bytes. If not, only `left` numbers are
+// loaded, from any address, and zeros follow. Callers give `whole` as a constant: if each load had
+// a branch, it would wait for the load before.
 __device__ __forceinline__ void load_vector(
     float (&x)[VECTOR], const REAL* from, bool whole, long long left) {
     Vector loaded;

@@ -1,6 +1,6 @@
 """The activation functions of transformers, and SwiGLU's product of two layers.
 
-All work element by element, in at least float32, and return their input's dtype.
+All work element by element. They compute in at least float32 and return their input's dtype.
 """
 
 import math
@@ -35,10 +35,10 @@ def silu(x):
 
 @op
 def swiglu(gate, up):
-    """silu(gate) up (Shazeer 2020, arXiv:2002.05202); its inputs are all that it keeps.
+    """silu(gate) up (Shazeer 2020, arXiv:2002.05202).
 
-    gate and up have one shape (ValueError) and one dtype (TypeError).
-    On a GPU this is kernels/swiglu.cu, but for float64.
+    For the backward pass it keeps only its inputs. ValueError if they differ in shape, TypeError if
+    they differ in dtype. On a GPU kernels/swiglu.cu computes it, except in float64.
     """
     one_shape("swiglu", gate=gate, up=up)
     one_dtype("swiglu", gate=gate, up=up)
@@ -56,7 +56,7 @@ def swiglu(gate, up):
 
 
 def _swiglu(gate, up):
-    """gate / (1 + exp(-gate)) up, in one temporary."""
+    """gate / (1 + exp(-gate)) * up, in one temporary array."""
     y = -wide(gate)
     array_module(y).exp(y, out=y)
     y += 1
@@ -71,7 +71,7 @@ def _swiglu_backward(dy, gate, up):
     s += 1
     array_module(x).divide(1, s, out=s)
     dup = x * s  # silu(x)
-    dgate = 1 - s  # to become silu's slope, s + silu(x) (1 - s)
+    dgate = 1 - s  # becomes silu's slope, s + silu(x) (1 - s)
     dgate *= dup
     dgate += s
     dgate *= up
@@ -81,12 +81,12 @@ def _swiglu_backward(dy, gate, up):
 
 
 def plain_gelu(x):
-    """x P(Z <= x) for a standard normal Z, of arrays; section 2 of Hendrycks & Gimpel 2016."""
+    """x P(Z <= x) for a standard normal Z, of an array. Section 2 of Hendrycks & Gimpel 2016."""
     return x * (1 + erf(x / math.sqrt(2))) / 2
 
 
 def plain_gelu_tanh(x):
-    """Their approximation, which is GPT-2's form."""
+    """The approximation with tanh of the same paper, which GPT-2 uses."""
     return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -94,10 +94,11 @@ def plain_gelu_tanh(x):
 def gelu(x, approximate="none"):
     """x P(Z <= x) for a standard normal Z (Hendrycks & Gimpel 2016, arXiv:1606.08415).
 
-    approximate="tanh" is plain_gelu_tanh. ValueError for any other but "none".
+    approximate: "none", or "tanh" for plain_gelu_tanh; ValueError for anything else.
 
-    Beside the plain forms: blocks of elements stay in the cache, and the slope is made with the
-    value, from what both need, and kept instead of x. The tanh form works in place, x^3 as x x^2.
+    What differs from the plain forms: it works on blocks of elements that stay in the cache. It
+    computes the slope together with the value, because they share work, and keeps the slope instead
+    of x. The tanh form works in place, with x^3 as x x^2.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')

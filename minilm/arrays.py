@@ -1,7 +1,7 @@
 """The few array routines that differ between NumPy and CuPy, or that NumPy does slowly.
 
 On a CPU every operator of a plain formula writes a new array. `by_rows` runs the formula on blocks
-of rows, which bounds these temporaries, so that formulas can stay as the textbook has them.
+of rows, which keeps these arrays small. So formulas can stay as they are in a textbook.
 """
 
 import functools
@@ -15,7 +15,7 @@ BLOCK = 1 << 18  # elements of a block: a few float32 temporaries of 1 MiB each
 
 
 def one_dtype(op: str, **arrays):
-    """TypeError where the arrays differ in dtype: a product would quietly change its precision."""
+    """TypeError if the arrays differ in dtype: NumPy would silently change the precision."""
     first, *others = arrays.values()
     if any(a.dtype != first.dtype for a in others):
         found = ", ".join(f"{name} {a.dtype}" for name, a in arrays.items())
@@ -23,7 +23,7 @@ def one_dtype(op: str, **arrays):
 
 
 def one_shape(op: str, **arrays):
-    """ValueError where the arrays differ in shape: broadcasting would hide it."""
+    """ValueError if the arrays differ in shape: broadcasting would hide it."""
     first, *others = arrays.values()
     if any(a.shape != first.shape for a in others):
         found = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
@@ -33,8 +33,8 @@ def one_shape(op: str, **arrays):
 def by_rows(formula, *arrays):
     """formula(*arrays), an array or a tuple of arrays, computed in blocks of rows on the CPU.
 
-    The arrays are (..., C) with equal leading axes; formula must treat rows independently, and
-    each result has one row per row of its input: (n, C) -> (n, ...).
+    The arrays are (..., C) with equal leading axes. The formula must treat rows independently, and
+    each result has one row per input row: (n, C) -> (n, ...).
 
     >>> x = np.array([[1.0, 2.0], [3.0, 5.0]])
     >>> by_rows(lambda x: (x - x.max(-1, keepdims=True), x.sum(-1)), x)
@@ -59,7 +59,7 @@ def by_rows(formula, *arrays):
 
 
 def rows(x):
-    """(..., C) -> (N, C), a view where the memory allows it."""
+    """(..., C) -> (N, C), a view if the memory layout allows it."""
     return x.reshape(-1, x.shape[-1])
 
 
@@ -90,12 +90,12 @@ def column_sum(x):
 
 @functools.lru_cache(64)
 def ones(n, dtype, xp):
-    """A vector of ones that everybody shares: not to be changed."""
+    """A vector of ones that all callers share: do not change it."""
     return xp.ones(n, dtype)
 
 
 def scatter_add(ids, dy, n: int):
-    """Rows of dy added up by their id, in at least float32: (N,), (N, C) -> (n, C)."""
+    """The sum of the rows of dy with each id, in at least float32: (N,), (N, C) -> (n, C)."""
     xp, dy = array_module(dy), wide(dy)
     total = xp.zeros((n, dy.shape[-1]), dy.dtype)
     if xp is np and len(ids):
@@ -108,9 +108,9 @@ def scatter_add(ids, dy, n: int):
 
 
 def erf(x):
-    """The error function, float32 or float64, to the last bit or two (NumPy has none).
+    """The error function for float32 or float64, accurate to the last bit or two (NumPy has none).
 
-    A Taylor series around the nearest of a table of points, whose values are math.erf's.
+    It is a Taylor series around the nearest point of a table, whose values are math.erf's.
     """
     if array_module(x) is not np:
         from cupyx.scipy.special import erf
@@ -118,7 +118,7 @@ def erf(x):
         return erf(x)
     step, coefficients = _erf_table()
     near = np.clip(x, -6, 6)  # beyond, erf is +-1 in float64
-    index = np.rint(np.fmax(near, -6) / step).astype(np.intp)  # any point will do for nan
+    index = np.rint(np.fmax(near, -6) / step).astype(np.intp)  # for nan any point will do
     d = near - (index * step).astype(x.dtype)
     index += len(coefficients[0]) // 2
     y = np.zeros_like(x)

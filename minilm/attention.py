@@ -1,8 +1,8 @@
-"""Attention: heads, rotary positions, and softmax(q k^T / sqrt(D)) v, by tiles, as one op.
+"""Attention: heads, rotary positions, and softmax(q k^T / sqrt(D)) v as one op that goes by tiles.
 
 Shapes: B batch, T tokens (queries), S tokens (keys), H heads, K key/value heads, D head width.
 
-Where all scores are equal, each token gets the mean of the values that it can see:
+If all scores are equal, each token gets the mean of the values that it can see:
 
 >>> qk, v = np.zeros((1, 1, 4, 1)), np.array([1.0, 3.0, 5.0, 7.0]).reshape(1, 1, 4, 1)
 >>> attention(qk, qk, v, causal=True).data.ravel()
@@ -46,7 +46,7 @@ def rotary(x, cos, sin):
     The pair (x_i, x_{i + D/2}) turns by the i-th angle of its position; the gradient turns back.
     (..., T, D), (T, D/2), (T, D/2) -> (..., T, D).
 
-    On a GPU (B, H, T, D) goes to kernels/rotary.cu, but for float64.
+    On a GPU kernels/rotary.cu turns (B, H, T, D), except in float64.
     """
     half = x.shape[-1] // 2
     if x.shape[-1] % 2 or cos.shape != (x.shape[-2], half) or sin.shape != cos.shape:
@@ -65,10 +65,19 @@ def rotary(x, cos, sin):
     return turn(x, sin), lambda dy: turn(dy, -sin)
 
 
-def plain_attention(q, k, v, mask=None, causal=False):
-    """softmax(q k^T / sqrt(D)) v, eq. (1) of Vaswani et al. 2017, of arrays as `attention` takes.
+def _rotary_by_kernel(x, cos, sin):
+    """The same in one pass. It takes split_heads' view of (B, T, H, D) and writes (B, H, T, D)."""
+    cos, sin = cuda.aligned(cos), cuda.aligned(sin)
+    y = cuda.rotary(cuda.aligned(x.transpose(0, 2, 1, 3)), cos, sin)
 
-    A query that may see nothing gives nan, for its softmax is 0 / 0.
+    def dx(dy): return cuda.rotary(cuda.aligned(dy), cos, sin, back=True).transpose(0, 2, 1, 3)
+    return y, dx
+
+
+def plain_attention(q, k, v, mask=None, causal=False):
+    """softmax(q k^T / sqrt(D)) v, eq. (1) of Vaswani et al. 2017, for arrays as in `attention`.
+
+    A query that may see no key gives nan, because its softmax is 0 / 0.
     """
     (H, T, D), (K, S) = q.shape[1:], k.shape[1:3]
     k, v = k.repeat(H // K, axis=1), v.repeat(H // K, axis=1)
@@ -81,19 +90,10 @@ def plain_attention(q, k, v, mask=None, causal=False):
     return P / P.sum(-1, keepdims=True) @ v  # eq. (1)
 
 
-# The fast version goes by tiles of 64 queries, whose scores stay in the cache; a causal tile leaves
-# out the keys that none of its rows sees. The factor 1 / sqrt(D) goes to q and the division to P v:
-# both are smaller than the scores. A row's largest score is taken off, or exp would overflow. The
-# query heads of a group stand beside their key/value head, which is not repeated.
-def _rotary_by_kernel(x, cos, sin):
-    """The same in one pass, from the view that split_heads makes to heads apart, and back."""
-    cos, sin = cuda.aligned(cos), cuda.aligned(sin)
-    y = cuda.rotary(cuda.aligned(x.transpose(0, 2, 1, 3)), cos, sin)
-
-    def dx(dy): return cuda.rotary(cuda.aligned(dy), cos, sin, back=True).transpose(0, 2, 1, 3)
-    return y, dx
-
-
+# The fast version goes by tiles of 64 queries, whose scores stay in the cache. A causal tile leaves
+# out the keys that none of its rows sees. The factor 1 / sqrt(D) goes to q and the division to P v,
+# because both are smaller than the scores. Each row's largest score is subtracted, or exp would
+# overflow. The query heads of a group lie beside their key/value head, which is not repeated.
 @op
 def attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(D) + mask) v, eq. (1) of Vaswani et al. 2017, arXiv:1706.03762.
@@ -101,9 +101,9 @@ def attention(q, k, v, mask=None, causal=False):
     q (B, H, T, D), k and v (B, K, S, D), of one dtype -> (B, H, T, D). H is a multiple of K: each
     key/value head serves H / K query heads. mask broadcasts to (B, H, T, S): booleans (True may be
     seen) or numbers added to the scores. causal: the last query sees every key, each earlier query
-    one key fewer. A query that may see nothing gives zeros.
+    one key fewer. A query that may see no key gives zeros.
 
-    On a GPU bfloat16 without a mask goes to kernels/attention.cu, for D = 16, 32 .. 128.
+    On a GPU kernels/attention.cu takes bfloat16 without a mask, if D is 16, 32 .. 128.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if k.shape != v.shape or k.shape != (B, K, S, D) or H % K or (causal and T > S):
@@ -132,7 +132,7 @@ def attention(q, k, v, mask=None, causal=False):
         qg, kg, vg = _operands(*kept, scale, grouped)
         dq, dk, dv = (xp.empty_like(x, dtype=qg.dtype) for x in kept)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
-        while tiles:  # from the last, whose keys are all of them, so that it can write dk and dv
+        while tiles:  # the last tile comes first: it has all keys, so it can write dk and dv
             b, t, s, P, l = tiles.pop()
             g = dyg[b, :, :, t] * l
             dS = g @ vg[b, :, :, :s].swapaxes(-1, -2)
@@ -141,15 +141,17 @@ def attention(q, k, v, mask=None, causal=False):
             _into(dv[b, :, :s], P.swapaxes(-1, -2) @ g, t.stop == T)
             _into(dk[b, :, :s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
             dqg[b, :, :, t] = dS @ kg[b, :, :, :s]
-        dq *= scale  # qg holds it already
+        dq *= scale  # dk needs no factor: qg has it
         return dq, dk, dv
 
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
 
 
 def _operands(q, k, v, scale, grouped):
-    """q / sqrt(D), k and v by groups of heads. Those of 16 bits are widened here, and so twice:
-    what waits for the backward pass is half as large. Others come with q / sqrt(D) for q.
+    """q / sqrt(D), k and v by groups of heads, in at least float32.
+
+    16-bit inputs are widened here in the forward pass and again in the backward pass, so that only
+    16 bits are kept between them. For wider inputs q is already divided by sqrt(D).
     """
     if q.dtype.itemsize == 2:
         q, k, v = wide(q) * scale, wide(k), wide(v)
@@ -167,21 +169,21 @@ def _fused(q, k, v, causal):
 
 
 def _weights(scores, causal, bias, xp):  # (..., t, s) -> (..., t, s), (..., t, 1)
-    """P and l with softmax(scores) = P l. The caller multiplies P v by l: it is smaller than P."""
+    """P and l with softmax(scores) = P l. The caller multiplies P v by l, as P v is smaller."""
     P, (t, s) = scores, scores.shape[-2:]
     if causal and t > 1:
         P[..., s - t :] += _future(t, P.dtype, xp)
     if bias is not None:
         P += bias
-    top = P.max(-1, keepdims=True)  # -inf where a row may see nothing
+    top = P.max(-1, keepdims=True)  # -inf if a row may see no key
     P -= top if bias is None else xp.maximum(top, xp.finfo(P.dtype).min)
     xp.exp(P, out=P)
-    total = row_sum(P)  # at least 1, but 0 where a row may see nothing
+    total = row_sum(P)  # at least 1, but 0 if a row may see no key
     return P, 1 / (total if bias is None else xp.maximum(total, 1))
 
 
 def _tiles(q, S):
-    """Slices over batch and query rows whose scores fit the cache; on a GPU one tile holds all."""
+    """Slices over batch and queries whose scores fit the cache. On a GPU one tile holds all."""
     B, H, T, _ = q.shape
     if array_module(q) is not np:
         return [(slice(0, B), slice(0, T))]
@@ -200,7 +202,7 @@ def _future(t, dtype, xp):
 
 
 def _bias(mask, shape, dtype):
-    """The mask as numbers to add, in the scores' shape without taking their memory."""
+    """The mask as numbers to add, broadcast to the scores' shape without a copy."""
     xp = array_module(mask)
     if mask.dtype == bool:
         mask = xp.where(mask, 0, -xp.inf)
@@ -211,7 +213,7 @@ def _bias(mask, shape, dtype):
 
 
 def _into(out, dx, first):
-    """Write (first) or add dx (b, K, H/K, s, D), summed over the query heads of a group, to out."""
+    """Sum dx (b, K, H/K, s, D) over a group's query heads; write (first) or add it to out."""
     dx = dx[:, :, 0] if dx.shape[2] == 1 else dx.sum(2)
     if first:
         out[...] = dx

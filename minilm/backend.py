@@ -1,8 +1,8 @@
-"""Devices: where arrays live, and what is asked of the CPU's and the GPU's memory.
+"""Devices: which one an array is on, and how memory is handled there.
 
-An array decides by itself where work on it runs: code asks `array_module(x)` for the module's
-functions and uses operators and methods elsewhere. Only this module and arrays.py import CuPy, and
-only when it is used.
+Work on an array runs where the array is. Code that needs a function of NumPy or CuPy asks
+`array_module(x)` for the module; elsewhere it uses operators and methods. Only this module and
+arrays.py import CuPy, and only when it is used.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ def module_of(kind: type):
 
 
 def to_device(array, device: str):
-    """The array on `device`, "cpu" or "cuda"; the same object where it is there already.
+    """The array on `device`, "cpu" or "cuda"; the same object if it is already there.
 
-    ValueError for another device; RuntimeError that says why "cuda" cannot be used.
+    ValueError for any other device. RuntimeError with the reason if "cuda" cannot be used.
     """
     if device == "cpu":
         return array if array_module(array) is np else array.get()
@@ -38,7 +38,7 @@ def to_device(array, device: str):
 
 @functools.cache
 def cupy():
-    """The cupy module; RuntimeError with the reason where it cannot be used."""
+    """The cupy module. RuntimeError with the reason if it cannot be used."""
     try:
         import cupy as cp
     except ImportError as error:
@@ -50,10 +50,10 @@ def cupy():
 
 
 def cublas():
-    """(CuPy's cuBLAS functions, the current device's handle, which adds up in float32 only).
+    """(CuPy's cuBLAS functions, the current device's handle, set to add up in float32 only).
 
-    By default cuBLAS may cut a long sum of 16-bit products in parts and round each to 16 bits. So
-    may this handle after a product of CuPy's own, hence the mode is set each time.
+    By default cuBLAS may split a long sum of 16-bit products and round each part to 16 bits. A
+    product of CuPy's own may switch this on again, so each call here switches it off.
     """
     blas, current_handle = _cublas()
     handle = current_handle()
@@ -77,14 +77,14 @@ def pointer(x) -> int:
 
 @contextlib.contextmanager
 def memory_limit(size: int):
-    """Inside, arrays on the GPU may take `size` bytes together, as on a smaller card.
+    """Inside, all arrays on the GPU together may take `size` bytes, as on a smaller card.
 
-    More raises CuPy's OutOfMemoryError, a MemoryError, which says what was asked, held and allowed.
-    The limit does not count what CUDA itself and cuBLAS hold, about half a GB.
+    Beyond that CuPy raises OutOfMemoryError, a MemoryError that says how many bytes were requested,
+    held and allowed. The limit does not count what CUDA itself and cuBLAS hold, about half a GB.
     """
     pool = cupy().get_default_memory_pool()
     before = pool.get_limit()
-    pool.free_all_blocks()  # what it keeps for later would count
+    pool.free_all_blocks()  # blocks that it keeps for later would count
     pool.set_limit(size=size)
     try:
         yield
@@ -93,9 +93,9 @@ def memory_limit(size: int):
 
 
 def peak_memory():
-    """`with peak_memory() as peak:` measures arrays on the GPU made by this thread.
+    """`with peak_memory() as peak:` measures the GPU arrays that this thread makes.
 
-    peak.bytes is the most that they took at once, those from before included.
+    peak.bytes is the most that arrays took at any one time, including those made before.
     """
     cp = cupy()
 
@@ -106,7 +106,7 @@ def peak_memory():
             self.held = self.bytes = cp.get_default_memory_pool().used_bytes()
 
         def malloc_postprocess(self, **block):
-            if block["mem_ptr"]:  # 0 where there was no room
+            if block["mem_ptr"]:  # 0 if there was no room
                 self.held += block["mem_size"]
                 self.bytes = max(self.bytes, self.held)
 
@@ -117,10 +117,10 @@ def peak_memory():
 
 
 def tune_allocator():
-    """Keep freed memory in the process, so that a fresh array costs no page faults (glibc only).
+    """Keep freed memory in the process, so that a new array costs no page faults (glibc only).
 
-    Without it each large temporary is mapped and unmapped by the kernel, which on a small model
-    costs more than the arithmetic. Process-wide, so it is a call and not an effect of importing.
+    Otherwise the operating system maps and unmaps each large temporary, which on a small model
+    costs more than the arithmetic. It changes the whole process, so importing does not do it.
     """
     if sys.platform != "linux":
         return

@@ -1,8 +1,8 @@
-"""Matrix products that know 16-bit numbers: sums in float32, one rounding at the end.
+"""Matrix products that also take 16-bit numbers: sums in float32, one rounding at the end.
 
-NumPy's BLAS has no 16-bit product, so there it is computed in float32. CuPy multiplies matrices of
-16-bit numbers but (in 14.2) not stacks of bfloat16, and never adds to what is there, which saves
-LoRA a pass over its output: there cuBLAS is called by hand.
+NumPy's BLAS has no 16-bit product, so on a CPU the product is computed in float32. CuPy multiplies
+matrices of 16-bit numbers but (in 14.2) not stacks of bfloat16. It also cannot add a product to an
+array, which saves LoRA a pass over its output. So on a GPU cuBLAS is called by hand.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ CUDA_TYPES = {np.dtype(np.float16): 2, np.dtype(ml_dtypes.bfloat16): 14}
 def matmul(a, b, alpha: float = 1.0, add_to=None):  # (..., I, K), (..., K, J) -> (..., I, J)
     """alpha a b, for a and b of one dtype, in that dtype.
 
-    add_to, contiguous (I, J): the product of two matrices is added to it, and it is returned.
+    add_to: a contiguous (I, J) array. The product of two matrices is added to it; it is returned.
     """
     if a.dtype.itemsize == 2 and array_module(a) is not np:
         return _on_card(a, b, alpha, add_to)
@@ -39,7 +39,7 @@ def matmul(a, b, alpha: float = 1.0, add_to=None):  # (..., I, K), (..., K, J) -
 def dot(a, b) -> float:  # (n,), (n,) -> a b
     """The inner product of contiguous float32 or float64 vectors.
 
-    On a card by cuBLAS: CuPy's a @ b would first write all products into a new array.
+    On a GPU cuBLAS computes it: CuPy's a @ b would first write all products into a new array.
     """
     if array_module(a) is np:
         return float(a @ b)
@@ -75,9 +75,9 @@ def _on_card(a, b, alpha, add_to):
 
 
 def _gemm(a, b, alpha, c, beta):
-    """c = alpha a b + beta c for matrices, or for stacks of them one after another.
+    """c = alpha a b + beta c, for matrices or for stacks of matrices.
 
-    cuBLAS counts down columns, so it sees the transpose of each array: c^T = b^T a^T.
+    cuBLAS stores matrices by columns, so it sees the transpose of each array: c^T = b^T a^T.
     """
     blas, handle = cublas()
     a, turn_a, lda = _layout(a)
@@ -85,7 +85,7 @@ def _gemm(a, b, alpha, c, beta):
     (I, K), J, kind = a.shape[-2:], b.shape[-1], CUDA_TYPES[a.dtype]
     alpha, beta = _float32(alpha), _float32(beta)
     at_alpha, at_beta = ctypes.addressof(alpha), ctypes.addressof(beta)
-    # op, op, sizes, alpha | b, type, ld, stride | a, ... | beta, c, ... and how to compute
+    # The arguments: op, op, sizes, alpha | b, type, ld, stride | a, ... | beta, c, ... | settings.
     if c.ndim == 2:
         blas.gemmEx(handle, turn_b, turn_a, J, I, K, at_alpha,
                     b.data.ptr, kind, ldb, a.data.ptr, kind, lda, at_beta,
@@ -99,14 +99,14 @@ def _gemm(a, b, alpha, c, beta):
 
 @functools.lru_cache(256)
 def _float32(number):
-    """The number in memory, where cuBLAS reads it; made once."""
+    """The number as a C float, whose address cuBLAS takes; made once per number."""
     return ctypes.c_float(number)
 
 
 def _layout(x):
-    """(x, whether its columns are what is contiguous, distance of its rows or columns).
+    """(x, 0 if its rows are contiguous or 1 if its columns are, elements from one to the next).
 
-    A matrix that is neither, such as every second column of one, is copied.
+    If neither are, as in every second column of a matrix, x is copied.
     """
     (rows, columns), (row, column), size = x.shape[-2:], x.strides[-2:], x.itemsize
     row, column = row // size, column // size

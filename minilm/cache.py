@@ -1,13 +1,13 @@
 """Keys and values of earlier rows, which attention joins with those of new ones.
 
-Generation keeps those of the tokens so far, in buffers that are filled in place. Training may put
-keys and values of its own in front (prefix tuning: Li & Liang 2021, arXiv:2101.00190): Tensors,
-through which gradients flow.
+Generation keeps those of all tokens so far, in buffers that are filled in place. Training may put
+keys and values of its own in front (prefix tuning: Li & Liang 2021, arXiv:2101.00190). Those are
+Tensors, and gradients flow through them.
 
-What a cache holds counts as so many tokens: the first new token has the position `cache.length`,
-a mask speaks of all keys (B, S), those of the cache first, and together they fit the model's
-context. Causal attention lets every new token see all that the cache holds. Its keys are taken as
-they are: rotary positions have turned those of tokens before, and do not turn a prefix's.
+A cache counts as `cache.length` tokens in front of the new ones. The first new token has that
+position, and all tokens together must fit the model's context. A mask covers all keys, (B, S), the
+cached ones first. Causal attention lets every new token see the whole cache. Cached keys are used
+as they are: rotary positions turned those of earlier tokens before, and never turn a prefix's.
 
 Shapes: B batch, T new tokens, P rows of a prefix, S keys in all, K key/value heads, D head width.
 """
@@ -18,21 +18,21 @@ from minilm.tensor import Tensor
 
 
 class Cache:
-    """One store a block, for `model(tokens, cache=cache)`, which reads and then extends it."""
+    """One store per block. `model(tokens, cache=cache)` reads it and adds the new tokens."""
 
     def __init__(self, layers, length: int = 0):
         self.layers, self.length = layers, length
 
     @classmethod
     def empty(cls, model):
-        """Buffers of the model's whole context, for generation."""
+        """Buffers for the model's whole context, for generation."""
         return cls([Buffer(model.config.context) for _ in model.blocks])
 
     @classmethod
     def of(cls, prefix):
         """A prefix, (k, v) for each block: Tensors (B, K, P, D), or (1, K, P, D) for any batch.
 
-        For one pass: it extends what it holds, never the Tensors themselves. ValueError where the
+        Make one for each pass: the cache grows, the Tensors themselves do not. ValueError if the
         blocks differ in P.
         """
         layers = [Joined(k, v) for k, v in prefix]
@@ -43,20 +43,20 @@ class Cache:
 
 
 class Buffer:
-    """One block's keys and values, without a graph, in memory for `context` of them."""
+    """One block's keys and values without a graph, with room for `context` tokens."""
 
     def __init__(self, context: int):
         self.context, self.length, self.k, self.v = context, 0, None, None
 
     def append(self, k: Tensor, v: Tensor):  # (B, K, T, D) twice -> arrays (B, K, S, D) twice
-        """ValueError for keys or values with a gradient: it would be lost."""
+        """Add keys and values. ValueError if they require a gradient, which would be lost."""
         if k.requires_grad or v.requires_grad:
             raise ValueError("a buffer keeps no graph: run the model inside no_grad(), or give it "
                              "Cache.of(prefix) to train")
         return self.put(k.data, v.data)
 
     def put(self, k, v):
-        """append() of arrays."""
+        """append() for plain arrays."""
         if self.k is None:
             self.k, self.v = self._empty(k), self._empty(v)
         start, self.length = self.length, self.length + k.shape[2]
@@ -70,7 +70,7 @@ class Buffer:
 
 
 class Joined:
-    """One block's keys and values as Tensors, those that come later joined to them."""
+    """One block's keys and values as Tensors, to which later ones are joined."""
 
     def __init__(self, k: Tensor, v: Tensor):
         self.k, self.v = k, v
@@ -81,7 +81,7 @@ class Joined:
 
 
 def _after(past, x):
-    """x behind the past, which may be one for the whole batch."""
+    """x behind past, whose batch axis may be 1 and then serves the whole batch."""
     if len(past) == 1 < len(x):
         past = past + array_module(x.data).zeros((len(x), 1, 1, 1), x.dtype)
     return ops.concat(past, x, axis=2)

@@ -1,12 +1,13 @@
-"""One token through the transformer as vectors: the model once more, in plain NumPy.
+"""The transformer once more, for one token as a vector, in plain NumPy.
 
-Generation runs the model on a single row, (1, 1, C). There the arithmetic is nothing and every call
-counts, so this says the same in few calls on 1-D arrays (np.add.reduce is x.sum() at half the
-price), without graph, batch or tiles. It equals `model(token, cache=cache)` up to rounding.
+Generation runs the model on a single row, (1, 1, C). There the arithmetic costs little and the
+overhead of each call dominates. So this version makes few calls, on 1-D arrays, without graph,
+batch or tiles (np.add.reduce costs half as much as x.sum()). It equals `model(token, cache=cache)`
+up to rounding.
 
-Methods change modules, so what may run here is decided by the modules that are there, not by the
-Config: `caches` says whether one token may be run by itself, `decodes` whether it may be run here.
-Modules that are not plain, such as adapted layers, are called as they are.
+Adaptation methods replace modules, so the modules decide what may run here, not the Config.
+`caches` says whether one token may be run by itself, `decodes` whether it may be run here. Modules
+that are not plain, such as adapted layers, are called as they are.
 
 Shapes: C width, H heads, K key/value heads, D head width, S tokens so far, V vocabulary.
 """
@@ -21,11 +22,11 @@ from minilm.transformer import MLP, Attention, Block, Transformer, rotary_tables
 
 
 def caches(model) -> bool:
-    """Does a cache of keys and values change nothing in what this model says?
+    """Whether this model gives the same results with a cache of keys and values.
 
-    So it is if its attention is causal and minilm's, which reads and fills the cache, and if every
-    other module is `tokenwise`. Each class must say that of itself: what a subclass does with its
-    rows, its parent cannot know.
+    It does if its attention is causal and minilm's own, which reads and fills the cache, and if
+    every other module is `tokenwise`. Each class must say so itself, because a parent class cannot
+    know what a subclass does with its rows.
     """
     cached = type(model) in (Transformer, Block) or (type(model) is Attention and model.causal)
     tokenwise = "tokenwise" in vars(type(model)) and model.tokenwise
@@ -33,8 +34,9 @@ def caches(model) -> bool:
 
 
 def decodes(model) -> bool:
-    """Can `decode` run this model? It needs a pre-norm decoder in float32 or float64 on the CPU,
-    whose parts are those named here; within them any tokenwise module is called as it is.
+    """Whether `decode` can run this model: a pre-norm decoder in float32 or float64 on the CPU.
+
+    Its parts must have the classes named here. Inside them any tokenwise module will do.
     """
     if not (type(model) is Transformer and caches(model) and type(model.embed) is Embedding
             and type(model.position) in (Embedding, type(None))):
@@ -51,9 +53,9 @@ def _decodes(block) -> bool:
 
 
 def decode(model: Transformer, token: int, cache) -> np.ndarray:
-    """Logits (V,) of the token after `token`, whose keys and values enter the Cache.
+    """Logits (V,) of the token after `token`. The keys and values of `token` enter the Cache.
 
-    The graph and dropout are to be off, for the modules that are called as they are.
+    Call it with the graph and dropout off: modules that are called as they are would use them.
     """
     c, place, x = model.config, cache.length, model.embed.weight.data[token]
     angles = None

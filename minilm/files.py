@@ -1,10 +1,10 @@
 """Files that are whole or absent, and errors that name the path and the field.
 
 A write goes to a temporary file in the same folder, is forced to the disk, and is then renamed over
-the target, so a crash leaves the old file or the new one and never a part. A read accepts only what
-is well formed: anything else is a FormatError. Tensors are stored as safetensors. The header is
-written here, because the library's own writer puts metadata in a random order and because tensors
-can then go to the file without a copy. Reading is the library's, checked against hostile files.
+the target. So a crash leaves the old file or the new one, never a part. A read accepts only what is
+well formed and raises FormatError for anything else. Tensors are stored as safetensors. The header
+is written here, for two reasons: the library's own writer puts metadata in a random order, and this
+way tensors go to the file without a copy. The library does the reading; tests try hostile files.
 """
 
 import hashlib
@@ -73,13 +73,13 @@ def sync_folder(path: str | os.PathLike) -> None:
 
 
 def write_json(path: str | os.PathLike, obj: object) -> None:
-    """Write obj as indented JSON. NaN and infinity are a ValueError: JSON has no name for them."""
+    """Write obj as indented JSON. ValueError for NaN and infinity: JSON has no name for them."""
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(path, text.encode() + b"\n")
 
 
 def read_json(path: str | os.PathLike) -> object:
-    """Read strict JSON: UTF-8, no key twice, no NaN. Raises FormatError, FileNotFoundError."""
+    """Read strict JSON: UTF-8, no repeated key, no NaN. Raises FormatError, FileNotFoundError."""
     return _parse_json(path, _read(path))
 
 
@@ -90,7 +90,7 @@ def write_tensors(
 ) -> None:
     """Write named arrays as safetensors; the same input gives the same bytes.
 
-    Dtypes: those of DTYPES, else TypeError. Only arrays that are not C-contiguous are copied.
+    TypeError for a dtype that is not in DTYPES. Only arrays that are not C-contiguous are copied.
     """
     codes = {name: _code(name, array) for name, array in tensors.items()}
     # Large items first: every tensor then starts at a multiple of its item size.
@@ -110,7 +110,7 @@ def write_tensors(
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Read a safetensors file as writable arrays, sorted by name; metadata is not returned.
 
-    Needs twice the file's size in memory at its peak. Raises FormatError, FileNotFoundError.
+    Its peak memory is twice the file's size. Raises FormatError, FileNotFoundError.
     """
     data = _read(path)
     try:

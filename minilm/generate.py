@@ -20,7 +20,7 @@ def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float
              seed: int = 0) -> np.ndarray:
     """tokens (B, T) and max_new_tokens sampled after them: int64 (B, T + max_new_tokens).
 
-    The settings and errors are those of `stream`. The same seed draws the same tokens.
+    Settings and errors are those of `stream`. The same seed draws the same tokens.
 
     >>> from minilm.transformer import Config
     >>> model = Transformer(Config.gpt2(vocab_size=256, context=8, layers=2, heads=4, width=64))
@@ -36,15 +36,15 @@ def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float
 
 def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | None = None,
            top_p: float | None = None, seed: int = 0) -> Iterator[np.ndarray]:
-    """Sample token after token without end, each (B,), to follow the prompts tokens (B, T).
+    """Sample tokens one after another without end, each (B,), to follow the prompts tokens (B, T).
 
     temperature divides the logits; 0 takes the likeliest token. top_k samples among the k
     likeliest, top_p among the fewest whose probabilities reach p (Holtzman et al. 2019,
-    arXiv:1904.09751). Past the model's context the window slides: then the last `context` tokens
-    are run anew for each token, because their positions change. So it is from the start with a
-    model that has modules of which nobody says that they are tokenwise (see decode.caches), once
-    looked at, when the stream begins. Dropout is off inside, in this thread alone. ValueError for
-    bad settings or tokens, and for a model that is not causal.
+    arXiv:1904.09751). Past the model's context the window slides: the last `context` tokens are run
+    again for each token, because their positions change. A model that cannot use a cache (see
+    decode.caches) does so for every token; this is decided once, when the stream begins. Dropout is
+    off, in this thread only. ValueError for bad settings or tokens, and for a model that is not
+    causal.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
@@ -53,7 +53,7 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
         raise ValueError(f"tokens from {tokens.min()} to {tokens.max()}, but the table has "
                          f"{model.config.vocab_size} rows")
     if not model.config.causal:
-        raise ValueError("only a causal model generates; this one sees both sides")
+        raise ValueError("only a causal model generates; this one sees later tokens too")
     k_fits, p_fits = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1
     if not (temperature >= 0 and k_fits and p_fits):
         raise ValueError(f"bad settings: {temperature=}, {top_k=}, {top_p=}")
@@ -66,7 +66,7 @@ def _drawn(model, tokens, rng, *settings):
     while True:
         if not cached:
             new = tokens[:, -context:]
-        elif cache.length + new.shape[1] > context:  # of the window, every position has changed
+        elif cache.length + new.shape[1] > context:  # the window slides, so every position changes
             cache, new = Cache.empty(model), tokens[:, -context:]
         with no_grad(), no_dropout():
             if not cached:
@@ -82,7 +82,7 @@ def _drawn(model, tokens, rng, *settings):
 
 
 def sample(logits, rng, temperature, top_k, top_p):  # (B, V) -> (B,)
-    """One token a row, as `stream` describes."""
+    """One token per row, as `stream` describes."""
     if temperature == 0:
         return logits.argmax(-1)
     z = logits.astype(np.float64) / temperature

@@ -1,9 +1,9 @@
 """The graph behind the tensors, and the walk back through it.
 
-A node says how a tensor was made: from which nodes, and with which vjps (vector-Jacobian products),
-functions that turn the gradient of its output into that of one input. `backward` visits the nodes
-from the output to the leaves and adds up what arrives at each. What a thread decides for itself,
-whether graphs are built, and whether and from which generator dropout draws, stands at the end.
+A node says how a tensor was made: from which nodes, and with which vjps (vector-Jacobian products).
+A vjp turns the gradient of the node's output into the gradient of one input. `backward` visits the
+nodes from the output to the leaves and adds up the gradients that arrive at each. The settings at
+the end belong to a thread: whether graphs are built, whether dropout acts, and its generator.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _leaf_lock = threading.Lock()
 
 
 def backward(root: Node, dy):
-    """Add dy d(root)/d(leaf) into every leaf below root. Each vjp runs once and is let go."""
+    """Add dy d(root)/d(leaf) into every leaf below root. Each vjp runs once and is then dropped."""
     grads, sums = {root: dy}, set()
     for node in reversed(_parents_first(root)):
         dy = grads.pop(node)
@@ -37,19 +37,19 @@ def backward(root: Node, dy):
             _deposit(node, dy)
             continue
         if node.vjps is None:
-            raise RuntimeError(f"backward() used up this {node.op} before; run it forward again")
+            raise RuntimeError(f"backward() has used up this {node.op}; run it forward again")
         vjps, node.vjps = list(node.vjps), None
         for i, parent in enumerate(node.parents):
             dx = _unbroadcast(vjps[i](dy), parent)
             vjps[i] = None
             if parent not in grads:
                 grads[parent] = dx
-            elif parent in sums:  # an array made right here: nobody else holds it
+            elif parent in sums:  # made by this loop, so nobody else holds it
                 grads[parent] += dx
             else:
                 grads[parent] = grads[parent] + dx
                 sums.add(parent)
-        del dy, dx, vjps  # or they would stay until the next node's are there
+        del dy, dx, vjps  # or they would stay until the next node's replace them
     while thread.finish:
         thread.finish.pop()()
 
@@ -66,8 +66,9 @@ def _deposit(leaf, dy):
 def _parents_first(root):
     """The nodes below root in topological order, without recursion.
 
-    The first input's side comes first: a linear layer's weight then stands right before the layer,
-    and the walk back can deposit the weight's gradient before it goes on to the layer's input.
+    What the first input was made from comes first. So a linear layer's weight, the second input,
+    stands right before the layer, and the walk back deposits the weight's gradient before it goes
+    on to the layer's input.
     """
     order, seen, stack = [], set(), [(root, False)]
     while stack:
@@ -94,12 +95,12 @@ def _unbroadcast(dx, node):
 
 
 def after_backward(finish):
-    """For a leaf's hook: this thread's `backward` calls finish() when its walk is done, once."""
+    """For a leaf's hook: have this thread's `backward` call finish() once, after its walk."""
     thread.finish.add(finish)
 
 
 def once(fn):
-    """Share work between the vjps of one op: fn(dy) runs once, later calls get its result."""
+    """Share work between the vjps of one op: fn(dy) runs once, and later calls get its result."""
     result = []
 
     def run(dy):
@@ -112,7 +113,7 @@ def once(fn):
 
 class ThreadState(threading.local):
     graph = True  # are graphs being built?
-    marks = False  # if not, does a bare node mark what would have a gradient?
+    marks = False  # if graph is False: does a bare node mark what would have a gradient?
     rng = None  # the generator that dropout draws from
     dropout = True  # does dropout act at all?
 
@@ -125,9 +126,10 @@ thread = ThreadState()
 
 @contextlib.contextmanager
 def no_grad(marks: bool = False):
-    """Inside, ops compute values only, in this thread.
+    """Inside, this thread's ops compute values only.
 
-    marks, for `checkpoint`: what would have a gradient gets a bare node, which keeps nothing.
+    marks, for `checkpoint`: a tensor that would have a gradient gets a bare node, which keeps
+    nothing.
     """
     before = thread.graph, thread.marks
     thread.graph, thread.marks = False, marks
@@ -139,9 +141,9 @@ def no_grad(marks: bool = False):
 
 @contextlib.contextmanager
 def no_dropout(off: bool = True):
-    """Inside, dropout changes nothing in this thread, whatever mode its modules are in.
+    """Inside, dropout does nothing in this thread, whatever mode its modules are in.
 
-    off=False, for `checkpoint`: inside, their mode decides.
+    off=False, for `checkpoint`: the mode of the modules decides.
     """
     before, thread.dropout = thread.dropout, not off
     try:
@@ -152,7 +154,7 @@ def no_dropout(off: bool = True):
 
 @contextlib.contextmanager
 def randomness(rng: np.random.Generator):
-    """Inside, dropout draws from rng, in this thread."""
+    """Inside, this thread's dropout draws from rng."""
     before, thread.rng = thread.rng, rng
     try:
         yield
@@ -161,7 +163,7 @@ def randomness(rng: np.random.Generator):
 
 
 def current_rng() -> np.random.Generator:
-    """The generator set by `randomness`; ValueError where there is none."""
+    """The generator set by `randomness`. ValueError if there is none."""
     if thread.rng is None:
         raise ValueError(
             "dropout needs a generator: run the step inside "

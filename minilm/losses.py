@@ -1,4 +1,4 @@
-"""Softmax, and the losses that compare what a model says with what it should say.
+"""Softmax, and the losses that compare a model's answers with the right ones.
 
 Shapes: V vocabulary, C width, N rows, "..." any leading axes. Losses are scalars, in at least
 float32.
@@ -26,7 +26,7 @@ def softmax(x):
 
 @op
 def log_softmax(x):
-    """log(softmax(x)) over the last axis, exact where softmax(x) underflows."""
+    """log(softmax(x)) over the last axis, exact even if softmax(x) underflows."""
     y = by_rows(_log_softmax, x)
     def dx(dy): return dy - array_module(y).exp(y) * row_sum(wide(dy))
     return y.astype(x.dtype, copy=False), dx
@@ -41,7 +41,7 @@ def _log_softmax(x, temperature=1.0):
 
 
 def plain_cross_entropy(logits, targets):  # (N, V), (N,) -> ()
-    """The mean of -log p[target], p = softmax(logits), of arrays: what `cross_entropy` computes."""
+    """The mean of -log p[target] with p = softmax(logits): the formula of `cross_entropy`."""
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     return -np.log(p[np.arange(len(targets)), targets]).mean()
 
@@ -52,12 +52,12 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):
 
     logits (..., V), targets integers (...) -> (), in nats, at least float32. total: divide by this
     number of targets instead, so that the parts of a split batch add up to the whole batch's loss.
-    ValueError where a target is out of range or none is left to average. With logits on a GPU
-    targets may stay NumPy's: to check those does not wait for the card.
+    ValueError if a target is out of range or none is left to average. If the logits are on a GPU,
+    targets may stay NumPy's: checking them on the CPU does not wait for the card.
 
-    Beside the plain form: the largest logit is taken off, or exp would overflow; log p is the
-    difference of two logarithms, exact where p underflows; p is kept, and dlogits is written into
-    it, for at the end of a model no array is larger.
+    What differs from the plain form: the largest logit is subtracted first, or exp would overflow.
+    -log p is log(sum(exp(logits))) - logit, which is exact even if p underflows. p is kept, and
+    dlogits is written into it, because it is the largest array of a model.
 
     >>> float(cross_entropy(np.zeros((3, 4)), np.array([2, 0, -100])).data.round(4))  # log 4
     1.3863
@@ -70,11 +70,11 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):
     n = int(counted.sum()) if total is None else total
     if n == 0:
         raise ValueError(f"cross_entropy: every target is {ignore_index}; nothing to average")
-    t = t * counted  # any class will do where nothing is counted
+    t = t * counted  # targets that are not counted become class 0
     if t.size and (t.min() < 0 or t.max() >= V):
-        raise ValueError(f"cross_entropy: targets from {t.min()} to {t.max()}, {V} classes")
+        raise ValueError(f"cross_entropy: targets from {t.min()} to {t.max()}, but V is {V}")
     xp = array_module(z)
-    t, counted = xp.asarray(t), xp.asarray(counted)  # they may come from the host
+    t, counted = xp.asarray(t), xp.asarray(counted)  # they may be NumPy's
 
     def formula(z, t):
         z = wide(z) - z.max(-1, keepdims=True)
@@ -97,9 +97,9 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):
 def kl_divergence(student, teacher, temperature=1.0, mask=None, total=None):
     """Mean over rows of KL(p || q), p = softmax(teacher / T) and q = softmax(student / T), in nats.
 
-    student, teacher: logits (..., V) -> (). Exchange the two for KL(q || p). mask (...): the rows
-    that count, by default all. total: divide by this number of rows instead, as in cross_entropy.
-    The gradient shrinks like 1/T^2: Hinton et al. 2015, arXiv:1503.02531, multiply by T^2.
+    student, teacher: logits (..., V) -> (). Swap the two for KL(q || p). mask (...): the rows that
+    count, by default all. total: divide by this number of rows instead, as in cross_entropy.
+    The gradient shrinks like 1/T^2, so Hinton et al. 2015, arXiv:1503.02531, multiply by T^2.
     """
     one_shape("kl_divergence", student=student, teacher=teacher)
     share = row_shares("kl_divergence", student, mask, total)
@@ -112,7 +112,7 @@ def kl_divergence(student, teacher, temperature=1.0, mask=None, total=None):
         gap -= p
         return row_dot(p, log_p)[..., 0], gap
 
-    def dteacher_rows(t, s, kl):  # computed when it is asked for, which is seldom
+    def dteacher_rows(t, s, kl):  # computed only if asked for, which is rare
         log_q, log_p = (_log_softmax(z, temperature) for z in (s, t))
         return array_module(s).exp(log_p) * (log_p - log_q - kl)
 
@@ -132,7 +132,7 @@ def kl_divergence(student, teacher, temperature=1.0, mask=None, total=None):
 def cosine_embedding(x, y, mask=None, total=None):
     """Mean over rows of 1 - cos(x, y): (..., C), (..., C) -> (). mask, total as in kl_divergence.
 
-    Squared lengths are taken 1e-12 larger, as in PyTorch, so that a row of zeros has a gradient.
+    1e-12 is added to squared lengths, as in PyTorch, so that a row of zeros has a gradient.
     """
     one_shape("cosine_embedding", x=x, y=y)
     share = row_shares("cosine_embedding", x, mask, total)
@@ -147,7 +147,7 @@ def cosine_embedding(x, y, mask=None, total=None):
 
 
 def row_shares(name, x, mask, total):
-    """What each row of x (..., C) weighs in a mean over those that mask (...) counts: (...)."""
+    """The weights of the rows of x (..., C) in a mean over those that mask (...) counts: (...)."""
     xp, lead, dtype = array_module(x), x.shape[:-1], wide(x[:0]).dtype
     counted = xp.ones(lead, bool) if mask is None else xp.asarray(mask) != 0
     if counted.shape != lead:
@@ -160,7 +160,7 @@ def row_shares(name, x, mask, total):
 
 @op
 def mse(x, y):
-    """Mean of (x - y)^2 over all elements: two of one shape -> ()."""
+    """Mean of (x - y)^2 over all elements, for x and y of one shape -> ()."""
     one_shape("mse", x=x, y=y)
     gap = wide(x) - wide(y)
     def dx(dy): return dy * (2 / gap.size) * gap

@@ -1,8 +1,7 @@
 """Modules: objects that hold parameters and call ops.
 
 A parameter is an attribute that is a Tensor; a submodule is an attribute that is a Module, or a
-list or dict of Modules. Methods of adaptation swap modules with `replace`; they never subclass a
-model.
+list or dict of Modules. Adaptation methods swap modules with `replace` and never subclass a model.
 """
 
 import numpy as np
@@ -16,9 +15,9 @@ from minilm.tensor import Tensor
 class Module:
     """Base of everything with parameters.
 
-    tokenwise: each result (..., O) depends on its own row (..., I) alone, so that generation may
-    show the module one token at a time. A class says so itself; where it does not, generation runs
-    the whole text for each token, which is slow but right whatever the module does.
+    tokenwise: True if each result (..., O) depends only on its own row (..., I). Generation then
+    gives the module one token at a time. Each class must say so itself. If one does not, generation
+    runs the whole text for each token, which is slow but right whatever the module does.
     """
 
     training = True
@@ -28,7 +27,7 @@ class Module:
         return self.forward(*args, **kwargs)
 
     def children(self):
-        """(name, module) of the modules right below; in a list or dict it is "list.0", "dict.k"."""
+        """(name, module) of each module right below; "list.0" or "dict.k" if in a list or dict."""
         for name, value in vars(self).items():
             if isinstance(value, Module):
                 yield name, value
@@ -38,13 +37,13 @@ class Module:
                             if isinstance(child, Module))
 
     def named_modules(self, prefix=""):
-        """(path, module) of this module and all below it; its own path is ""."""
+        """(path, module) of this module, whose path is "", and of all below it."""
         yield prefix, self
         for name, child in self.children():
             yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
 
     def named_tensors(self):
-        """(path, tensor) of every tensor once, frozen or not; a shared one under its first path."""
+        """(path, tensor) of every tensor once, frozen or not; a shared one by its first path."""
         seen = set()
         for prefix, module in self.named_modules():
             for name, value in vars(module).items():
@@ -63,7 +62,7 @@ class Module:
     def replace(self, path: str, module: "Module"):
         """Put `module` in the place that `path` names, such as "blocks.0.attention.q".
 
-        ValueError where there is no module.
+        ValueError if there is no module at that path.
         """
         if not path or path not in dict(self.named_modules()):
             raise ValueError(f"there is no module {path!r} to replace")
@@ -79,9 +78,9 @@ class Module:
         return {name: t.data for name, t in self.named_tensors()}
 
     def load_state_dict(self, state: dict):
-        """Copy arrays into the tensors; ValueError, and nothing copied, for other names or shapes.
+        """Copy arrays into the tensors, which keep their dtypes and devices.
 
-        The tensors keep their dtypes and devices.
+        ValueError if names or shapes differ; then nothing is copied.
         """
         own = dict(self.named_tensors())
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -93,23 +92,23 @@ class Module:
             t.data[...] = to_device(state[name], t.device)
 
     def train(self, mode: bool = True):
-        """Switch dropout on (or, with False, off) here and below."""
+        """Switch dropout on (or, with False, off) in this module and all below it."""
         for _, module in self.named_modules():
             module.training = mode
         return self
 
     def eval(self):
-        """Switch dropout off."""
+        """Switch dropout off in this module and all below it."""
         return self.train(False)
 
     def freeze(self):
-        """No tensor below requires a gradient any more."""
+        """Make no tensor of this module and those below require a gradient any more."""
         for _, t in self.named_tensors():
             t.node = None
         return self
 
     def astype(self, dtype):
-        """Convert every tensor; gradients start anew, so do it before making an optimizer."""
+        """Convert every tensor. Gradients start anew, so call this before making an optimizer."""
         for value in vars(self).values():
             if isinstance(value, Tensor):  # in place: a shared tensor stays shared
                 value.become(value.data.astype(dtype))
@@ -118,7 +117,7 @@ class Module:
         return self
 
     def to(self, device: str):
-        """Move every tensor to "cpu" or "cuda"; RuntimeError says why where that cannot be."""
+        """Move every tensor to "cpu" or "cuda". RuntimeError says why if that is not possible."""
         for value in vars(self).values():
             if isinstance(value, Tensor):
                 value.data = to_device(value.data, device)
@@ -138,7 +137,7 @@ class Linear(Module):
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None):
-        """A layer of the given tensors."""
+        """A layer with the given tensors."""
         layer = cls.__new__(cls)
         layer.weight, layer.bias = weight, bias
         return layer
@@ -147,7 +146,7 @@ class Linear(Module):
         return ops.linear(x, self.weight, self.bias)
 
     def plain(self):
-        """A Linear of the same function: itself. Quantized and adapted layers make one."""
+        """A Linear that computes the same: here itself. Quantized and adapted layers make one."""
         return self
 
 
@@ -198,7 +197,7 @@ class Dropout(Module):
 
     @property
     def acts(self) -> bool:
-        """Is anything dropped in this thread now?"""
+        """Whether anything is dropped in this thread now."""
         return self.training and self.p > 0 and thread.dropout
 
     def forward(self, x):

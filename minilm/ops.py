@@ -1,11 +1,11 @@
 """The differentiable functions: linear layers, tables, norms, dropout, and the names of all others.
 
-Attention, the activation functions and the losses have files of their own. Where speed made a
-formula long, it stands in front of the op as a plain function of arrays, its specification.
+Attention, the activation functions and the losses have files of their own. If speed made an op
+long, its formula stands in front of it as a plain function of arrays: the op's specification.
 
 Shapes: C width, V vocabulary, I in, O out, N rows, "..." any leading axes. Each op takes Tensors or
-arrays and returns a Tensor; it raises ValueError where shapes do not go together, and products
-raise TypeError for two dtypes. Each is checked against its PyTorch twin.
+arrays and returns a Tensor. It raises ValueError if shapes do not fit together, and products raise
+TypeError if dtypes differ. Tests compare each op with its PyTorch twin.
 
 >>> from minilm.tensor import Tensor
 >>> W = Tensor(np.eye(2), requires_grad=True)
@@ -55,7 +55,7 @@ def linear(x, W, b=None):
 def embedding(ids, W):
     """W[ids], ids from 0 to V - 1: integers (...), (V, C) -> (..., C).
 
-    With W on a GPU ids may stay NumPy's: to check those does not wait for the card.
+    If W is on a GPU, ids may stay NumPy's: checking them on the CPU does not wait for the card.
     """
     V, xp = len(W), array_module(W)
     if ids.dtype.kind not in "iu":
@@ -71,7 +71,7 @@ def embedding(ids, W):
 
 
 def plain_layer_norm(x, g, b, eps=1e-5):
-    """(x - mean) / sqrt(var + eps) g + b, of arrays; eqs. (3) and (4) of Ba et al. 2016."""
+    """(x - mean) / sqrt(var + eps) g + b, for arrays; eqs. (3) and (4) of Ba et al. 2016."""
     mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)  # eq. (3)
     return (x - mean) / np.sqrt(var + eps) * g + b  # eq. (4)
 
@@ -82,8 +82,9 @@ def layer_norm(x, g, b, eps=1e-5):
 
     (..., C), (C,), (C,) -> (..., C).
 
-    Beside the plain form: blocks of rows stay in the cache, BLAS adds up each row, sums are of
-    float32 at least, and xhat = (x - mean) rstd and rstd = 1 / sqrt(var + eps) are kept for dx.
+    What differs from the plain form: it works on blocks of rows that stay in the cache, BLAS adds
+    up each row, and sums are in at least float32. dx needs xhat = (x - mean) rstd and
+    rstd = 1 / sqrt(var + eps), so both are kept.
     """
     C, dtype = x.shape[-1], x.dtype
 
@@ -96,7 +97,8 @@ def layer_norm(x, g, b, eps=1e-5):
 
     y, xhat, rstd = by_rows(formula, x)
 
-    # xhat has mean 0 and variance 1, so dx is what is left of dxhat across both: (..., C)
+    # xhat has mean 0 and variance 1, so dx is dxhat without its mean and its part along xhat, times
+    # rstd: (..., C)
     def dx_rows(dy, xhat, rstd):
         dxhat = dy * g
         dxhat -= row_sum(dxhat) / C + xhat * (row_dot(dxhat, xhat) / C)
@@ -110,7 +112,7 @@ def layer_norm(x, g, b, eps=1e-5):
 
 
 def plain_rms_norm(x, g, eps=1e-6):
-    """x / RMS(x) g, RMS(x) = sqrt(mean(x^2) + eps), eq. (4) of Zhang & Sennrich 2019, of arrays."""
+    """x / RMS(x) g with RMS(x) = sqrt(mean(x^2) + eps); eq. (4) of Zhang & Sennrich 2019."""
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * g  # eq. (4)
 
 
@@ -118,8 +120,8 @@ def plain_rms_norm(x, g, eps=1e-6):
 def rms_norm(x, g, eps=1e-6):
     """x / sqrt(mean(x^2) + eps) * g over the last axis. Zhang & Sennrich 2019, arXiv:1910.07467.
 
-    (..., C), (C,) -> (..., C). On a GPU this is kernels/rms_norm.cu, but for float64. On a CPU it
-    goes by blocks of rows, as layer_norm does.
+    (..., C), (C,) -> (..., C). On a GPU kernels/rms_norm.cu computes it, except in float64. On a
+    CPU it works on blocks of rows, as layer_norm does.
     """
     if array_module(x) is not np and x.dtype in cuda.COMPUTES and g.dtype == x.dtype:
         return _rms_norm_by_kernel(x, g, eps)
@@ -145,7 +147,7 @@ def rms_norm(x, g, eps=1e-6):
 
 
 def _rms_norm_by_kernel(x, g, eps):
-    """The same in one pass, which keeps x in its own dtype instead of xhat in float32."""
+    """The same in one pass. It keeps x in its own dtype instead of xhat in float32."""
     x, g = cuda.aligned(x), cuda.aligned(g)
     y, rstd = cuda.rms_norm(x, g, eps)
 
@@ -158,9 +160,9 @@ def _rms_norm_by_kernel(x, g, eps):
 def dropout(x, p, rng):
     """x with each element zeroed with probability p and the rest divided by 1 - p.
 
-    rng: the numpy Generator that draws them. ValueError unless 0 <= p < 1.
-    Source: Srivastava et al. 2014, JMLR 15, in the form that scales while training.
-    On a GPU rng draws a seed, and kernels/dropout.cu the rest, but for float64.
+    rng: the NumPy Generator that draws which. ValueError unless 0 <= p < 1.
+    Source: Srivastava et al. 2014, JMLR 15, in the variant that scales during training.
+    On a GPU rng draws only a seed and kernels/dropout.cu does the rest, except in float64.
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout: p must be in [0, 1), got {p}")
@@ -177,5 +179,5 @@ def dropout(x, p, rng):
 
 
 def drawn(rng, shape, p):
-    """True with probability 1 - p."""
+    """Which elements to keep: True with probability 1 - p."""
     return rng.random(shape, dtype=np.float32) >= p

@@ -12,9 +12,9 @@ value and one vjp (vector-Jacobian product) per input, named after that input's 
 `@op` lifts it to Tensors and keeps only the vjps of inputs that require a gradient; a dropped vjp
 frees what it closed over. So a frozen weight costs neither its gradient nor its saved input.
 
-Rules: an op never changes its inputs; a vjp runs at most once; python scalars only, so that the
+Rules: an op never changes its inputs. A vjp runs at most once. Scalars are Python numbers, so the
 data's dtype wins. There are no second derivatives. Threads may each run a graph over the same
-parameters: what is not in the graph is thread-local.
+parameters, because all other state is thread-local.
 """
 
 import copy
@@ -42,9 +42,9 @@ __all__ = ["Tensor", "after_backward", "checkpoint", "no_grad", "op"]
 
 
 class Tensor:
-    """An array and, where a gradient is wanted, its node in the graph.
+    """An array and, if it requires a gradient, its node in the graph.
 
-    data: a NumPy or CuPy array, or anything np.asarray takes (floats become float32).
+    data: a NumPy or CuPy array, or anything that np.asarray takes (floats become float32).
     requires_grad=True makes a leaf: `backward` adds into its `.grad`. TypeError for integers.
 
     >>> x = Tensor([3.0, 4.0], requires_grad=True)
@@ -66,9 +66,9 @@ class Tensor:
         self.node = Node(data) if requires_grad else None
 
     def become(self, data, requires_grad: bool | None = None):
-        """Hold other data from now on, wherever this tensor is shared; a gradient starts anew.
+        """Hold other data from now on, for all who share this tensor; its gradient starts anew.
 
-        It is a leaf that requires a gradient if it required one before, unless this is given.
+        It becomes a leaf. It requires a gradient if it did before, unless requires_grad is given.
         """
         self.__init__(data, self.requires_grad if requires_grad is None else requires_grad)
 
@@ -81,7 +81,7 @@ class Tensor:
 
     @property
     def grad(self):
-        """What `backward` added up for this leaf, an array like data; None before."""
+        """The gradient that `backward` has added up for this leaf, an array like data, or None."""
         return self.node and self.node.grad
 
     @grad.setter
@@ -90,7 +90,7 @@ class Tensor:
 
     @property
     def on_grad(self):
-        """Where set on a leaf, `backward` calls on_grad(gradient) and leaves .grad alone."""
+        """If this is set on a leaf, `backward` calls on_grad(gradient) and leaves .grad alone."""
         return self.node.on_grad
 
     @on_grad.setter
@@ -100,11 +100,11 @@ class Tensor:
     def backward(self, dy=None):
         """Add d(self)/d(leaf), weighted by dy (1 for a scalar), into every leaf of the graph.
 
-        The graph is used up: saved arrays are let go as the walk passes them. ValueError where
-        nothing requires a gradient or dy does not fit; RuntimeError the second time.
+        The graph is used up: the walk drops saved arrays as it passes them. ValueError if nothing
+        requires a gradient or dy does not fit. RuntimeError if it is called a second time.
         """
         if self.node is None:
-            raise ValueError("backward() needs a tensor made from one with requires_grad=True")
+            raise ValueError("backward() needs a tensor computed from one with requires_grad=True")
         if dy is None:
             if self.size != 1:
                 raise ValueError(f"backward() without a gradient needs a scalar, got {self.shape}")
@@ -168,16 +168,16 @@ def op(fn):
 
 
 def checkpoint(segment, *inputs):
-    """segment(*inputs), keeping nothing but the inputs: the backward pass runs it again.
+    """segment(*inputs), which keeps only the inputs: the backward pass runs the segment again.
 
     inputs: Tensors or plain arrays; segment returns one Tensor. Gradients equal the plain run's
-    bit for bit, dropout included, and reach parameters inside the segment even when no input needs
-    one. A segment in which nothing needs a gradient is not run again.
+    bit for bit, dropout included. They reach parameters inside the segment even if no input needs
+    one. If nothing in the segment needs a gradient, it is not run again.
     Source: Chen et al. 2016, arXiv:1604.06174.
     """
     if not thread.graph:
         return segment(*inputs)
-    rng, off = copy.deepcopy(thread.rng), not thread.dropout  # will draw the same dropout again
+    rng, off = copy.deepcopy(thread.rng), not thread.dropout  # to draw the same dropout again
     with no_grad(marks=True):
         y = segment(*inputs)
     if not y.node:
@@ -196,7 +196,7 @@ def checkpoint(segment, *inputs):
     needed = [i for i, x in enumerate(inputs) if type(x) is Tensor and x.node]
     parents = [inputs[i].node for i in needed]
     vjps = [lambda dy, i=i: run_again(dy)[i].grad for i in needed]
-    if not needed:  # parameters inside still want theirs: hang the run on a leaf that nobody reads
+    if not needed:  # parameters inside may need one: hang the run on a leaf that nobody reads
         def run_for_parameters(dy):
             run_again(dy)
             return dy
@@ -207,7 +207,7 @@ def checkpoint(segment, *inputs):
 
 
 def _alike(a, b):
-    """NumPy lets the array's dtype win over a python float, except for bfloat16, not its own."""
+    """A Python float beside a bfloat16 array becomes bfloat16, as NumPy does for its own dtypes."""
     if type(b) is float and a.dtype.kind == "V":
         b = a.dtype.type(b)
     elif type(a) is float and b.dtype.kind == "V":
@@ -263,7 +263,7 @@ def getitem(x, index):
         whole = xp.zeros(shape, dy.dtype)
         if xp is not np and _is_basic(index):
             whole[index] = dy
-        elif xp is not np and dy.dtype in cuda.COMPUTES:  # in one order, which add.at has not
+        elif xp is not np and dy.dtype in cuda.COMPUTES:  # in a fixed order, unlike add.at
             places = xp.arange(whole.size).reshape(shape)[index].reshape(-1)
             return cuda.scatter_add(places, dy.reshape(-1, 1), whole.size).reshape(shape)
         else:
@@ -273,7 +273,7 @@ def getitem(x, index):
 
 
 def _is_basic(index):
-    """Whether the index is of slices and numbers, so that it names no element twice."""
+    """Whether the index consists of slices and numbers, and so names no element twice."""
     parts = index if isinstance(index, tuple) else (index,)
     return all(part is None or part is ... or type(part) in (int, slice) for part in parts)
 
@@ -286,7 +286,7 @@ def reshape(x, shape):
 
 @op
 def transpose(x, axes):
-    """Axes in the order given; without any, reversed."""
+    """x with its axes in the given order, or reversed if none are given."""
     axes = tuple(a % x.ndim for a in axes) or tuple(reversed(range(x.ndim)))
     inverse = tuple(axes.index(i) for i in range(x.ndim))
     return x.transpose(axes), lambda dy: dy.transpose(inverse)
@@ -294,12 +294,12 @@ def transpose(x, axes):
 
 @op
 def concat(*xs, axis):
-    """The inputs end to end along one axis; their other axes are alike, and their dtype is one."""
+    """The inputs end to end along one axis. Their other axes and their dtypes must be equal."""
     one_dtype("concat", **{f"input {i}": x for i, x in enumerate(xs)})
     shapes = [x.shape for x in xs]
-    axis = range(len(shapes[0]))[axis]  # IndexError where there is no such axis
+    axis = range(len(shapes[0]))[axis]  # IndexError if there is no such axis
     if len({s[:axis] + s[axis + 1 :] for s in shapes}) > 1 or len({len(s) for s in shapes}) > 1:
-        raise ValueError(f"concat along axis {axis}: shapes {shapes} do not go together")
+        raise ValueError(f"concat along axis {axis}: shapes {shapes} do not fit together")
     lead, ends = (slice(None),) * axis, list(itertools.accumulate(s[axis] for s in shapes))
     parts = [(*lead, slice(end - s[axis], end)) for s, end in zip(shapes, ends)]
     shape = (*shapes[0][:axis], ends[-1], *shapes[0][axis + 1 :])

@@ -1,12 +1,12 @@
 """One transformer in three families: GPT-2, Llama/Mistral, BERT/DistilBERT.
 
-`Config` says what differs. The families share every line below but for these choices:
+`Config` holds what differs. The families share all code below except for these choices:
 
                  GPT-2             Llama, Mistral      BERT, DistilBERT
     positions    learned           rotary              learned
     norm         LayerNorm, first  RMSNorm, first      LayerNorm, after the residual
     MLP          GELU (tanh)       SwiGLU              GELU (exact)
-    attention    causal            causal, K <= H      both ways
+    attention    causal            causal, K <= H      bidirectional
     head         tied linear       linear              transform, then tied linear
 
 Shapes: B batch, T tokens, C width, H heads, K key/value heads, D head width, V vocabulary.
@@ -25,9 +25,9 @@ from minilm.tensor import Tensor, checkpoint
 
 @dataclass(frozen=True)
 class Config:
-    """The facts of an architecture. ValueError where one is impossible, or two do not go together.
+    """The facts of an architecture. ValueError if one is impossible or two contradict each other.
 
-    The presets `gpt2`, `llama` and `bert` know a family's choices; sizes are theirs to ask for.
+    The presets `gpt2`, `llama` and `bert` make a family's choices; the sizes are their arguments.
 
     >>> c = Config.llama(vocab_size=256, context=64, layers=2, heads=4, width=32, hidden=96)
     >>> c.norm, c.positions, c.activation, c.tied
@@ -39,7 +39,7 @@ class Config:
     layers: int
     heads: int
     width: int
-    hidden: int  # of the MLP
+    hidden: int  # the width inside the MLP
     kv_heads: int
     norm: str = "layer"  # or "rms"
     norm_first: bool = True  # pre-norm; False: post-norm, as in the original transformer
@@ -51,7 +51,7 @@ class Config:
     head: str = "linear"  # or "masked": BERT's transform in front of the output
     tied: bool = True  # the head shares the embedding's weight
     bias: bool = True  # in the linear layers
-    segments: int = 0  # kinds of BERT's segment (token type) embedding
+    segments: int = 0  # BERT's token types; 0: no embedding of them
     dropout: float = 0.0  # after the embedding and at the end of each residual branch
 
     def __post_init__(self):
@@ -69,7 +69,7 @@ class Config:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.width % self.heads or self.heads % self.kv_heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}, "
-                             f"and that of kv_heads {self.kv_heads}")
+                             f"and heads of kv_heads {self.kv_heads}")
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise ValueError("rotary positions need an even head width, "
                              f"got {self.width // self.heads}")
@@ -98,7 +98,7 @@ class Config:
 
 
 class Attention(Module):
-    """Multi-head attention; K < H key/value heads are shared by groups of query heads."""
+    """Multi-head attention. If K < H, each key/value head serves a group of query heads."""
 
     def __init__(self, c: Config, rng):
         kv_width = c.width // c.heads * c.kv_heads
@@ -115,7 +115,7 @@ class Attention(Module):
         if angles is not None:
             q, k = ops.rotary(q, *angles), ops.rotary(k, *angles)
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, K, S, D) with those before these
+            k, v = cache.append(k, v)  # (B, K, S, D), the cached ones first
         return self.o(ops.merge_heads(ops.attention(q, k, v, mask=mask, causal=self.causal)))
 
 
@@ -135,7 +135,7 @@ class MLP(Module):
         return self.down(self.inner(x))
 
     def inner(self, x):
-        """What `down` sees: (..., C) -> (..., config.hidden)."""
+        """The input of `down`: (..., C) -> (..., config.hidden)."""
         if self.activation == "swiglu":
             return ops.swiglu(self.gate(x), self.up(x))
         form = "tanh" if self.activation == "gelu_tanh" else "none"
@@ -143,7 +143,7 @@ class MLP(Module):
 
 
 class Block(Module):
-    """Attention and MLP, each in a residual branch, normalised before or after."""
+    """Attention and MLP, each in a residual branch, with a norm before or after it."""
 
     def __init__(self, c: Config, rng):
         self.norm_first = c.norm_first
@@ -176,11 +176,11 @@ class Transformer(Module):
     """model(tokens, mask=None) -> logits.
 
     tokens: integers (B, T), T <= config.context. mask: (B, T), 1 for a token and 0 for padding.
-    cache: what is in front of the tokens; then a mask speaks of that too (see cache.py).
+    cache: keys and values in front of the tokens; a mask then covers those too (see cache.py).
     logits: Tensor (B, T, V), float32 unless `astype` changed the model. ValueError for other tokens
-    or masks. The weights are drawn from `seed` as GPT-2's: N(0, 0.02^2), output projections of the
-    residual branches divided by sqrt(2 layers).
-    checkpoint_every = k runs each k blocks under `checkpoint`; 0 keeps every activation.
+    or masks. The weights are drawn from `seed` as GPT-2's: N(0, 0.02^2), but output projections of
+    the residual branches are divided by sqrt(2 layers).
+    checkpoint_every = k runs every k blocks under `checkpoint`; 0 keeps all activations.
 
     >>> model = Transformer(Config.gpt2(vocab_size=256, context=8, layers=2, heads=4, width=32))
     >>> model(np.array([[72, 105, 33]])).shape
@@ -208,18 +208,18 @@ class Transformer(Module):
         return self.head(self.hidden(tokens, mask, cache))
 
     def hidden(self, tokens, mask=None, cache=None) -> Tensor:
-        """The last hidden states, in front of the head: (B, T, C).
+        """The last hidden states, which the head takes: (B, T, C).
 
-        cache: a Cache, which holds what is in front of these tokens and takes these up.
+        cache: a Cache of what is in front of these tokens; their own keys and values are added.
         """
         x = self.embedded(tokens, cache.length if cache else 0)
         return self.run(x, mask, cache=cache)
 
     def embedded(self, tokens, start: int = 0) -> Tensor:
-        """What the first block sees: (B, T) -> (B, T, C).
+        """The input of the first block: (B, T) -> (B, T, C).
 
-        start: the first token's position. A method that puts P rows in front of the text asks for
-        start=P; what positions its own rows know of, if they are learned, is its choice.
+        start: the first token's position. A method that puts P rows of its own in front of the text
+        gives start=P. If positions are learned, the method decides which ones its rows get.
         """
         tokens = self._checked(tokens, start)
         x = self.embed(tokens)
@@ -227,17 +227,17 @@ class Transformer(Module):
         if self.position:
             x = x + self.position(places)
         if self.segment:
-            x = x + self.segment(places * 0)  # all tokens are of one text
+            x = x + self.segment(places * 0)  # segment 0: all tokens are of one text
         if self.embed_norm:
             x = self.embed_norm(x)
         return self.drop(x)
 
     def run(self, x, mask=None, angles=None, cache=None) -> Tensor:
-        """Rows x through all blocks and the last norm: (B, T, C) -> (B, T, C).
+        """Run the rows x through all blocks and the last norm: (B, T, C) -> (B, T, C).
 
-        mask: (B, S), 1 for a key that may be seen; S counts what the cache holds, and then x.
-        angles: of rotary positions (see rotary_tables), by default from cache.length on. cache: as
-        in `hidden`; with one, no block is run under `checkpoint`.
+        mask: (B, S), 1 for a key that may be seen; the cached keys come first, then those of x.
+        angles: tables of rotary positions (see rotary_tables), by default from cache.length on.
+        cache: as in `hidden`. With a cache no block runs under `checkpoint`.
 
         >>> model = Transformer(Config.gpt2(vocab_size=9, context=8, layers=1, heads=2, width=4))
         >>> prompt = Tensor(np.zeros((1, 3, 4), np.float32), requires_grad=True)
@@ -274,9 +274,9 @@ class Transformer(Module):
         return x
 
     def _checked(self, tokens, start):
-        """tokens as integers (B, T); else ValueError.
+        """tokens as an array of integers (B, T). ValueError if they are anything else.
 
-        NumPy's tokens stay on the host, where their ids are checked (ops.embedding).
+        NumPy's tokens stay on the CPU, where ops.embedding checks their ids.
         """
         tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)
         context = self.config.context
@@ -289,7 +289,7 @@ class Transformer(Module):
 
 
 def residual_std(c: Config) -> float:
-    """GPT-2's initialisation of what is added to the residual stream 2 * layers times."""
+    """GPT-2's std for the 2 * layers projections whose results the residual stream adds up."""
     return 0.02 / math.sqrt(2 * c.layers)
 
 
@@ -298,7 +298,7 @@ def make_norm(c: Config) -> Module:
 
 
 def rotary_tables(c: Config, places, dtype):
-    """cos and sin of place * theta^(-2i/D), in float32 as transformers does: (T, D/2) each."""
+    """cos and sin of place * theta^(-2i/D), from float32 as in transformers: (T, D/2) each."""
     xp, half = array_module(places), c.width // c.heads // 2
     inverse = 1 / c.rope_theta ** (xp.arange(half, dtype=np.float32) / half)
     angles = places[:, None].astype(np.float32) * inverse

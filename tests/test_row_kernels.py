@@ -258,8 +258,8 @@ LAUNCHERS = {
 WRONG = [
     (TypeError, "GPU|ndarray", lambda a: a.get()),
     (TypeError, "must be (float32|float16),", lambda a: a.astype("float16")),
-    (ValueError, "one shape|goes with", lambda a: a[..., :-1].copy()),
-    (ValueError, "one shape|goes with", lambda a: a.reshape(*a.shape, 1)),
+    (ValueError, "one shape|needs (g|tables)", lambda a: a[..., :-1].copy()),
+    (ValueError, "one shape|needs (g|tables)", lambda a: a.reshape(*a.shape, 1)),
     (ValueError, "contiguous", LAYOUTS["strided"]),
     (ValueError, "multiple of 16", misaligned),
 ]

@@ -136,7 +136,7 @@ def test_the_gradient_is_not_the_array_that_was_passed_in():
 def test_a_graph_runs_backward_once():
     y = (leaf(3) * 2.0).sum()
     y.backward()
-    with pytest.raises(RuntimeError, match="before; run it forward again"):
+    with pytest.raises(RuntimeError, match="has used up this sum_; run it forward again"):
         y.backward()
 
 

@@ -1,6 +1,6 @@
-"""The CUDA kernels: one launcher each, which checks shapes, makes the results and launches.
+"""A launcher for each CUDA kernel. It checks shapes, makes the result arrays and launches.
 
-All rest on raw.py, which compiles a kernel and checks dtypes, layout and alignment.
+All launchers use raw.py, which compiles a kernel and checks dtypes, layout and alignment.
 """
 
 from minilm.cuda.attention import attention_backward, attention_forward

@@ -9,9 +9,9 @@ from minilm.cuda.raw import kernel
 def attention_forward(q, k, v, causal: bool):
     """(y, lse) of softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, K, S, D), all bfloat16.
 
-    H is a multiple of K; D of 16, up to 128. causal: the last query sees every key, each earlier
-    query one key fewer. lse (B, H, T) float32, the logarithm of the softmax's denominator, is what
-    attention_backward wants.
+    H is a multiple of K. D is a multiple of 16, up to 128. causal: the last query sees every key,
+    each earlier query one key fewer. lse (B, H, T) float32 is the logarithm of the softmax's
+    denominator; attention_backward needs it.
     """
     _check_attention("attention_forward", q, k, v, causal)
     xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
@@ -22,7 +22,7 @@ def attention_forward(q, k, v, causal: bool):
 
 
 def attention_backward(dy, q, k, v, y, lse, causal: bool):
-    """(dq, dk, dv) of attention_forward, for dy like its y; the same bits every time."""
+    """(dq, dk, dv) of attention_forward, for dy shaped like its y; the same bits every time."""
     _check_attention("attention_backward", q, k, v, causal, dy=dy, y=y, lse=lse)
     xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
     dq, dk, dv = (xp.empty(a.shape, "bfloat16") for a in (q, k, v))
@@ -35,12 +35,12 @@ def attention_backward(dy, q, k, v, y, lse, causal: bool):
 
 
 def _rows(D):
-    """The queries of a block: ROWS of the kernels."""
+    """The queries of a block, which the kernels call ROWS."""
     return 128 if D <= 64 else 64
 
 
 def _check_attention(what, q, k, v, causal, **others):
-    """Hold the shapes against each other."""
+    """ValueError if the shapes do not fit together."""
     shapes = f"{what}: q {q.shape} does not go with k {k.shape} and v {v.shape}"
     if not q.ndim == k.ndim == 4 or k.shape != v.shape or 0 in q.shape + k.shape:
         raise ValueError(shapes)

@@ -12,10 +12,11 @@ from minilm.cuda.raw import kernel
 
 @dataclass(frozen=True)
 class Codes:
-    """What the kernels want of a FourBit: its arrays and two tables, all on the GPU.
+    """What the kernels take of a FourBit: its arrays and two tables, all on the GPU.
 
-    Constants c2 are float32; in 8 bits they are c2_codes, with c1, map and offset, and c2 is empty.
-    Checked once, here: ValueError where an array does not go with the shape.
+    c2 holds the constants in float32. If they are in 8 bits, c2 is empty, and c2_codes, c1, map and
+    offset hold them. The sizes are checked once, here: ValueError if an array does not fit the
+    shape.
     """
 
     packed: object  # uint8 (n / 2,)
@@ -65,8 +66,8 @@ def nf4_dequantize(W: Codes, dtype):
 def nf4_quantize(x, middles, order, block_size: int):
     """(packed, c2) of float32 numbers: 4-bit codes, two a byte, and the absmax of every block.
 
-    middles: (15,) float32 between the levels, ascending; order: (16,) uint8, the levels' codes from
-    the lowest level up. Blocks of 32 to 4096.
+    middles: (15,) float32, the ascending numbers between the levels. order: (16,) uint8, the codes
+    of the levels from the lowest up. block_size: 32 to 4096.
     """
     if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
         raise ValueError(f"nf4_quantize: block_size must be 32, 64 .. 4096, got {block_size}")
@@ -84,8 +85,8 @@ def nf4_quantize(x, middles, order, block_size: int):
 def nf4_matmul(x, W: Codes, h=None, B=None):
     """y = x W^T + h B^T for 1 to 16 rows: x (M, K), W (N, K), h (M, r), B (N, r) -> (M, N).
 
-    All but W are bfloat16. W has blocks of 64 and K is a multiple of 64. Rounded to bfloat16 are
-    the levels of W and y; the sums are float32.
+    All but W are bfloat16. W has blocks of 64 and K is a multiple of 64. The levels of W and the
+    result are rounded to bfloat16; the sums are float32.
     """
     xp, (N, K) = array_module(x), W.shape
     if h is None:

@@ -1,9 +1,9 @@
-"""Dropout on the card, by a generator that counts instead of remembering.
+"""Dropout on the card, with random numbers that need no state: each is computed from its place.
 
 Philox 4x32-10 of Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3",
-section 4: ten rounds that mix a counter of four 32-bit words with a key of two. Number i of a
-sequence needs none before it, so every thread of kernels/dropout.cu computes its own, and again in
-the backward pass. `kept` is the specification.
+section 4, mixes a counter of four 32-bit words with a key of two, in ten rounds. Number i does not
+depend on the numbers before it. So every thread of kernels/dropout.cu computes its own numbers, in
+the forward pass and again in the backward pass. `kept` is the specification.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from minilm.cuda.raw import kernel
 
 
 def dropout(x, p: float, seed: int):
-    """x / (1 - p) where kept(x.shape, p, seed), else 0; seed: 0 to 2^63 - 1."""
+    """x / (1 - p) for the elements of kept(x.shape, p, seed), else 0. seed: 0 to 2^63 - 1."""
     y = array_module(x).empty(x.shape, x.dtype)
     if x.size:
         kernel("dropout.cu", "dropout", x.dtype)(
@@ -30,14 +30,14 @@ def kept(shape, p: float, seed: int) -> np.ndarray:
 
 
 def threshold(p):
-    """Of 2^32 numbers, how many are dropped."""
+    """How many of the 2^32 random numbers drop an element."""
     return int(p * 2**32)
 
 
 def philox(counter, seed: int):
-    """Four 32-bit numbers for each counter: words (4, ...), the low one first, to (4, ...), uint64.
+    """Four 32-bit numbers for each counter of four words, the lowest first: uint64, (4, ...) each.
 
-    seed: the key, its low 32 bits first.
+    seed: the key; its low 32 bits are the first word.
     """
     low, word = np.uint64(2**32 - 1), np.uint64(32)
     c0, c1, c2, c3 = counter

@@ -8,7 +8,7 @@ from minilm.cuda.raw import kernel
 def lora_forward(x, W, A, B, scale):
     """y = x W^T + h B^T and h = scale x A^T, for x (M, I), W (O, I), A (r, I), B (O, r).
 
-    All float32, float16 or bfloat16, with sums in float32. Returns (y, h); lora_backward wants h.
+    All float32, float16 or bfloat16, with sums in float32. Returns (y, h); lora_backward needs h.
     """
     _check_lora("lora_forward", x=x, W=W, A=A, B=B)
     h = _lora_matmul(x, A, scale=scale)
@@ -25,7 +25,7 @@ def lora_backward(dy, x, h, W, A, B, scale):
 
 
 def _check_lora(what, x, W, A, **others):
-    """Hold all arrays against each other, before the first of several launches."""
+    """Check that all arrays fit together, before the first of several launches."""
     arrays = {"x": x, "W": W, "A": A, **others}
     one_dtype(what, **arrays)
     matmul = kernel("lora_matmul.cu", "lora_matmul", x.dtype)
@@ -41,9 +41,9 @@ def _check_lora(what, x, W, A, **others):
 
 
 def _lora_matmul(P, Q, more=None, turned=(False, False), scale=1.0):
-    """scale (P Q^T + P2 Q2^T) for more = (P2, Q2), without it scale P Q^T.
+    """scale (P Q^T + P2 Q2^T) if more = (P2, Q2), and scale P Q^T if more is None.
 
-    turned: whether P and P2, and whether Q and Q2, lie in memory as their transposes.
+    turned: whether P and P2 lie in memory as their transposes, and whether Q and Q2 do.
     """
     p, q = (-1 if t else 1 for t in turned)
     P2, Q2 = more or (P, Q)

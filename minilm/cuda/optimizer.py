@@ -1,4 +1,4 @@
-"""Launchers of AdamW's step, and of what brings gradients to where it wants them."""
+"""Launchers of AdamW's step, and of the copy that gathers gradients for it."""
 
 import math
 
@@ -10,7 +10,7 @@ from minilm.cuda.raw import kernel
 
 
 def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay, scale=1.0):
-    """minilm.optim.adamw on float32 arrays with gradients g scale, in one pass, the same bits."""
+    """minilm.optim.adamw on float32 arrays, with gradients g scale, in one pass: the same bits."""
     sizes = [a.size for a in (p, g, m, v)]
     if len(set(sizes)) > 1:
         raise ValueError(f"adamw: p, g, m and v must be of one size, got {sizes}")
@@ -24,7 +24,7 @@ def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay, scale=1.0):
 def gather(pieces, places, flat):
     """flat[place : place + x.size] = x for each of the contiguous pieces x and its place.
 
-    pieces: of one dtype that has kernels; flat: float32. ValueError where a piece does not fit.
+    pieces: all of one dtype of COMPUTES. flat: float32. ValueError if a piece does not fit.
     """
     if not pieces:
         return

@@ -1,8 +1,8 @@
 """Kernels of kernels/*.cu, compiled once, with every argument checked before a launch.
 
-CuPy's RawKernel checks nothing: a wrong dtype, a strided array or a Python int where the kernel
-wants 32 bits is undefined behaviour on the card. `Kernel` therefore holds every argument against
-the parameter list in the kernel's own source.
+CuPy's RawKernel checks nothing: a wrong dtype, a strided array, or a Python int for a parameter of
+32 bits is undefined behaviour on the card. So `Kernel` compares every argument with the parameter
+list in the kernel's own source.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 
 from minilm.backend import cupy, pointer
 
-# In the package in a wheel, beside it in the source tree.
+# A wheel has the kernels in the package, the source tree beside it.
 KERNELS = next(folder / "kernels" for folder in Path(__file__).parents[1:3]
                if (folder / "kernels").is_dir())
 REAL = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
@@ -24,12 +24,11 @@ DTYPES = {c: dtype for dtype, c in REAL.items()} | {
 
 
 class Kernel:
-    """A kernel of a file, compiled with REAL = real and other macros; call it with a grid, a block
-    and arguments.
+    """A kernel of a file, compiled with REAL = real and other macros: kernel(grid, block, *args).
 
-    Arrays must have the parameter's dtype, be C-contiguous and begin at a multiple of 16 bytes:
-    TypeError and ValueError otherwise. Python numbers are converted to the parameter's type;
-    OverflowError where one does not fit.
+    An array must have the parameter's dtype, else TypeError. It must be C-contiguous and begin at a
+    multiple of 16 bytes, else ValueError. A Python number is converted to the parameter's type;
+    OverflowError if it does not fit.
     """
 
     def __init__(self, file: str, name: str, real="float32", **macros: int):
@@ -56,7 +55,7 @@ class Kernel:
         self.launch(grid, block, tuple(given))
 
     def check(self, x, name, dtype):
-        """TypeError or ValueError where x is no array as the kernel takes it."""
+        """TypeError or ValueError if x is not an array that the kernel takes."""
         if type(x) is not self.array:
             raise TypeError(f"{self.name}: {name} must be an array on the GPU, got "
                             f"{type(x).__name__}")
@@ -69,7 +68,7 @@ class Kernel:
                              f"{x.data.ptr:#x}")
 
     def number(self, x, name, dtype):
-        """A Python number in the parameter's type; OverflowError where it does not fit."""
+        """A Python number in the parameter's type; OverflowError if it does not fit."""
         half = 1 << 8 * dtype.itemsize - 1
         if dtype.kind == "i" and not -half <= x < half:
             raise OverflowError(f"{self.name}: {name} = {x} does not fit {dtype}")
@@ -80,7 +79,7 @@ kernel = functools.cache(Kernel)
 
 
 def read(file: str) -> str:
-    """The source of a kernel file, its headers in place, so that errors and caches see them."""
+    """The source of a kernel file with its headers put in, so that errors and caches see them."""
     def inline(match):
         line = source.count("\n", 0, match.start()) + 2
         return f'{_numbered(match[1])}\n#line {line} "{file}"'
@@ -105,5 +104,5 @@ def parameters(source: str, name: str, real: str) -> list[tuple[str, np.dtype, b
 
 
 def aligned(x):
-    """x, or a copy of it where its memory is not as kernels want it."""
+    """x, or a copy if x is not contiguous or does not begin at a multiple of 16 bytes."""
     return x if x.flags.c_contiguous and pointer(x) % 16 == 0 else x.copy()

@@ -1,7 +1,7 @@
 """Launchers of what a model does between its products: SwiGLU, RMSNorm, rotary positions, sums.
 
-Arrays are float32, float16 or bfloat16, all of one dtype: TypeError else, and ValueError for shapes
-that do not go together.
+Arrays are all float32, all float16 or all bfloat16, else TypeError. ValueError if shapes do not fit
+together.
 """
 
 from minilm.arrays import one_shape
@@ -30,7 +30,7 @@ def _swiglu(name, results, **arrays):
 def rms_norm(x, g, eps: float):
     """(y, rstd) for x (..., C) and g (C,): y = x rstd g with rstd = 1 / sqrt(mean(x^2) + eps).
 
-    rstd (...) is float32; rms_norm_backward wants it.
+    rstd (...) is float32; rms_norm_backward needs it.
     """
     xp = array_module(x)
     y, rstd = xp.empty(x.shape, x.dtype), xp.empty(x.shape[:-1], "float32")
@@ -48,30 +48,30 @@ def rms_norm_backward(dy, x, g, rstd):
 
 def _rms_norm(name, x, g, rstd, *args):
     if g.shape != x.shape[-1:] or rstd.shape != x.shape[:-1]:
-        raise ValueError(f"{name}: x {x.shape} goes with g {x.shape[-1:]} and rstd {x.shape[:-1]}, "
+        raise ValueError(f"{name}: x {x.shape} needs g {x.shape[-1:]} and rstd {x.shape[:-1]}, "
                          f"got {g.shape} and {rstd.shape}")
     _launch("rms_norm.cu", name, rstd.size if x.size else 0, 128, *args)
 
 
 def rotary(x, cos, sin, back: bool = False):
-    """x (B, T, H, D), turned and its heads apart: (B, H, T, D). cos and sin are (T, D / 2).
+    """x (B, T, H, D) turned, with its heads in front: (B, H, T, D). cos and sin are (T, D / 2).
 
-    back: the gradient's way, from (B, H, T, D) to (B, T, H, D).
+    back: the gradient, which turns back from (B, H, T, D) to (B, T, H, D).
     """
     B, (T, H), D = len(x), x.shape[2:0:-1] if back else x.shape[1:3], x.shape[-1]
     if D % 2 or cos.shape != (T, D // 2) or sin.shape != cos.shape:
-        raise ValueError(f"rotary: x {x.shape} goes with tables {(T, D // 2)}, got {cos.shape} and "
+        raise ValueError(f"rotary: x {x.shape} needs tables {(T, D // 2)}, got {cos.shape} and "
                          f"{sin.shape}")
     y = array_module(x).empty((B, T, H, D) if back else (B, H, T, D), x.dtype)
-    n = B * T * H * -(-(D // 2 * x.itemsize) // 16)  # vectors of 16 bytes, of either half
+    n = B * T * H * -(-(D // 2 * x.itemsize) // 16)  # vectors of 16 bytes in a half of every head
     _launch("rotary.cu", "rotary", -(-n // 256), 256, x, cos, sin, y, n, T, H, D // 2, back)
     return y
 
 
 def scatter_add(ids, dy, n: int):
-    """Rows of dy added up by their id, in their order: (N,), (N, C) -> (n, C) float32.
+    """The sum of the rows of dy with each id, in their order: (N,), (N, C) -> (n, C) float32.
 
-    ids: integers from 0 to n - 1, on the card or NumPy's.
+    ids: integers from 0 to n - 1, NumPy's or on the card.
     """
     if dy.ndim != 2 or ids.shape != dy.shape[:1]:
         raise ValueError(f"scatter_add: ids {ids.shape} do not go with rows {dy.shape}")

@@ -1,14 +1,19 @@
 """A stand-in for CuPy on machines without a GPU: `with installed() as cupy:`.
 
-NumPy does the arithmetic, but only what CuPy has gets through: names and signatures are those of
-the real CuPy (checked where it is installed), and NumPy arrays do not mix with the stand-in's. So
-code that would fail on a card fails here. Kernels run on the CPU (tests/emulator), products by
-cuBLAS in blas.py, memory is counted and limited in memory.py, launches, bytes and copies to and
-from the host are counted in arrays.py, and streams.py has streams and pinned memory. Names that
-this project does not use may be missing.
+NumPy does the arithmetic, but only what CuPy has gets through. Names and signatures are those of
+the real CuPy (compared with it if it is installed), and NumPy arrays do not mix with the
+stand-in's. So code that would fail on a card fails here. Names that this project does not use may
+be missing.
 
-More strict than CuPy: a NumPy array as an index or through NumPy's own functions, which CuPy would
-copy to the card or take over, is refused. Not checked: the order of streams, and any speed.
+    arrays.py   arrays; counts launches, bytes, and copies to and from the host
+    blas.py     cuBLAS's products
+    memory.py   the memory pool; counts and limits memory
+    streams.py  streams, events and pinned memory
+    real.py     the names and signatures of the real CuPy
+
+Kernels run on the CPU (tests/emulator). The stand-in is stricter than CuPy: it refuses a NumPy
+array as an index, and NumPy's own functions on its arrays. CuPy would copy such an index to the
+card and take over such a function. The order of streams is not checked, nor any speed.
 """
 
 import contextlib
@@ -27,7 +32,7 @@ __all__ = ["installed", "launches", "make", "reset", "to_device", "to_host", "tr
 
 
 class Module(types.ModuleType):
-    """A module of the stand-in; what it does not define comes from NumPy, where CuPy has it."""
+    """A module of the stand-in. What it does not define comes from NumPy, if CuPy has it."""
 
     def __getattr__(self, name):
         if self.__name__ != "cupy" or name.startswith("__"):
@@ -45,7 +50,7 @@ class Module(types.ModuleType):
 
 
 class Ufunc:
-    """cupy.ufunc: elementwise, with `out`, `dtype` and `casting` but no `where`; and `at`."""
+    """cupy.ufunc: elementwise, with `out`, `dtype` and `casting` but no `where`. Also `at`."""
 
     def __init__(self, name):
         self.name = name
@@ -78,7 +83,7 @@ def empty_like(prototype, dtype=None, order="K", subok=None, shape=None):
 def arange(start, stop=None, step=1, dtype=None):
     if stop is None:
         start, stop = 0, start
-    if dtype is not None:  # CuPy casts these before it counts; NumPy counts in Python's numbers
+    if dtype is not None:  # CuPy casts these before it counts; NumPy counts in Python numbers
         start, step = (np.dtype(dtype).type(x) for x in (start, step))
     return function("arange", np.arange)(start, stop, step, dtype)
 
@@ -108,7 +113,7 @@ class RawModule:
 
 
 class RawKernel:
-    """A kernel that unwraps its arguments; more shared memory is asked for as of CuPy's."""
+    """cupy.RawKernel: unwraps its arguments. It is asked for more shared memory as CuPy's is."""
 
     def __init__(self, function):
         self.function = function
@@ -121,7 +126,7 @@ class RawKernel:
 
 
 def _argument(x):
-    """An array's memory, or a scalar by value; of NumPy arrays only one element is a value."""
+    """An array's memory, or a scalar's value. A NumPy array must have one element, its value."""
     if isinstance(x, ndarray):
         return x._host
     if isinstance(x, np.ndarray):

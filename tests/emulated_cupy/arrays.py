@@ -1,7 +1,8 @@
-"""The stand-in's arrays: NumPy arrays inside, and outside only what a CuPy array can do.
+"""The stand-in's arrays: NumPy arrays inside, but they can do only what CuPy's arrays can.
 
-Every operation goes through `run`: it lets in the stand-in's own arrays and scalars but no NumPy
-array, calls NumPy, and wraps what comes out. An array that is no view of an input is a launch.
+Every operation goes through `run`. It accepts the stand-in's own arrays and scalars but no NumPy
+array, calls NumPy, and wraps the result. If the result is not a view of an input, it counts as a
+launch.
 """
 
 import functools
@@ -30,7 +31,7 @@ def count(name, arrays):
 
 
 class ndarray:
-    """cupy.ndarray; attributes that are not here are NumPy's, where the real class has them."""
+    """cupy.ndarray. Attributes that are not here are NumPy's, if the real class has them."""
 
     __slots__ = ("__weakref__", "_host")
     __array_ufunc__ = None  # NumPy's functions do not take it
@@ -131,7 +132,7 @@ def is_operand(x):
 
 
 def run(name, fn, args, kwargs):
-    """NumPy's fn on the arrays inside args; what it returns as arrays of ours."""
+    """NumPy's fn on the arrays inside args. Its result comes as arrays of ours."""
     given = []
     args = _inside(name, args, given)
     kwargs = {key: _inside(name, value, given) for key, value in kwargs.items()}
@@ -139,9 +140,9 @@ def run(name, fn, args, kwargs):
 
 
 def elementwise(name, *args, **kwargs):
-    """A ufunc: it always writes, into a C-contiguous array where none is given.
+    """A ufunc. It always writes a result, to a new C-contiguous array if none is given.
 
-    CuPy compiles these with -ftz=true: float32 numbers below 1.2e-38 are 0, coming in and out.
+    CuPy compiles these with -ftz=true: float32 numbers below 1.2e-38 become 0, inputs and results.
     """
     if wrong := kwargs.keys() - {"out", "dtype", "casting"}:
         raise TypeError(f"Wrong arguments {wrong} for cupy.{name}")
@@ -153,7 +154,7 @@ def elementwise(name, *args, **kwargs):
 
 
 def _flushed(x, into=None):
-    """x with 0 for what is too small for a normal float32; written to `into` where given."""
+    """x with 0 for what is too small for a normal float32; written to `into` if given."""
     small = getattr(x, "dtype", None) == np.float32 and (np.abs(x) < TINY) & (x != 0)
     if not np.any(small):
         return x
@@ -165,14 +166,14 @@ def _flushed(x, into=None):
 
 
 def matmul(a, b, out=None):
-    """a @ b as CuPy calls cuBLAS: sums in at least float32, and copies of what is strided."""
+    """a @ b as CuPy calls cuBLAS: sums in at least float32, and strided arrays are copied."""
     if not (isinstance(a, ndarray) and isinstance(b, ndarray)):
         raise TypeError(f"matmul takes arrays of CuPy, got {type(a).__name__}, {type(b).__name__}")
     if a.ndim == b.ndim == 1 and out is None:
-        return (a * b).sum()  # so does CuPy 14.2, with the whole product in memory
+        return (a * b).sum()  # CuPy 14.2 does this, with the whole product in memory
     dtype, stacked = np.promote_types(a.dtype, b.dtype), max(a.ndim, b.ndim) > 2
     if stacked and dtype.name == "bfloat16":
-        raise TypeError("data type 'E' not understood")  # so says CuPy 14.2
+        raise TypeError("data type 'E' not understood")  # CuPy 14.2 says this
     for x in (a, b):
         ready = x.flags.c_contiguous if stacked else x.itemsize in x.strides  # one axis is dense
         if x.dtype != dtype or not ready:
@@ -189,7 +190,7 @@ def matmul(a, b, out=None):
 
 
 def at(name, array, indices, b=None):
-    """cupy.<ufunc>.at: adds and the like at an index that may name an element twice."""
+    """cupy.<ufunc>.at: add (or other) at an index that may name an element twice."""
     if name not in AT:
         raise NotImplementedError(f"`cupy_{name}.at` is not supported yet")
     if array.dtype.name not in AT[name].split():
@@ -206,7 +207,7 @@ AT = {"add": "int32 int64 float16 float32 float64 uint32 uint64", "subtract": "i
 
 
 def array(obj, dtype=None, copy=True):
-    """What is NumPy's, or a list, copied to the card; ours converted."""
+    """NumPy's arrays and lists, copied to the card; our arrays, converted."""
     if isinstance(obj, ndarray):
         changed = dtype is not None and np.dtype(dtype) != obj.dtype
         return obj.astype(dtype) if changed else obj.copy() if copy else obj
@@ -222,7 +223,7 @@ def new(host: np.ndarray) -> ndarray:
 
 
 def _index(index, given):
-    """An index of NumPy's that gives a view of one element, too, rather than a scalar."""
+    """The index for NumPy, changed so that one element gives a view and not a scalar."""
     index = _inside("an index", index, given)
     key = index if isinstance(index, tuple) else (index,)
     return key if any(k is Ellipsis for k in key) else (*key, Ellipsis)
@@ -234,14 +235,14 @@ def _inside(name, x, given):
         given.append(x)
         return x._host
     if isinstance(x, np.ndarray):
-        raise TypeError(f"{name}: a NumPy array where CuPy's are, {x.dtype} {x.shape}")
+        raise TypeError(f"{name}: a NumPy array among CuPy's, {x.dtype} {x.shape}")
     if type(x) in (list, tuple):
         return type(x)(_inside(name, part, given) for part in x)
     return x
 
 
 def _outside(name, result, given, writes=False):
-    """NumPy's result as arrays of ours. It was a launch where one is new or an output was given."""
+    """NumPy's result as arrays of ours. It was a launch if one is new or an output was given."""
     fresh = []
     wrapped = _wrapped(result, given, fresh)
     if fresh or writes or result is None:

@@ -32,7 +32,7 @@ class CUBLASError(RuntimeError):
 
 
 def setMathMode(handle, mode):
-    """Only kept: sums are never rounded on the way here."""
+    """Only recorded: here sums are never rounded on the way."""
     global math_mode
     math_mode = mode
 
@@ -93,7 +93,7 @@ def _gemm(name, handle, transa, transb, m, n, k, alpha, A, B, beta, C, batch, co
 
 
 def _operand(given, rows, columns, turned, batch):
-    """op of a column-major matrix as (batch, rows, columns), a view of its memory."""
+    """op(X) of column-major matrices as (batch, rows, columns), a view of their memory."""
     address, kind, pitch, stride = given
     dtype = DTYPES[kind]
     if turned:

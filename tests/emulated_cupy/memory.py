@@ -1,9 +1,9 @@
-"""Memory of the stand-in: a pool that counts and limits, and hooks that are told, as CuPy's are.
+"""Memory of the stand-in: a pool that counts and limits as CuPy's does, and hooks that it calls.
 
-Nothing is pooled in truth: every array has a block of its own from malloc, which a sanitizer can
-put red zones around, and which is given back when its last view is gone. Only the numbers follow
-the pool: sizes rounded up to 512 bytes, chunks that are split and joined, and a limit of what the
-card has given, not of what is used.
+Nothing is really pooled. Every array has a block of its own from malloc, so a sanitizer can put red
+zones around it, and the block is freed with its last view. Only the numbers follow CuPy's pool:
+sizes are rounded up to 512 bytes, chunks are split and joined, and the limit is on what the card
+has given, not on what is used.
 """
 
 import ctypes
@@ -28,18 +28,18 @@ class OutOfMemoryError(MemoryError):
 
 
 class MemoryPool:
-    """cupy.get_default_memory_pool()'s numbers: what it takes of the card, splits, and gives back.
+    """The numbers of cupy.get_default_memory_pool(): what it takes of the card, and gives back.
 
-    An array gets the smallest free chunk of its stream that holds it, and what is left over stays
-    a chunk; only where there is none is the card asked. A chunk that was split goes back to the
-    card when all of its pieces are free.
+    An array gets the smallest free chunk of its stream that holds it, and the rest of that chunk
+    stays free. If there is no such chunk, the card is asked for one. A chunk that was split goes
+    back to the card when all of its pieces are free.
     """
 
     def __init__(self):
         self._limit = self._used = self._total = 0
-        self._free, self._dropped = set(), deque()  # chunks; those a finalizer has let go
+        self._free, self._dropped = set(), deque()  # free chunks; those a finalizer dropped
         self._lock = threading.RLock()
-        self._sizes = {}  # address -> bytes of every block that lives
+        self._sizes = {}  # address -> bytes, of every live block
 
     def set_limit(self, size=None, fraction=None):
         if fraction is not None:
@@ -61,7 +61,7 @@ class MemoryPool:
         return self._total - self.used_bytes()
 
     def free_all_blocks(self, stream=None):
-        """Give the card all chunks that are whole."""
+        """Give all whole free chunks back to the card."""
         with self._lock:
             self._collect()
             for chunk in [c for c in self._free if c.whole() and stream in (None, c.stream)]:
@@ -101,7 +101,7 @@ class MemoryPool:
         return Chunk(rounded, get_current_stream())
 
     def _collect(self):
-        """Chunks that nobody has any more are free, and join free neighbours."""
+        """Make chunks free that nobody uses any more, and join them with free neighbours."""
         while self._dropped:
             chunk = self._dropped.popleft()
             self._used -= chunk.size
@@ -116,7 +116,7 @@ class MemoryPool:
 
 
 class Chunk:
-    """A piece of what the card gave at once; it knows the pieces beside it."""
+    """A piece of one allocation of the card; it knows the pieces beside it."""
 
     def __init__(self, size, stream, before=None, after=None):
         self.size, self.stream, self.before, self.after = size, stream, before, after
@@ -141,7 +141,7 @@ class Chunk:
 
 
 class MemoryPointer:
-    """What an allocator gives: room in a pool until it is dropped. The bytes are NumPy's."""
+    """An allocator's result: room in a pool until it is dropped. The bytes are NumPy's."""
 
     def __init__(self, pool, chunk):
         self.size = chunk.size
@@ -176,7 +176,7 @@ def get_allocator():
 
 
 def set_allocator(allocator=None):
-    """What arrays of all threads ask for room; None is the raw allocator, without a pool."""
+    """Set what all threads ask for room. None is the raw allocator, without a pool."""
     global _allocator
     _allocator = allocator or MemoryPool().malloc
 
@@ -189,13 +189,13 @@ def owner(array: np.ndarray) -> np.ndarray:
 
 
 def unwritten(array: np.ndarray) -> np.ndarray:
-    """The array filled with 0xFF, nan in every float, so that what nobody writes shows."""
+    """The array filled with 0xFF, which is nan in every float, so that unwritten elements show."""
     ctypes.memset(array.ctypes.data, 0xFF, array.nbytes)
     return array
 
 
 def view(address: int, shape, strides, dtype) -> np.ndarray:
-    """What lies at an address; IndexError where that is not inside one block of the pool."""
+    """What lies at an address. IndexError if it is not inside one block of the pool."""
     dtype = np.dtype(dtype)
     size = sum((n - 1) * s for n, s in zip(shape, strides)) + dtype.itemsize
     blocks = list(POOL._sizes.items())
@@ -206,7 +206,7 @@ def view(address: int, shape, strides, dtype) -> np.ndarray:
 
 
 class MemoryHook:
-    """cupy.cuda.MemoryHook: told of this thread's allocations while it is a `with` block's."""
+    """cupy.cuda.MemoryHook: inside its `with` block it is told of this thread's allocations."""
 
     name = "MemoryHook"
 

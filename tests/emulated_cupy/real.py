@@ -1,6 +1,6 @@
-"""What the real CuPy has, where it is installed: names and signatures.
+"""The names and signatures of the real CuPy, if it is installed.
 
-Importing it needs no GPU. Where it is not installed everything passes.
+Importing it needs no GPU. If it is not installed, every check passes.
 """
 
 import functools
@@ -19,13 +19,13 @@ with warnings.catch_warnings():
 
 
 def require(path: str, name: str):
-    """AttributeError where real cupy has `path`, "" or "ndarray", but not its attribute `name`."""
+    """AttributeError if `path`, "" or "ndarray", of the real cupy has no attribute `name`."""
     if REAL is not None and not hasattr(getattr(REAL, path) if path else REAL, name):
         raise AttributeError(f"cupy{path and '.' + path} has no {name!r}")
 
 
 def bind(path: str, args, kwargs):
-    """TypeError where real cupy's function at `path` does not take these arguments."""
+    """TypeError if real cupy's function at `path` does not take these arguments."""
     taken = REAL and signature(path)
     if taken:
         try:
@@ -36,7 +36,7 @@ def bind(path: str, args, kwargs):
 
 @functools.cache
 def signature(path: str) -> inspect.Signature | None:
-    """Of real cupy's function, from its docstring where it is compiled; None where unknown."""
+    """The signature of real cupy's function, from its docstring if compiled; None if unknown."""
     fn = functools.reduce(getattr, path.split("."), REAL)
     try:
         return inspect.signature(fn)
@@ -47,7 +47,7 @@ def signature(path: str) -> inspect.Signature | None:
 
 
 def parse(text: str) -> inspect.Signature:
-    """The signature that Cython wrote as "self, int axis=-1, *, tuple options=()"."""
+    """A signature that Cython wrote, such as "self, int axis=-1, *, tuple options=()"."""
     parameters, kind = [], Parameter.POSITIONAL_OR_KEYWORD
     for piece in re.split(r",\s*", text):
         name, equals, _ = piece.partition("=")

@@ -1,8 +1,8 @@
 """The stand-in's streams, events and pinned memory: cupy.cuda's names, and nothing runs late.
 
-Work is done when it is queued, whatever its stream. So a missing wait does not show here but with
-minilm.optim.streams.SimulatedDevice, nor does a missing synchronize(). What shows is misuse: a
-blocking stream, a copy from memory that is not pinned, an event that times.
+Work is done when it is queued, on any stream. So a missing wait or synchronize() does not show
+here; minilm.optim.streams.SimulatedDevice shows a missing wait. Misuse does show here: a blocking
+stream, a copy from memory that is not pinned, and an event that measures time.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ class Event:
 
 
 class Stream:
-    """A stream; `null`, the caller's, where none is current."""
+    """A stream. With `null` it is the one that is current if no other is."""
 
     def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
         if not (null or non_blocking):
@@ -79,7 +79,7 @@ class CUDARuntimeError(RuntimeError):
 
 
 class PinnedMemory:
-    """Page-locked memory of exactly this size; `limit` is what there is of it."""
+    """Page-locked memory of exactly this size. `limit` is how much of it exists; 0: any amount."""
 
     limit = used = 0
     blocks = {}  # address -> size
@@ -99,14 +99,14 @@ class PinnedMemory:
 
 
 def PinnedMemoryPointer(mem, offset):
-    """Something with a buffer, as the real one is; it keeps the memory."""
+    """An object with a buffer, as the real one is. It keeps the memory alive."""
     view = (ctypes.c_char * (mem.size - offset)).from_buffer(mem.memory, offset)
     view.mem = mem
     return view
 
 
 def copied(stream, way, host: np.ndarray):
-    """Note a copy that is queued on a stream."""
+    """Record a copy that is queued on a stream."""
     at = host.ctypes.data
     pinned = any(start <= at and at + host.nbytes <= start + size
                  for start, size in PinnedMemory.blocks.items())

@@ -1,12 +1,12 @@
-"""Runs CUDA kernels on the CPU, for tests. g++ compiles the .cu source behind cuda_cpu.hpp.
+"""Runs CUDA kernels on the CPU, for tests. g++ compiles cuda_cpu.hpp and then the .cu source.
 
-Called as CuPy's RawModule is, with NumPy arrays. What a GPU leaves undefined, or hangs on, is an
-error here: a barrier or shuffle that some of its threads never reach, a missing argument, one of
-another size. Shared memory is NaN until written, or until the wait for an asynchronous copy to it,
-and the order of threads can be shuffled. Run under `sanitized_environment`, an access out of bounds
-or a race between threads ends the process.
+It is called like CuPy's RawModule, with NumPy arrays. What a GPU leaves undefined, or hangs on, is
+an error here: a barrier or shuffle that some of its threads never reach, a missing argument, or one
+of another size. Shared memory is NaN until it is written, or until the wait for an asynchronous
+copy to it. The order of threads can be shuffled. Under `sanitized_environment`, an access out of
+bounds or a race between threads ends the process.
 
-Not checked: speed, memory limits, and how a GPU rounds sums of mma, expf and the like.
+Speed and memory limits are not checked, nor how a GPU rounds sums of mma, expf and the like.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ GRID_LIMITS, BLOCK_LIMITS, THREADS_LIMIT = (2**31 - 1, 65535, 65535), (1024, 102
 SHARED_DEFAULT, SHARED_LIMIT = 48 << 10, 227 << 10  # bytes, as on an H100
 
 launches = Counter()  # of each kernel, by name
-_order = 0  # of threads: 0, or a seed and one
+_order = 0  # of threads: 0 is one by one; else a seed plus 1
 _launcher = None  # the process that launched first
 
 
@@ -46,7 +46,7 @@ def thread_order(seed: int):
 
 
 class RawModule:
-    """CUDA C source, compiled. Of `options`, -D and -I count. RuntimeError if g++ refuses."""
+    """CUDA C source, compiled. Only the options -D and -I count. RuntimeError if g++ refuses."""
 
     def __init__(self, code: str, options: tuple[str, ...] = ()):
         self.names = kernel_names(code)
@@ -64,8 +64,8 @@ class Function:
     """A kernel, called as CuPy's RawKernel is: `f(grid, block, args, shared_mem=0)`.
 
     An array is passed as a pointer, a NumPy scalar as it is, a Python int as int64 and a float as
-    float64. As on a GPU, more than 48 KiB of dynamic shared memory need
-    `max_dynamic_shared_size_bytes` to be set first.
+    float64. For more than 48 KiB of dynamic shared memory set `max_dynamic_shared_size_bytes`
+    first, as on a GPU.
     """
 
     def __init__(self, library: ctypes.PyDLL, name: str):
@@ -90,7 +90,7 @@ class Function:
         self.launch(shape, shared_mem, pointers)
 
     def launch(self, shape, shared_mem, pointers):
-        """Run a grid and block, six numbers, with the arguments at these addresses, unchecked."""
+        """Run a grid of blocks (shape: six numbers). The arguments' addresses are not checked."""
         check_fork()
         launches[self.name] += 1
         fault = self._launch((ctypes.c_uint * 6)(*shape), ctypes.c_size_t(shared_mem),
@@ -105,7 +105,7 @@ class Function:
         return sizes
 
     def _checked(self, args):
-        """Each argument's bytes, as a NumPy array: of an array, its address."""
+        """Each argument's bytes as a NumPy array. For an array these are its address."""
         if len(args) != len(self._sizes):
             raise TypeError(f"{self.name}: {len(args)} arguments, expected {len(self._sizes)}")
         return [self._bytes(i, *pair) for i, pair in enumerate(zip(args, self._sizes))]
@@ -123,7 +123,7 @@ class Function:
 
 
 def check_fork():
-    """TSan watches no more in a process forked from one that has fibers, and reports nonsense."""
+    """In a fork of a process that has fibers, TSan stops watching and reports nonsense."""
     global _launcher
     _launcher = _launcher or os.getpid()
     if sanitizer() == "thread" and _launcher != os.getpid():

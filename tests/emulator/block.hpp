@@ -42,7 +42,7 @@ struct Thread : Fiber {
     uint3 index;
     unsigned number;  // x runs fastest; 32 neighbours are a warp
     State state;
-    Where where;  // the barrier or collective that it is in, or was in last
+    Where where;  // the barrier or collective that it is in or was in last
     Copy copies[MAX_COPIES];
     unsigned copying;
 };
@@ -78,7 +78,7 @@ UNWATCHED [[gnu::format(printf, 2, 3)]] inline void fail(const Thread& thread, c
     va_end(values);
 }
 
-// Leaves the running thread, until its state is `ready` again.
+// Leaves the running thread until its state is `ready` again.
 UNWATCHED inline void wait(State state) {
     current->state = state;
     switch_fiber(*current, scheduler, state == State::left);

@@ -1,5 +1,6 @@
-"""Compiles a .cu source with g++ into a shared library, once; with a sanitizer where
-CUDA_SANITIZER says so.
+"""Compiles a .cu source with g++ into a shared library, once for each source.
+
+If CUDA_SANITIZER names a sanitizer, the library is built for it.
 """
 
 import functools
@@ -28,7 +29,7 @@ RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 
 
 def available() -> bool:
-    """Is there a g++ to compile with."""
+    """Whether there is a g++ to compile with."""
     return shutil.which("g++") is not None
 
 
@@ -38,11 +39,11 @@ def sanitizer() -> str:
 
 
 def sanitized_environment(kind: str) -> dict[str, str]:
-    """The environment of a process whose kernels run under a sanitizer: "address", which finds
-    undefined behaviour too, or "thread".
+    """The environment of a process whose kernels run under a sanitizer.
 
-    The first report ends the process with exit code 66. Under pytest, pass -s: what it has
-    captured by then is lost. A process may fork before its first launch, not after.
+    kind: "address", which also finds undefined behaviour, or "thread". The first report ends the
+    process with exit code 66. Run pytest with -s, or the output that it has captured is lost. A
+    process may fork before its first launch, not after.
     """
     runtimes = [run_gxx(f"-print-file-name={name}") for name in (RUNTIMES[kind], "libstdc++.so")]
     options = "exitcode=66:halt_on_error=1:detect_leaks=0:handle_segv=0"
@@ -74,7 +75,7 @@ def compile_library(code: str, options: list[str]) -> Path:
         unfinished = library.with_suffix(f".{os.getpid()}")
         run_gxx(*flags, "-include", str(HERE / "cuda_cpu.hpp"), "-I", str(HERE / "include"),
                 "-x", "c++", "-", "-o", str(unfinished), text=text)
-        unfinished.replace(library)  # at once: others may be compiling the same
+        unfinished.replace(library)  # atomic: others may be compiling the same
     return library
 
 
@@ -92,7 +93,7 @@ def version() -> str:
 
 
 def run_gxx(*arguments: str, text: str = "") -> str:
-    """What g++ prints. It runs without a sanitizer's runtime itself."""
+    """What g++ prints. g++ itself runs without a sanitizer's runtime."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     result = subprocess.run(["g++", *arguments], input=text, env=environment, text=True,
                             capture_output=True)

@@ -1,7 +1,7 @@
 // Copies from global to shared memory that a thread starts and later waits for (cp.async). On a GPU
 // they land at any time in between. Here the destination is NaN from the start of a copy and gets
-// its value as late as it may, at the wait, both written by the thread: who reads too early gets
-// NaN, and a race with another thread is one that ThreadSanitizer sees.
+// its value as late as possible, at the wait. So who reads too early gets NaN. The thread itself
+// writes both, so ThreadSanitizer sees a race with another thread.
 #pragma once
 #include "block.hpp"
 #include "numbers.hpp"
@@ -18,14 +18,14 @@ UNWATCHED inline void note_copy(const Copy& copy, Where where) {
     current->copies[current->copying++] = copy;
 }
 
-// A copy under way by its number; after the last one of no bytes, and then none is under way.
+// A copy under way, by its number. After the last comes one of no bytes; then none is under way.
 UNWATCHED inline Copy take_copy(unsigned number) {
     if (number < current->copying) return current->copies[number];
     current->copying = 0;
     return {};
 }
 
-// As numbers of that size, so that a sanitizer sees an address which does not fit.
+// Writes numbers of that size, so that a sanitizer sees an address that does not fit.
 template <class Number> void write(void* to, const void* from, Number otherwise) {
     *static_cast<Number*>(to) = from ? *static_cast<const Number*>(from) : otherwise;
 }

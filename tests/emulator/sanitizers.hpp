@@ -74,7 +74,7 @@ UNWATCHED inline void forbid(const void* begin, size_t size) {
     if (ASAN) __asan_poison_memory_region(begin, size);
 }
 
-// Happens-before: who acquires a place sees all that happened before others released it.
+// Happens-before: a thread that acquires a place sees all that others did before they released it.
 UNWATCHED inline void release(void* place) {
     if (TSAN) __tsan_release(place);
 }
@@ -83,15 +83,15 @@ UNWATCHED inline void acquire(void* place) {
     if (TSAN) __tsan_acquire(place);
 }
 
-// A place for every barrier of a block and of its warps. Each has two, used in turn: who leaves a
-// barrier late must not see what others do on their way to the next. They are new for every
-// block; blocks that shared them would count as ordered.
+// A place for every barrier of a block and of its warps. Each barrier has two, used in turn: a
+// thread that leaves late must not see what others do on their way to the next barrier. The places
+// are new for every block, because blocks that shared them would count as ordered.
 struct Places {
     long block[2], warp[1024][2];
 };
 inline Places* places;
 
-// Makes TSan forget who touched this memory, as it does where new pages are mapped.
+// Makes TSan forget who touched this memory, as it does when new pages are mapped.
 UNWATCHED inline void forget(unsigned char* first_page, size_t size) {
     if (!TSAN || !size) return;
     unsigned char others[PAGE];  // what else lies on the last page
@@ -106,8 +106,8 @@ UNWATCHED inline void forget(unsigned char* first_page, size_t size) {
 }
 
 // TSan's fibers are kept, since a new one takes a millisecond, and blocks take turns with them.
-// Only blocks that use the same ones count as ordered: those 1024 threads apart, and at least two
-// blocks.
+// Only blocks that use the same fibers count as ordered. They are 1024 threads apart, and at least
+// two blocks.
 PROCESS_WIDE void* tsan_fibers[2048];
 inline char begun, finished;
 

@@ -34,7 +34,7 @@ UNWATCHED inline void check_lane(const Thread* warp, unsigned other, unsigned ma
 }
 
 // Every lane of `mask` brings some bytes, and none goes on before all have come. Returns the lanes
-// of the warp; `shown` is what each brought. Orders memory only where `fence` says so.
+// of the warp; `shown` is what each brought. Orders memory only if `fence` is set.
 UNWATCHED inline const Lane* meet(unsigned mask, const void* value, size_t size, Where where,
                                   bool fence = false) {
     unsigned me = lane(), first = current->number - me;

@@ -1,21 +1,22 @@
-"""The real CuPy on a card that is only pretended: `python -m pretended` with `environment(folder)`.
+"""The real CuPy on a card that does not exist: `python -m pretended` in `environment()`.
 
-The stand-in (tests/emulated_cupy) knows what we know of CuPy; this is CuPy itself, extra `kernels`.
-Its Python and Cython run as on a card, and NVRTC compiles every kernel for one. What is replaced:
+The stand-in (tests/emulated_cupy) contains what we know of CuPy. This is CuPy itself, from the
+extra `kernels`. Its Python and Cython run as on a card, and NVRTC compiles every kernel for one.
+These files replace the rest:
 
     driver.c    the CUDA runtime and driver: the card's memory is the host's, a launch calls back
-    cublas.c    cuBLAS, by its names: products call back, all else is noted
-    card.py     puts both in CuPy's place before CuPy is imported, and counts launches
+    cublas.c    cuBLAS's functions: products call back, all others are recorded
+    card.py     puts both in the place of CUDA before CuPy is imported, and counts launches
     kernels.py  runs a launch: our kernels by tests/emulator, CuPy's own by NumPy
     products.py runs a product by NumPy
 
 Whatever CuPy refuses fails here: a name, a signature, a dtype, a kernel that does not compile, a
-grid that is too large. A kernel that kernels.py has no formula for is noted as not compared. The
-tests that take the fixture `cupy` run on it as "real" where the environment is this one's.
+grid that is too large. If kernels.py has no formula for a kernel, it is recorded as not compared.
+In this environment, tests that take the fixture `cupy` run on this CuPy as "real".
 
-Not here: what CuPy has compiled before (sort, argsort and argpartition by Thrust, sums by CUB),
-denormals that a card takes for 0, and NVRTC's machine code, which is made but not run. Streams are
-in order, nothing is asynchronous, and only the time that Python takes to launch is a real one.
+Some things are missing: what CuPy brings compiled (sort, argsort and argpartition by Thrust, sums
+by CUB), and denormals that a card takes for 0. NVRTC's machine code is made but not run. Streams
+are in order and nothing is asynchronous. Only the time that Python takes to launch is real.
 """
 
 import hashlib
@@ -33,16 +34,16 @@ LIBRARIES = "libcublas.so.13", "libcublasLt.so.13"
 
 
 def available() -> bool:
-    """Is there a compiler for C, Python's headers, CuPy and NVRTC."""
+    """Whether a C compiler, Python's headers, CuPy and NVRTC are there."""
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     return bool(shutil.which("gcc") and header.exists() and importlib.util.find_spec("cupy")
                 and importlib.util.find_spec("nvidia"))
 
 
 def environment() -> dict[str, str]:
-    """That of a process in which `pretended.card.installed()` gives CuPy; it builds what is needed.
+    """Build what is needed, and give the environment for `pretended.card.installed()`.
 
-    The libraries and the kernels that CuPy compiles stay in a folder of their own.
+    The libraries, and the kernels that CuPy compiles, stay in a folder of their own.
     """
     folder = build()
     path = [str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -66,13 +67,13 @@ def build() -> Path:
     (unfinished / "lt.c").write_text("int cublasLtCreate(void) { return 0; }\n")
     for library, source in zip(LIBRARIES, (HERE / "cublas.c", unfinished / "lt.c")):
         version = unfinished / f"{library}.map"
-        version.write_text(f"{library} {{ global: *; }};\n")  # CuPy asks for the names with it
+        version.write_text(f"{library} {{ global: *; }};\n")  # CuPy asks for versioned names
         gcc("-I", unfinished, f"-Wl,-soname,{library}", f"-Wl,--version-script={version}", source,
             "-o", unfinished / library)
     include = sysconfig.get_paths()["include"]
     gcc("-I", include, HERE / "driver.c", "-o", unfinished / "driver.so")
     try:
-        unfinished.rename(folder)  # at once: others may be building the same
+        unfinished.rename(folder)  # atomic: others may be building the same
     except OSError:
         shutil.rmtree(unfinished)
     return folder

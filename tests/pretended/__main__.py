@@ -1,11 +1,18 @@
-"""Train, adapt and generate with a small Llama through the real CuPy; what it took, as JSON.
+"""Train, adapt and generate with a small model through the real CuPy, and print JSON about it.
 
     cd tests; python -m pretended PATH  # one of PATHS, in a process with pretended.environment()
 
-Prints {"launches": by kernel, of one step; "kernels": all that ran; "not_compared": by name;
-"milliseconds": of the host for that step; "functions": those of this project and CuPy that take
-most of it; "losses": [[here, on the CPU] of each step]; "error": the largest of the gradients, to
-their scale; "texts": [here, on the CPU]; "faults": of products}.
+It prints an object with these fields:
+
+    launches      of one step, by kernel
+    kernels       the names of all that ran
+    not_compared  launches that nothing here could compute, by name
+    milliseconds  that the host takes for a step
+    functions     of this project and CuPy that take most of this time
+    losses        [here, on the CPU] for each step
+    error         the largest of the gradients, relative to their largest number
+    texts         [here, on the CPU]
+    faults        exceptions of products
 """
 
 import cProfile
@@ -42,12 +49,12 @@ STEPS, TIMED = 3, 9
 
 
 def make(family, dtype, codebook, optimizer, device):
-    """(a model on the device, a step of it, which returns its loss)."""
+    """(a model on the device, a function that trains it for a step and returns the loss)."""
     model = Transformer(CONFIGS[family], seed=1).astype(dtype)
     if codebook:
         quantize_model(model, codebook)
         add_lora(model, 4, 8, "all-linear")
-        for name, p in model.named_parameters():  # B is zero at first, and then A has no gradient
+        for name, p in model.named_parameters():  # with B = 0 A would have no gradient
             if name.endswith("B"):
                 p.data[...] = np.random.default_rng(2).normal(0, 0.02, p.shape).astype(p.dtype)
     model.to(device)
@@ -70,7 +77,7 @@ def gradients(model):
 
 
 def host_times(card, step):
-    """(milliseconds that Python takes for a step, the functions that take most of them)."""
+    """(milliseconds that Python takes for a step, the functions that take most of this time)."""
     times = []
     for _ in range(TIMED):
         start, inside = time.perf_counter(), card.seconds

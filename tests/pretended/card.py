@@ -2,7 +2,7 @@
 
     card = installed()  # before anything imports cupy, in a process with pretended.environment()
     card.launches, card.not_compared  # by name
-    card.seconds  # taken by what a card would do; the rest is the host's time
+    card.seconds  # of work that a card would do; the rest is the host's time
 """
 
 import contextlib
@@ -21,18 +21,18 @@ PROPERTIES = {"name": b"a pretended H100", "major": 9, "minor": 0, "multiProcess
 
 
 class Card:
-    """The counters, and what the driver calls."""
+    """The counters, and the functions that the driver calls."""
 
     def __init__(self):
         self.launches, self.not_compared, self.seconds = Counter(), Counter(), 0.0
-        self.faults = []  # of products; cuBLAS has no other way to tell
+        self.faults = []  # of products: cuBLAS cannot report them in another way
         self._sources, self._functions = {}, []  # by module; (name, run)
 
     def compiled(self, module, source, options):
         self._sources[module] = source, options
 
     def function(self, module, name):
-        """A kernel's number."""
+        """The number of a kernel, by which `launch` is told what to run."""
         name = name.decode() if isinstance(name, bytes) else name
         self._functions.append([name, None, module])
         return len(self._functions)
@@ -77,7 +77,7 @@ class Card:
 
 
 def installed() -> Card:
-    """CuPy on the pretended card, from now on and in this process."""
+    """Make CuPy run on the pretended card, from now on in this process."""
     card, folder = Card(), Path(os.environ["PRETENDED"])
     without_libcuda()
     cublas = ctypes.CDLL(folder / "libcublas.so.13", ctypes.RTLD_GLOBAL)
@@ -113,7 +113,7 @@ def installed() -> Card:
 
 
 def without_libcuda():
-    """CuPy looks whether the driver's library is there; this process's own will do."""
+    """CuPy checks that the driver's library loads; let this process itself stand for it."""
     load = ctypes.CDLL
 
     class CDLL(load):
@@ -123,7 +123,7 @@ def without_libcuda():
 
 
 def replace_functions(module, prefix, library):
-    """Put functions of `library` where Cython's modules find a module's C functions."""
+    """Replace a module's C functions, for other Cython modules, with those of `library`."""
     python = ctypes.pythonapi
     python.PyCapsule_GetName.restype = ctypes.c_void_p
     python.PyCapsule_GetName.argtypes = [ctypes.py_object]

@@ -1,8 +1,9 @@
-// The CUDA runtime (rt_) and driver (dr_) as CuPy's Cython calls them, for a card that is not there.
+// The CUDA runtime (rt_) and driver (dr_) as CuPy's Cython calls them, for a card that does not
+// exist.
 //
-// The functions' C signatures are those of cupy_backends.cuda.api.runtime and .driver 14.2; the last
-// int says that no Python override is looked for. Memory is the host's, filled with 0xFF where it is
-// new. Work that is queued is done at once. What a card would refuse of a launch is refused.
+// The functions' C signatures are those of cupy_backends.cuda.api.runtime and .driver 14.2. The
+// last int says that no Python override is looked for. Memory is the host's; new memory is filled
+// with 0xFF. Work that is queued is done at once. A launch that a card would refuse is refused.
 #include <Python.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,12 +1,12 @@
 """What a launch computes: our kernels run in tests/emulator, CuPy's generated ones by NumPy.
 
-CuPy writes the source of its elementwise kernels and reductions itself, a parameter list such as
+CuPy writes the source of its elementwise kernels and reductions itself, with parameters such as
 
     cupy_add__float32_float_float32(const CArray<float, 2, 0, 1> _raw_in0, const float in1,
                                     CArray<float, 2, 1, 1> _raw_out0, CIndexer<2, 1> _ind)
 
-The name says what is done, CArray<T, ndim, ...> is {address, size, shape, strides} by value, and
-`typedef double in0_type;` says in what an input is computed.
+The name tells the operation. CArray<T, ndim, ...> is {address, size, shape, strides} by value.
+`typedef double in0_type;` tells the type in which input 0 is computed.
 """
 
 import ctypes
@@ -27,14 +27,14 @@ DTYPES = {"float": "float32", "double": "float64", "float16": "float16", "bfloat
 
 
 class Parameter(NamedTuple):
-    """Of a generated kernel: its name, dtype ("" of an indexer), axes (None of a number)."""
+    """A parameter of a generated kernel: dtype is "" for an indexer, ndim is None for a number."""
 
     name: str
     dtype: str
     ndim: int | None
 
     def read(self, address: int):
-        """The array, the number, or None of an indexer, given where the argument lies."""
+        """The array or number at the argument's address; None for an indexer."""
         if not self.dtype:
             return None
         if self.ndim is None:
@@ -45,7 +45,7 @@ class Parameter(NamedTuple):
 
 
 class Generated:
-    """A kernel of CuPy's: `run` gives whether NumPy has computed it."""
+    """A kernel that CuPy generated. `run` returns whether NumPy could compute it."""
 
     def __init__(self, source: str, name: str):
         self.operation = re.sub(r"^cupyx?_(scipy_special_)?|_kernel$", "", name.partition("__")[0])
@@ -80,7 +80,7 @@ def parameter(text: str) -> Parameter:
 
 
 def elementwise(operation, given) -> bool:
-    """NumPy's ufunc of the same name."""
+    """Run NumPy's ufunc of the same name; False if there is none."""
     ufunc, out = getattr(np, operation, None), given.pop("out0", None)
     if not isinstance(ufunc, np.ufunc) or out is None or set(given) > {"in0", "in1"}:
         return False
@@ -89,7 +89,7 @@ def elementwise(operation, given) -> bool:
 
 
 def reduce(operation, *given) -> bool:
-    """The axes that go come first, so both are flat: (reduced, kept) -> (kept,)."""
+    """Reduce. The reduced axes come first, so x is taken as (reduced, kept) -> (kept,)."""
     (x, *others), out = given[:-1], given[-1]
     if operation == "_tensordot_core_mul_sum":
         operation, x = "sum", x * others.pop()
@@ -117,7 +117,7 @@ def arange(in0, in1, out0):
 
 
 def take(a, indices, ldim_, cdim_, rdim_, index_range_, out):
-    """out of (l, c, r) from a of (l, range, r), at c; indices come broadcast to out's shape."""
+    """out (l, c, r) from a (l, range, r) at the indices c, which come broadcast to out's shape."""
     a = a.reshape(ldim_, index_range_, rdim_)
     i = indices.reshape(ldim_, cdim_, rdim_)[:1, :, :1] % index_range_
     out[...] = np.take_along_axis(a, np.broadcast_to(i, (ldim_, cdim_, rdim_)), 1).reshape(
@@ -147,7 +147,7 @@ def unpackbits_big(a, unpacked): unpacked[...] = np.unpackbits(a)
 
 
 def scan_naive(b, a, out):
-    """Sums of all before, which CuPy puts together from blocks."""
+    """Running sums, which CuPy puts together from blocks."""
     if a.size > 512:
         return NotImplemented
     out[...] = np.cumsum(a, dtype=out.dtype)
@@ -178,7 +178,7 @@ INTEGERS = {"a": "int8", "h": "uint8", "s": "int16", "t": "uint16", "i": "int32"
 
 
 def integer_product(dtype):
-    """CuPy's kernel for what cuBLAS does not multiply: c (N, M) = b (N, K) a (K, M)."""
+    """CuPy's kernel for dtypes that cuBLAS does not multiply: c (N, M) = b (N, K) a (K, M)."""
     def run(shape, shared, arguments):
         M, N, K = (int(at(arguments[i], "int32")[()]) for i in range(3))
         a, b, c = (matrix(int(at(arguments[3 + i], "int64")[()]), dtype, *size)
@@ -194,7 +194,7 @@ def matrix(address, dtype, rows, columns):
 
 
 def kernel(source: str, options: tuple, name: str):
-    """run(shape, shared memory, arguments' addresses) of a kernel: whether it was computed."""
+    """A kernel's run(shape, shared memory, addresses of arguments) -> whether it was computed."""
     if "CArray<" in source and not source.startswith("#line"):
         generated = Generated(source, name)
         return lambda shape, shared, arguments: generated.run(

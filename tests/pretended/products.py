@@ -11,7 +11,7 @@ SUCCESS, NOT_SUPPORTED = 0, 15  # cublasStatus_t
 
 
 class Product(ctypes.Structure):
-    """cublas.c's `product`."""
+    """The struct `product` of cublas.c."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in
@@ -46,7 +46,7 @@ def multiply(p: Product) -> int:
 
 
 def dot(is_double, n, x, dx, y, dy, out) -> int:
-    """The inner product of n numbers, dx and dy apart, into the host's number at `out`."""
+    """Write the inner product of n numbers, which lie dx and dy apart, to the host's `out`."""
     dtype = DTYPES[is_double]
     x, y = (at(p, dtype, (n,), (step * dtype.itemsize,)) for p, step in ((x, dx), (y, dy)))
     at(out, dtype)[...] = x @ y
@@ -54,7 +54,7 @@ def dot(is_double, n, x, dx, y, dy, out) -> int:
 
 
 def matrices(address, kind, rows, columns, pitch, step, turned, count):
-    """op of column-major matrices as (count, rows, columns), a view of their memory."""
+    """op(X) of column-major matrices as (count, rows, columns), a view of their memory."""
     dtype = DTYPES[kind]
     if turned:
         rows, columns = columns, rows
