@@ -67,8 +67,8 @@ def save(
 def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     """Read (tensors, state) of the newest checkpoint in `path` that is whole.
 
-    Warns of each newer one that is damaged. Raises FileNotFoundError where there is no checkpoint,
-    FormatError where none is whole.
+    Warns of each newer one that is damaged. Raises FileNotFoundError if there is no checkpoint,
+    FormatError if none is whole.
     """
     found = _checkpoints(Path(path))
     if not found:

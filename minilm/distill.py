@@ -51,7 +51,7 @@ def distillation_loss(student_logits: Tensor, teacher_logits, targets, temperatu
     student's and the teacher's last hidden states, (B, T, C) each; without them there is no cosine
     loss. mask (B, T): 0 for padding. masked_only: KL of the tokens that have a target alone.
     reverse: KL(student || teacher). totals: numbers of tokens and of targets in the whole batch,
-    when this is a part of one. ValueError where shapes differ, the temperature is not positive, a
+    when this is a part of one. ValueError if shapes differ, the temperature is not positive, a
     weight is negative or no loss has one.
 
     From its own logits a student has nothing to learn:
@@ -103,7 +103,7 @@ class TopK(NamedTuple):
 
 
 def top_k(logits, k: int, temperature: float = 2.0) -> TopK:
-    """TopK of logits (..., V), a Tensor or an array. ValueError where k is not 1 to V.
+    """TopK of logits (..., V), a Tensor or an array. ValueError if k is not 1 to V.
 
     >>> ids, log_p = top_k(np.log([0.1, 0.2, 0.7]), k=1, temperature=1.0)
     >>> ids.tolist(), np.exp(log_p).round(6).tolist()
@@ -169,7 +169,7 @@ class Distillation:
     and without a graph. Where the widths differ, `project`, a linear layer, takes the student's
     hidden states to the teacher's width; its `parameters()` are to be trained beside the student's.
     top_k: see no more than this of the teacher's answers. Other arguments as in distillation_loss.
-    ValueError where the vocabularies differ, and for settings that make no loss.
+    ValueError if the vocabularies differ, and for settings that make no loss.
     """
 
     def __init__(self, student: Transformer, teacher: Transformer, temperature: float = 2.0,
@@ -234,7 +234,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
 
     layers: increasing numbers from 0; by default every other one. DistilBERT's are 0 2 4 7 9 11.
     The weights of an adapted or quantized teacher are those that act, as plain ones; all train.
-    ValueError where layers are none, not increasing, or not the teacher's, and for an adapter
+    ValueError if layers are none, not increasing, or not the teacher's, and for an adapter
     that acts and cannot be merged.
 
     >>> from minilm.transformer import Config
@@ -273,7 +273,7 @@ def _constant(x):
 
 
 def _checked(temperature, weights) -> list[float]:
-    """The weights; ValueError where they or the temperature make no loss."""
+    """The weights; ValueError if they or the temperature make no loss."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"the temperature must be positive, got {temperature}")
     weights = [float(w) for w in weights]

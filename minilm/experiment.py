@@ -85,7 +85,7 @@ def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory],
 
 
 def continued(before: Result, now: Result, stored: dict, settings: dict) -> Result:
-    """The result of a run to go on with. ValueError where it is of another."""
+    """The result of a run to go on with. ValueError if it is of another."""
     for what, old, new in [("experiment", before.name, now.name), ("settings", stored, settings),
                            ("measures", before.measures, now.measures)]:
         if old != new:

@@ -58,7 +58,7 @@ class Training:
 def resumed(settings, resume: Path | None):
     """(the run to go on with, or None; its own settings, or those given).
 
-    Workers are counted: another number gives other bits, so a run keeps its own. ValueError where
+    Workers are counted: another number gives other bits, so a run keeps its own. ValueError if
     the run has other settings than those that are given.
     """
     run = RunDirectory(resume) if resume else None

@@ -46,7 +46,7 @@ class RunDirectory:
         return cls(path)
 
     def describe(self) -> dict:
-        """What run.json says. FormatError where a field is missing."""
+        """What run.json says. FormatError if a field is missing."""
         run = read_json(self.path / "run.json")
         if not isinstance(run, dict):
             raise FormatError(self.path / "run.json", "must hold an object")
@@ -58,7 +58,7 @@ class RunDirectory:
     def settings(self, given):
         """The run's own settings, a dataclass like `given`.
 
-        ValueError where one is given that differs from its default and from the run's own.
+        ValueError if one is given that differs from its default and from the run's own.
         """
         stored, defaults, asked = self.describe()["settings"], asdict(type(given)()), asdict(given)
         if differ := sorted(defaults.keys() ^ set(stored)):
@@ -150,7 +150,7 @@ class RunDirectory:
         optimizer.put_back(states)
 
     def plot(self) -> Path | None:
-        """Draw loss.png; None where matplotlib is missing."""
+        """Draw loss.png; None if matplotlib is missing."""
         try:
             from matplotlib.figure import Figure
         except ImportError:

@@ -97,7 +97,7 @@ class Trainer:
         """One update from one batch, run as `accumulate` micro-batches one after another.
 
         step: its number from 0; dropout is drawn from it. lr: by default the optimizer's.
-        clip: the largest global gradient norm. ValueError where the loss counts nothing in the
+        clip: the largest global gradient norm. ValueError if the loss counts nothing in the
         batch, Diverged where the loss or the norm is not finite and no scaler can help it.
         """
         start, opt = time.perf_counter(), self.optimizer
@@ -188,7 +188,7 @@ class Trainer:
 
 
 def _length(batch) -> int:
-    """The rows of a batch. TypeError or ValueError where it is no tuple of arrays that share them.
+    """The rows of a batch. TypeError or ValueError if it is no tuple of arrays that share them.
     """
     if not isinstance(batch, (tuple, list)):
         raise TypeError(f"a batch is a tuple of arrays, got {type(batch).__name__}")

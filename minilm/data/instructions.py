@@ -22,7 +22,7 @@ from minilm.files import FormatError, write_atomically
 class Record:
     """An instruction, and what it is about, with the output that is wanted.
 
-    TypeError or ValueError for a field that is no text, and where instruction, output or a
+    TypeError or ValueError for a field that is no text, and if instruction, output or a
     reference is empty.
     """
 
@@ -82,7 +82,7 @@ def encode(
 
     Targets are the tokens one place later, from the output's first to the end; all others are -100.
     Rows are filled up with tokens 0. T is `length`, or what the longest record takes: all its
-    tokens but the end. ValueError where a record takes more; none is cut.
+    tokens but the end. ValueError if a record takes more; none is cut.
     """
     if not records:
         raise ValueError("there is no record to encode")

@@ -72,7 +72,7 @@ def score(record: Record, answer: str) -> bool:
 
     Task "sql": whether it finds what the output finds in CITIES, in the same order where the output
     has ORDER BY. It must be a single SELECT with no other inside; all else is wrong, whatever it
-    would do. A wrong query may happen to find the right rows. ValueError where the output is no
+    would do. A wrong query may happen to find the right rows. ValueError if the output is no
     such query.
     """
     if record.task != "sql":
@@ -170,7 +170,7 @@ def _distinct(name, count, seed):
 
 
 def _find(query: str) -> list[tuple] | None:
-    """The rows that a query finds in cities; None where it is not one SELECT, or takes long."""
+    """The rows that a query finds in cities; None if it is not one SELECT, or takes long."""
     # Nested queries are refused because SQLite copies them into each other: a few words can make
     # a query of gigabytes before its first step.
     if query.upper().count("SELECT") != 1:

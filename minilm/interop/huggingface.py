@@ -50,7 +50,7 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
 
 
 def parse(folder: Path, raw) -> tuple[Family, Config]:
-    """What the folder's config.json describes; FormatError where Transformer cannot express it."""
+    """What the folder's config.json describes; FormatError if Transformer cannot express it."""
     try:
         return _parse(raw)
     except ValueError as error:
@@ -77,7 +77,7 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
 
 
 def describe(model: Transformer) -> tuple[Family, dict]:
-    """The model's family and its config.json; ValueError where no family expresses its Config."""
+    """The model's family and its config.json; ValueError if no family expresses its Config."""
     c = model.config
     family = (LLAMA if c.positions == "rotary" else GPT2 if c.head == "linear"
               else BERT if c.segments else DISTILBERT)
@@ -88,7 +88,7 @@ def describe(model: Transformer) -> tuple[Family, dict]:
 
 
 def require_parts(model, expected):
-    """ValueError where modules of one model, their shapes or FACTS, are not those of the other."""
+    """ValueError if modules of one model, their shapes or FACTS, are not those of the other."""
     if differences := _parts(model) ^ _parts(expected):
         texts = {f"{path}: {getattr(what, '__name__', what)}" for path, what in differences}
         raise ValueError(f"not the modules of Transformer(config); differing: {_some(texts)}")
@@ -174,7 +174,7 @@ def _require(fits, raw, field, expected):
 
 
 def _describe(family: Family, c: Config) -> dict:
-    """config.json for c; ValueError where it would not be read as c again."""
+    """config.json for c; ValueError if it would not be read as c again."""
     names = {ours: theirs for theirs, ours in reversed(family.activations.items())}
     model_type = next(name for name, known in FAMILIES.items() if known is family)
     raw = {"architectures": [family.architecture], "model_type": model_type}

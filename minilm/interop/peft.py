@@ -37,7 +37,7 @@ def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     """Put the folder's adapter on the model, in the model's dtype; it acts. Returns the model.
 
     Raises FileNotFoundError; FormatError, naming the field or the keys, where a file is damaged or
-    not an adapter for this model; ValueError where this name is taken or another adapter is merged.
+    not an adapter for this model; ValueError if this name is taken or another adapter is merged.
     The model is then as it was.
     """
     path, file = Path(path) / "adapter_config.json", Path(path) / "adapter_model.safetensors"
@@ -93,7 +93,7 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
 
 
 def _config(path) -> tuple[Format, dict]:
-    """The method and its fields; FormatError where one cannot be, or where another plays a part."""
+    """The method and its fields; FormatError if one cannot be, or where another plays a part."""
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise FormatError(path, f"is {type(raw).__name__}, expected fields")

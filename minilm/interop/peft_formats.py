@@ -42,7 +42,7 @@ class Format(NamedTuple):
     fields: dict  # of adapter_config.json: (by default, which values are read, these in words)
     shapes: Callable  # (config, module, sizes, tensors that are there) -> {end: shape}
     split: Callable  # (config, module, sizes, tensors) -> an adapter for each of our layers
-    join: Callable  # (module, sizes, adapters, None where there is none) -> (tensors, form)
+    join: Callable  # (module, sizes, adapters, None if there is none) -> (tensors, form)
     describe: Callable  # ({module: form}, other modules, adapters) -> fields, with target_modules
 
 

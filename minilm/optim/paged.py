@@ -69,7 +69,7 @@ class PagedAdamW(AdamW):
 
     A step whose gradient is not finite changes nothing and is counted in `skipped`. close(), or the
     end of a `with`, gives the memory back.
-    ValueError for a bad page size or a budget below three pages; MemoryError where the host's
+    ValueError for a bad page size or a budget below three pages; MemoryError if the host's
     memory does not hold the states.
     """
 
@@ -258,7 +258,7 @@ class PagedAdamW(AdamW):
         self.close()
 
     def _check(self):
-        """RuntimeError where the optimizer cannot go on; ValueError where parameters changed."""
+        """RuntimeError if the optimizer cannot go on; ValueError if parameters changed."""
         if self.table is None:
             raise RuntimeError("the optimizer is closed")
         if self.broken:

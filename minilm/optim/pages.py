@@ -45,7 +45,7 @@ class PageTable:
 
     state: the format of the states, see Float32 in paged.py. budget: bytes of device memory that
     frames may take, or None. pageable: homes in ordinary host memory.
-    ValueError where the budget holds no set of slots, MemoryError where the host holds no homes.
+    ValueError if the budget holds no set of slots, MemoryError if the host holds no homes.
     Hold `lock` while calling any method but evict.
     """
 
@@ -211,7 +211,7 @@ class PageTable:
                 self.device.free(memory)
 
     def _frame(self, nbytes):
-        """A frame, or None where there is no room."""
+        """A frame, or None if there is no room."""
         if self.budget is not None and self.nbytes + nbytes > self.budget:
             return None
         try:

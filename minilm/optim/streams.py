@@ -64,7 +64,7 @@ class CudaDevice:
                         raise
 
     def frame(self, nbytes: int, queue: str = "main"):
-        """Device memory for a page, uint8; MemoryError where there is none.
+        """Device memory for a page, uint8; MemoryError if there is none.
 
         queue: from whose arrays' memory, to which it goes back in the end.
         """
@@ -176,7 +176,7 @@ class SimulatedDevice:
         return np.empty(nbytes, np.uint8)
 
     def free(self, frame=None, home=None):
-        """Take back memory; RuntimeError where queued work uses it."""
+        """Take back memory; RuntimeError if queued work uses it."""
         array = home if frame is None else frame
         with self.lock:
             queued = [x for queue in self.queues.values() for _, args in queue for x in args]

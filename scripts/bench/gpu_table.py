@@ -65,7 +65,7 @@ class Row(NamedTuple):
 def times(ready: Callable[[], list], rounds: int) -> list[float]:
     """Seconds of a call on the card, as the mean of a pass, for each of `rounds` passes.
 
-    ready() gives the calls of a pass. RuntimeError where Python cannot queue them fast enough.
+    ready() gives the calls of a pass. RuntimeError if Python cannot queue them fast enough.
     """
     found, waits = [], 8
     run_pass(ready, waits)  # compiles the kernels and fills the memory pool
