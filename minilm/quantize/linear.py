@@ -123,11 +123,11 @@ def quantize_model(model: Module, kind: str = "nf4", double_quant: bool | str = 
                    compute_dtype=None, skip=("head",), block_size: int = 64) -> Module:
     """Replace every Linear of the model by a QuantizedLinear; returns the model.
 
-    kind: a codebook of fourbit.py, "int8" (one constant an output) or "llm.int8" (the same, and
-    products in 8 bits with outliers apart). compute_dtype: of the products, by default that of
-    what comes in. skip: what keeps a layer as it is when it stands in its path, such as "head",
-    "attention.q" or "blocks.0". double_quant and block_size as in quantize_4bit. ValueError if
-    a weight is not finite or nothing is left to quantize; the model is then as it was.
+    kind: a codebook of fourbit.py, "int8" (one constant an output) or "llm.int8" (the same, with
+    products in 8 bits and outliers apart). compute_dtype: of the products, by default the input's.
+    skip: layers with one of these in their path stay as they are, such as "head", "attention.q"
+    or "blocks.0". double_quant and block_size: as in quantize_4bit. ValueError if a weight is not
+    finite or nothing is left to quantize; the model is then as it was.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
