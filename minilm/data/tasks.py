@@ -55,8 +55,8 @@ def make_tasks(
 ) -> tuple[list[Record], list[Record]]:
     """(train, test) records of each named task, task after task; no two with the same prompt.
 
-    A task's records do not depend on what other tasks are made. ValueError for a name that is not
-    in TASKS, and where a task does not give so many records.
+    A task's records do not depend on the other names. ValueError for a name that is not in TASKS,
+    and if a task cannot give as many records.
     """
     if train < 0 or test < 0:
         raise ValueError(f"train and test must not be negative, got {train} and {test}")

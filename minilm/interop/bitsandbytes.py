@@ -13,8 +13,8 @@ A weight X of n numbers in b blocks is
 The * is nf4 or fp4. Codes and constants are taken as they are: nothing is quantized again.
 
 GPT-2 keeps W_q, W_k and W_v in one c_attn, here below each other as (3C, C). Reading cuts it into
-thirds, writing joins them. A third must be whole blocks, or the weight is refused. Its c2 stay 8-bit
-codes if it is also whole groups of 256 blocks, and, for joining, if all thirds have the same
+thirds, writing joins them. A third must be whole blocks, or the weight is refused. Its c2 stay
+8-bit codes if it is also whole groups of 256 blocks, and, for joining, if all thirds have the same
 offset. Otherwise c2 become the float32 numbers that the codes stand for: the weights are the same.
 
 8-bit folders, made by LLM.int8(), cannot be read.

@@ -10,7 +10,7 @@ from minilm.generate import stream
 
 
 def answers(model, records, tokenizer) -> list[str]:
-    """What the model writes after each prompt until it ends. It takes the likeliest token each time.
+    """What the model writes after each prompt until it ends, taking the likeliest token each time.
     """
     prompts = [tokenizer.encode(data.prompt(record)) for record in records]
     longest = max(len(tokenizer.encode(record.output)) for record in records) + 1
