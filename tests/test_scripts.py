@@ -169,7 +169,7 @@ def test_ctrl_c_is_one_line_and_leaves_nobody_behind(model, script, words, child
 
 
 def test_a_contender_that_dies_is_said_to_have(capfd):
-    with pytest.raises(RuntimeError, match="a contender died; what it said is above"):
+    with pytest.raises(RuntimeError, match="a contender died; its output is above"):
         with benchmark.Contender(iter, ()) as contender:
             contender.run()
     assert "StopIteration" in capfd.readouterr().err

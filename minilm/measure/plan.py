@@ -113,8 +113,7 @@ class Step:
         return len(self.adapted & set(paths)) * self.array(self.r)
 
     def temporaries(self, size: int, whole: int, blocks: int) -> int:
-        """Temporaries of a formula that by_rows runs: `whole` arrays of this size, or, on a CPU
-        and if the arrays are large, `blocks` blocks."""
+        """Temporaries of a formula in by_rows: `whole` arrays, or `blocks` blocks on a CPU."""
         if self.device == "cuda" or size <= 8 * BLOCK:
             return whole * size
         return blocks * 4 * BLOCK
@@ -179,8 +178,7 @@ class Op(NamedTuple):
 
 
 def peak(ops: Iterable[Op]) -> int:
-    """The highest moment. At an op, the backward pass finds saved what the forward pass had saved.
-    """
+    """The highest moment: at each op, the backward pass finds what the forward pass had saved."""
     saved = highest = 0
     for op in ops:
         highest = max(highest, saved + op.forward)
@@ -241,8 +239,8 @@ def block(s: Step, alive: int, flows: bool) -> list[Op]:
 
 
 def norm(s: Step, alive: int, flows: bool) -> Op:
-    """A norm. layer_norm keeps xhat and rstd for dx; the gradients of g and b need no more. On a
-    GPU rms_norm keeps x instead of xhat. The next layer keeps the result, if it is trained."""
+    """A norm keeps xhat and rstd for dx; the gradients of g and b need no more. On a GPU rms_norm
+    keeps x instead of xhat. The next layer keeps the result, if it is trained."""
     x, rstd = s.array(s.config.width), s.array(1, wide=True)
     xhat = s.array(s.config.width, wide=s.config.norm == "layer" or s.device == "cpu")
     # forward: xhat, y, xhat g.  backward: of the residual, dy, dx, and dx's temporary or their sum
@@ -252,9 +250,8 @@ def norm(s: Step, alive: int, flows: bool) -> Op:
 def attention(s: Step, alive: int, flows: bool) -> Op:
     """q, k, v, softmax(q k^T) v, and o.
 
-    Saved: the input, for the dW or dA of q, k, v; the scaled q, k, v; the result y, which is also
-    the input of o; each tile's P (b, H, t, s) and l (b, H, t, 1). If q, k, v have 16 bits, they are
-    widened both forward and backward.
+    Saved: the input, for the dW or dA of q, k, v; the scaled q, k, v; the result y, also the input
+    of o; each tile's P (b, H, t, s) and l (b, H, t, 1). 16-bit q, k, v are widened in both passes.
     """
     c, names = s.config, ("attention.q", "attention.k", "attention.v")
     x, qkv = s.array(c.width), c.width + 2 * (c.width // c.heads * c.kv_heads)
@@ -307,8 +304,7 @@ def mlp(s: Step, alive: int, flows: bool) -> Op:
     weight = s.weight("mlp.down")
     # forward: the input; then the formula, or its value, down's result and a dequantized weight
     down = kept + h + x + (weight if s.method == "qlora" else 0)
-    # backward: the residual's gradient; then down's dx beside its weight, or, without down's input,
-    # what the formula holds
+    # backward: the residual's gradient; then down's dx beside its weight, or the formula's arrays
     return Op(saved, alive + x + max(formula, down), x + max(h + weight, backward - seen))
 
 
