@@ -89,7 +89,7 @@ def continued(before: Result, now: Result, stored: dict, settings: dict) -> Resu
     for what, old, new in [("experiment", before.name, now.name), ("settings", stored, settings),
                            ("measures", before.measures, now.measures)]:
         if old != new:
-            raise ValueError(f"the run to go on with has the {what} {old}; asked for are {new}")
+            raise ValueError(f"the run to go on with has the {what} {old}, but {new} are given")
     return replace(now, date=before.date, commit=before.commit, machine=before.machine,
                    rows=before.rows)
 

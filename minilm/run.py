@@ -67,7 +67,7 @@ class RunDirectory:
         changed = [f"{k} {asked[k]} (it has {kept[k]})" for k in kept
                    if asked[k] not in (defaults[k], kept[k])]
         if changed:
-            raise ValueError(f"{self.path} keeps its settings; asked for another "
+            raise ValueError(f"{self.path} keeps its settings, but others are given: "
                              + ", ".join(changed))
         return type(given)(**kept)
 

@@ -52,7 +52,7 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     print_errors([normal], block_sizes)
     print("\n(bitsandbytes publishes for nf4, blocks of 64: mean |error| 0.0728, "
           "mean |error / x| 0.2033)")
-    print(f"\nthe weights of {folder}, but for the head")
+    print(f"\nthe weights of {folder}, without the head")
     print_errors(weights, block_sizes)
     print(f"\nthe model on the held-out tenth of {corpus}")
     print_perplexities(folder, rows)

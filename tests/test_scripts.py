@@ -201,7 +201,7 @@ WRONG = [
     ("pretrain --tokenizer file", "file: "),
     ("finetune", "no model in runs/pretrain-*/model: run pretrain.py first, or give --model"),
     ("quantize", "no model in runs/pretrain-*/model: run pretrain.py first, or give --model"),
-    ("quantize --model MODEL --corpus nowhere", "'nowhere' is no path and none of python-"),
+    ("quantize --model MODEL --corpus nowhere", "'nowhere' is neither a path nor one of python-"),
     ("finetune --model MODEL --data nowhere", "nowhere"),
     ("generate --model MODEL --adapter nowhere", "nowhere/adapter_config.json"),
     ("plan_memory", "give --model, or --layers and --width"),

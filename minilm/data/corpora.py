@@ -74,7 +74,7 @@ def load_corpus(name_or_path: str | os.PathLike) -> Corpus:
     elif os.path.exists(name):
         documents = [_text(Path(name))]
     else:
-        raise ValueError(f"{name!r} is no path and none of {', '.join(PYTHON_CORPORA)}")
+        raise ValueError(f"{name!r} is neither a path nor one of {', '.join(PYTHON_CORPORA)}")
     return Corpus(name, tuple(document for document in documents if document.strip()))
 
 

@@ -83,7 +83,7 @@ def load_4bit(tensors: dict[str, np.ndarray], name: str) -> FourBit:
                              f"expected finite {dtype} ({length},)")
     for part, known in {".quant_map": levels(kind), ".nested_quant_map": dynamic_map()}.items():
         if part in parts and np.abs(parts[part] - known).max() > 1e-6:
-            raise ValueError(f"{name}{part} is another map than bitsandbytes'")
+            raise ValueError(f"{name}{part} is not bitsandbytes' map")
     offset = np.array(state["nested_offset"], np.float32) if nested else None
     return FourBit(parts[""], parts[".absmax"], tuple(state["shape"]), kind, size,
                    parts.get(".nested_absmax"), offset)
@@ -155,7 +155,7 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
         if not weights:
             left.append(module)
         elif len(weights) < len(paths):
-            raise ValueError(f"{paths} are one weight there: quantize all of them or none")
+            raise ValueError(f"{paths} are one weight there: quantize all or none of them")
         else:
             arrays |= save_4bit(_join(module, weights), f"{module}.weight", raw["dtype"])
     raw["quantization_config"]["llm_int8_skip_modules"] = left

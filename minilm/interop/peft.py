@@ -118,7 +118,7 @@ def _method(name, adapters) -> tuple[str, Format]:
         if types == {method.method}:
             return kind, method
     found = sorted(t.__name__ for t in types)
-    raise ValueError(f"the adapter {name!r} is of {found}; one of {list(FORMATS)} can be written")
+    raise ValueError(f"the adapter {name!r} is of {found}; PEFT's are {list(FORMATS)}")
 
 
 def _wanted(path, method, config, modules, arrays) -> list[str]:

@@ -155,7 +155,7 @@ def _ia3_join(module, sizes, adapters):
         return {"ia3_l": ls[0][None]}, True
     if inner != {False}:
         raise ValueError(f"{module} has one vector for its input, which {len(ls)} layers share "
-                         "here: they must all have an adapter, and of the same vector")
+                         "here: they must all have an adapter, with the same vector")
     ones = (np.ones(O, present[0].dtype) if l is None else l for l, (O, _) in zip(ls, sizes))
     return {"ia3_l": np.concatenate([*ones])[:, None]}, False
 

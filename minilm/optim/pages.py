@@ -235,7 +235,7 @@ class PageTable:
         frame.page, frame.loaded = page, self.device.record("in")
 
     def _return(self, page):
-        """Give the page a frame of its own; False where there is no room."""
+        """Give the page a frame of its own; False if there is no room."""
         frame, slot = self._frame(page.nbytes), self._slot_with(page)
         if frame is None:
             return False

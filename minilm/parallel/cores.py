@@ -85,7 +85,7 @@ class Workers:
 
     def run(self, method, parts: list[tuple]) -> list:
         if self.count > 1 and not self.open:
-            raise RuntimeError(f"the {self.count} workers run inside of a `with` alone: "
+            raise RuntimeError(f"the {self.count} workers run only inside a `with`: "
                                "with Trainer(...) as trainer: ...")
         if not 1 <= len(parts) <= self.count:
             raise ValueError(f"{len(parts)} parts for {self.count} workers")

@@ -54,7 +54,7 @@ class Adapter(Module):
             self.resting = None
 
     def astype(self, dtype):
-        """Convert its tensors. All gradients start anew, also if the adapter does not act."""
+        """Convert its tensors. All gradients start again, also those of an adapter that does not act."""
         acts = self.resting is None
         self.activate(True)
         super().astype(dtype)
@@ -104,7 +104,7 @@ def insert_adapters(model: Module, name: str, adapters: dict[str, Adapter]) -> M
         raise ValueError(f"an adapter's name must be a word without dots, got {name!r}")
     slots, bases = adapted_layers(model), adaptable_layers(model)
     if taken := [path for path, layer in slots.items() if name in layer.adapters]:
-        raise ValueError(f"there is an adapter {name!r} already, on {taken[0]} and others")
+        raise ValueError(f"{taken[0]} already has an adapter {name!r}")
     _refuse_merged(slots, "adding an adapter")
     if not adapters:
         raise ValueError(f"there are no adapters to insert as {name!r}")

@@ -222,7 +222,7 @@ def growth_of_memory(pids, step) -> float:
     """MiB by which the processes' high-water marks rise during a step, all together."""
     before = [memory(pid, "VmRSS") for pid in pids]
     for pid in pids:
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets the high-water mark
     step()
     return sum(memory(pid, "VmHWM") for pid in pids) - sum(before)
 

@@ -122,7 +122,7 @@ def step(side: str, layers: int, folder: Path):
     start = time.perf_counter()
     peak, times = (our_steps if side == "ours" else torch_steps)(config)
     (folder / f"{side}-{layers}.json").write_text(json.dumps([peak, *times]))
-    note = ("; where done is hardly later than update, the host is what it waits for"
+    note = ("; if done comes soon after update, the host is the bottleneck"
             if side == "ours" else "")
     print(f"RESULT {side}, {layers} layers: median {1e3 * statistics.median(times):.2f} ms "
           f"({1e3 * min(times):.2f} - {1e3 * max(times):.2f}), {peak / 2**30:.2f} GiB, in "
