@@ -54,7 +54,7 @@ class Adapter(Module):
             self.resting = None
 
     def astype(self, dtype):
-        """Convert its tensors. All gradients start again, also those of an adapter that does not act."""
+        """Convert its tensors. Their gradients start again, even if the adapter does not act."""
         acts = self.resting is None
         self.activate(True)
         super().astype(dtype)
