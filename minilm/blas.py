@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from minilm.arrays import wide
-from minilm.backend import array_module, cublas, pointer
+from minilm.backend import array_module, cublas
 
 # cudaDataType: CUDA_R_16F, CUDA_R_16BF
 CUDA_TYPES = {np.dtype(np.float16): 2, np.dtype(ml_dtypes.bfloat16): 14}
@@ -48,7 +48,7 @@ def dot(a, b) -> float:  # (n,), (n,) -> a b
     total, y = 0.0, np.zeros((), a.dtype)
     for i in range(0, a.size, 1 << 30):  # cuBLAS counts in 32 bits
         x, z = a[i : i + (1 << 30)], b[i : i + (1 << 30)]
-        dots(handle, x.size, pointer(x), 1, pointer(z), 1, y.ctypes.data)
+        dots(handle, x.size, x.data.ptr, 1, z.data.ptr, 1, y.ctypes.data)
         total += float(y)
     return total
 

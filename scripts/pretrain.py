@@ -43,13 +43,13 @@ class Settings(Training):
     """bytes, chars, bpe, or the path of a tokenizer.json"""
     vocab_size: int = 2048
     """tokens of a bpe tokenizer, which is trained on the corpus"""
-    family: Literal["gpt2", "llama", "bert"] = "gpt2"
+    family: Literal["gpt2", "llama", "bert"] = "llama"
     """architecture; bert learns to fill in masked tokens, the others to predict the next one"""
-    layers: int = 4
+    layers: int = 8
     """blocks of the model"""
     heads: int = 4
     """attention heads in a block"""
-    width: int = 128
+    width: int = 64
     """size of the vector that stands for a token; a multiple of heads"""
     context: int = 128
     """tokens in a row"""
@@ -57,7 +57,13 @@ class Settings(Training):
     """share of the activations that a training step leaves out"""
     accumulate: int = 1
     """a step's rows are run in this many micro-batches, one after another"""
-    min_lr: float = 3e-4
+    batch: int = 8
+    """rows in a step"""
+    steps: int = 2400
+    """updates in the whole run"""
+    warmup: int = 120
+    """steps of linear warmup"""
+    min_lr: float = 2.5e-4
     """learning rate at the end"""
     beta2: float = 0.95
     """decay of AdamW's second moment"""

@@ -411,7 +411,7 @@ def test_workers_train_adapters(dropout):
                           processes)
         with trainer:
             for step in range(3):
-                trainer.step(step, draw(step, B=4))
+                trainer.step(step, tuple(draw(step, B=4)))
         return trainer.optimizer.flat.data
 
     one, threads, again, processes = (train(*way) for way in

@@ -401,7 +401,7 @@ def test_the_command_line_ends_with_one_line_of_error(tmp_path):
     ended = subprocess.run(command(*words), env=environment(), capture_output=True, text=True)
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("pretrain.py: 'no-such-corpus' is neither a path nor one of python-reference")
+    assert line.startswith("pretrain.py: 'no-such-corpus' is neither a path nor one of python-")
     assert ended.stdout == ""
 
 

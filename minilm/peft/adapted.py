@@ -31,6 +31,7 @@ from minilm.tensor import Tensor
 class Adapter(Module):
     """The parameters that a method adds to one layer, and how they act: a base class."""
 
+    tokenwise = False  # a method that works token by token sets it to True
     shape = None, None  # (O, I) of the weights that it fits; None fits any size
     resting = None  # path -> node of its tensors, while another adapter acts
 

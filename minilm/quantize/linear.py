@@ -86,15 +86,16 @@ class QuantizedLinear(Module):
 
     def __init__(self, weight: FourBit | Int8, bias: Tensor | None = None, compute_dtype=None,
                  threshold=None):
-        self.weight = weight
-        for name, array in arrays_of(weight).items():
+        arrays = arrays_of(weight)
+        self.weight, self.arrays = weight, tuple(arrays)
+        for name, array in arrays.items():
             setattr(self, name, Tensor(array))
         self.bias, self.compute_dtype, self.threshold = bias, compute_dtype, threshold
 
     def to(self, device):
         """Move the arrays, and put the weight together from the moved ones."""
         super().to(device)
-        moved = {name: getattr(self, name).data for name in arrays_of(self.weight)}
+        moved = {name: getattr(self, name).data for name in self.arrays}
         self.weight = replace(self.weight, **moved)
         return self
 

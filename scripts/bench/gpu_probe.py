@@ -140,7 +140,7 @@ def our_steps(config):
     print(f"model made in {time.perf_counter() - start:.1f} s", flush=True)
     optimizer = AdamW(model.parameters(), gpu_step.LR)
     tokens, targets = gpu_step.random_batch(config, gpu_step.BATCH)
-    batch = model, optimizer, cupy().asarray(tokens), targets
+    batch = model, optimizer, tokens, targets  # on the host, as a data loader has them
     told_step(*batch)  # compiles the kernels
     with peak_memory() as peak:
         told_step(*batch)
