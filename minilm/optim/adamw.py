@@ -35,17 +35,17 @@ class SGD:
         self.steps = 0
 
     def step(self, scale: float = 1.0, everywhere=None):
-        """Update all parameters by their gradients times scale; one that has none counts as 0.
+        """Update all parameters by their gradients times scale; a missing gradient counts as 0.
 
-        everywhere(t, lr, scale): calls `update` on parts that together are the whole, as workers
-        share them; by default the whole is one part.
+        everywhere(t, lr, scale): calls `update` on parts that together cover everything, so that
+        workers can share the step; by default there is one part.
         """
         self.flat.complete()
         self.steps += 1
         (everywhere or self.update_all)(self.steps, self.lr, scale)
 
     def update_all(self, t: int, lr: float, scale: float = 1.0):
-        """Step t of the whole as one part."""
+        """Step t of all parameters, as one part."""
         self.update(slice(0, self.flat.size), t, lr, scale)
 
     def zero_grad(self):
@@ -94,17 +94,17 @@ class AdamW:
         self.m, self.v = self.flat.zeros(), self.flat.zeros()
 
     def step(self, scale: float = 1.0, everywhere=None):
-        """Update all parameters by their gradients times scale; one that has none counts as 0.
+        """Update all parameters by their gradients times scale; a missing gradient counts as 0.
 
-        everywhere(t, lr, scale): calls `update` on parts that together are the whole, as workers
-        share them; by default the whole is one part.
+        everywhere(t, lr, scale): calls `update` on parts that together cover everything, so that
+        workers can share the step; by default there is one part.
         """
         self.flat.complete()
         self.steps += 1
         (everywhere or self.update_all)(self.steps, self.lr, scale)
 
     def update_all(self, t: int, lr: float, scale: float = 1.0):
-        """Step t of the whole as one part."""
+        """Step t of all parameters, as one part."""
         self.update(slice(0, self.flat.size), t, lr, scale)
 
     def zero_grad(self):
