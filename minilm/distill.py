@@ -141,12 +141,12 @@ def top_k_divergence(student, ids, log_p, temperature=1.0, mask=None, total=None
         p, at = xp.exp(log_p), (xp.arange(len(z))[:, None], ids)
         log_q = ops.log_softmax(wide(z) / temperature).data  # eq. (1)
         q = xp.exp(log_q)
-        q_k, q[at] = q[at], 0  # what is left in q are the others
+        q_k, q[at] = q[at], 0  # q now holds the other tokens only
         tiny = np.finfo(q.dtype).tiny
         p_R = (1 - row_sum(p)).clip(0) * (ids.shape[-1] < V)
         q_R = row_sum(q).clip(tiny)
         kl = row_dot(p, log_p - log_q[at]) + p_R * xp.log(p_R.clip(tiny) / q_R)
-        # dKL/dz_j = (q_j - p_j) / T, with q_j p_R / q_R for p_j of the others
+        # dKL/dz_j = (q_j - p_j) / T, where p_j of the others is q_j p_R / q_R
         q -= q * (p_R / q_R)
         q[at] = q_k - p
         return kl[:, 0], q

@@ -19,8 +19,8 @@ from minilm.files import FormatError
 
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
 
-# Tests are data more than prose or code, and idle_test and test hold files broken on purpose.
-# pydoc_data is python-reference again: without it no two corpora share a text.
+# Tests are more data than prose or code; idle_test and test hold files that are broken on purpose.
+# pydoc_data is python-reference: without it no two corpora share a text.
 NOT_LIBRARY = {"idle_test", "pydoc_data", "test", "tests", "site-packages", "dist-packages"}
 
 

@@ -163,7 +163,7 @@ def _distinct(name, count, seed):
     while len(found) < count:
         record = TASKS[name](rng)
         misses = misses + 1 if prompt(record) in found else 0
-        if misses > 1000 + 10 * len(found):  # a record that is left is missed with chance e^-10
+        if misses > 1000 + 10 * len(found):  # if one were left, the chance was e^-10
             raise ValueError(f"task {name!r} gave {len(found)} distinct records, not {count}")
         found.setdefault(prompt(record), record)
     return list(found.values())

@@ -75,7 +75,7 @@ def load_4bit(tensors: dict[str, np.ndarray], name: str) -> FourBit:
     if wrong := sorted(parts.keys() ^ sizes.keys()):
         raise ValueError(f"{name}{wrong[0]} is {'there' if wrong[0] in parts else 'missing'}, "
                          f"expected {[name + part for part in sizes]}")
-    parts[""] = parts[""].reshape(-1).view(np.uint8)  # bnb_4bit_quant_storage calls them otherwise
+    parts[""] = parts[""].reshape(-1).view(np.uint8)  # quant_storage may name another dtype
     for part, (dtype, length) in sizes.items():
         array = parts[part]
         if array.dtype != dtype or array.shape != (length,) or not np.isfinite(array).all():

@@ -84,7 +84,7 @@ def describe(model: Transformer) -> tuple[Family, dict]:
               else BERT if c.segments else DISTILBERT)
     raw = _describe(family, c)
     _, first = next(model.named_tensors())
-    raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # the latter before version 5
+    raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # torch_dtype before version 5
     return family, raw
 
 
@@ -128,7 +128,7 @@ def _parse(raw) -> tuple[Family, Config]:
     values, types = {}, {field.name: field.type for field in fields(Config)}
     for ours, theirs in family.fields.items():
         null = theirs in OPTIONAL and raw.get(theirs) is None
-        if not null and (theirs in raw or types[ours] is int):  # else Config's default is theirs
+        if not null and (theirs in raw or types[ours] is int):  # else both have the same default
             values[ours] = _value(raw, theirs, types[ours])
     if "activation" in values:
         known, name = family.activations, values["activation"]
@@ -185,7 +185,7 @@ def _describe(family: Family, c: Config) -> dict:
     if c.positions == "rotary":
         rope = {"rope_type": "default", "rope_theta": c.rope_theta}
         raw |= {"mlp_bias": c.bias, "head_dim": c.width // c.heads, "rope_parameters": rope}
-        raw["rope_theta"] = c.rope_theta  # where transformers before 5 looks
+        raw["rope_theta"] = c.rope_theta  # transformers before 5 looks here
     read = replace(_parse(raw)[1], dropout=c.dropout)
     for name, value in vars(c).items():
         if value != getattr(read, name):

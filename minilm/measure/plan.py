@@ -243,7 +243,7 @@ def norm(s: Step, alive: int, flows: bool) -> Op:
     keeps x instead of xhat. The next layer keeps the result, if it is trained."""
     x, rstd = s.array(s.config.width), s.array(1, wide=True)
     xhat = s.array(s.config.width, wide=s.config.norm == "layer" or s.device == "cpu")
-    # forward: xhat, y, xhat g.  backward: of the residual, dy, dx, and dx's temporary or their sum
+    # forward: xhat, y, xhat g. backward: the residual's gradient, dy, dx, and a temporary or sum
     return Op(flows * (xhat + rstd), alive + 3 * xhat, 3 * x + xhat)
 
 

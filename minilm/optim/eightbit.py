@@ -113,7 +113,7 @@ def _tables(signed, xp):
     """
     values = dynamic_map(signed)
     exact = (values[1:].astype(np.float64) + values[:-1]) / 2
-    middles = exact.astype(np.float32)  # rounded down, next line: s > middle is then never missed
+    middles = exact.astype(np.float32)  # next rounded down, to miss no s > middle
     middles = np.where(middles > exact, np.nextafter(middles, np.float32(-1)), middles)
     bits = np.arange(1 << 16, dtype=np.uint32) << 16
     bits[1 << 15 :] |= 0xFFFF  # among negative numbers, the highest bits make the lowest number

@@ -198,7 +198,7 @@ class PagedAdamW(AdamW):
             self._run(left, *step)
         except Exception as again:
             if not left and not self.broken:
-                raise  # at the new state; a page that is not home yet goes there with the next
+                raise  # all is new; a page that is not home yet goes there in the next step
             self.broken = again
             raise RuntimeError(f"step {step[0]} ended after {count - len(left)} of {count} pages "
                                f"({again}); {BROKEN}") from again

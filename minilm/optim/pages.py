@@ -57,9 +57,9 @@ class PageTable:
         self.frame_bytes = max(page.nbytes for page in self.pages)
         self.total = sum(page.nbytes for page in self.pages)
         self.spare = max(map(state.spare, self.layouts))
-        self.nbytes = 0  # of device memory: all frames
+        self.nbytes = 0  # bytes of all frames
         self.slots, self.lock = [], threading.Lock()
-        self.busy, self.begun = 0, False  # threads that update; are the pages back for it?
+        self.busy, self.begun = 0, False  # threads that update; are pages back?
         streams = budget is not None and budget < self.total
         if streams and budget < SLOTS * self.frame_bytes:
             raise ValueError(f"a device_budget of {budget:,} bytes is below {SLOTS} pages of "
