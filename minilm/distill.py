@@ -269,7 +269,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
 
 
 def _constant(x):
-    """The array of a Tensor or an array: nothing flows back."""
+    """The array of a Tensor or an array, so that no gradient flows back."""
     return x.data if isinstance(x, Tensor) else x
 
 

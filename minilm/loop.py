@@ -105,7 +105,7 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
 
 
 def validation(trainer: Trainer, held_out, every: int = 1) -> dict:
-    """Loss and accuracy on each `every`-th row of what is held out, for the log."""
+    """Loss and accuracy on each `every`-th row of the held-out data, for the log."""
     loss, accuracy = trainer.evaluate(*(rows[::every] for rows in held_out))
     return {"validation_loss": round(loss, 5), "validation_accuracy": round(accuracy, 5)}
 

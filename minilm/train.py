@@ -154,7 +154,7 @@ class Trainer:
         return [part for part in np.array_split(rows, self.workers.count) if len(part)]
 
     def _everywhere(self, method, *args):
-        """A method on the whole flat buffers, each worker on a slice of its own."""
+        """Call a method on all of the flat buffers: each worker takes a slice of its own."""
         size, n = self.optimizer.flat.data.size, self.workers.count
         ends = [size * w // n // 4 * 4 for w in range(n)] + [size]  # kernels take fours
         slices = [slice(*pair) for pair in itertools.pairwise(ends)]

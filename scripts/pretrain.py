@@ -168,7 +168,7 @@ def show_sample(run, model, tokenizer, s: Settings, step: int):
 
 
 def fill_in(model, tokens, tokenizer, seed):
-    """The tokens with 15 % masked and guessed by the model."""
+    """The tokens, 15 % of them masked and guessed by the model."""
     masked, targets = data.corrupt(tokens, np.random.default_rng(seed), tokenizer)
     with no_grad():
         guesses = model.eval()(masked).data.argmax(-1)

@@ -152,7 +152,7 @@ class MaskedBatches:
 
 
 def corrupt(tokens: np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer):
-    """mask_tokens with the tokenizer's mask and end. ValueError when it has no mask."""
+    """mask_tokens with the tokenizer's mask and end. ValueError if it has no mask."""
     if tokenizer.mask is None:
         raise ValueError("the tokenizer has no mask token")
     return mask_tokens(tokens, rng, tokenizer.mask, tokenizer.vocab_size, special=(tokenizer.end,))

@@ -67,7 +67,7 @@ def load_records(path: str | os.PathLike) -> list[Record]:
 
 
 def save_records(path: str | os.PathLike, records: Sequence[Record]) -> None:
-    """Write what load_records reads; empty fields are left out. ValueError without a record."""
+    """Write what load_records reads, without empty fields. ValueError if there is no record."""
     if not records:
         raise ValueError("there is no record to save")
     objects = ({name: value for name, value in vars(r).items() if value} for r in records)

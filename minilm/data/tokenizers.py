@@ -150,7 +150,7 @@ Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
 
 
 def printable(text: str) -> str:
-    """The text as a terminal may show it: control characters become U+FFFD."""
+    """The text, safe to print on a terminal: control characters become U+FFFD."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 

@@ -186,7 +186,7 @@ def _state(name, array, kind, nested) -> dict:
 
 
 def _compute_dtype(path, raw):
-    """bnb_4bit_compute_dtype of a config.json for 4 bits."""
+    """bnb_4bit_compute_dtype from a config.json. FormatError if that is not for 4 bits."""
     config = raw.get("quantization_config") if isinstance(raw, dict) else None
     if not isinstance(config, dict):
         raise FormatError(path, f"quantization_config is {config!r}, expected bitsandbytes'")

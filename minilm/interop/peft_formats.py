@@ -132,7 +132,7 @@ IA3_FIELDS = {
 
 
 def _ia3_shapes(config, module, sizes, tensors):
-    """(1, I) if the names in feedforward_modules say so; without names, if the tensor does."""
+    """(1, I) if feedforward_modules names the module; if it has no names, the tensor decides."""
     scaled = config["feedforward_modules"]
     inner = (any(module.endswith(end) for end in scaled) if names(scaled)  # as PEFT compares them
              else np.shape(tensors.get("ia3_l"))[:1] == (1,))
@@ -161,7 +161,7 @@ def _ia3_join(module, sizes, adapters):
 
 
 def _ia3_describe(forms, others, adapters):
-    """PEFT wants feedforward_modules among target_modules, and matches them within words too."""
+    """PEFT needs feedforward_modules among target_modules, and also matches parts of words."""
     outer = [m for m, inner in forms.items() if not inner]
     ends = {m: _shortest_end(m, [*others], outer if inner else []) for m, inner in forms.items()}
     return {"target_modules": sorted({*ends.values()}), "init_ia3_weights": True,

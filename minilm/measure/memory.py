@@ -78,7 +78,7 @@ def held(model: Module, optimizer) -> dict[str, int]:
 
 
 class TracedMemory:
-    """backend.peak_memory on a CPU: bytes held now, and the most since `with` began."""
+    """backend.peak_memory for a CPU: bytes held now, and the most since `with` began."""
 
     held = property(lambda self: tracemalloc.get_traced_memory()[0])
     bytes = property(lambda self: tracemalloc.get_traced_memory()[1])

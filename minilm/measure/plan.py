@@ -170,7 +170,7 @@ def nf4(n: int, block_size: int = 64) -> int:
 
 
 class Op(NamedTuple):
-    """A part of the model, in the order of the forward pass."""
+    """A part of the model; a list of them is in the order of the forward pass."""
 
     saved: int  # what its vjps keep until they have run
     forward: int  # alive while it runs, beside what earlier ops saved

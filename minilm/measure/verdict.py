@@ -27,7 +27,7 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the seeds say about a claim: "about lies between at_least and at_most"."""
+    """What the seeds say about the claim that a quantity lies between two bounds."""
 
     verdict: str  # HOLDS, FAILS or OPEN
     about: str  # the quantity
@@ -59,9 +59,9 @@ def verdict(d: list[float], about: str, at_least: float | None = None,
             at_most: float | None = None) -> Verdict:
     """Does the mean of d lie between the bounds?
 
-    It holds if all of the interval lies inside them, it does not hold if all of the interval lies
-    outside. Otherwise, and with fewer than two numbers, it cannot be told. ValueError without a
-    bound.
+    The claim holds if all of the interval lies inside them. It does not hold if all of the interval
+    lies outside. Otherwise, and with fewer than two numbers, it cannot be told. ValueError if there
+    is no bound.
     """
     if at_least is None and at_most is None:
         raise ValueError(f"a claim about {about} needs at_least, at_most or both")

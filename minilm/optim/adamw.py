@@ -25,7 +25,7 @@ from minilm.optim.flat import FlatParameters
 class SGD:
     """p = p - lr (g + weight_decay p). `lr` may be changed between steps.
 
-    ValueError for negative settings, and as from FlatParameters.
+    ValueError for negative settings, and whenever FlatParameters raises it.
     """
 
     def __init__(self, params, lr: float = 1e-2, weight_decay: float = 0.0):
@@ -64,7 +64,7 @@ class AdamW:
 
     params: leaves, whose .data and .grad become views of flat buffers (see FlatParameters).
     undecayed: those of them that have no weight decay (usually norms and biases).
-    ValueError for settings out of range, and as from FlatParameters.
+    ValueError for settings out of range, and whenever FlatParameters raises it.
 
     The first step moves each coordinate by lr, however large its gradient is:
 

@@ -68,7 +68,7 @@ class FlatParameters:
         return np.frombuffer(mmap.mmap(-1, self.size * dtype.itemsize), dtype)
 
     def views(self, flat):
-        """An array in the layout of .data as one view a parameter, in the parameters' shapes."""
+        """Views of a flat array like .data: one for each parameter, in its shape."""
         return [flat[place].reshape(p.shape) for p, place in zip(self.params, self.places)]
 
     def round(self, part: slice):

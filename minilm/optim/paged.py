@@ -147,7 +147,7 @@ class PagedAdamW(AdamW):
         return pieces
 
     def _run(self, left, *step):
-        """Update the pieces that are left, each taken off the list with its launch."""
+        """Update the pieces that are left. Each is taken off the list when it is launched."""
         table = self.table
         with table.lock:
             table.begin()
@@ -191,7 +191,7 @@ class PagedAdamW(AdamW):
         f.round(piece)
 
     def _finish(self, left, count, error, *step):
-        """Make what is left of a step after an error; see the top of the file."""
+        """Do the rest of a step after an error; see the top of the file."""
         try:
             if self.broken or not isinstance(error, Exception):
                 raise error
@@ -232,7 +232,7 @@ class PagedAdamW(AdamW):
             return dict(zip(self.state.names, map(np.concatenate, zip(*homes))))
 
     def put_back(self, states: dict):
-        """Go on from what states() gave, of an optimizer with pages of any size."""
+        """Go on from what states() gave, also if that optimizer had pages of another size."""
         self._check()
         with self.table.lock:
             self.table.flush()

@@ -117,7 +117,7 @@ class Workers:
             raise
 
     def _broken(self):
-        """Has a worker failed, or, in a child, the parent died?"""
+        """Has a worker failed? In a child also: has the parent died?"""
         return self.failed.is_set() or self.parent not in (os.getpid(), os.getppid())
 
     def _serve(self, rank, pipe, parents_end):

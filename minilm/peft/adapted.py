@@ -128,7 +128,7 @@ def insert_adapters(model: Module, name: str, adapters: dict[str, Adapter]) -> M
 
 
 def use_adapter(model: Module, name: str | None) -> Module:
-    """Let the adapter of this name act from now on, in place; None: the base alone.
+    """Let the adapter of this name act from now on; with None, the base acts alone.
 
     ValueError for a name that no layer has, and while an adapter is merged.
     """

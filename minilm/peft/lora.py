@@ -46,7 +46,7 @@ def add_low_rank(y, x, A, B, scale):  # (..., O), (..., I), (r, I), (O, r) -> (.
 
 
 class LoRA(Adapter):
-    """One layer's A (r, I) and B (O, r); the settings are add_lora's."""
+    """One layer's A (r, I) and B (O, r). The settings are those of add_lora."""
 
     tokenwise = True
 

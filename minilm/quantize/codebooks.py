@@ -1,7 +1,7 @@
 """Codebooks: the numbers that few-bit codes stand for.
 
-NormalFloat is from QLoRA, section 3 and appendix E (Dettmers et al. 2023, arXiv:2305.14314), the
-8-bit dynamic map from Dettmers et al. 2022, arXiv:2110.02861. Each codebook reaches from -1 to 1;
+NormalFloat is from QLoRA, section 3 and appendix E (Dettmers et al. 2023, arXiv:2305.14314). The
+8-bit dynamic map is from Dettmers et al. 2022, arXiv:2110.02861. A codebook's range is -1 to 1;
 fourbit.py multiplies its values by a constant for each block.
 """
 

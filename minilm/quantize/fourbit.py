@@ -190,7 +190,7 @@ def _quantize_blocks(x, name):  # (n, block) -> (bytes,), (n,)
 
 
 def _quantize_short_block(x, name):  # (less than a block,) -> (bytes,), (1,)
-    """bitsandbytes divides here, and stores no constant below 1e-38."""
+    """Like bitsandbytes, divides by the constant here, and stores no constant below 1e-38."""
     xp, per_group = array_module(x), 8 // math.gcd(8, bits_of(name))
     c2 = xp.maximum(xp.abs(x).max(keepdims=True), np.float32(1e-38))
     s = xp.zeros(-(-x.size // per_group) * per_group, np.float32)  # codes of whole bytes
@@ -251,7 +251,7 @@ def _levels_of_bytes(name):
 
 
 def double_quantize(x: FourBit, form: bool | str = True, offset=None) -> FourBit:
-    """x with its float32 constants in 8 bits; see quantize_4bit. offset: by default their mean."""
+    """x with its float32 constants quantized to 8 bits, see quantize_4bit. offset: their mean."""
     xp, groups = array_module(x.c2), -(-x.c2.size // GROUP)
     if offset is None:
         offset = x.c2.mean(dtype=np.float64) if x.c2.size else 0.0

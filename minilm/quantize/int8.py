@@ -103,8 +103,8 @@ def int8_matmul_outliers(x, W, threshold: float = 6.0):
 def integer_product(a, b):
     """a b^T of int8 matrices as float32: (N, K), (M, K) -> (N, M), each partial sum exact.
 
-    BLAS knows no integers, but float32 holds them up to 2^24: products of codes <= 127 are exact
-    when summed over 1024 features, and float64 adds up the parts.
+    BLAS has no integers, but float32 holds them exactly up to 2^24. So a sum of products of codes
+    <= 127 is exact over 1024 features, and float64 adds up such parts.
     """
     if a.shape[1] <= 1024:
         return a.astype(np.float32) @ b.astype(np.float32).T

@@ -152,7 +152,7 @@ def quantize_model(model: Module, kind: str = "nf4", double_quant: bool | str = 
 
 
 def quantize_weight(W, kind: str, double_quant: bool | str = True, block_size: int = 64):
-    """W (O, I) as a layer of this kind holds it: an Int8 with a constant a row, or a FourBit."""
+    """W (O, I) in the form of this kind of layer: an Int8 with a constant a row, or a FourBit."""
     if kind in ("int8", "llm.int8"):
         return quantize_int8(W, axis=-1)
     return quantize_4bit(W, kind, block_size, double_quant)

@@ -129,7 +129,7 @@ def growth_with_context(turns, threads):
 
 
 def compare(title, theirs, ours, rounds) -> tuple[float, float]:
-    """Time both sides in turn; prints a row, returns the median seconds of both."""
+    """Time both sides in turn and print a row; returns the median seconds of both."""
     times = [side[2:] for side in take_turns(theirs, ours, rounds + 2)]  # the first two warm up
     ratios = [a / b for a, b in zip(*times)]
     a, b = (statistics.median(t) for t in times)
@@ -155,7 +155,7 @@ def compare_memory(title, shape, threads):
 
 
 class Contender:
-    """A process that waits, runs a job once when told to, and answers with a number."""
+    """A process that waits, runs a job once when asked to, and answers with a number."""
 
     def __init__(self, side, *args):
         from minilm.loop import finish_on_interrupt

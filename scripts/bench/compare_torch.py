@@ -34,7 +34,7 @@ def main(steps: int = 20):
     """Compare every op with PyTorch, then three families in training.
 
     Args:
-        steps: how many of AdamW the families are trained for.
+        steps: how many steps of AdamW the families are trained for.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -111,7 +111,7 @@ def batches(config, steps):
 
 
 def train_ours(config, dtype, steps):
-    """(losses, a flat gradient a step, flat final weights) of training with minilm."""
+    """Train with minilm: (losses, a flat gradient for each step, flat final weights)."""
     model = start(config, dtype)
     optimizer, losses, grads = AdamW(model.parameters(), **ADAMW), [], []
     for tokens, mask, targets in batches(config, steps):

@@ -139,7 +139,7 @@ def lora_row(direction, shape, M, r, ours, product, more_flops):
 
 
 def gradients(results, dy):
-    """dx, dA and dB of quantized_lora's result and vjps."""
+    """(dx, dA, dB), from the value and the vjps that quantized_lora returns."""
     _, dx, _, dA, dB, _ = results
     return dx(dy), dA(dy), dB(dy)
 

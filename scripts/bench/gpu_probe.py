@@ -117,7 +117,7 @@ def said(row: Row, text: str) -> str:
 
 
 def step(side: str, layers: int, folder: Path):
-    """Seven steps of a Llama of 1.1 billion parameters' width, without checkpoints."""
+    """Seven steps of a Llama as wide as gpu_step.py's, without checkpoints."""
     config = replace(gpu_step.LLAMA, layers=layers)
     start = time.perf_counter()
     peak, times = (our_steps if side == "ours" else torch_steps)(config)

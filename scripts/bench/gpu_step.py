@@ -218,7 +218,7 @@ def on_torch(array, device: str):
 
 
 def step_row(config: Config, batch: int, checkpoint: bool) -> Row:
-    """The step's row. Its floor: making the weights from their codes, then the products."""
+    """The step's row. Its floor is the time to make the weights from codes and to multiply."""
     c, tokens, times_forward = config, batch * config.context, 1 + checkpoint
     kv_width = c.width // c.heads * c.kv_heads
     shapes = [(c.width, c.width)] * 2 + [(kv_width, c.width)] * 2

@@ -60,7 +60,7 @@ CLAIMS = {
 
 @dataclass(frozen=True)
 class Settings(Training):
-    """What decides an arm's numbers, with its seed and its base."""
+    """What decides an arm's numbers, together with the seed and the base model."""
 
     steps: int = 4000
     lr: float = 0.0  # each arm has its own
@@ -135,7 +135,7 @@ def load(folder: Path):
 
 
 def tiny():
-    """A model that knows nothing, and its tokenizer."""
+    """An untrained model and its tokenizer."""
     return Transformer(Config.gpt2(258, 48, layers=1, heads=2, width=16)), data.ByteTokenizer()
 
 
