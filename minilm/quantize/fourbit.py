@@ -251,7 +251,7 @@ def _levels_of_bytes(name):
 
 
 def double_quantize(x: FourBit, form: bool | str = True, offset=None) -> FourBit:
-    """x with its float32 constants quantized to 8 bits, see quantize_4bit. offset: their mean."""
+    """x with its constants in 8 bits, see quantize_4bit. offset: by default the constants' mean."""
     xp, groups = array_module(x.c2), -(-x.c2.size // GROUP)
     if offset is None:
         offset = x.c2.mean(dtype=np.float64) if x.c2.size else 0.0
