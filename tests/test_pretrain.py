@@ -297,7 +297,7 @@ def stopped(tmp_path, text, plain, monkeypatch):
 )
 def test_resuming_with_other_settings_is_refused(stopped, asked, said):
     before = contents(stopped)
-    with pytest.raises(ValueError, match=f"pretrain-1 keeps its settings; .*{said}"):
+    with pytest.raises(ValueError, match=f"pretrain-1 keeps its settings, .*{said}"):
         main(Settings(**asked), resume=stopped)
     assert contents(stopped) == before
 
