@@ -287,7 +287,7 @@ def test_a_resumed_run_wants_its_own_settings_text_and_teacher(tmp_path, text, p
     before = contents(run)
     for changes, words in ((dict(objective="masked"), "objective masked"),
                            (dict(context=9), r"context 9 \(it has 8\)")):
-        with pytest.raises(ValueError, match=f"keeps its settings; .*{words}"):
+        with pytest.raises(ValueError, match=f"keeps its settings, .*{words}"):
             main(dataclasses.replace(s, **changes), resume=run)
     for file in (text, given / "model.safetensors", given / "tokenizer.json"):
         whole = file.read_bytes()
