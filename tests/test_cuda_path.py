@@ -81,7 +81,8 @@ def trained(model, steps=2, eps=1e-3, scaler=None, **settings):
     opt = AdamW(model.parameters(), lr=0.01, eps=eps, weight_decay=0.1)
     with Trainer(model, opt, seed=3, scaler=scaler) as trainer:
         done = [trainer.step(i, (TOKENS, TARGETS), clip=1.0, **settings) for i in range(steps)]
-        return [x for s in done for x in (s.loss, s.norm)], trainer.evaluate(TOKENS, TARGETS, batch=3)
+        found = trainer.evaluate(TOKENS, TARGETS, batch=3)
+    return [x for s in done for x in (s.loss, s.norm)], found
 
 
 @family

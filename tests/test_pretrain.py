@@ -291,7 +291,7 @@ def stopped(tmp_path, text, plain, monkeypatch):
 
 @pytest.mark.parametrize(
     "asked, said",
-    [(dict(lr=0.5), r"lr 0\.5 \(it has 0\.01\)"), (dict(family="llama"), "family llama"),
+    [(dict(lr=0.5), r"lr 0\.5 \(it has 0\.01\)"), (dict(family="gpt2"), "family gpt2"),
      (dict(steps=9, width=16), "steps 9 .*, width 16 "), (dict(corpus=("x",)), "corpus"),
      (dict(weights=(1.0,)), "weights")],
 )
