@@ -19,7 +19,8 @@
 // Floor at 790 TFLOP/s for M = 2048, W 4096 x 4096, r = 16 in bf16: y and h 87.7 us, the gradients
 // 88.3 us; their bytes alone, at 4.3 TB/s, 15.7 us and 19.6 us. This kernel multiplies in float
 // without tensor cores. Its peak is a twelfth of theirs, so it cannot come near the floor.
-// Reached: not yet measured.
+// Reached on an H200, 2026-11-27: 1024 x 1024 x 1024 forward 179 us, backward 333 us
+// (cuBLAS 95 and 118): it is there to be read.
 // Check: python scripts/bench/check_kernels.py lora
 // Registers: at most 80
 #include "hardware.cuh"

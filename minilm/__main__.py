@@ -1,4 +1,4 @@
-"""What this machine has for minilm: python -m minilm."""
+"""`python -m minilm` prints what this machine has for minilm."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -26,7 +26,7 @@ def main():
 
 
 def gpu() -> str:
-    """The card that arrays would be on, or why there is none."""
+    """The GPU that minilm would use, or why there is none."""
     try:
         cp = backend.cupy()
     except RuntimeError as error:
@@ -38,7 +38,7 @@ def gpu() -> str:
 
 
 def installed(package: str) -> str | None:
-    """The package and its version, where it is there."""
+    """The package and its version, or None if it is not installed."""
     try:
         return f"{package} {version(package)}"
     except PackageNotFoundError:

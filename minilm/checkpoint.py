@@ -5,10 +5,10 @@
                               manifest.json    size and SHA-256 of the other two, written last
 
 A save builds its folder under a temporary name, forces it to the disk, and makes it a checkpoint
-by one rename. Nothing that exists is touched before that rename, and older checkpoints are removed
-only after it, so a kill, a full disk or an exception at any moment leaves a whole checkpoint. A
-step that is saved again gets a new folder, step-00000100.1, for the same reason: a rename cannot
-replace a folder that is not empty. One process saves into a folder at a time.
+by one rename. Nothing that exists is touched before the rename, and older checkpoints are removed
+only after it. So a kill, a full disk or an exception at any moment leaves a whole checkpoint. If a
+step is saved again, it gets a new folder, step-00000100.1, since a rename cannot replace a folder
+that is not empty. Only one process may save into a folder at a time.
 """
 
 import os
@@ -37,8 +37,8 @@ def save(
 ) -> None:
     """Save a checkpoint into the folder `path`, then remove all but the newest `keep`.
 
-    `state` is JSON-able and holds an int "step" of at least 0, else ValueError. Checkpoints of
-    later steps are left alone. The disk must have room for one more than `keep`.
+    `state` can be stored as JSON and has an int "step" of at least 0; otherwise ValueError.
+    Checkpoints of later steps are left alone. The disk must have room for one more than `keep`.
     """
     step = state.get("step")
     if type(step) is not int or step < 0:
@@ -67,8 +67,8 @@ def save(
 def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     """Read (tensors, state) of the newest checkpoint in `path` that is whole.
 
-    Warns of each newer one that is damaged. Raises FileNotFoundError where there is no checkpoint,
-    FormatError where none is whole.
+    Warns of each newer one that is damaged. FileNotFoundError if there is no checkpoint,
+    FormatError if none is whole.
     """
     found = _checkpoints(Path(path))
     if not found:

@@ -1,4 +1,4 @@
-"""How every program of scripts/ ends: one line for what is wrong, and for Ctrl-C."""
+"""How every program of scripts/ ends: with one line if something is wrong, or after Ctrl-C."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ WRONG = (ValueError, OSError, ImportError, RuntimeError, Diverged)  # what a use
 
 
 def command(main, stopped: str = "stopped"):
-    """Call main with the command line's words, and exit with 1 and a line where it fails.
+    """Call main with the command line's options. If it fails, print a line and exit with 1.
 
     stopped: what to say after Ctrl-C.
     """

@@ -2,17 +2,18 @@
 
 Hinton et al. 2015, arXiv:1503.02531. For logits v of the teacher and z of the student:
 
-    p_i = exp(v_i / T) / sum_j exp(v_j / T), q likewise of z       (1)
-    dC/dz_i = (q_i - p_i) / T, C the cross-entropy of q under p    (2)
+    p_i = exp(v_i / T) / sum_j exp(v_j / T), and q likewise from z          (1)
+    dC/dz_i = (q_i - p_i) / T, for the cross-entropy C of q under p         (2)
 
-A temperature T > 1 shows what the teacher thinks of the answers that it does not give. For large T
-the gradient is (z_i - v_i) / (N T^2), where z and v have mean 0 and N is the number of classes
-(4), so C is multiplied by T^2. Here C is KL(p || q), which differs from the cross-entropy by p's
-entropy, a constant. Exchanging the two, KL(q || p), makes a student that would rather miss some of
-the teacher's answers than give one that the teacher would not.
+A temperature T > 1 shows what the teacher thinks of the answers that it does not give. For large T,
+logits with mean 0 and N classes the gradient is (z_i - v_i) / (N T^2) (4), so C is multiplied by
+T^2. Here C is KL(p || q), which differs from the cross-entropy by p's entropy, a constant. The
+reverse, KL(q || p), makes a student that would rather miss some of the teacher's answers than give
+one that the teacher would not.
 
 Sanh et al. 2019, arXiv:1910.01108 (DistilBERT), section 3: the student has every other layer of the
-teacher, begins with their weights, and minimises a sum of three losses, in their code's weights
+teacher and begins with their weights. It minimises a sum of three losses, with the weights of
+DistilBERT's code:
 
     L = 5 L_ce + 2 L_mlm + 1 L_cos
 
@@ -46,15 +47,15 @@ def distillation_loss(student_logits: Tensor, teacher_logits, targets, temperatu
                       totals=None) -> Tensor:
     """weights . (T^2 KL, cross-entropy, cosine loss): a scalar.
 
-    student_logits: (B, T, V). teacher_logits: the same, a Tensor or an array, or TopK of them; no
-    gradient flows to the teacher. targets: integers (B, T), -100 where there is none. hidden: the
-    student's and the teacher's last hidden states, (B, T, C) each; without them there is no cosine
-    loss. mask (B, T): 0 for padding. masked_only: KL of the tokens that have a target alone.
-    reverse: KL(student || teacher). totals: numbers of tokens and of targets in the whole batch,
-    when this is a part of one. ValueError where shapes differ, the temperature is not positive, a
-    weight is negative or no loss has one.
+    student_logits: (B, T, V). teacher_logits: the same, as a Tensor or an array, or TopK of them;
+    no gradient flows to the teacher. targets: integers (B, T), -100 where there is none. hidden:
+    the student's and the teacher's last hidden states, (B, T, C) each; without them there is no
+    cosine loss. mask (B, T): 0 for padding. masked_only: take the KL only over tokens that have a
+    target. reverse: KL(student || teacher). totals: (tokens, targets) of the whole batch, if this
+    is a part of one. ValueError if shapes differ, the temperature is not positive, a weight is
+    negative, or no loss has a weight.
 
-    From its own logits a student has nothing to learn:
+    A student has nothing to learn from its own logits:
 
     >>> logits = Tensor([[[2.0, 0.0, 1.0]]], requires_grad=True)
     >>> loss = distillation_loss(logits, logits, np.array([[1]]), weights=(5, 0, 0))
@@ -75,7 +76,7 @@ def distillation_loss(student_logits: Tensor, teacher_logits, targets, temperatu
         divergence = _soft_loss(student_logits, teacher_logits, temperature, compared, total,
                                 reverse)
         terms.append(soft * temperature**2 * divergence)
-    del teacher_logits  # the caller may have let them go: no need to hold them any longer
+    del teacher_logits  # frees them now, if the caller has let them go
     if hard:
         terms.append(hard * ops.cross_entropy(student_logits, targets, total=labels))
     if cosine and hidden is not None:
@@ -96,14 +97,14 @@ def _soft_loss(student, teacher, temperature, mask, total, reverse) -> Tensor:
 
 
 class TopK(NamedTuple):
-    """A teacher's answers, small enough to store: its k likeliest tokens at one temperature."""
+    """A teacher's k likeliest tokens at one temperature: small enough to store."""
 
     ids: np.ndarray  # integers (..., k)
     log_p: np.ndarray  # (..., k), log softmax(logits / T)
 
 
 def top_k(logits, k: int, temperature: float = 2.0) -> TopK:
-    """TopK of logits (..., V), a Tensor or an array. ValueError where k is not 1 to V.
+    """TopK of logits (..., V), a Tensor or an array. ValueError if k is not 1 to V.
 
     >>> ids, log_p = top_k(np.log([0.1, 0.2, 0.7]), k=1, temperature=1.0)
     >>> ids.tolist(), np.exp(log_p).round(6).tolist()
@@ -123,12 +124,12 @@ def top_k(logits, k: int, temperature: float = 2.0) -> TopK:
 
 @op
 def top_k_divergence(student, ids, log_p, temperature=1.0, mask=None, total=None):
-    """KL(p || q) over k + 1 classes: the tokens in ids, and R, all others together.
+    """KL(p || q) over k + 1 classes: the tokens in ids, and all others together as R.
 
         KL = sum_k p_k log(p_k / q_k) + p_R log(p_R / q_R)
 
-    student: logits (..., V), q = softmax(student / T). ids, log_p: a TopK at the same T. mask and
-    total as in ops.kl_divergence, which this never exceeds, and which it is where k = V.
+    student: logits (..., V), q = softmax(student / T). ids, log_p: a TopK at the same T. mask,
+    total: as in ops.kl_divergence. The value is at most kl_divergence's, and equals it at k = V.
     """
     if ids.shape != log_p.shape or ids.shape[:-1] != student.shape[:-1]:
         raise ValueError(f"top k ids {ids.shape} and log_p {log_p.shape} do not go with logits "
@@ -140,12 +141,12 @@ def top_k_divergence(student, ids, log_p, temperature=1.0, mask=None, total=None
         p, at = xp.exp(log_p), (xp.arange(len(z))[:, None], ids)
         log_q = ops.log_softmax(wide(z) / temperature).data  # eq. (1)
         q = xp.exp(log_q)
-        q_k, q[at] = q[at], 0  # what is left in q are the others
+        q_k, q[at] = q[at], 0  # q now holds the other tokens only
         tiny = np.finfo(q.dtype).tiny
         p_R = (1 - row_sum(p)).clip(0) * (ids.shape[-1] < V)
         q_R = row_sum(q).clip(tiny)
         kl = row_dot(p, log_p - log_q[at]) + p_R * xp.log(p_R.clip(tiny) / q_R)
-        # dKL/dz_j = (q_j - p_j) / T, with q_j p_R / q_R for p_j of the others
+        # dKL/dz_j = (q_j - p_j) / T, where p_j of the others is q_j p_R / q_R
         q -= q * (p_R / q_R)
         q[at] = q_k - p
         return kl[:, 0], q
@@ -161,15 +162,15 @@ def top_k_divergence(student, ids, log_p, temperature=1.0, mask=None, total=None
 class Distillation:
     """The loss of a student under its teacher, in the form that `Trainer` takes.
 
-    A batch is tokens (B, T), targets (B, T), and perhaps a mask (B, T), 0 for padding. Soft and
-    cosine loss count every token that is not padding. Without a mask a causal model's padding is
-    what comes after the last target of a row; a masked one has none.
+    A batch is tokens (B, T), targets (B, T), and perhaps a mask (B, T), 0 for padding. The soft and
+    the cosine loss count every token that is not padding. Without a mask, a causal model's padding
+    is what comes after the last target of a row, and a masked model has none.
 
     student, teacher: Transformers; the teacher may be adapted or quantized. It runs without dropout
-    and without a graph. Where the widths differ, `project`, a linear layer, takes the student's
-    hidden states to the teacher's width; its `parameters()` are to be trained beside the student's.
-    top_k: see no more than this of the teacher's answers. Other arguments as in distillation_loss.
-    ValueError where the vocabularies differ, and for settings that make no loss.
+    and without a graph. If their widths differ, the linear layer `project` takes the student's
+    hidden states to the teacher's width; train its `parameters()` along with the student's.
+    top_k: use only this many of the teacher's likeliest answers. Other arguments: as in
+    distillation_loss. ValueError if the vocabularies differ, and for settings that make no loss.
     """
 
     def __init__(self, student: Transformer, teacher: Transformer, temperature: float = 2.0,
@@ -191,11 +192,11 @@ class Distillation:
                                   bias=False, std=1 / math.sqrt(ours.width))
 
     def parameters(self) -> list[Tensor]:
-        """The projection's, where there is one."""
+        """The projection's, if there is one."""
         return self.project.parameters() if self.project else []
 
     def totals(self, tokens, targets, mask=None) -> tuple[int, int]:
-        """The tokens that are no padding, and the targets that count."""
+        """(tokens that are not padding, targets that count)."""
         counted = self._counted(targets, mask)
         n = targets.size if counted is None else int((counted != 0).sum())
         return n, int((targets != IGNORED).sum())
@@ -203,21 +204,21 @@ class Distillation:
     def __call__(self, student, tokens, targets, mask=None, totals=None) -> Tensor:
         """distillation_loss on tokens (B, T): integers, as are the targets.
 
-        totals: those of the whole batch, where this is a part of one.
+        totals: those of the whole batch, if this is a part of one.
         """
         with no_grad():
             theirs = self.teacher.eval().hidden(tokens, mask)
         ours, hidden = student.hidden(tokens, mask), None
         if self.weights[2]:
             hidden = (self.project(ours) if self.project else ours), theirs
-        # The logits have no names here, so that the loss alone decides how long they live.
+        # The logits get no names here, so that the loss can free them.
         return distillation_loss(student.head(ours), self._answers(theirs), targets,
                                  self.temperature, self.weights, hidden,
                                  self._counted(targets, mask), self.masked_only, self.reverse,
                                  totals)
 
     def _counted(self, targets, mask):
-        """Which tokens soft and cosine loss count: (B, T), or None for all."""
+        """The tokens that the soft and the cosine loss count: (B, T), or None for all."""
         if mask is not None or not self.teacher.config.causal:
             return mask
         # True from a row's first token to its last target
@@ -230,12 +231,12 @@ class Distillation:
 
 
 def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = None) -> Transformer:
-    """A new model with the teacher's blocks at `layers`, its embeddings and its head: all copies.
+    """A new model: copies of the teacher's blocks at `layers`, of its embeddings and of its head.
 
     layers: increasing numbers from 0; by default every other one. DistilBERT's are 0 2 4 7 9 11.
-    The weights of an adapted or quantized teacher are those that act, as plain ones; all train.
-    ValueError where layers are none, not increasing, or not the teacher's, and for an adapter
-    that acts and cannot be merged.
+    If the teacher is adapted or quantized, the student gets plain weights that do the same. All of
+    them train. ValueError if there are no layers, if they are not increasing or not the teacher's,
+    and if an adapter acts that cannot be merged.
 
     >>> from minilm.transformer import Config
     >>> teacher = Transformer(Config.gpt2(vocab_size=50, context=16, layers=4, heads=2, width=8))
@@ -251,7 +252,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
                          f"got {layers}")
     embedding, head = teacher.embed.weight, teacher.head
     out = head.out if teacher.config.head == "masked" else head
-    tied = out.plain().weight is embedding  # no longer, where the head was adapted or quantized
+    tied = out.plain().weight is embedding  # not if the head is adapted or quantized
     config = replace(teacher.config, layers=len(layers), tied=tied)
     student = Transformer(config).astype(embedding.dtype)
     theirs, state = dict(teacher.named_modules()), {}
@@ -268,12 +269,12 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
 
 
 def _constant(x):
-    """The array of a Tensor or an array: nothing flows back."""
+    """The array of a Tensor or an array, so that no gradient flows back."""
     return x.data if isinstance(x, Tensor) else x
 
 
 def _checked(temperature, weights) -> list[float]:
-    """The weights; ValueError where they or the temperature make no loss."""
+    """The weights; ValueError if they or the temperature make no loss."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"the temperature must be positive, got {temperature}")
     weights = [float(w) for w in weights]

@@ -1,10 +1,10 @@
 """Experiments: arms on the same seeds, a table beside the lecture's, claims that are judged.
 
-An experiment remakes a table or figure of the lectures and is one file of scripts/experiments.
-It says what is measured; `conduct` does what all of them need. A run's folder holds
+An experiment remakes a table or figure of the lectures, and is one file in scripts/experiments.
+The file says what is measured; `conduct` does what all experiments need. A run's folder holds
 
     run.json        settings and versions
-    result.json     a Result, written again after each arm and seed: from it a run goes on
+    result.json     a Result, written again after each arm and seed, so that a run can go on
     result.svg      the picture (needs the extra `plots`)
     ARM-SEED/       checkpoints of the arm that is running
 """
@@ -34,12 +34,12 @@ QUICK = "quick: too small and too short a run for its numbers to mean anything"
 class Experiment:
     """What the file of an experiment says about it."""
 
-    file: str  # its __file__: the name is this file's, and what is kept lies beside it
+    file: str  # its __file__; it gives the name, and kept results lie beside it
     question: str
     slide: dict[str, dict[str, float]]  # source -> arm -> the lecture's number
     arms: Iterable[str]
     measures: dict[str, int]  # what is measured, with its unit -> decimals that are shown
-    claims: dict[str, Callable[[list[dict]], Verdict]]  # of the rows
+    claims: dict[str, Callable[[list[dict]], Verdict]]  # text -> its verdict from the rows
     draw: Callable | None = None  # draw(figure, rows)
 
     @property
@@ -50,13 +50,13 @@ class Experiment:
 def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory], dict],
             seeds: Iterable[int], settings: dict, options: Iterable[str] = (), quick: bool = False,
             out: Path = Path("runs"), resume: Path | None = None, keep: bool = False) -> Result:
-    """Run each arm on each seed, print table and verdicts, draw the picture.
+    """Run each arm on each seed, print the table and the verdicts, and draw the picture.
 
-    measured(arm, seed, run) gives the number of each measure; what it trains may leave checkpoints
-    in `run`. settings, JSON-able, decide the numbers; options, words of the command line, lead to
-    them. resume: the folder of a run to go on with: arms and seeds that have a row there are not
-    run again, others join them. keep: leave the result beside the experiment, too.
-    ValueError if a quick run is to be kept, and if the folder is of a run with other settings.
+    measured(arm, seed, run) returns the number of each measure; training inside it may leave
+    checkpoints in `run`. settings: what decides the numbers, as JSON. options: the words of the
+    command line that give these settings. resume: the folder of a run to go on with; arms and seeds
+    that have a row there are not run again. keep: leave the result beside the experiment, too.
+    ValueError if a quick run is to be kept, and if the run to go on with has other settings.
     """
     if quick and keep:
         raise ValueError("a quick run cannot be kept: its numbers mean nothing")
@@ -85,17 +85,17 @@ def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory],
 
 
 def continued(before: Result, now: Result, stored: dict, settings: dict) -> Result:
-    """The result of a run to go on with. ValueError where it is of another."""
+    """`now` with the rows of the run to go on with. ValueError if that run was another one."""
     for what, old, new in [("experiment", before.name, now.name), ("settings", stored, settings),
                            ("measures", before.measures, now.measures)]:
         if old != new:
-            raise ValueError(f"the run to go on with has the {what} {old}; asked for are {new}")
+            raise ValueError(f"the run to go on with has the {what} {old}, but {new} are given")
     return replace(now, date=before.date, commit=before.commit, machine=before.machine,
                    rows=before.rows)
 
 
 def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Path) -> Result:
-    """The result with a row of every arm and seed, saved after each.
+    """The result with a row for every arm and seed, saved after each.
 
     All arms of a seed come before the next seed: a run that is cut short still has pairs to judge.
     """
@@ -122,7 +122,7 @@ def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Pa
 
 
 def leave(experiment: Experiment, result: Result, folder: Path, keep: bool):
-    """Draw the picture, keep what is to be kept, and say where all is."""
+    """Draw the picture, keep the result if asked to, and print where everything is."""
     def draw(figure): experiment.draw(figure, result.rows)
     picture = draw_svg(folder / "result.svg", draw) if experiment.draw else None
     if experiment.draw:
@@ -137,7 +137,7 @@ def leave(experiment: Experiment, result: Result, folder: Path, keep: bool):
 
 
 def commit_of(folder: Path) -> str:
-    """The commit that a folder is at, with -dirty where files differ from it."""
+    """The commit of a folder, with -dirty if files differ from it."""
     words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
@@ -146,7 +146,7 @@ def commit_of(folder: Path) -> str:
 
 
 def describe_machine() -> str:
-    """Processor, cores and versions in a line."""
+    """Processor, cores and versions, in one line."""
     processor, told = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if told.exists():
         lines = told.read_text().splitlines()

@@ -1,12 +1,12 @@
 """The loop of a training program: its settings, and `fit`, which the program iterates over.
 
     for trainer, done in fit(run, model, batches, settings, optimizer=optimizer):
-        if done.targets:  # a step was made; the first time none was yet
+        if done.targets:  # a step was made; the first time there was none
             run.log(**asdict(done))
 
-`fit` goes on from the run's last checkpoint, makes the steps, saves, and meets Ctrl-C. When to
-evaluate, and what to log, is up to the program: what it does with each step is done before `fit`
-saves or makes the next.
+`fit` goes on from the run's last checkpoint, makes the steps, saves, and handles Ctrl-C. The
+program decides when to evaluate and what to log. It does so in the body of the loop, before `fit`
+saves or makes the next step.
 """
 
 import math
@@ -42,13 +42,13 @@ class Training:
     clip: float = 1.0
     """largest global norm of the gradient"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """of weights and activations; what trains has float32 masters, float16 a loss scaler"""
+    """of weights and activations; 16 bits have float32 masters, float16 also has a loss scaler"""
     eval_every: int = 250
-    """steps between losses on what is held out"""
+    """steps between evaluations on held-out data"""
     save_every: int = 500
     """steps between checkpoints"""
     seed: int = 0
-    """of all that is drawn: weights, batches, dropout"""
+    """of everything random: weights, batches, dropout"""
     workers: int = 0
     """cores to use; 0 means all"""
     threads: bool = False
@@ -58,8 +58,8 @@ class Training:
 def resumed(settings, resume: Path | None):
     """(the run to go on with, or None; its own settings, or those given).
 
-    Workers are counted: another number gives other bits, so a run keeps its own. ValueError where
-    the run has other settings than those that are given.
+    If workers is 0, it becomes the number of cores. It is stored, since another number of workers
+    gives other bits. ValueError if the given settings differ from the run's own.
     """
     run = RunDirectory(resume) if resume else None
     own = run.settings(settings) if run else settings
@@ -71,14 +71,15 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
         title: str | None = None) -> Iterator[tuple[Trainer, Step]]:
     """Train from the run's last checkpoint on; yields (trainer, step), first before any step.
 
-    The first Step says where the run stands: its `targets` are 0. After that comes one for each
-    step that was made; when the program has dealt with it, a checkpoint is saved if one is due.
-    batches[step] is a step's batch, loss as in train.py, optimizer over all that trains.
+    The first Step says where the run stands, with targets=0. After it comes one for each step that
+    was made. When the program has dealt with a step, a checkpoint is saved if one is due.
+    batches[step] is a step's batch. loss: as in train.py. optimizer: over everything that trains.
     min_lr: learning rate at the end. accumulate: micro-batches of a step. saved: what checkpoints
     hold, if more than the model trains. title: of the progress bar.
 
-    After a first Ctrl-C the step is finished and saved, and there are no more; a second one
-    interrupts at once. One that comes with the last step is raised when all is saved.
+    After a first Ctrl-C the current step is finished and saved, and training stops; a second one
+    interrupts at once. If the first comes during the last step, it is raised after everything is
+    saved.
     """
     s, saved, (cores, processes) = settings, saved or model, default_workers()
     scaler = LossScaler() if s.dtype == "float16" else None
@@ -104,7 +105,7 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
 
 
 def validation(trainer: Trainer, held_out, every: int = 1) -> dict:
-    """Loss and accuracy on each `every`-th row of what is held out, for the log."""
+    """Loss and accuracy on each `every`-th row of the held-out data, for the log."""
     loss, accuracy = trainer.evaluate(*(rows[::every] for rows in held_out))
     return {"validation_loss": round(loss, 5), "validation_accuracy": round(accuracy, 5)}
 

@@ -1,7 +1,7 @@
-"""Pictures of results: SVG that takes the colour of its text from the page it stands in.
+"""Pictures of results: SVG that takes the colour of its text from the page around it.
 
-Needs matplotlib (extra `plots`). Text stays text, and the background is the page's, so that one
-picture serves light and dark pages, screens and paper. The same numbers give the same bytes.
+Needs matplotlib (extra `plots`). Text stays text, and the background is the page's, so one picture
+serves light and dark pages, screens and paper. The same numbers give the same bytes.
 """
 
 import io
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minilm.files import write_atomically
 
-INK = "#010203"  # stands for the page's own colour of text
+INK = "#010203"  # is replaced by the page's own text colour
 COLORS = ("#2f7fc1", "#d9702b", "#2f9b6d", "#b0569f", "#b58a1b", "#7a7f87", "#c94b55", "#4f9fb0")
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "minilm", "font.size": 9,
@@ -23,7 +23,7 @@ STYLE = {
 PLAIN = {  # what matplotlib writes -> what a page can hold
     r"(?s)^.*?(?=<svg )": "",  # the head of a file
     r"(?s)\s*<metadata>.*?</metadata>": "",  # who drew it, and when
-    r"(?s)(<svg [^>]*)>\s*<defs>\s*<style.*?</defs>":  # a style that would be all the page's
+    r"(?s)(<svg [^>]*)>\s*<defs>\s*<style.*?</defs>":  # a style that would apply to the whole page
         r'\1 stroke-linejoin="round" stroke-linecap="butt" font-family="sans-serif">',
     r"font-family: [^;]*; ": "",
 }

@@ -1,4 +1,4 @@
-"""What an experiment gave: numbers by arm and seed, the lecture's beside them, and verdicts."""
+"""The result of an experiment: numbers by arm and seed, the lecture's numbers, and verdicts."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """All that a table and a page need; JSON-able."""
+    """Everything that a table and a page need; it is stored as JSON."""
 
     name: str
     question: str
@@ -29,7 +29,7 @@ class Result:
     slide: dict[str, dict[str, float]]  # source -> arm -> the lecture's number
     measures: dict[str, int]  # what was measured, with its unit -> decimals that are shown
     date: str = ""  # of the last row, UTC
-    commit: str = ""  # of the source, or several if a run went on with another
+    commit: str = ""  # of the source; several, if the run went on with another source
     machine: str = ""
     rows: tuple[dict, ...] = ()  # {"arm": name, "seed": seed, measure: number, ...}
     claims: tuple[dict, ...] = ()  # {"claim": text, and the fields of Verdict}
@@ -54,7 +54,7 @@ class Result:
 
     @property
     def arms(self) -> list[str]:
-        """Those that have a row, in the order in which they first ran."""
+        """The arms that have a row, in the order in which they first ran."""
         return list(dict.fromkeys(row["arm"] for row in self.rows))
 
     @property
@@ -73,13 +73,14 @@ def number(x: float, decimals: int) -> str:
 
 
 def spread_text(spread: Spread, decimals: int) -> str:
-    """The mean, and the lowest and the highest if they can be told from it."""
+    """The mean, and the lowest and the highest if they differ from it when rounded."""
     mean, low, high = (number(x, decimals) for x in spread)
     return mean if low == mean == high else f"{mean} ({low} - {high})"
 
 
 def table(result: Result, width: int = 100) -> str:
-    """Lines of text: an arm a row. Columns that do not fit in the width go below, arms repeated."""
+    """Lines of text: a row an arm. Columns that do not fit in the width follow in a second block.
+    """
     arms = result.arms
     columns = [[measure, *(spread_text(result.spread(arm, measure), decimals) for arm in arms)]
                for measure, decimals in result.measures.items()]
@@ -100,7 +101,7 @@ def table(result: Result, width: int = 100) -> str:
 
 
 def verdicts(result: Result) -> str:
-    """A claim a line, and below it what the verdict rests on."""
+    """A line for each claim, and below it what the verdict rests on."""
     lines = []
     for claim in result.claims:
         lines.append(f"{claim['claim']}: {claim['verdict']}")

@@ -26,14 +26,14 @@ from minilm.optim import AdamW, LossScaler
 
 
 class RunDirectory:
-    """The folder of one run. Its `settings` and `corpora`, which are JSON-able, decide the run."""
+    """The folder of one run. `settings` and `corpora` decide the run, and are stored as JSON."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
 
     @classmethod
     def create(cls, parent: Path, name: str, settings: dict, corpora: list[dict]):
-        """A fresh folder parent/name-1, or the first number that is free."""
+        """Make a new folder parent/name-1, or with the first number that is free."""
         number = 1
         while True:
             path = Path(parent) / f"{name}-{number}"
@@ -46,7 +46,7 @@ class RunDirectory:
         return cls(path)
 
     def describe(self) -> dict:
-        """What run.json says. FormatError where a field is missing."""
+        """What run.json says. FormatError if a field is missing."""
         run = read_json(self.path / "run.json")
         if not isinstance(run, dict):
             raise FormatError(self.path / "run.json", "must hold an object")
@@ -58,7 +58,7 @@ class RunDirectory:
     def settings(self, given):
         """The run's own settings, a dataclass like `given`.
 
-        ValueError where one is given that differs from its default and from the run's own.
+        ValueError if a given one differs from its default and from the run's own.
         """
         stored, defaults, asked = self.describe()["settings"], asdict(type(given)()), asdict(given)
         if differ := sorted(defaults.keys() ^ set(stored)):
@@ -67,12 +67,12 @@ class RunDirectory:
         changed = [f"{k} {asked[k]} (it has {kept[k]})" for k in kept
                    if asked[k] not in (defaults[k], kept[k])]
         if changed:
-            raise ValueError(f"{self.path} keeps its settings; asked for another "
+            raise ValueError(f"{self.path} keeps its settings, but others are given: "
                              + ", ".join(changed))
         return type(given)(**kept)
 
     def check(self, corpora: list[dict], words: str):
-        """ValueError, with these words, where the run was started on other corpora."""
+        """ValueError, with these words, if the run was started on other corpora."""
         if self.describe()["corpora"] != corpora:
             raise ValueError(f"{self.path}: {words} this run was started on")
 
@@ -84,7 +84,7 @@ class RunDirectory:
             file.write(json.dumps(record) + "\n")
 
     def records(self) -> list[dict]:
-        """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
+        """The lines of metrics.jsonl, without a last line that a crash has cut short."""
         file = self.path / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         records = []
@@ -102,9 +102,9 @@ class RunDirectory:
             file.write(f"=== after step {step}\n{text}\n\n")
 
     def save(self, step: int, model: Module, optimizer: AdamW, scaler: LossScaler | None = None):
-        """A checkpoint of the parameters that train and the optimizer's moments, by name.
+        """Save a checkpoint: the parameters that train and the optimizer's moments, by name.
 
-        Of 16-bit parameters it holds the float32 masters, from which they are rounded.
+        16-bit parameters are saved as the float32 masters from which they are rounded.
         """
         tensors = _by_name(model, optimizer, optimizer.states())
         tensors = {name: to_device(array, "cpu") for name, array in tensors.items()}
@@ -112,9 +112,10 @@ class RunDirectory:
         checkpoint.save(self.path / "checkpoints", tensors, state)
 
     def restore(self, model: Module, optimizer: AdamW, scaler: LossScaler | None = None) -> int:
-        """Bring all to the last whole checkpoint, and the metrics with them; returns its step.
+        """Restore the last whole checkpoint, and cut the metrics to it; returns its step.
 
-        Frozen tensors stay as they are, and where no checkpoint is yet, all do: the step is 0.
+        Frozen tensors stay as they are. If there is no checkpoint yet, everything does, and the
+        step is 0.
         """
         try:
             tensors, state = checkpoint.load(self.path / "checkpoints")
@@ -150,7 +151,7 @@ class RunDirectory:
         optimizer.put_back(states)
 
     def plot(self) -> Path | None:
-        """Draw loss.png; None where matplotlib is missing."""
+        """Draw loss.png; None if matplotlib is missing."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -167,7 +168,7 @@ class RunDirectory:
 
 
 def newest_model(runs: Path, run: str = "*") -> Path:
-    """The model that was saved last in one of the folders of `runs` whose names match `run`."""
+    """The model that was saved last, among the folders of `runs` whose names match `run`."""
     # save_model writes config.json last, so only whole models are found.
     found = runs.glob(f"{run}/model/config.json")
     configs = sorted(found, key=lambda path: path.stat().st_mtime)
@@ -177,7 +178,7 @@ def newest_model(runs: Path, run: str = "*") -> Path:
 
 
 def versions() -> dict:
-    """What else decides the bits of a run."""
+    """Versions and libraries, which also decide the bits of a run."""
     told = ("internal_api", "version", "architecture", "num_threads")
     blas = [{key: library.get(key) for key in told}
             for library in threadpool_info() if library["user_api"] == "blas"]
@@ -187,7 +188,8 @@ def versions() -> dict:
 
 
 def _by_name(model, optimizer, states):
-    """Masters and states of each parameter, views of flat buffers; a state of blocks is whole."""
+    """Masters and states by parameter, as views of flat buffers. A state that has one number a
+    block, not one a parameter, is kept whole."""
     flat, named = optimizer.flat, {}
     place = {id(p): i for i, p in enumerate(flat.params)}
     for kind, buffer in ({"model": flat.data} | states).items():

@@ -2,13 +2,12 @@
 
 A batch is a tuple of arrays that share their first axis. A loss has two methods:
 
-    loss.totals(*batch)                      what it counts in a whole batch: a tuple of numbers
-    loss(model, *rows of it, totals=totals)  a scalar: what these rows add to the batch's loss
+    loss.totals(*batch)                 what it counts in a whole batch: a tuple of numbers
+    loss(model, *rows, totals=totals)   a scalar: what these rows of it add to the batch's loss
 
 Each part of a batch is divided by the whole batch's totals, so any split over micro-batches and
-workers gives the same step. Padding is never counted. `LabelLoss` is the loss of next-token
-prediction and of masked-LM prediction, which differ in their batches only; `Distillation` is one
-more.
+workers gives the same step. Padding is never counted. `LabelLoss` serves next-token prediction and
+masked-token prediction, which differ only in their batches. `Distillation` is another loss.
 """
 
 import itertools
@@ -30,7 +29,7 @@ from minilm.tensor import Tensor, no_grad, randomness
 
 
 class Diverged(ArithmeticError):
-    """A loss or a gradient that is not a finite number; the step left the parameters alone.
+    """A loss or a gradient is not a finite number. The step has not changed the parameters.
 
     With a scaler such steps are skipped, until its scale has shrunk to nothing.
     """
@@ -44,15 +43,16 @@ class Step:
     loss: float  # mean over the batch's targets, before the update
     norm: float  # of the gradient, before clipping
     lr: float
-    targets: int  # that were counted: the last of the loss's totals
+    targets: int  # the targets that were counted: the last of the loss's totals
     seconds: float
-    skipped: bool = False  # its gradient overflowed, and nothing was updated
+    skipped: bool = False  # the gradient overflowed, so nothing was updated
 
 
 class LabelLoss:
-    """Cross-entropy of targets (B, T), of which -100 do not count, on logits of tokens (B, T).
+    """Cross-entropy of targets (B, T) under the model's logits for tokens (B, T).
 
-    A mask (B, T), 0 for padding, may be a third array; where it is 0, so should be no target.
+    Targets of -100 do not count. A third array may be a mask (B, T), 0 for padding; the targets of
+    padding should be -100.
     """
 
     def totals(self, tokens, targets, *mask) -> tuple[int]:
@@ -66,12 +66,12 @@ class LabelLoss:
 class Trainer:
     """Steps of `optimizer` on `model`, on `workers` cores.
 
-    Use as a context manager, which starts and ends the workers; one worker does without.
-    optimizer: AdamW or SGD over the model's parameters. processes: forked processes rather than
-    threads as workers (Linux). seed: of dropout; with the same seed, workers and batches the same
-    parameters come out, bit for bit, whether or not a run was stopped and resumed in between.
-    scaler: of the loss, for float16; a step whose gradient overflows is then skipped.
-    loss: what is minimised, see above; by default LabelLoss().
+    Use it as a context manager, which starts and ends the workers. With one worker this is not
+    needed. optimizer: AdamW or SGD over the model's parameters. processes: workers are forked
+    processes (Linux) instead of threads. seed: of dropout. The same seed, workers and batches give
+    the same parameters, bit for bit, also if the run is stopped and resumed. scaler: of the loss,
+    for float16; with it, a step whose gradient overflows is skipped. loss: what is minimised, see
+    the top of the file; by default LabelLoss().
     """
 
     def __init__(self, model, optimizer, workers: int = 1, processes: bool = False, seed: int = 0,
@@ -96,9 +96,9 @@ class Trainer:
              accumulate: int = 1) -> Step:
         """One update from one batch, run as `accumulate` micro-batches one after another.
 
-        step: its number from 0; dropout is drawn from it. lr: by default the optimizer's.
-        clip: the largest global gradient norm. ValueError where the loss counts nothing in the
-        batch, Diverged where the loss or the norm is not finite and no scaler can help it.
+        step: its number from 0; dropout depends on it. lr: by default the optimizer's. clip: the
+        largest global gradient norm. ValueError if the loss counts nothing in the batch, Diverged
+        if the loss or the norm is not finite and no scaler can help.
         """
         start, opt = time.perf_counter(), self.optimizer
         size, totals = _length(batch), self.loss.totals(*batch)
@@ -129,7 +129,7 @@ class Trainer:
     def evaluate(self, tokens, targets, *mask, batch: int = 32) -> tuple[float, float]:
         """(mean loss, share of targets predicted rightly) over all rows, without dropout.
 
-        mask (B, T): 0 for padding, where the model must not look at it.
+        mask (B, T): 0 for padding, which the model must not see.
         """
         totals, arrays = np.zeros(2), (tokens, targets, *mask)
         for i in range(0, len(tokens), batch):
@@ -140,7 +140,7 @@ class Trainer:
         return float(loss), float(right)
 
     def _is_good(self, step, loss, norm):
-        """May the update be made? False where the step is to be skipped."""
+        """May the update be made? False if the step must be skipped."""
         finite = math.isfinite(loss) and math.isfinite(norm)
         if self.scaler:
             self.scaler.update(finite)
@@ -154,7 +154,7 @@ class Trainer:
         return [part for part in np.array_split(rows, self.workers.count) if len(part)]
 
     def _everywhere(self, method, *args):
-        """A method on the whole flat buffers, each worker on a slice of its own."""
+        """Call a method on all of the flat buffers: each worker takes a slice of its own."""
         size, n = self.optimizer.flat.data.size, self.workers.count
         ends = [size * w // n // 4 * 4 for w in range(n)] + [size]  # kernels take fours
         slices = [slice(*pair) for pair in itertools.pairwise(ends)]
@@ -165,7 +165,7 @@ class Trainer:
     def _backward(self, rows, totals, scale, seed) -> float:
         """Add the gradient of some rows; returns what they add to the loss."""
         self.model.train()
-        overflow = "ignore" if self.scaler else None  # the scaler is there to meet it
+        overflow = "ignore" if self.scaler else None  # the scaler deals with it
         with np.errstate(over=overflow, invalid=overflow):
             with randomness(np.random.default_rng(seed)):
                 loss = self.loss(self.model, *rows, totals=totals)
@@ -188,7 +188,7 @@ class Trainer:
 
 
 def _length(batch) -> int:
-    """The rows of a batch. TypeError or ValueError where it is no tuple of arrays that share them.
+    """How many rows a batch has. TypeError or ValueError if it is no tuple of equally long arrays.
     """
     if not isinstance(batch, (tuple, list)):
         raise TypeError(f"a batch is a tuple of arrays, got {type(batch).__name__}")

@@ -4,11 +4,11 @@
     python scripts/distill.py --teacher runs/distill-1/teacher --sweep 1 2 4 8
     python scripts/distill.py --objective masked             # BERT, filling in masked tokens
 
-The student has every other layer. It is trained four times on as many tokens: from the teacher's
-weights or from random ones, by distillation or on the text's own tokens alone. Prints loss,
-accuracy, size and speed of all five, and draws their curves and one prediction of the teacher at
-three temperatures (needs the extra `plots`). --sweep distils at other temperatures too. Leaves a
-run directory with teacher and student as Hugging Face folders.
+The student has every other layer of the teacher. It is trained four times, on the same tokens: from
+the teacher's weights or from random ones, and by distillation or on the text alone. The program
+prints loss, accuracy, size and speed of the teacher and the four students. It draws their curves
+and one prediction of the teacher at three temperatures (needs the extra `plots`). --sweep distils
+at other temperatures too. A run directory keeps teacher and student as Hugging Face folders.
 """
 
 import math
@@ -35,7 +35,7 @@ from minilm.run import RunDirectory
 from minilm.transformer import Config, Transformer
 
 TEMPERATURES = (1, 2, 4)  # of the prediction in the picture
-LR = {"causal": 5e-3, "masked": 1e-3}  # with its norms behind the branches BERT stands less
+LR = {"causal": 5e-3, "masked": 1e-3}  # BERT, with its norms after the branches, needs less
 
 
 @dataclass(frozen=True)
@@ -49,41 +49,41 @@ class Settings:
     teacher: str = ""
     """Hugging Face folder with a tokenizer.json; by default a teacher is trained"""
     objective: Literal["causal", "masked"] = "causal"
-    """go on, or fill in masked tokens: a new teacher is then a Llama or a BERT"""
+    """causal predicts the next token (a new teacher is a Llama), masked fills in tokens (a BERT)"""
     layers: int = 8
-    """of a new teacher"""
+    """blocks of a new teacher"""
     heads: int = 4
-    """of a new teacher"""
+    """attention heads of a new teacher"""
     width: int = 64
-    """of a new teacher"""
+    """width of a new teacher"""
     context: int = 128
     """tokens in a row"""
     teacher_steps: int = 2400
-    """of a new teacher"""
+    """updates of a new teacher"""
     keep: tuple[int, ...] = ()
     """the teacher's layers, from 0, that the student gets; by default every other one"""
     student_width: int = 0
-    """another width than the teacher's: the student then begins at random"""
+    """another width than the teacher's; the student then begins with random weights"""
     steps: int = 800
-    """of each student"""
+    """updates of each student"""
     temperature: float = 1.0
     """of both distributions in the soft loss; DistilBERT's is 2, see --sweep"""
     weights: tuple[float, float, float] = (5.0, 2.0, 1.0)
     """of the soft, the hard and the cosine loss"""
     reverse: bool = False
-    """KL of the student's distribution to the teacher's"""
+    """use KL(student || teacher) instead of KL(teacher || student)"""
     masked_only: bool = False
-    """soft loss of the masked tokens alone"""
+    """take the soft loss over the masked tokens only"""
     top_k: int | None = None
-    """show the student no more of the teacher's answers than this"""
+    """show the student only this many of the teacher's likeliest answers"""
     sweep: tuple[float, ...] = ()
     """temperatures at which the student is distilled once more"""
     batch: int = 8
     """rows in a step"""
     lr: float = 0.0
-    """learning rate after the warmup, falling as a cosine to a twentieth; 0: the objective's own"""
+    """learning rate after the warmup; it falls to a twentieth; 0 means the objective's own"""
     prompt: str = "the value of th"
-    """what the picture shows the teacher's next token of"""
+    """the picture shows what the teacher expects after this"""
     seed: int = 0
     """of weights and batches"""
     workers: int = 0
@@ -105,7 +105,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
 
     Args:
         settings: what decides the run.
-        out: folder in which the run gets a folder of its own.
+        out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
     run, s = resumed(settings, resume)
@@ -118,8 +118,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     teacher, tokenizer = load_teacher(s) if s.teacher else new_teacher(s)
     texts = data.batches_of([data.split(corpus, s.validation) for corpus in corpora], tokenizer,
                             s.batch, s.context, s.seed, masked=s.objective == "masked")
-    make_students(s, teacher)  # fails now, rather than when the teacher is trained,
-    likeliest(teacher, tokenizer, s.prompt, TEMPERATURES)  # and so does this
+    make_students(s, teacher)  # these two lines fail now, if at all, not after the training
+    likeliest(teacher, tokenizer, s.prompt, TEMPERATURES)
     if run is None:
         s = replace(s, lr=s.lr or LR[s.objective])
         run = RunDirectory.create(out, "distill", asdict(s), described)
@@ -130,7 +130,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
 
 
 def check(s: Settings):
-    """ValueError for what nothing else refuses before the run has its folder."""
+    """ValueError for bad settings that nothing else would refuse before the run has a folder."""
     for name, least in dict(steps=1, teacher_steps=1, context=2, workers=0).items():
         if getattr(s, name) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(s, name)}")
@@ -141,7 +141,7 @@ def check(s: Settings):
 
 
 def distill(run, s: Settings, teacher, tokenizer, texts):
-    """Train the teacher, unless it came trained, and all students; show and save the results."""
+    """Train the teacher, unless it is given, and all students; show and save the results."""
     tokens = s.batch * s.context
     trained = f"trained in {s.teacher}" if s.teacher else f"{s.teacher_steps * tokens:,} tokens"
     print(f"{run.path}: teacher of {size(teacher):,} parameters, {trained}; each student "
@@ -162,13 +162,13 @@ def distill(run, s: Settings, teacher, tokenizer, texts):
 
 
 def files_of_teacher(s: Settings) -> list[Path]:
-    """What decides a teacher that is not trained here: its weights, its shape and its tokenizer."""
+    """The files of a given teacher: its weights, its shape and its tokenizer."""
     files = Path(s.teacher).iterdir() if s.teacher else []
     return sorted(file for file in files if file.suffix in (".safetensors", ".json"))
 
 
 def new_teacher(s: Settings):
-    """(model, tokenizer): a Llama or a BERT on bytes, not trained yet."""
+    """(model, tokenizer): a Llama or a BERT on bytes, untrained."""
     tokenizer, causal = data.ByteTokenizer(), s.objective == "causal"
     preset, hidden = (Config.llama, 8 * s.width // 3) if causal else (Config.bert, 4 * s.width)
     config = preset(tokenizer.vocab_size, s.context, s.layers, s.heads, s.width, hidden)
@@ -191,9 +191,10 @@ def load_teacher(s: Settings):
 
 
 def make_students(s: Settings, teacher) -> dict[str, tuple]:
-    """name -> (student, its loss): by where it begins and what it learns from; the first is kept.
+    """name -> (student, its loss). A name says where the student begins and what it learns from.
 
-    A student of another width cannot begin with the teacher's weights.
+    The first student is the one that is saved. A student of another width than the teacher's cannot
+    begin with its weights.
     """
     learns = partial(Distillation, temperature=s.temperature, weights=s.weights,
                      masked_only=s.masked_only, reverse=s.reverse, top_k=s.top_k, seed=s.seed)
@@ -202,7 +203,7 @@ def make_students(s: Settings, teacher) -> dict[str, tuple]:
     width = s.student_width or config.width
     starts = {"from the teacher": half} if width == config.width else {}
     config = replace(config, width=width, hidden=config.hidden * width // config.width)
-    fresh = partial(Transformer, config, s.seed + 1)  # a new teacher's first weights are of seed
+    fresh = partial(Transformer, config, s.seed + 1)  # a new teacher's first weights take the seed
     students = {}
     for start, make in (starts | {"from random": fresh}).items():
         students |= {f"{start}, distilled": (student := make(), learns(student, teacher)),
@@ -214,7 +215,7 @@ def make_students(s: Settings, teacher) -> dict[str, tuple]:
 
 
 def train(run, s: Settings, name: str, model, texts, steps: int, loss=None) -> list[dict]:
-    """Train a model in a folder of its own, from where it was stopped; returns its records."""
+    """Train a model in its own folder, from where it was stopped; returns its records."""
     arm = RunDirectory(run.path / "arms" / name.replace(",", "").replace(" ", "-"))
     arm.path.mkdir(parents=True, exist_ok=True)
     (batches, held_out), every = texts, max(1, steps // 8)
@@ -247,7 +248,7 @@ def size(model) -> int:
 
 
 def print_table(arms: dict[str, Arm], speed: dict[str, list[float]], student: str):
-    """One line a model, and what this student kept."""
+    """Print a line for each model, and what this student kept."""
     verbs = ["evaluates", "generates"][: len(speed[student])]
     print(f"\n{'':30}{'held out:':>9}{'tokens':>9}{'of the':>10}{'':19}"
           + "".join(f"{verb:>11}" for verb in verbs)

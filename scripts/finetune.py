@@ -1,14 +1,15 @@
-"""Teach a trained model to follow instructions: all of it, or adapters on a frozen base.
+"""Teach a trained model to follow instructions: train all of it, or adapters on a frozen base.
 
     python scripts/finetune.py                      # LoRA on the newest model, about two minutes
     python scripts/finetune.py --method qlora       # the same on a base of 4 bits
     python scripts/finetune.py --method full --model runs/pretrain-1/model
     python scripts/finetune.py --data mine.jsonl    # records of instruction, context, output
 
-Without a file the model learns five small tasks on words and numbers. Prints the share of held-out
-records that it answers rightly before and after, some answers, and what it still knows: its loss on
-the text that it was trained on. Leaves a run directory with the adapter as a PEFT folder, or, with
---method full, the model as a Hugging Face folder.
+Without a file the model learns five small tasks on words and numbers. The program prints the share
+of held-out records that the model answers rightly before and after, and some answers. It also
+prints the loss on the text that the model was trained on, to show what it still knows. A run
+directory keeps the adapter as a PEFT folder, or, with --method full, the model as a Hugging Face
+folder.
 """
 
 import hashlib
@@ -39,7 +40,7 @@ class Settings(Training):
     """What decides a run."""
 
     method: Literal["full", "lora", "qlora", "ia3"] = "lora"
-    """train every weight; adapters of low rank; these on a base of few bits; or scaling vectors"""
+    """train every weight, adapters of low rank, these on a base of few bits, or scaling vectors"""
     model: str = ""
     """Hugging Face folder with a tokenizer.json; by default the newest runs/pretrain-*/model"""
     data: tuple[str, ...] = ("reverse", "upper", "sort", "last", "add")
@@ -47,7 +48,7 @@ class Settings(Training):
     train: int = 2000
     """records of each task to train on"""
     test: int = 100
-    """records of each task, or of the file, that are held out"""
+    """records to hold out, of each task or of the file"""
     known: tuple[str, ...] = ("python-reference",)
     """corpora whose held-out tenth shows what the model still knows"""
     r: int = 8
@@ -55,17 +56,17 @@ class Settings(Training):
     alpha: float = 16.0
     """the update is scaled by alpha / r"""
     rslora: bool = False
-    """scale it by alpha / sqrt(r) instead"""
+    """scale the update by alpha / sqrt(r) instead"""
     targets: tuple[str, ...] = ("all-linear",)
     """layers that get an adapter, among q k v o gate up down"""
     dropout: float = 0.0
-    """of what the adapters see"""
+    """share of an adapter's input that a training step leaves out"""
     kind: str = "nf4"
     """how qlora's base is quantized: nf4, fp4, nf3, nf2, int4, int3, int2, int8"""
     steps: int = 4000
     """updates in the whole run"""
     lr: float = 0.0
-    """learning rate after the warmup, falling as a cosine; 0 means the method's own"""
+    """learning rate after the warmup; it falls as a cosine; 0 means the method's own"""
     warmup: int = 100
     """steps of linear warmup"""
     eval_every: int = 1000
@@ -106,7 +107,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
 
     Args:
         settings: what decides the run.
-        out: folder in which the run gets a folder of its own.
+        out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
     if min(settings.eval_every, settings.save_every, settings.test) < 1:
@@ -132,7 +133,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
 
 
 def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
-    """Train, and say what the model can do and still knows before and after."""
+    """Train, and print what the model can do and what it still knows, before and after."""
     params = trainable_parameters(model)
     optimizer = AdamW(params, s.lr, weight_decay=0.0)
     examine = partial(examined, model, tokenizer, test, asked, known)
@@ -152,7 +153,7 @@ def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
 
 
 def examined(model, tokenizer, test, asked, known, trainer, step: int) -> dict:
-    """Share of records answered rightly by task, losses; prints some answers."""
+    """Losses, and the share of records answered rightly by task; prints some answers."""
     said = answers(model, test, tokenizer)
     right = {}
     for record, answer in zip(test, said):
@@ -167,7 +168,7 @@ def examined(model, tokenizer, test, asked, known, trainer, step: int) -> dict:
 
 
 def finish(run, model, tokenizer, s: Settings, step: int, record):
-    """Save what was learned, print the score before and after, and say where all of it is."""
+    """Save what was learned, print the scores before and after, and say where everything is."""
     if s.method == "full":
         huggingface.save_model(model, run.path / "model")
         tokenizer.save(run.path / "model" / "tokenizer.json")
@@ -184,7 +185,7 @@ def finish(run, model, tokenizer, s: Settings, step: int, record):
 
 
 def print_scores(before: dict, after: dict):
-    """The table of what `examined` found."""
+    """Print what `examined` found, before and after."""
     print(f"\n{'':24}{'before':>8}{'after':>8}")
     rows = [(f"{task}: right", before["right"][task], right)
             for task, right in after["right"].items()]
@@ -199,11 +200,11 @@ def print_scores(before: dict, after: dict):
 
 
 def load_data(s: Settings):
-    """(records to train on, those held out), made up or from a file, whose first are held out."""
+    """(records to train on, records held out). Of a file, the first records are held out."""
     if len(s.data) == 1 and s.data[0] not in data.TASKS:
         records = data.load_records(s.data[0])
         if len(records) <= s.test:
-            raise ValueError(f"{s.data[0]} has {len(records)} records, {s.test} to be held out")
+            raise ValueError(f"{s.data[0]} has {len(records)} records, but {s.test} are held out")
         return records[s.test :], records[: s.test]
     return data.make_tasks(s.data, s.train, s.test, s.seed)
 
@@ -215,7 +216,7 @@ def held_out_text(s: Settings, tokenizer, context: int) -> dict:
 
 
 def fingerprints(s: Settings, records):
-    """(name, SHA-256) of what a resumed run must find as it was: the model's files and the data."""
+    """(name, SHA-256) of the model's files and of the data, which must not change for a resume."""
     for file in sorted(Path(s.model).glob("*.safetensors")):
         yield file.name, sha256(file)
     yield " ".join(s.data), hashlib.sha256(repr(records).encode()).hexdigest()

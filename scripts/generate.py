@@ -5,8 +5,8 @@
     python scripts/generate.py --model runs/pretrain-1/model \\
         --adapter runs/finetune-lora-1/adapter --temperature 0 --prompt $'Reverse\\nminilm\\n-> '
 
-Prints the prompt and how the model goes on, token by token as it is sampled, then the speed. The
-model is the Hugging Face folder of a causal model, with its tokenizer.json.
+Prints the prompt and what the model writes after it, as it is sampled, then the speed. The model is
+the Hugging Face folder of a causal model, with its tokenizer.json.
 """
 
 import sys
@@ -31,9 +31,9 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
 
     Args:
         model: Hugging Face folder with a tokenizer.json; by default the newest runs/*/model.
-        prompt: what to go on from; an empty one starts a new document.
-        tokens: how many to sample; fewer where the model ends the document.
-        temperature: 1 as the model was trained, less for likelier text, 0 for the likeliest tokens.
+        prompt: the text to go on from; an empty one starts a new document.
+        tokens: how many to sample; fewer if the model ends the document.
+        temperature: 1 samples as the model was trained, less gives likelier text, 0 the likeliest.
         top_k: sample among the k likeliest tokens.
         top_p: sample among the fewest tokens whose probabilities reach p.
         seed: of the samples.
@@ -62,11 +62,11 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
 def write(ids: Iterable[int], tokenizer: Tokenizer, before: list[int]) -> int:
     """Print the text of ids, which follow `before`, as they come; returns how many came.
 
-    A character whose bytes span tokens is printed with the last of them.
+    If the bytes of a character span tokens, it is printed with the last of them.
     """
     new, count = [], 0
 
-    def text():  # of the new ids; what a token says may depend on the one in front of it
+    def text():  # of the new ids; a token's text may depend on the token before it
         return tokenizer.decode(before + new)[len(tokenizer.decode(before)) :]
 
     for id in ids:

@@ -1,14 +1,14 @@
-"""What a training step takes, by kind and by method; and what paging does when memory runs short.
+"""The memory of a training step, by kind and by method, and what paging does if it runs short.
 
     python scripts/memory_report.py                 # on the CPU, about a minute
-    python scripts/memory_report.py --device cuda   # the same on a GPU, under a limit of its pool
+    python scripts/memory_report.py --device cuda   # the same on a GPU, with a limit on its pool
 
-Prints a table of bytes by kind, measured, beside what plan_memory.py predicts; what checkpoints
-save, and what they cost in time; and then the spike: some steps of QLoRA, one of which has a batch
-with four times longer rows, in so much memory that the optimizer's states do not fit beside it.
-AdamW runs out of memory there; PagedAdamW sends pages to the host, and finishes with the losses of
-a run without limit. On a CPU the limit is a simulated device's, from which each pass takes the
-bytes that it was measured to take. Draws both (needs the extra `plots`).
+First comes a table of bytes by kind, measured, beside what plan_memory.py predicts. Then: what
+checkpoints save, and how much time they cost. Then the spike: some steps of QLoRA, one of them with
+rows four times as long, and a limit under which the optimizer's states do not fit beside that
+batch. AdamW runs out of memory. PagedAdamW sends pages to the host and finishes with the losses of
+a run without limit. On a CPU the limit is that of a simulated device; each pass takes from it the
+bytes that it was measured to take. Draws table and spike (needs the extra `plots`).
 """
 
 import contextlib
@@ -41,10 +41,10 @@ PASSING = ("activations", "workspace")
 
 
 class Moment(NamedTuple):
-    """What the spike's run takes: on the device by kind, and states in the host's memory."""
+    """What the spike's run takes at a moment."""
 
-    kinds: dict[str, int]
-    away: int
+    kinds: dict[str, int]  # bytes on the device
+    away: int  # bytes of states in the host's memory
 
 
 # On a busy machine BLAS's threads wait for each other.
@@ -57,14 +57,14 @@ def main(layers: int = 16, width: int = 128, context: int = 256, batch: int = 2,
     Args:
         layers: blocks of a Llama; checkpoints are every sqrt(layers) of them.
         width: of the model; heads are 32 wide.
-        context: tokens in a row, in the spike's run of its longest rows.
+        context: tokens in a row; in the spike's run, in its longest rows.
         batch: rows in a step.
         rank: of the adapters on all linear layers.
         page_size: of the paged optimizer, in parameters.
         steps: of the spike's run.
-        rounds: turns of each contender where time is measured.
-        device: where it all runs.
-        out: the picture.
+        rounds: how often each step is timed.
+        device: where everything runs.
+        out: file for the picture.
     """
     tune_allocator()
     config = Config.llama(1024, context, layers, width // 32, width, 8 * width // 3)
@@ -80,7 +80,7 @@ def main(layers: int = 16, width: int = 128, context: int = 256, batch: int = 2,
 
 
 def methods(full: Step, page_size: int):
-    """({name: step}, {name: optimizer, where it is not AdamW})."""
+    """({name: step}, {name: its optimizer, if it is not AdamW})."""
     lora, qlora = (replace(full, method=method) for method in ("lora", "qlora"))
     checkpointed = replace(qlora, checkpoint_every=math.isqrt(full.config.layers))
     paged = partial(PagedAdamW, page_size=page_size, device_budget=SLOTS * 8 * page_size)
@@ -89,7 +89,7 @@ def methods(full: Step, page_size: int):
 
 
 def print_table(steps, optimizers) -> dict[str, dict[str, int]]:
-    """One line a method, one column a kind; returns the bytes by method and kind."""
+    """Print a line a method, a column a kind; returns the bytes by method and kind."""
     table = {name: measured(step, optimizers.get(name, AdamW))
              for name, step in tqdm(steps.items(), unit="method", leave=False, disable=None)}
     print(f"{'MB':14}" + "".join(f"{kind:>12}" for kind in (*KINDS, "total", "planned")))
@@ -106,8 +106,8 @@ def print_table(steps, optimizers) -> dict[str, dict[str, int]]:
 def print_checkpoints(full: Step, table, rounds: int):
     """What checkpoints every sqrt(n) blocks save of n blocks' activations, and what they cost.
 
-    The goal is for full training, whose backward pass takes twice the forward pass's time; on a
-    frozen base there is no dW, and one more forward pass is a larger share.
+    The goal for time is for full training, whose backward pass takes twice as long as the forward
+    pass. A frozen base has no dW, so there one more forward pass is a larger share of the step.
     """
     n, every = full.config.layers, math.isqrt(full.config.layers)
     after = {"full": measured(replace(full, checkpoint_every=every)),
@@ -132,9 +132,9 @@ def verdict(met: bool) -> str:
 
 
 def in_turn(steps: list[Step], rounds: int) -> list[list[float]]:
-    """Seconds of a step of each, one after the other; the first round warms up.
+    """Seconds of a step of each, in turn, for each round; a first round only warms up.
 
-    On a CPU they are the processor's, so that what else runs on the machine does not count.
+    On a CPU it is the processor's time, so other programs on the machine do not count.
     """
     clock = time.process_time if steps[0].device == "cpu" else time.perf_counter
     jobs = [(model := make_model(step), AdamW(model.parameters()), *random_batch(step, step.T))
@@ -146,13 +146,13 @@ def in_turn(steps: list[Step], rounds: int) -> list[list[float]]:
             start = clock()
             loss = passes(model, optimizer, None, *batch)
             optimizer.step()
-            float(loss + optimizer.flat.data[0])  # a GPU is done when this is
+            float(loss + optimizer.flat.data[0])  # waits for a GPU
             times[-1].append(clock() - start)
     return times[1:]
 
 
 def passes(model, optimizer, ledger, tokens, targets):
-    """The loss, an array; its gradient is in the optimizer."""
+    """Run both passes, which leaves the gradient in the optimizer; returns the loss, an array."""
     optimizer.zero_grad()
     loss = ops.cross_entropy(model(tokens), targets)
     if ledger:
@@ -168,7 +168,7 @@ def random_batch(step: Step, length: int, seed: int = 0):
 
 
 def print_spike(step: Step, steps: int, page_size: int):
-    """(moments of the paged run, the limit, steps that AdamW did) of a run with a spike."""
+    """Print the runs with a spike: (moments of the paged run, the limit, AdamW's steps)."""
     spike = steps // 2
     batches = [random_batch(step, step.T if i == spike else max(1, step.T // 4), i)
                for i in range(steps)]
@@ -210,7 +210,7 @@ def limited(step: Step, batches, peaks, budget: int, page_size: int | None = Non
 
     With a page_size its optimizer is paged. peaks: what each step takes by kind without a limit.
     """
-    gc.collect()  # of a run before: parameters and what receives their gradients hold each other
+    gc.collect()  # the parameters of an earlier run, which are in a cycle with their receivers
     model, losses, moments = make_model(step), [], []
     simulated = SimulatedDevice(budget) if step.device == "cpu" else None
     def note(**passing):
@@ -229,12 +229,13 @@ def limited(step: Step, batches, peaks, budget: int, page_size: int | None = Non
                 losses.append(float(loss))
                 note(**dict.fromkeys(PASSING, 0))
     except MemoryError as error:
-        return losses, moments, str(error)  # the error itself would keep the arrays
+        return losses, moments, str(error)  # the error itself would keep the arrays alive
     return losses, moments, ""
 
 
 def placed(model, page_size, simulated):
-    """The optimizer of a model; both take their bytes of the simulated device, if there is one."""
+    """The optimizer of a model; both take their bytes from the simulated device, if there is one.
+    """
     if page_size:
         optimizer = PagedAdamW(model.parameters(), LR, page_size=page_size, device=simulated)
     else:
@@ -247,7 +248,8 @@ def placed(model, page_size, simulated):
 
 @contextlib.contextmanager
 def taken(simulated, nbytes: int):
-    """Inside, the passes' bytes are taken of the simulated device; a GPU's pool knows by itself."""
+    """Inside, the passes' bytes are taken from the simulated device; a GPU's pool counts its own.
+    """
     if simulated:
         simulated.allocate(nbytes)
     yield
@@ -259,7 +261,7 @@ COLORS = dict(zip(KINDS, ("#4c566a", "#5e81ac", "#88c0d0", "#d08770", "#a3be8c",
 
 
 def draw(table, moments, budget, failed, path: Path) -> bool:
-    """Bytes by kind and method, and the spike step by step."""
+    """Draw bytes by kind and method, and the spike step by step."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -277,7 +279,7 @@ def draw(table, moments, budget, failed, path: Path) -> bool:
 
 
 def draw_methods(axis, table):
-    """A bar a method, its kinds end to end."""
+    """A bar for each method, its kinds end to end."""
     names, start = list(table)[::-1], np.zeros(len(table))
     for kind in KINDS:
         sizes = np.array([table[name][kind] / 1e6 for name in names])
@@ -289,7 +291,7 @@ def draw_methods(axis, table):
 
 
 def draw_spike(axis, moments, budget, failed):
-    """What is on the device, passes and update of each step in turn, and below it what is not."""
+    """What is on the device in the passes and the update of each step; below it, what is not."""
     x = 0.5 + np.arange(len(moments) + 1) / 2
     def line(values): return np.append(values, values[-1:]) / 1e6
     kinds = [line([moment.kinds[kind] for moment in moments]) for kind in KINDS]

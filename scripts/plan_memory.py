@@ -7,9 +7,10 @@
     python scripts/plan_memory.py --check           # predicted and measured side by side
     python scripts/plan_memory.py --lectures        # the arithmetic of the lectures
 
-Prints, for each method, the bytes of weights, adapters, gradients, optimizer states, and of
-activations: all else that is alive at the highest moment of a training step. They follow from
-the shapes and from what each op keeps for its backward pass (minilm/measure/plan.py).
+Prints, for each method, the bytes of weights, adapters, gradients, optimizer states and
+activations. Activations are all else that is alive at the highest moment of a training step. The
+numbers follow from the shapes and from what each op keeps for its backward pass
+(minilm/measure/plan.py).
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ Method = Literal["full", "lora", "qlora"]
 
 @dataclass(frozen=True)
 class Widths:
-    """A model that is in no folder."""
+    """The sizes of a model that is not in a folder."""
 
     family: Literal["gpt2", "llama", "bert"] = "gpt2"
     """its architecture"""
@@ -59,19 +60,19 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
     """Say how much memory a training run takes.
 
     Args:
-        model: Hugging Face folder, of which config.json is enough; else give layers and width.
-        widths: of a model that is in no folder.
+        model: Hugging Face folder; its config.json is enough. Or give layers and width.
+        widths: the sizes of a model that is not in a folder.
         method: full trains every weight, lora adapters, qlora adapters on weights in NF4.
         batch: rows in a step.
         context: tokens in a row; by default as many as the folder's model takes, else 1024.
         rank: of the adapters.
         targets: layers that get adapters, such as q v mlp.up, or all-linear.
         dtype: of weights and adapters; AdamW has float32 gradients, states and masters.
-        checkpoint_every: run so many blocks under a checkpoint; 0 keeps every activation.
-        device: cuda works on whole arrays where cpu works on blocks that fit its cache.
+        checkpoint_every: blocks in a checkpointed segment; 0 keeps every activation.
+        device: cuda works on whole arrays, cpu on blocks that fit its cache.
         card: memory in GB (10^9 bytes) that the run should fit in.
-        check: measure a step of small models, and print how far the prediction is off.
-        lectures: print the lectures' numbers by these formulas.
+        check: measure a step of small models, and print how far off the prediction is.
+        lectures: print the lectures' numbers from these formulas.
     """
     if check or lectures:
         (print_check if check else print_lectures)()
@@ -91,7 +92,7 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
 
 
 def print_table(steps: list[Step], plans: list[Plan], card: float | None):
-    """One column a method, one line a kind of memory."""
+    """Print a column a method, a line a kind of memory."""
     lines = {"": [step.method for step in steps],
              "trained": [f"{trainable(step):,}" for step in steps]}
     for kind in (*Plan._fields, "total"):
@@ -105,12 +106,12 @@ def print_table(steps: list[Step], plans: list[Plan], card: float | None):
 
 
 def amount(n: float) -> str:
-    """Bytes for people: 10^6 are a MB, 10^9 a GB."""
+    """Bytes in MB (10^6) or GB (10^9)."""
     return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.2f} MB"
 
 
 def read_config(folder: Path, widths: Widths) -> Config:
-    """The Config of a Hugging Face folder; its weights are not looked at."""
+    """The Config of a Hugging Face folder; its weights are not read."""
     if widths != Widths():
         raise ValueError(f"give either a model's folder or its widths, got both {folder} and "
                          "--family, --layers, --width, ...")
@@ -140,7 +141,7 @@ METHODS = (("full", ("q", "v")), ("lora", ("q", "v")), ("lora", "all-linear"),
 
 
 def print_check():
-    """Predicted and measured bytes of a step, for three sizes and five ways to train them."""
+    """Print predicted and measured bytes of a step, for three sizes and five ways to train."""
     print(f"{'size':17}{'method':8}{'targets':12}{'predicted':>13}{'measured':>13}{'error':>8}")
     cases = [(*size, *how) for size in SIZES.items() for how in METHODS]
     for name, (config, batch), method, targets in tqdm(cases, unit="step", leave=False,

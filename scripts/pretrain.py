@@ -3,9 +3,9 @@
     python scripts/pretrain.py                      # about two minutes on two cores
     python scripts/pretrain.py --resume runs/pretrain-1
 
-Shows the loss as it falls and a sample of what the model writes before the first step, after 100
-steps and at the end: random bytes, then words, then sentences. Leaves a run directory with the
-metrics, their curves, checkpoints, and the model as a Hugging Face folder.
+Shows the loss as it falls, and a sample of what the model writes before the first step, after 100
+steps and at the end: random bytes, then words, then sentences. A run directory keeps the metrics,
+their curves, checkpoints, and the model as a Hugging Face folder.
 """
 
 from collections.abc import Iterable
@@ -44,19 +44,19 @@ class Settings(Training):
     vocab_size: int = 2048
     """tokens of a bpe tokenizer, which is trained on the corpus"""
     family: Literal["gpt2", "llama", "bert"] = "llama"
-    """architecture; bert learns to fill in masked tokens, the others to go on"""
+    """architecture; bert learns to fill in masked tokens, the others to predict the next one"""
     layers: int = 8
     """blocks of the model"""
     heads: int = 4
     """attention heads in a block"""
     width: int = 64
-    """numbers that stand for a token; a multiple of heads"""
+    """size of the vector that stands for a token; a multiple of heads"""
     context: int = 128
     """tokens in a row"""
     dropout: float = 0.0
     """share of the activations that a training step leaves out"""
     accumulate: int = 1
-    """micro-batches, one after another, in which a step's rows are run"""
+    """a step's rows are run in this many micro-batches, one after another"""
     batch: int = 8
     """rows in a step"""
     steps: int = 2400
@@ -70,7 +70,7 @@ class Settings(Training):
     weight_decay: float = 0.1
     """on matrices only"""
     prompt: str = "If the object "
-    """what the samples go on from"""
+    """text that the samples go on from"""
     sample: int = 300
     """tokens in a sample"""
 
@@ -81,7 +81,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
 
     Args:
         settings: what decides the run.
-        out: folder in which the run gets a folder of its own.
+        out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
     if min(settings.eval_every, settings.save_every) < 1:
@@ -130,10 +130,10 @@ def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer
 
 
 def evaluate(trainer, step: int, steps: int, held_out, size: int) -> dict:
-    """Losses and accuracy on every fourth row of the held-out text, in the end on each."""
+    """Loss and accuracy on every fourth row of the held-out text; after the last step on all."""
     found = validation(trainer, held_out, every=4 if step < steps else 1)
     said = f"loss {found['validation_loss']:.4f}"
-    if trainer.model.config.causal:  # a masked model is asked for some of the tokens only
+    if trainer.model.config.causal:  # a masked model predicts only some of the tokens
         targets = int((held_out[1] != data.IGNORED).sum())
         bits = bits_per_byte(found["validation_loss"], targets, size)
         found["bits_per_byte"] = round(bits, 5)
@@ -144,7 +144,7 @@ def evaluate(trainer, step: int, steps: int, held_out, size: int) -> dict:
 
 
 def finish(run, model, tokenizer, step, steps):
-    """Write the model and the curves, and say where."""
+    """Save the model and the curves, and say where they are."""
     huggingface.save_model(model, run.path / "model")
     tokenizer.save(run.path / "model" / "tokenizer.json")
     drawn = run.plot()
@@ -156,7 +156,7 @@ def finish(run, model, tokenizer, step, steps):
 
 
 def show_sample(run, model, tokenizer, s: Settings, step: int):
-    """Print and keep what the model writes now (bert: how it fills in masked tokens)."""
+    """Print and keep what the model writes now; for bert, how it fills in masked tokens."""
     if model.config.causal:
         prompt = tokenizer.encode(s.prompt)[None]
         text = tokenizer.decode(generate(model, prompt, s.sample, temperature=0.7, seed=s.seed)[0])
@@ -168,7 +168,7 @@ def show_sample(run, model, tokenizer, s: Settings, step: int):
 
 
 def fill_in(model, tokens, tokenizer, seed):
-    """The tokens with 15 % masked and guessed by the model."""
+    """The tokens, 15 % of them masked and guessed by the model."""
     masked, targets = data.corrupt(tokens, np.random.default_rng(seed), tokenizer)
     with no_grad():
         guesses = model.eval()(masked).data.argmax(-1)
@@ -179,7 +179,7 @@ def make_tokenizer(s: Settings, parts):
     training = [text for documents, _ in parts for text in documents]
     if s.tokenizer == "bytes":
         return data.ByteTokenizer()
-    if s.tokenizer == "chars":  # an alphabet must have every character that it will meet
+    if s.tokenizer == "chars":  # its alphabet must have every character that it will meet
         held_out = [text for _, validation in parts for text in validation]
         return data.CharTokenizer.train([s.prompt, *held_out, *training])
     if s.tokenizer == "bpe":
@@ -189,7 +189,7 @@ def make_tokenizer(s: Settings, parts):
 
 
 def progress(items, title: str, unit: str) -> Iterable:
-    """The items, with a bar from the first until they are through."""
+    """The items, with a progress bar that disappears at the end."""
     yield from tqdm(items, title, unit=unit, leave=False, disable=None)
 
 
@@ -198,7 +198,7 @@ def make_model(s: Settings, vocab_size: int) -> Transformer:
                  width=s.width, dropout=s.dropout)
     if s.family == "gpt2":
         return Transformer(Config.gpt2(**shape), s.seed)
-    if s.family == "llama":  # SwiGLU has three matrices: 8/3 of the width gives two of four's size
+    if s.family == "llama":  # SwiGLU's three matrices at 8/3 of the width are as large as two at 4
         return Transformer(Config.llama(**shape, hidden=8 * s.width // 3), s.seed)
     return Transformer(Config.bert(**shape, hidden=4 * s.width), s.seed)
 

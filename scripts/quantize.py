@@ -3,9 +3,9 @@
     python scripts/quantize.py                      # with the newest model under runs/
     python scripts/quantize.py --model runs/pretrain-1/model
 
-Prints the lectures' worked examples, and three tables: the error of datatypes and block sizes on
+Prints the lectures' worked examples and three tables: the error of datatypes and block sizes on
 normal numbers, the same on the model's own weights, and the model's perplexity on held-out text
-with its weights in each datatype. Draws the codebooks over the histogram of the weights (needs the
+with its weights in each datatype. Draws the codebooks over a histogram of the weights (needs the
 extra `plots`).
 """
 
@@ -35,8 +35,8 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     Args:
         model: Hugging Face folder and tokenizer.json; by default the newest runs/pretrain-*/model.
         block_sizes: how many numbers share a constant; powers of 2 from 32 to 4096.
-        corpus: text whose held-out tenth the perplexity is of; as for pretrain.py.
-        out: the picture.
+        corpus: the perplexity is measured on its held-out tenth; as for pretrain.py.
+        out: file for the picture.
     """
     tune_allocator()
     folder = model or newest_model(Path("runs"), "pretrain-*")
@@ -52,7 +52,7 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     print_errors([normal], block_sizes)
     print("\n(bitsandbytes publishes for nf4, blocks of 64: mean |error| 0.0728, "
           "mean |error / x| 0.2033)")
-    print(f"\nthe weights of {folder}, but for the head")
+    print(f"\nthe weights of {folder}, without the head")
     print_errors(weights, block_sizes)
     print(f"\nthe model on the held-out tenth of {corpus}")
     print_perplexities(folder, rows)
@@ -61,7 +61,7 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
 
 
 def print_examples():
-    """What the lectures work out by hand; 1.5 c = 18.68 and 5.6 c = 69.73 are 18 and 69 there."""
+    """The lectures' examples. They truncate 1.5 c = 18.68 and 5.6 c = 69.73 to 18 and 69."""
     x = np.array([1.5, 2.3, 3.7, 4.1, 5.6, 6.8, 7.9, 8.4, 9.2, 10.2])
     quantized = quantize_int8(x)
     print(f"absmax: x {x}\n  c = {quantized.c:.4f}, codes {quantized.codes}"
@@ -82,7 +82,7 @@ def print_examples():
 
 
 def print_errors(arrays, block_sizes):
-    """Errors of all arrays together, by datatype and block size; double quantization in one row."""
+    """Print the errors of all arrays together, by datatype and block size."""
     print(f"{'datatype':10}{'block':>6}{'bits':>7}{'mean |e|':>11}{'mean |e/x|':>12}"
           f"{'|e| / |x|':>11}")
     for kind in KINDS:
@@ -103,7 +103,7 @@ def print_error(kind, size, arrays, quantized):
 
 
 def print_perplexities(folder, rows):
-    """The model's loss on rows of text and its exponential, with its weights in each datatype."""
+    """Print the model's loss and perplexity on rows of text, with its weights in each datatype."""
     plans = [("float32", None, False), ("int8, a constant a row", "int8", False),
              ("LLM.int8()", "llm.int8", False)]
     plans += [(kind, kind, False) for kind in KINDS]

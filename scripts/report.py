@@ -3,7 +3,7 @@
     python scripts/report.py                                 # what is kept in scripts/experiments
     python scripts/report.py --results runs/adaptation_methods-1
 
-Writes one HTML file that needs nothing else: no network, no script. Needs the extra `report`.
+Writes one HTML file that works without network and without scripts. Needs the extra `report`.
 """
 
 import re
@@ -27,9 +27,9 @@ def main(results: tuple[Path, ...] = (), out: Path = Path("runs/report.html")):
     """One page of all experiments.
 
     Args:
-        results: results as JSON files, or folders of runs; by default all that are kept in
+        results: JSON files of results, or folders of runs; by default all results that are kept in
             scripts/experiments.
-        out: the page.
+        out: file for the page.
     """
     paths = [path / "result.json" if path.is_dir() else path for path in results]
     paths = paths or sorted((FOLDER / "experiments").glob("*.json"))
@@ -43,7 +43,7 @@ def main(results: tuple[Path, ...] = (), out: Path = Path("runs/report.html")):
 
 
 def page(paths: list[Path]) -> str:
-    """The page's HTML, of results and of the pictures beside them."""
+    """The page's HTML: results, and the pictures that lie beside them."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup
@@ -68,7 +68,7 @@ def claims(result: Result) -> list[dict]:
 
 
 def strip(claim: dict) -> dict:
-    """Places, in percent of a line's length: the claimed zone, the interval, its mean, 0."""
+    """Places on a line, in percent of its length: the claimed zone, the interval, its mean, 0."""
     ends = [x for x in (claim["at_least"], claim["at_most"]) if x is not None]
     points = [*ends, 0.0, claim["low"], claim["high"]]
     margin = 0.12 * ((max(points) - min(points)) or 1.0)
@@ -81,7 +81,7 @@ def strip(claim: dict) -> dict:
 
 
 def picture(path: Path, prefix: str) -> str | None:
-    """An SVG file as part of a page, where its ids start with prefix; None without the file.
+    """An SVG file as part of a page, with prefix before its ids; None if there is no such file.
 
     FormatError for a file that holds more than a drawing.
     """

@@ -250,7 +250,7 @@ def test_what_only_some_methods_can(tmp_path):
     with pytest.raises(NotImplementedError, match="Adapter has no forward"):
         logits(insert_adapters(make(), "a", {"blocks.0.mlp.up": Adapter()}))
     model = stir(add(make("nf4"), Shift))
-    with pytest.raises(ValueError, match=r"'default' is of \['Shift'\]; one of \['LORA', 'IA3'\]"):
+    with pytest.raises(ValueError, match=r"'default' is of \['Shift'\]; PEFT's are \['LORA'"):
         save_adapter(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match=r"blocks\.0\.attention\.q has Shift merged, not LoRA"):

@@ -287,7 +287,7 @@ def test_a_resumed_run_wants_its_own_settings_text_and_teacher(tmp_path, text, p
     before = contents(run)
     for changes, words in ((dict(objective="masked"), "objective masked"),
                            (dict(context=9), r"context 9 \(it has 8\)")):
-        with pytest.raises(ValueError, match=f"keeps its settings; .*{words}"):
+        with pytest.raises(ValueError, match=f"keeps its settings, .*{words}"):
             main(dataclasses.replace(s, **changes), resume=run)
     for file in (text, given / "model.safetensors", given / "tokenizer.json"):
         whole = file.read_bytes()
@@ -312,7 +312,7 @@ def test_a_resumed_run_wants_its_own_settings_text_and_teacher(tmp_path, text, p
     (dict(context=1), "context must be at least 2"), (dict(workers=-1), "workers"),
     (dict(lr=-1.0), "lr must be positive"), (dict(lr=float("inf")), "got inf"),
     (dict(student_width=7), "multiple of heads"), (dict(batch=0), "batch"),
-    (dict(validation=0.0), "validation"), (dict(corpus=("no",)), "'no' is no path")])
+    (dict(validation=0.0), "validation"), (dict(corpus=("no",)), "'no' is neither a path")])
 def test_bad_settings_are_refused_before_a_folder_is_made(tmp_path, text, change, words):
     with pytest.raises(ValueError, match=words):
         main(settings(text, **change), tmp_path / "runs")

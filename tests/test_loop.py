@@ -201,7 +201,7 @@ def test_a_programs_settings_are_flat_and_a_resumed_run_keeps_its_own(tmp_path):
     assert stored["colour"] == "blue" and stored["workers"] == 3 and stored["batch"] == 16
     run, own = resumed(Settings(), made.path)
     assert run.path == made.path and own == dataclasses.replace(s, workers=3)
-    with pytest.raises(ValueError, match=r"asked for another workers 2 \(it has 3\)"):
+    with pytest.raises(ValueError, match=r"others are given: workers 2 \(it has 3\)"):
         resumed(Settings(workers=2), made.path)
 
 

@@ -497,7 +497,7 @@ def test_an_interrupt_in_the_middle_is_not_lost():
 def test_homes_that_the_host_does_not_give(k, got):
     device = SimulatedDevice()
     device.fail(k)
-    with pytest.raises(MemoryError, match=f"768 bytes .* {got} were got; pageable=True"):
+    with pytest.raises(MemoryError, match=f"768 bytes .* {got} could be had; pageable=True"):
         make_paged(page_size=8, device=device)
     assert device.used == 0
 
@@ -967,7 +967,7 @@ def test_pinned_memory_that_is_not_there(cupy, on_gpu, monkeypatch):
         pytest.skip("a machine's pinned memory is not limited for a test")
     used = streams.PinnedMemory.used
     monkeypatch.setattr(streams.PinnedMemory, "limit", used + 10_000)
-    with pytest.raises(MemoryError, match=r"23,616 bytes of host .* 8,192 were got") as error:
+    with pytest.raises(MemoryError, match=r"23,616 bytes of host .* 8,192 could be had") as error:
         on_gpu(PagedAdamW, page_size=256)
     assert "pageable=True" in str(error.value)
     del error

@@ -297,7 +297,7 @@ def stopped(tmp_path, text, plain, monkeypatch):
 )
 def test_resuming_with_other_settings_is_refused(stopped, asked, said):
     before = contents(stopped)
-    with pytest.raises(ValueError, match=f"pretrain-1 keeps its settings; .*{said}"):
+    with pytest.raises(ValueError, match=f"pretrain-1 keeps its settings, .*{said}"):
         main(Settings(**asked), resume=stopped)
     assert contents(stopped) == before
 
@@ -350,7 +350,7 @@ def test_resuming_from_damaged_files_is_an_error(stopped):
     "content, changes, said",
     [("", {}, "holds no text"), (" \n", {}, "holds no text"), ("a b", {}, "too short|too few"),
      (b"\xff\xfe\xfa" * 99, {}, r"text\.txt: not UTF-8"),
-     (None, dict(corpus=("no",)), "'no' is no path"),
+     (None, dict(corpus=("no",)), "'no' is neither a path"),
      (None, dict(corpus=()), "corpus"), (None, dict(weights=(1.0, 2.0)), "expected 1 weights"),
      (None, dict(tokenizer="no.json"), r"no\.json"), (None, dict(heads=3), "multiple of heads"),
      (None, dict(validation=1.0), "validation"), (None, dict(eval_every=0), "eval_every"),
@@ -401,7 +401,7 @@ def test_the_command_line_ends_with_one_line_of_error(tmp_path):
     ended = subprocess.run(command(*words), env=environment(), capture_output=True, text=True)
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("pretrain.py: 'no-such-corpus' is no path and none of python-reference")
+    assert line.startswith("pretrain.py: 'no-such-corpus' is neither a path nor one of python-")
     assert ended.stdout == ""
 
 

@@ -169,7 +169,7 @@ def test_ctrl_c_is_one_line_and_leaves_nobody_behind(model, script, words, child
 
 
 def test_a_contender_that_dies_is_said_to_have(capfd):
-    with pytest.raises(RuntimeError, match="a contender died; what it said is above"):
+    with pytest.raises(RuntimeError, match="a contender died; its output is above"):
         with benchmark.Contender(iter, ()) as contender:
             contender.run()
     assert "StopIteration" in capfd.readouterr().err
@@ -201,7 +201,7 @@ WRONG = [
     ("pretrain --tokenizer file", "file: "),
     ("finetune", "no model in runs/pretrain-*/model: run pretrain.py first, or give --model"),
     ("quantize", "no model in runs/pretrain-*/model: run pretrain.py first, or give --model"),
-    ("quantize --model MODEL --corpus nowhere", "'nowhere' is no path and none of python-"),
+    ("quantize --model MODEL --corpus nowhere", "'nowhere' is neither a path nor one of python-"),
     ("finetune --model MODEL --data nowhere", "nowhere"),
     ("generate --model MODEL --adapter nowhere", "nowhere/adapter_config.json"),
     ("plan_memory", "give --model, or --layers and --width"),

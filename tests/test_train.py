@@ -367,7 +367,7 @@ def test_outside_of_with_one_worker_works_and_more_say_what_they_need(processes)
     assert found[0][:2] == found[1][:2] and np.array_equal(found[0][2], found[1][2])
     trainer = Trainer(model, SGD(model.parameters()), 2, processes)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="2 workers run inside of a `with` alone"):
+        with pytest.raises(RuntimeError, match="2 workers run only inside a `with`"):
             trainer.step(0, make_batch())
         with trainer:
             trainer.step(0, make_batch())

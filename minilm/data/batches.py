@@ -27,9 +27,9 @@ def pack(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
 class Batches:
     """Random training batches from a mixture of streams: batches[step] -> (tokens, targets).
 
-    The stream of each row is drawn in proportion to `weights` and the row starts anywhere in it
-    with equal chance; targets are the tokens one place later. Everything of a step comes from
-    (seed, step), so a resumed run needs no stored position. Iterating never ends.
+    Each row draws a stream in proportion to `weights`, and starts anywhere in it with equal chance.
+    Targets are the tokens one place later. A batch depends on (seed, step) alone, so a resumed run
+    needs no stored position. Iterating never ends.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ def mask_tokens(
 
     Devlin et al. 2018, arXiv:1810.04805, section 3.1.
 
-    Each token that is neither special nor mask becomes a target with probability `rate`. Of the
-    targets 80 % are replaced by mask, 10 % by a random ordinary id, and 10 % stay: the model cannot
-    tell which tokens it sees are true. All other targets are -100.
+    Each token that is neither special nor mask becomes a target with probability `rate`. Of these
+    tokens 80 % are replaced by mask, 10 % by a random ordinary id, and 10 % stay, so the model
+    cannot tell which of the tokens it sees are true. All other targets are -100.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must lie between 0 and 1, got {rate}")
@@ -121,11 +121,12 @@ def batches_of(
     weights: Sequence[float] = (),
     masked: bool = False,
 ) -> tuple:
-    """(batches of the training texts, rows of the held-out ones): of parts as `split` gives them.
+    """(batches of the training texts, rows of the held-out ones), for parts as `split` gives them.
 
     weights: how often each part is drawn from, by default in proportion to its tokens.
-    masked: to fill in rather than to go on. The rows are then tokens, targets and a mask, 0 for the
-    padding of the last row, which is neither seen nor counted; else they are as of `rows`.
+    masked: the model fills in tokens rather than going on. The rows are then tokens, targets and a
+    mask, which is 0 for the padding of the last row: padding is neither seen nor counted.
+    Otherwise they are what `cut` returns.
     """
     streams = [pack(training, tokenizer) for training, _ in parts]
     batches = Batches(streams, weights or [len(s) for s in streams], batch, length, seed)
@@ -139,7 +140,7 @@ def batches_of(
 
 
 class MaskedBatches:
-    """Batches to fill in rather than to go on: batches[step] -> (corrupted tokens, targets)."""
+    """Batches for a model that fills in tokens: batches[step] -> (corrupted tokens, targets)."""
 
     def __init__(self, batches: Batches, tokenizer: Tokenizer, seed: int):
         self.batches, self.tokenizer, self.seed = batches, tokenizer, seed
@@ -151,7 +152,7 @@ class MaskedBatches:
 
 
 def corrupt(tokens: np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer):
-    """mask_tokens with the tokenizer's mask and end. ValueError when it has no mask."""
+    """mask_tokens with the tokenizer's mask and end. ValueError if it has no mask."""
     if tokenizer.mask is None:
         raise ValueError("the tokenizer has no mask token")
     return mask_tokens(tokens, rng, tokenizer.mask, tokenizer.vocab_size, special=(tokenizer.end,))
@@ -167,7 +168,7 @@ def _stream(stream, least):
 
 
 def _borders(weights, streams):
-    """Where [0, 1) changes from one stream to the next: (S - 1,) float64."""
+    """The places in [0, 1) where one stream ends and the next begins: (S - 1,) float64."""
     weights = np.asarray(weights, np.float64)
     if weights.shape != (streams,):
         raise ValueError(f"expected {streams} weights, one a stream, got shape {weights.shape}")

@@ -1,8 +1,8 @@
-"""Text to train on, read where it lies: Python's own, or a file or folder of the user's.
+"""Text to train on: Python's own, or the user's files and folders. It is read in place.
 
-Every Python brings a book about the language, a library of code, and the prose inside that code.
-They are real text in three registers, they need no download, and they are never copied. Their
-content differs between Python versions, so a run should record `Corpus.sha256`.
+Every Python comes with a book about the language, a library of code, and the prose inside that
+code. They are real text in three registers, and they need no download. They differ between Python
+versions, so a run should record `Corpus.sha256`.
 """
 
 import ast
@@ -19,14 +19,14 @@ from minilm.files import FormatError
 
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
 
-# Tests are data more than prose or code, and idle_test and test hold files broken on purpose.
-# pydoc_data is python-reference again: without it no two corpora share a text.
+# Tests are more data than prose or code; idle_test and test hold files that are broken on purpose.
+# pydoc_data is python-reference: without it no two corpora share a text.
 NOT_LIBRARY = {"idle_test", "pydoc_data", "test", "tests", "site-packages", "dist-packages"}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A named sequence of documents. ValueError when there is none, or an empty one."""
+    """A named sequence of documents. ValueError if there is none, or if one is empty."""
 
     name: str
     documents: tuple[str, ...]
@@ -44,7 +44,8 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
-        """Hex digest of the documents in order, each after its length: pins text and borders."""
+        """Hex digest of the documents in order, each after its length, so that borders count too.
+        """
         digest = hashlib.sha256()
         for document in self.documents:
             data = document.encode()
@@ -60,10 +61,10 @@ def load_corpus(name_or_path: str | os.PathLike) -> Corpus:
     python-docstrings  docstrings of the standard library, one document a module (2 MB)
     python-source      source of the standard library, one document a module (11 MB)
 
-    A file is one document. A folder is its files with a suffix of TEXT_SUFFIXES, sorted by path;
-    hidden files and files that are not UTF-8 are skipped. Blank documents are dropped. A name wins
-    over a path of the same spelling. ValueError for an unknown name or when no text is left;
-    FormatError for a file that is not UTF-8.
+    A file is one document. Of a folder all files with a suffix in TEXT_SUFFIXES are read, sorted by
+    path; hidden files and files that are not UTF-8 are skipped. Blank documents are dropped. If a
+    name is also a path, the name counts. ValueError for an unknown name or if no text is left;
+    FormatError for a single file that is not UTF-8.
     """
     name = os.fspath(name_or_path)
     if name in PYTHON_CORPORA:
@@ -73,16 +74,17 @@ def load_corpus(name_or_path: str | os.PathLike) -> Corpus:
     elif os.path.exists(name):
         documents = [_text(Path(name))]
     else:
-        raise ValueError(f"{name!r} is no path and none of {', '.join(PYTHON_CORPORA)}")
+        raise ValueError(f"{name!r} is neither a path nor one of {', '.join(PYTHON_CORPORA)}")
     return Corpus(name, tuple(document for document in documents if document.strip()))
 
 
 def split(corpus: Corpus, validation: float = 0.1) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Part the documents into (train, validation); the latter reaches that share of characters.
+    """Split the documents into (train, validation). `validation` is a share of the characters.
 
-    Whole documents go to validation in the order of their SHA-256, so the parting does not depend
-    on the order of the documents, and equal documents stay together. At least one text stays in
-    train. A single document is cut: its end is validation. ValueError when a part would be empty.
+    Whole documents go to validation, in the order of their SHA-256, until it has its share. So the
+    split does not depend on the order of the documents, and equal documents stay together. At least
+    one text stays in train. A single document is cut: its end is validation. ValueError if a part
+    would be empty.
     """
     if not 0 < validation < 1:
         raise ValueError(f"validation must lie between 0 and 1, got {validation}")
@@ -139,7 +141,7 @@ def _source() -> Iterator[str]:
 
 
 def _texts(root: Path, suffixes: tuple[str, ...], skip: set[str] = frozenset()) -> Iterator[str]:
-    """The UTF-8 texts under a folder, sorted by path; hidden names and folders in skip are not."""
+    """The UTF-8 texts under a folder, sorted by path, without hidden names and folders in skip."""
     paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]

@@ -1,8 +1,8 @@
 """Instructions to follow: records (instruction, context, output), their files, their batches.
 
-The model sees a record as prompt, output and the tokenizer's end, and learns the last two only: the
-targets on the prompt are -100. A file of records is JSONL: a JSON object a line, with the fields
-of Record, of which all but instruction and output may be missing.
+The model sees a record as prompt, output and the tokenizer's end. It learns only the last two: the
+targets on the prompt are -100. A file of records is JSONL: a JSON object a line, with the fields of
+Record. Only instruction and output are required.
 """
 
 import json
@@ -20,17 +20,17 @@ from minilm.files import FormatError, write_atomically
 
 @dataclass(frozen=True)
 class Record:
-    """An instruction, and what it is about, with the output that is wanted.
+    """An instruction, the context that it is about, and the output that is wanted.
 
-    TypeError or ValueError for a field that is no text, and where instruction, output or a
-    reference is empty.
+    TypeError or ValueError for a field that is not text, and if instruction, output or a reference
+    is empty.
     """
 
     instruction: str
     context: str
     output: str
     references: tuple[str, ...] = ()  # other outputs that are right
-    task: str = ""  # a name to count scores by; "sql" is scored differently, see tasks.score
+    task: str = ""  # scores are counted by this name; "sql" is scored differently, see tasks.score
 
     def __post_init__(self):
         if not isinstance(self.references, tuple):
@@ -67,7 +67,7 @@ def load_records(path: str | os.PathLike) -> list[Record]:
 
 
 def save_records(path: str | os.PathLike, records: Sequence[Record]) -> None:
-    """Write what load_records reads; empty fields are left out. ValueError without a record."""
+    """Write what load_records reads, without empty fields. ValueError if there is no record."""
     if not records:
         raise ValueError("there is no record to save")
     objects = ({name: value for name, value in vars(r).items() if value} for r in records)
@@ -80,13 +80,14 @@ def encode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each record as a row: tokens (R, T) and targets (R, T), int32, for a causal model.
 
-    Targets are the tokens one place later, from the output's first to the end; all others are -100.
-    Rows are filled up with tokens 0. T is `length`, or what the longest record takes: all its
-    tokens but the end. ValueError where a record takes more; none is cut.
+    Targets are the tokens one place later, from the output's first token to the end; all others are
+    -100. Rows are filled up with tokens 0. T is `length`, or else what the longest record takes:
+    all its tokens but the end. ValueError if a record takes more; none is cut.
     """
     if not records:
         raise ValueError("there is no record to encode")
-    # Prompt and output apart: no token spans both, so a model is asked with the tokens it learned.
+    # Prompt and output are encoded apart, so no token spans both. When the model is asked, the
+    # prompt then has the same tokens as in training.
     prompts = [tokenizer.encode(prompt(record)) for record in records]
     outputs = [[*tokenizer.encode(record.output), tokenizer.end] for record in records]
     taken = [len(asked) + len(answer) - 1 for asked, answer in zip(prompts, outputs)]
@@ -107,11 +108,11 @@ def encode(
 
 
 class InstructionBatches:
-    """Training batches of records: batches[step] -> (tokens, targets), (B, T) int32 as of encode.
+    """Training batches of records: batches[step] -> (tokens, targets), (B, T) int32, as in encode.
 
-    Rows are drawn in epochs: all records once in random order, then all again in another. A batch
-    may reach over the border. Everything of a step comes from (seed, step), so a resumed run needs
-    no stored position. Iterating never ends.
+    Rows are drawn in epochs: all records once in random order, then all again in another order. A
+    batch may span two epochs. It depends on (seed, step) alone, so a resumed run needs no stored
+    position. Iterating never ends.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Small tasks made up from a seed, to teach a model instructions and to count what it gets right.
+"""Small tasks made from a seed: they teach a model instructions, and its answers can be scored.
 
     reverse, upper, sort    a word: "Reverse", "abc" -> "cba"
     last                    some words: the last of them
@@ -45,7 +45,7 @@ SENTENCES = (
     "For {price} {food} food in the {area}, go to {name}.",
 )
 
-# SQL that is run for a score: what it may call, how long it may be, how many steps it may take.
+# SQL is run to score it: the functions it may call, its largest length, the steps it may take.
 FUNCTIONS = {"avg", "count", "max", "min", "sum"}
 CHARACTERS, STEPS = 1000, 10_000
 
@@ -55,8 +55,8 @@ def make_tasks(
 ) -> tuple[list[Record], list[Record]]:
     """(train, test) records of each named task, task after task; no two with the same prompt.
 
-    A task's records do not depend on what other tasks are made. ValueError for a name that is not
-    in TASKS, and where a task does not give so many records.
+    A task's records do not depend on the other names. ValueError for a name that is not in TASKS,
+    and if a task cannot give as many records.
     """
     if train < 0 or test < 0:
         raise ValueError(f"train and test must not be negative, got {train} and {test}")
@@ -68,12 +68,12 @@ def make_tasks(
 
 
 def score(record: Record, answer: str) -> bool:
-    """Whether the answer is the record's output or one of its references, to the letter.
+    """Is the answer the record's output or one of its references, to the letter?
 
-    Task "sql": whether it finds what the output finds in CITIES, in the same order where the output
-    has ORDER BY. It must be a single SELECT with no other inside; all else is wrong, whatever it
-    would do. A wrong query may happen to find the right rows. ValueError where the output is no
-    such query.
+    For task "sql": does the answer find the rows that the output finds in CITIES, and in the same
+    order if the output has ORDER BY? The answer must be a single SELECT without another inside; all
+    else is wrong, whatever it would do. (A wrong query may happen to find the right rows.)
+    ValueError if the output is no such query.
     """
     if record.task != "sql":
         return answer in (record.output, *record.references)
@@ -111,7 +111,7 @@ def add(rng: np.random.Generator) -> Record:
 
 
 def triangle(rng: np.random.Generator) -> Record:
-    """Half the product of base and height, 1 to 50 cm each."""
+    """The area is half the product of base and height, which are 1 to 50 cm each."""
     base, height = rng.integers(1, 51, size=2)
     return Record(
         "Calculate the area of the triangle",
@@ -131,7 +131,7 @@ def table(rng: np.random.Generator) -> Record:
 
 
 def sql(rng: np.random.Generator) -> Record:
-    """A question about one of CITIES; about how many people, it is one of those found."""
+    """A question about one of CITIES. A question about a size always finds at least that city."""
     name, country, population = CITIES[rng.integers(len(CITIES))]
     least = 10_000 * rng.integers(1, population // 10_000)
     place, also = [("", ""), (f" in {country}", f" AND country = '{country}'")][rng.integers(2)]
@@ -163,14 +163,14 @@ def _distinct(name, count, seed):
     while len(found) < count:
         record = TASKS[name](rng)
         misses = misses + 1 if prompt(record) in found else 0
-        if misses > 1000 + 10 * len(found):  # none of equal chance is left, but for e^-10
+        if misses > 1000 + 10 * len(found):  # if one were left, the chance was e^-10
             raise ValueError(f"task {name!r} gave {len(found)} distinct records, not {count}")
         found.setdefault(prompt(record), record)
     return list(found.values())
 
 
 def _find(query: str) -> list[tuple] | None:
-    """The rows that a query finds in cities; None where it is not one SELECT, or takes long."""
+    """The rows that a query finds in cities; None if it is not one SELECT, fails or takes long."""
     # Nested queries are refused because SQLite copies them into each other: a few words can make
     # a query of gigabytes before its first step.
     if query.upper().count("SELECT") != 1:
@@ -188,7 +188,7 @@ def _find(query: str) -> list[tuple] | None:
 
 
 def _allow(action, _, function, *place):
-    """Reading, and calling one of FUNCTIONS; nothing that writes, opens a file or loads code."""
+    """Allow reading and calls of FUNCTIONS; nothing that writes, opens a file or loads code."""
     reads = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ)
     calls = action == sqlite3.SQLITE_FUNCTION and function in FUNCTIONS
     return sqlite3.SQLITE_OK if reads or calls else sqlite3.SQLITE_DENY

@@ -1,15 +1,15 @@
 """Tokenizers: text to token ids and back, in three sizes of token.
 
-ByteTokenizer needs no training and knows every text. CharTokenizer has one id for each character of
-its corpus. BPETokenizer learns frequent byte sequences (byte-level BPE, through the `tokenizers`
-library) and also holds a tokenizer.json of an existing model.
+ByteTokenizer needs no training and can encode every text. CharTokenizer has one id for each
+character of its corpus. BPETokenizer learns frequent byte sequences (byte-level BPE, through the
+`tokenizers` library); it also reads the tokenizer.json of an existing model.
 
 All three have the same attributes and methods:
 
     vocab_size  ids are 0 .. vocab_size - 1
     end         id of <|endoftext|>, the border between documents
     mask        id of <|mask|>, for masked language models, or None
-    encode      str -> (N,) int32; never yields end or mask, whatever the text spells
+    encode      str -> (N,) int32; never gives end or mask, even if the text spells them
     decode      (N,) ids -> str; leaves special ids out, ValueError for an id out of range
     save        writes what load_tokenizer reads
 """
@@ -23,13 +23,13 @@ from minilm.files import FormatError, read_json, write_atomically, write_json
 
 END, MASK = "<|endoftext|>", "<|mask|>"
 
-# What published tokenizers call the two, most telling name first.
+# What published tokenizers call the two; the first name that is found counts.
 END_NAMES = (END, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 MASK_NAMES = (MASK, "<mask>", "[MASK]")
 
 
 class ByteTokenizer:
-    """One id for each byte of UTF-8. Bytes that are no UTF-8 decode to U+FFFD."""
+    """One id for each byte of UTF-8. Bytes that are not valid UTF-8 decode to U+FFFD."""
 
     end, mask, vocab_size = 256, 257, 258
 
@@ -45,9 +45,9 @@ class ByteTokenizer:
 
 
 class CharTokenizer:
-    """One id for each character of an alphabet, which lists them in ascending order, none twice.
+    """One id for each character of an alphabet: a string in ascending order, without repeats.
 
-    encode raises ValueError for a character outside of it.
+    encode raises ValueError for a character that is not in it.
     """
 
     def __init__(self, alphabet: str):
@@ -57,7 +57,7 @@ class CharTokenizer:
             raise ValueError(f"expected characters in ascending order, got {alphabet!r:.80}")
         self.end, self.mask = len(alphabet), len(alphabet) + 1
         self.vocab_size = len(alphabet) + 2
-        # One more place than the last character needs: all beyond it are looked up there.
+        # One more place than the last character needs: all characters beyond it look there.
         self.id_of = np.full(ord(alphabet[-1]) + 2, -1, np.int32)
         self.id_of[self.characters] = np.arange(len(alphabet))
 
@@ -84,11 +84,11 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    """A tokenizer of the `tokenizers` library: byte-level BPE when trained here.
+    """A tokenizer of the `tokenizers` library. If it is trained here, it is byte-level BPE.
 
-    One read from elsewhere keeps its own model and normalization, so decode may not give back the
-    very text. Its truncation and padding are switched off. ValueError when none of its special
-    tokens is in END_NAMES.
+    One that is read from a file keeps its own model and normalization, so decode may not give back
+    exactly the same text. Its truncation and padding are switched off. ValueError if none of its
+    special tokens is in END_NAMES.
     """
 
     def __init__(self, tokenizer):
@@ -133,7 +133,7 @@ class BPETokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"the tokenizer cannot encode the text: {error}") from error
         ids = np.array(ids, np.int32)
-        # Models that hold their special tokens as ordinary ones too (Unigram, WordLevel) find them.
+        # Unigram and WordLevel can have a special token in their ordinary vocabulary as well.
         if ((ids == self.end) | (ids == self.mask)).any():
             raise ValueError("the text spells a special token that this tokenizer cannot escape")
         return ids
@@ -150,14 +150,14 @@ Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
 
 
 def printable(text: str) -> str:
-    """The text as a terminal may show it: control characters become U+FFFD."""
+    """The text, safe to print on a terminal: control characters become U+FFFD."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Read a tokenizer.json: one that `save` wrote, or one in Hugging Face's format.
 
-    Raises FormatError, FileNotFoundError; ImportError when the format needs the library.
+    Raises FormatError, FileNotFoundError, and ImportError if the format needs the library.
     """
     fields = read_json(path)
     if not isinstance(fields, dict):
@@ -181,7 +181,7 @@ def _read_huggingface(path):
         return library.Tokenizer.from_file(os.fspath(path))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises bare Exception, and its panics are not one
+    except BaseException as error:  # the library's panics are no Exception, only BaseException
         raise ValueError(f"not a Hugging Face tokenizer: {error}") from error
 
 

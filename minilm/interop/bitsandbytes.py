@@ -10,14 +10,14 @@ A weight X of n numbers in b blocks is
     X.nested_absmax                float32 (b/256,)  and the constants c1
     X.quant_state.bitsandbytes__*  uint8             JSON with the sizes and the offset of c2
 
-where * is nf4 or fp4. Codes and constants are taken as they are: nothing is quantized again.
+The * is nf4 or fp4. Codes and constants are taken as they are: nothing is quantized again.
 
-GPT-2 keeps W_q, W_k and W_v in one c_attn, here below each other as (3C, C). Each third has blocks
-of its own where it is a multiple of the block size, else it is refused. Its c2 remain 8-bit codes
-where it is whole groups of 256 blocks and, to be joined, all have one offset. Else they become the
-float32 numbers that the codes stand for, which are the same weights.
+GPT-2 keeps W_q, W_k and W_v in one c_attn, here below each other as (3C, C). Reading cuts it into
+thirds, writing joins them. A third must be whole blocks, or the weight is refused. Its c2 stay
+8-bit codes if it is also whole groups of 256 blocks, and, for joining, if all thirds have the same
+offset. Otherwise c2 become the float32 numbers that the codes stand for: the weights are the same.
 
-8-bit folders, made by LLM.int8(), are not read.
+8-bit folders, made by LLM.int8(), cannot be read.
 """
 
 import json
@@ -56,8 +56,8 @@ PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map",
 def load_4bit(tensors: dict[str, np.ndarray], name: str) -> FourBit:
     """The weight of this name, such as "model.layers.0.mlp.up_proj.weight".
 
-    ValueError naming what is missing, too much, of another size or dtype, not finite, or, for the
-    maps, not bitsandbytes'.
+    ValueError naming the tensor that is missing, unexpected, of another size or dtype, not finite,
+    or a map that is not bitsandbytes'.
     """
     parts = {part: tensors[name + part] for part in PARTS if name + part in tensors}
     states = [kind for kind in KINDS if STATE + kind in parts]
@@ -75,7 +75,7 @@ def load_4bit(tensors: dict[str, np.ndarray], name: str) -> FourBit:
     if wrong := sorted(parts.keys() ^ sizes.keys()):
         raise ValueError(f"{name}{wrong[0]} is {'there' if wrong[0] in parts else 'missing'}, "
                          f"expected {[name + part for part in sizes]}")
-    parts[""] = parts[""].reshape(-1).view(np.uint8)  # bnb_4bit_quant_storage calls them otherwise
+    parts[""] = parts[""].reshape(-1).view(np.uint8)  # quant_storage may name another dtype
     for part, (dtype, length) in sizes.items():
         array = parts[part]
         if array.dtype != dtype or array.shape != (length,) or not np.isfinite(array).all():
@@ -83,16 +83,16 @@ def load_4bit(tensors: dict[str, np.ndarray], name: str) -> FourBit:
                              f"expected finite {dtype} ({length},)")
     for part, known in {".quant_map": levels(kind), ".nested_quant_map": dynamic_map()}.items():
         if part in parts and np.abs(parts[part] - known).max() > 1e-6:
-            raise ValueError(f"{name}{part} is another map than bitsandbytes'")
+            raise ValueError(f"{name}{part} is not bitsandbytes' map")
     offset = np.array(state["nested_offset"], np.float32) if nested else None
     return FourBit(parts[""], parts[".absmax"], tuple(state["shape"]), kind, size,
                    parts.get(".nested_absmax"), offset)
 
 
 def save_4bit(x: FourBit, name: str, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """The tensors of x, for `load_4bit` and bitsandbytes; ValueError for what this has no form for.
+    """The tensors of x, for `load_4bit` and bitsandbytes.
 
-    dtype: what bitsandbytes dequantizes to where nothing else is said.
+    dtype: what bitsandbytes dequantizes to by default. ValueError if its format cannot express x.
     """
     _require_known(x)
     state = {"quant_type": x.codebook, "blocksize": x.block_size, "dtype": dtype,
@@ -111,8 +111,8 @@ def load_model(
 ) -> Transformer:
     """The Transformer in a folder with 4-bit weights; what is not quantized is cast to dtype.
 
-    Its layers multiply in the folder's compute dtype. Needs the memory of the model in float32
-    while it loads. Raises as huggingface.load_model, and FormatError for other quantizations.
+    Its layers multiply in the folder's compute dtype. Loading takes as much memory as the model in
+    float32. Raises what huggingface.load_model raises, and FormatError for other quantizations.
     """
     path = Path(path)
     raw = read_json(path / "config.json")
@@ -135,8 +135,8 @@ def load_model(
 def save_model(model: Transformer, path: str | os.PathLike) -> None:
     """Write a model of `quantize_model` as a folder that transformers and `load_model` read.
 
-    ValueError, before anything is written, where the layers are of several kinds or compute dtypes
-    or the folder has no form for them, and as huggingface.save_model.
+    Raises what huggingface.save_model raises. ValueError, before anything is written, if the layers
+    have several kinds or compute dtypes, or if the format cannot express them.
     """
     family, raw = describe(model)
     layers = {p: m for p, m in model.named_modules() if type(m) is QuantizedLinear}
@@ -155,7 +155,7 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
         if not weights:
             left.append(module)
         elif len(weights) < len(paths):
-            raise ValueError(f"{paths} are one weight there: quantize all of them or none")
+            raise ValueError(f"{paths} are one weight there: quantize all or none of them")
         else:
             arrays |= save_4bit(_join(module, weights), f"{module}.weight", raw["dtype"])
     raw["quantization_config"]["llm_int8_skip_modules"] = left
@@ -163,7 +163,7 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
 
 
 def _state(name, array, kind, nested) -> dict:
-    """The fields of a quant_state, once they are checked."""
+    """The fields of a quant_state, checked."""
     try:
         state = json.loads(array.tobytes())
     except (ValueError, RecursionError) as error:
@@ -186,7 +186,7 @@ def _state(name, array, kind, nested) -> dict:
 
 
 def _compute_dtype(path, raw):
-    """bnb_4bit_compute_dtype of a config.json for 4 bits."""
+    """bnb_4bit_compute_dtype from a config.json. FormatError if that is not for 4 bits."""
     config = raw.get("quantization_config") if isinstance(raw, dict) else None
     if not isinstance(config, dict):
         raise FormatError(path, f"quantization_config is {config!r}, expected bitsandbytes'")
@@ -200,7 +200,7 @@ def _compute_dtype(path, raw):
 
 
 def _take_weights(file, arrays) -> dict[str, FourBit]:
-    """The quantized weights by name. In arrays, zeros take their places."""
+    """The quantized weights by name. In `arrays` zeros replace them."""
     weights = {}
     for name in {key.partition(STATE)[0] for key in arrays if STATE in key}:
         try:

@@ -1,4 +1,4 @@
-"""What architectures of transformers call the parts of Config and Transformer: a table each."""
+"""What transformers calls the parts of Config and Transformer: a table for each architecture."""
 
 import functools
 from collections.abc import Callable
@@ -19,17 +19,17 @@ class Family(NamedTuple):
     config: Callable[..., Config]
     fields: dict  # of Config -> of config.json
     activations: dict  # theirs -> ours; the first is written
-    modules: dict  # ours -> theirs; several of ours with one of theirs are joined there
-    layer: str  # what precedes their modules of block i
+    modules: dict  # ours -> theirs; several of ours with the same name there are one weight there
+    layer: str  # the prefix of their modules in block i
     block: dict  # like modules, below blocks.i
     only: dict = {}  # field of config.json -> the one value that Transformer can express
-    absent: dict = {}  # field of config.json -> its default, where that is not Config's
+    absent: dict = {}  # field of config.json -> its default, if that is not Config's
     respell: dict = {}  # pattern -> replacement: keys of older files
     copies: dict = {}  # key -> another key of the same tensor; both are written
-    ignored: tuple = ()  # keys that play no part in the logits
+    ignored: tuple = ()  # keys that do not affect the logits
 
     def names(self, layers: int) -> dict[str, str]:
-        """{path of a module of ours: theirs} for a model of so many layers."""
+        """{path of our module: theirs} for a model with this many layers."""
         names = dict(self.modules)
         for i in range(layers):
             for ours, theirs in self.block.items():
@@ -37,7 +37,7 @@ class Family(NamedTuple):
         return names
 
     def joined(self, layers: int, paths) -> dict[str, list[str]]:
-        """{a module of theirs: those of our paths that are joined there, in their order}."""
+        """{their module: those of our paths that it joins, in order}."""
         joined = {}
         for ours, theirs in self.names(layers).items():
             if ours in paths:

@@ -1,9 +1,9 @@
 """Models in Hugging Face folders: config.json and model.safetensors.
 
 The tables of families.py say what each architecture calls its parts. The loader reads them one way,
-the saver the other. What Transformer cannot express is refused, never ignored. Neither read nor
-written are dropout, which belongs to a training run and not to the weights, and settings that serve
-only generation, initialisation or other tasks.
+the saver the other. What Transformer cannot express is refused, never ignored. Two things are
+neither read nor written: dropout, which belongs to a training run and not to the weights, and
+settings that only matter for generation, initialisation or other tasks.
 """
 
 import os
@@ -19,8 +19,8 @@ from minilm.interop.families import BERT, DISTILBERT, FAMILIES, GPT2, LLAMA, Fam
 from minilm.transformer import Config, Transformer
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
-OPTIONAL = ("n_inner", "num_key_value_heads")  # the sizes that may be null or absent
-# What decides a module's results beside its tensors; a Config says the same of all its blocks.
+OPTIONAL = ("n_inner", "num_key_value_heads")  # sizes that may be null or absent
+# Beside its tensors, these decide a module's results. A Config has one value for all its blocks.
 FACTS = ("heads", "kv_heads", "causal", "activation", "norm_first", "eps")
 ONLY = {"add_cross_attention": False, "is_encoder_decoder": False}
 
@@ -30,8 +30,9 @@ def load_model(
 ) -> Transformer:
     """The Transformer in a folder, its weights cast to dtype, one of FLOATS.
 
-    Reads one file or shards, today's keys or older ones. Raises FileNotFoundError, or FormatError
-    naming the field or the keys, where a file is damaged or says what Transformer cannot express.
+    Reads one file or shards, with today's keys or older ones. Raises FileNotFoundError. Raises
+    FormatError, naming the field or the keys, if a file is damaged or Transformer cannot express
+    what it says.
     """
     path = Path(path)
     family, config = parse(path, read_json(path / "config.json"))
@@ -41,8 +42,8 @@ def load_model(
 def save_model(model: Transformer, path: str | os.PathLike) -> None:
     """Write a folder that transformers and `load_model` read, in the model's own dtype.
 
-    config.json comes last, so a part of a folder does not load. A model that no family expresses,
-    or that has other modules than its Config says, is a ValueError before anything is written.
+    config.json is written last, so a part of a folder does not load. ValueError, before anything is
+    written, if no family expresses the model, or if its modules are not those of its Config.
     """
     family, raw = describe(model)
     require_parts(model, Transformer(model.config))
@@ -50,7 +51,7 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
 
 
 def parse(folder: Path, raw) -> tuple[Family, Config]:
-    """What the folder's config.json describes; FormatError where Transformer cannot express it."""
+    """What the folder's config.json describes; FormatError if Transformer cannot express it."""
     try:
         return _parse(raw)
     except ValueError as error:
@@ -58,7 +59,7 @@ def parse(folder: Path, raw) -> tuple[Family, Config]:
 
 
 def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) -> Transformer:
-    """The model of the arrays that were read from file, each cast to dtype."""
+    """The model with the arrays that were read from file, each cast to dtype."""
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {FLOATS}, got {dtype!r}")
     arrays = _normalised(file, arrays, family, config)
@@ -77,18 +78,18 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
 
 
 def describe(model: Transformer) -> tuple[Family, dict]:
-    """The model's family and its config.json; ValueError where no family expresses its Config."""
+    """The model's family and its config.json; ValueError if no family expresses its Config."""
     c = model.config
     family = (LLAMA if c.positions == "rotary" else GPT2 if c.head == "linear"
               else BERT if c.segments else DISTILBERT)
     raw = _describe(family, c)
     _, first = next(model.named_tensors())
-    raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # the latter before version 5
+    raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # torch_dtype before version 5
     return family, raw
 
 
 def require_parts(model, expected):
-    """ValueError where modules of one model, their shapes or FACTS, are not those of the other."""
+    """ValueError if the two models differ in their modules, shapes or FACTS."""
     if differences := _parts(model) ^ _parts(expected):
         texts = {f"{path}: {getattr(what, '__name__', what)}" for path, what in differences}
         raise ValueError(f"not the modules of Transformer(config); differing: {_some(texts)}")
@@ -98,7 +99,7 @@ def arrays_of(model, family: Family) -> dict:
     """{their key: array} of the model's weights and biases."""
     arrays = {}
     for key, tensors in _places(model, family).items():
-        if key.endswith((".weight", ".bias")):  # and not what a quantized weight is made of
+        if key.endswith((".weight", ".bias")):  # not the arrays inside a quantized weight
             arrays[key] = turned(key, np.concatenate([to_device(t.data, "cpu") for t in tensors]))
     return arrays | {copy: arrays[key] for copy, key in family.copies.items()}
 
@@ -113,7 +114,8 @@ def write_folder(path, raw, arrays):
 
 
 def _parse(raw) -> tuple[Family, Config]:
-    """What config.json describes; ValueError naming the field that Transformer cannot express."""
+    """What config.json describes. ValueError, with the field's name, if Transformer cannot express
+    it."""
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"model_type is {kind!r}, expected one of {list(FAMILIES)}")
@@ -126,7 +128,7 @@ def _parse(raw) -> tuple[Family, Config]:
     values, types = {}, {field.name: field.type for field in fields(Config)}
     for ours, theirs in family.fields.items():
         null = theirs in OPTIONAL and raw.get(theirs) is None
-        if not null and (theirs in raw or types[ours] is int):  # else Config's default is theirs
+        if not null and (theirs in raw or types[ours] is int):  # else both have the same default
             values[ours] = _value(raw, theirs, types[ours])
     if "activation" in values:
         known, name = family.activations, values["activation"]
@@ -137,7 +139,7 @@ def _parse(raw) -> tuple[Family, Config]:
 
 
 def _rotary(raw, c: Config) -> Config:
-    """c with its rotary base, once the fields that only Llama and Mistral have are checked."""
+    """c with its rotary base. Checks the fields that only Llama and Mistral have."""
     width, window = c.width // c.heads, raw.get("sliding_window")
     _require(raw.get("head_dim") in (None, width), raw, "head_dim", f"{width}, hidden_size / heads")
     _require(raw.get("mlp_bias", False) == c.bias, raw, "mlp_bias", "the value of attention_bias")
@@ -162,7 +164,7 @@ def _value(raw, field, kind):
     value = raw.get(field)
     fits = type(value) is kind or (kind is float and type(value) is int)
     if kind in (int, float):
-        fits = fits and 0 < value < 1e38  # and so a float32
+        fits = fits and 0 < value < 1e38  # so it fits float32
     _require(fits, raw, field, f"{'positive ' * (kind in (int, float))}{kind.__name__}")
     return kind(value)
 
@@ -174,7 +176,7 @@ def _require(fits, raw, field, expected):
 
 
 def _describe(family: Family, c: Config) -> dict:
-    """config.json for c; ValueError where it would not be read as c again."""
+    """config.json for c; ValueError if it would not be read as c again."""
     names = {ours: theirs for theirs, ours in reversed(family.activations.items())}
     model_type = next(name for name, known in FAMILIES.items() if known is family)
     raw = {"architectures": [family.architecture], "model_type": model_type}
@@ -183,7 +185,7 @@ def _describe(family: Family, c: Config) -> dict:
     if c.positions == "rotary":
         rope = {"rope_type": "default", "rope_theta": c.rope_theta}
         raw |= {"mlp_bias": c.bias, "head_dim": c.width // c.heads, "rope_parameters": rope}
-        raw["rope_theta"] = c.rope_theta  # where transformers before 5 looks
+        raw["rope_theta"] = c.rope_theta  # transformers before 5 looks here
     read = replace(_parse(raw)[1], dropout=c.dropout)
     for name, value in vars(c).items():
         if value != getattr(read, name):
@@ -198,7 +200,7 @@ def _fewest_numbers(c: Config) -> int:
 
 
 def _parts(model) -> set:
-    """What every module and every tensor is: (path, its type, its shape or one of its FACTS)."""
+    """What describes a model: each module's type and FACTS, and each tensor's shape, by path."""
     modules = dict(model.named_modules())
     facts = {(f"{name}.{fact}", vars(module)[fact])
              for name, module in modules.items() for fact in FACTS if fact in vars(module)}
@@ -221,7 +223,7 @@ def turned(key, array):
 
 
 def read_arrays(folder) -> tuple[Path, dict]:
-    """The arrays of model.safetensors or of the shards that an index names, and that file."""
+    """(model.safetensors or the index of its shards, the arrays in them)."""
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if file.exists() or not index.exists():
         return file, read_tensors(file)
@@ -242,7 +244,7 @@ def read_arrays(folder) -> tuple[Path, dict]:
 
 
 def _normalised(file, arrays, family: Family, c: Config) -> dict:
-    """The arrays under today's keys, each once, without those that play no part."""
+    """The arrays under today's keys, each once, without those that are ignored."""
     plain = {}
     for key, array in arrays.items():
         for pattern, replacement in family.respell.items():
@@ -262,7 +264,7 @@ def _normalised(file, arrays, family: Family, c: Config) -> dict:
 
 
 def _shapes(places) -> dict:
-    """{their key: the shape it has there}."""
+    """{their key: the shape that it should have in the file}."""
     shapes = {}
     for key, tensors in places.items():
         shape = (sum(len(t) for t in tensors), *tensors[0].shape[1:])

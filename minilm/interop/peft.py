@@ -1,10 +1,10 @@
 """Adapters in PEFT's folders: adapter_config.json and adapter_model.safetensors.
 
-What PEFT calls the numbers and settings of a method is an entry of peft_formats.py; what its
-folders have in common is here. Refused is what these modules cannot express: other methods, biases,
-whole modules, and ways to draw adapters that change the base. target_modules and the rest of the
-choice of modules only have to agree with the keys that are there; a pattern in the place of names
-is not run.
+peft_formats.py has an entry for each method: what PEFT calls its numbers and settings. What all
+folders have in common is here. A folder is refused if our modules cannot express it: other methods,
+biases, whole modules, and initialisations that change the base. target_modules and the other
+settings that choose modules must agree with the keys in the file. A regular expression in their
+place is not run.
 """
 
 import os
@@ -24,21 +24,21 @@ from minilm.peft.adapted import (
 )
 from minilm.transformer import Transformer
 
-FIELDS = {  # of all methods: (by default, which values are read, these in words)
+FIELDS = {  # of all methods: (default, test of a value, the values that pass, in words)
     "target_modules": (None, lambda v: v is None or type(v) is str or names(v), "names"),
     "exclude_modules": (None, lambda v: not v or names(v), "names"),
 }
 INERT = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
          "revision", "inference_mode", "fan_in_fan_out", "layers_pattern", "megatron_core",
-         "qalora_group_size", "init_ia3_weights")  # other fields that change no number
+         "qalora_group_size", "init_ia3_weights")  # fields that change no number
 
 
 def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "default") -> Transformer:
-    """Put the folder's adapter on the model, in the model's dtype; it acts. Returns the model.
+    """Put the folder's adapter on the model, in the model's dtype, and let it act.
 
-    Raises FileNotFoundError; FormatError, naming the field or the keys, where a file is damaged or
-    not an adapter for this model; ValueError where this name is taken or another adapter is merged.
-    The model is then as it was.
+    Returns the model. Raises FileNotFoundError. Raises FormatError, naming the field or the keys,
+    if a file is damaged or not an adapter for this model. Raises ValueError if the name is taken or
+    another adapter is merged. The model is then as it was.
     """
     path, file = Path(path) / "adapter_config.json", Path(path) / "adapter_model.safetensors"
     family, _ = describe(model)
@@ -63,8 +63,8 @@ def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
 def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "default") -> None:
     """Write the model's adapter of this name as a folder for PEFT and `load_adapter`.
 
-    adapter_config.json comes last, so a part of a folder does not load. ValueError, before anything
-    is written, where there is no such adapter or it has settings that one folder cannot express.
+    adapter_config.json is written last, so a part of a folder does not load. ValueError, before
+    anything is written, if there is no such adapter, or if PEFT's format cannot express it.
     """
     path, (family, _), layers = Path(path), describe(model), adaptable_layers(model)
     adapters = {p: m.adapters[name] for p, m in adapted_layers(model).items() if name in m.adapters}
@@ -93,7 +93,7 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
 
 
 def _config(path) -> tuple[Format, dict]:
-    """The method and its fields; FormatError where one cannot be, or where another plays a part."""
+    """(the method, its fields). FormatError if a value does not fit, or for an unknown field."""
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise FormatError(path, f"is {type(raw).__name__}, expected fields")
@@ -118,11 +118,11 @@ def _method(name, adapters) -> tuple[str, Format]:
         if types == {method.method}:
             return kind, method
     found = sorted(t.__name__ for t in types)
-    raise ValueError(f"the adapter {name!r} is of {found}; one of {list(FORMATS)} can be written")
+    raise ValueError(f"the adapter {name!r} is of {found}; PEFT's are {list(FORMATS)}")
 
 
 def _wanted(path, method, config, modules, arrays) -> list[str]:
-    """The modules that should have tensors: those named, or else those that have."""
+    """The modules that should have tensors: those that are named, or else those that have some."""
     targets, excluded = config["target_modules"], config["exclude_modules"] or ()
     found = [m for m in modules if _tensors(method, m, arrays)]
     if wrong := [m for m in found if _named(m, excluded)]:

@@ -1,23 +1,24 @@
-"""What PEFT calls the numbers and settings of each method: an entry of FORMATS a method.
+"""What PEFT calls the numbers and settings of each method: FORMATS has an entry a method.
 
-A module of theirs has tensors under base_model.model.<module>.<end>:
+PEFT keeps a module's tensors under base_model.model.<module>.<end>:
 
     LORA    lora_A.weight (r, I), lora_B.weight (O, r), as here
-    IA3     ia3_l (O, 1), or (1, I) where the vector scales the input: feedforward_modules
+    IA3     ia3_l (O, 1); in feedforward_modules, whose input is scaled, (1, I)
 
-GPT-2 keeps W_q, W_k and W_v in one c_attn. Reading LoRA, each of ours gets c_attn's A and its third
-of B. Writing, the A's are stacked and the B's become blocks, for
+GPT-2 keeps W_q, W_k and W_v in one c_attn. When LoRA is read, each of our three layers gets
+c_attn's A and its own third of B. When it is written, the A's are stacked and the B's become
+blocks, for
 
     [ Bq Aq ]   [ Bq       ] [ Aq ]
     [ Bk Ak ] = [    Bk    ] [ Ak ]
     [ Bv Av ]   [       Bv ] [ Av ]
 
-of rank 3r; alpha grows with it (threefold, for rsLoRA by sqrt(3)), so that the scale stays. Where
-the A's are equal bit for bit, as after reading, one of them does, and the B's are put below each
-other. One of the three without an adapter is zeros. No other number is changed.
+has rank 3r. alpha grows with the rank (threefold, for rsLoRA by sqrt(3)), so the scale stays the
+same. If the A's are equal bit for bit, as after reading, one A is enough and the B's are put below
+each other. A layer without an adapter gets zeros. No other number changes.
 
-Of IA3's vectors those for outputs follow each other; one of the three without an adapter is ones.
-A vector for the input is one for all three: q, k and v with different ones cannot be written.
+IA3's vectors for outputs are joined end to end; a layer without an adapter gets ones. A vector for
+the input is shared by all three: q, k and v with different ones cannot be written.
 """
 
 import math
@@ -35,14 +36,14 @@ from minilm.peft.lora import LoRA
 
 
 class Format(NamedTuple):
-    """How PEFT writes a method. A module's sizes are (O, I) of each of our layers that it joins."""
+    """How PEFT writes a method. sizes: (O, I) of each of our layers that a module joins."""
 
     method: type  # of the adapters
     ends: tuple[str, ...]  # of the tensors' keys
-    fields: dict  # of adapter_config.json: (by default, which values are read, these in words)
+    fields: dict  # of adapter_config.json: (default, test of a value, what passes, in words)
     shapes: Callable  # (config, module, sizes, tensors that are there) -> {end: shape}
     split: Callable  # (config, module, sizes, tensors) -> an adapter for each of our layers
-    join: Callable  # (module, sizes, adapters, None where there is none) -> (tensors, form)
+    join: Callable  # (module, sizes, adapters, None if there is none) -> (tensors, form)
     describe: Callable  # ({module: form}, other modules, adapters) -> fields, with target_modules
 
 
@@ -51,7 +52,7 @@ def _number(value): return type(value) in (int, float) and abs(value) < 1e38
 def _rank(value): return type(value) is int and value > 0
 
 
-def _table(value, fits):  # of plain names, possibly anchored: others could be built to never end
+def _table(value, fits):  # keys must be plain names: other patterns could take forever to match
     return value is None or (isinstance(value, dict) and all(
         re.fullmatch(r"\^?[\w.-]+", key) and fits(entry) for key, entry in value.items()))
 
@@ -83,7 +84,7 @@ def _lora_split(config, module, sizes, tensors):
 
 
 def _lora_form(config, module):
-    """r and alpha of a module: of the first pattern that its name ends with, if there is one."""
+    """r and alpha of a module. A pattern that matches the end of its name replaces the default."""
     def look_up(patterns, default):
         found = (value for key, value in (config[patterns] or {}).items()
                  if re.fullmatch(rf"(.*\.)?({key})", module))
@@ -92,7 +93,7 @@ def _lora_form(config, module):
 
 
 def _lora_join(module, sizes, adapters):
-    """A and B of several adapters as one, whose form is (r, alpha)."""
+    """(A and B of several adapters joined, their form: (r, alpha))."""
     present = [a for a in adapters if a]
     if len({(a.r, a.alpha, a.rslora) for a in present}) > 1:
         raise ValueError(f"the parts of {module} have different r, alpha or rslora")
@@ -110,7 +111,7 @@ def _lora_join(module, sizes, adapters):
 
 
 def _lora_describe(forms, others, adapters):
-    """The commonest form for all; the rarer ones become patterns."""
+    """Fields with the commonest form as the default; the others become patterns."""
     settings = {(adapter.rslora, adapter.drop.p) for adapter in adapters}
     if len(settings) > 1:
         raise ValueError(f"PEFT has one use_rslora and lora_dropout for all, not {settings}")
@@ -131,7 +132,7 @@ IA3_FIELDS = {
 
 
 def _ia3_shapes(config, module, sizes, tensors):
-    """(1, I) if the names in feedforward_modules say so; without names, if the tensor does."""
+    """(1, I) if feedforward_modules names the module; if it has no names, the tensor decides."""
     scaled = config["feedforward_modules"]
     inner = (any(module.endswith(end) for end in scaled) if names(scaled)  # as PEFT compares them
              else np.shape(tensors.get("ia3_l"))[:1] == (1,))
@@ -146,7 +147,7 @@ def _ia3_split(config, module, sizes, tensors):
 
 
 def _ia3_join(module, sizes, adapters):
-    """The vectors of several adapters as one, whose form is whether it scales the input."""
+    """(the vectors of several adapters joined, their form: do they scale the input?)."""
     ls = [a and to_device(a.l.data, "cpu") for a in adapters]
     present = [l for l in ls if l is not None]
     inner = {a.feedforward for a in adapters if a}
@@ -154,13 +155,13 @@ def _ia3_join(module, sizes, adapters):
         return {"ia3_l": ls[0][None]}, True
     if inner != {False}:
         raise ValueError(f"{module} has one vector for its input, which {len(ls)} layers share "
-                         "here: they must all have an adapter, and of the same vector")
+                         "here: they must all have an adapter, with the same vector")
     ones = (np.ones(O, present[0].dtype) if l is None else l for l, (O, _) in zip(ls, sizes))
     return {"ia3_l": np.concatenate([*ones])[:, None]}, False
 
 
 def _ia3_describe(forms, others, adapters):
-    """PEFT wants feedforward_modules among target_modules, and matches them within words too."""
+    """PEFT needs feedforward_modules among target_modules, and also matches parts of words."""
     outer = [m for m, inner in forms.items() if not inner]
     ends = {m: _shortest_end(m, [*others], outer if inner else []) for m, inner in forms.items()}
     return {"target_modules": sorted({*ends.values()}), "init_ia3_weights": True,
@@ -168,8 +169,10 @@ def _ia3_describe(forms, others, adapters):
 
 
 def _shortest_end(module, others, apart=()):
-    """The fewest last parts of the module's name with which none of the others ends; nor one of
-    `apart`, letter by letter."""
+    """The fewest last parts of the module's name that are not the last parts of any other name.
+
+    A name in `apart` may not even end with the same letters.
+    """
     parts = module.split(".")
     ends = (".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1))
     return next(end for end in ends if not any(ends_with(other, end) for other in others)

@@ -1,4 +1,4 @@
-"""Measuring what training takes."""
+"""What training takes and what a model can do: planned, measured, judged."""
 
 from minilm.measure.memory import KINDS, Ledger, held
 

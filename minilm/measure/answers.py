@@ -10,11 +10,12 @@ from minilm.generate import stream
 
 
 def answers(model, records, tokenizer) -> list[str]:
-    """What the model writes after each prompt, the likeliest token each time, until its end."""
+    """What the model writes after each prompt until it ends, taking the likeliest token each time.
+    """
     prompts = [tokenizer.encode(data.prompt(record)) for record in records]
     longest = max(len(tokenizer.encode(record.output)) for record in records) + 1
     found = {}
-    sizes = sorted({len(prompt) for prompt in prompts})  # rows of one length make a batch
+    sizes = sorted({len(prompt) for prompt in prompts})  # prompts of one length make a batch
     for size in tqdm(sizes, "answers", unit="batch", leave=False, disable=None):
         rows = [i for i, prompt in enumerate(prompts) if len(prompt) == size]
         ended, drawn = np.zeros(len(rows), bool), []

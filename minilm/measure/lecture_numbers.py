@@ -1,7 +1,7 @@
-"""The lectures' arithmetic of memory and of trainable parameters, by formulas.
+"""The lectures' arithmetic of memory and of trainable parameters, as formulas.
 
-`python scripts/plan_memory.py --lectures` prints it. GB is 10^9 bytes. Where a slide rounds or
-estimates in its own way, the docstring says so; the slides' numbers stand in
+`python scripts/plan_memory.py --lectures` prints it. GB is 10^9 bytes. If a slide rounds or
+estimates in its own way, the docstring says so. The slides' numbers are in
 tests/test_plan_memory.py.
 """
 
@@ -38,9 +38,10 @@ def full_float32(parameters: float) -> Bytes:
 def full_16bit(parameters: float) -> Bytes:
     """Full fine-tuning in 16 bits, 12 bytes a parameter.
 
-    The slide draws a base model in FP16 and an optimizer state in FP32, "10B -> 120GB". Our
-    reading: weights 2, gradients 2, AdamW's two states 8; nothing is left for activations. The same
-    12 bytes are "more than 780 GB" for 65B (Dettmers et al. 2023, arXiv:2305.14314, section 1).
+    The slide draws a base model in FP16 and an optimizer state in FP32, "10B -> 120GB". We read it
+    as 2 bytes for weights, 2 for gradients and 8 for AdamW's two states; nothing is left for
+    activations. With 12 bytes a parameter, 65B take the "more than 780 GB" of Dettmers et al. 2023,
+    arXiv:2305.14314, section 1.
     """
     return Bytes(2 * parameters, 8 * parameters, 2 * parameters)
 
@@ -48,8 +49,8 @@ def full_16bit(parameters: float) -> Bytes:
 def lora_16bit(parameters: float, trained: float) -> Bytes:
     """LoRA in 16 bits: 2 bytes a frozen parameter, and `full_16bit` for those trained.
 
-    The slide says "10B -> ~40GB". The base is 20 GB of it; adapters of 1 % with gradients and
-    states add 1.2 GB. The other 19 GB, nearly half, are the slide's approximation: room for
+    The slide says "10B -> ~40GB". The base takes 20 GB of it. Adapters of 1 %, with gradients and
+    states, add 1.2 GB. The other 19 GB, nearly half, are the slide's approximation: room for
     activations, which no count of parameters gives. `measure/plan.py` finds as much for one row of
     1400 tokens in a GPT of that size (32 layers of width 5120) without checkpoints.
     """
@@ -69,12 +70,12 @@ LLAMAS = {"7B": llama(32, 4096, 11008), "13B": llama(40, 5120, 13824),
 def qlora(config: Config, r: int = 64, batch: int = 1, T: int = 512, paged: bool = True) -> Bytes:
     """QLoRA as Guanaco was trained: "65B on a 48 GB GPU", "33B on 24 GB".
 
-    NF4 with double quantization is 4.127 bits a weight; embeddings, norms and head stay in 16 bits,
-    as do adapters on every linear layer and their gradients (in our plan these are of float32, and
-    adapters have masters); each block runs under a checkpoint.
-    AdamW's float32 states are paged: they count as 0 here, for they can wait in the host's memory
+    NF4 with double quantization takes 4.127 bits a weight. Embeddings, norms and head stay in 16
+    bits. So do the adapters, which are on every linear layer, and their gradients. (In plan.py
+    these gradients are float32, and adapters have masters.) Each block runs under a checkpoint.
+    AdamW's float32 states are paged. They count as 0 here, since they can wait in the host's memory
     while activations are at their highest. The slide's 41, 21, 10 and 5 GB are published
-    measurements, which this is near to and need not meet.
+    measurements; the formula comes near them but need not meet them.
     """
     step = Step(config, "qlora", batch, T, r, "all-linear", "bfloat16", 1, "cuda")
     p, trained = plan(step), trainable(step)
@@ -84,9 +85,9 @@ def qlora(config: Config, r: int = 64, batch: int = 1, T: int = 512, paged: bool
 def one_layer_trainable(parameters: float, r: int) -> float:
     """LoRA's parameters if the whole model were one square layer: A (r, C) and B (C, r), C^2 = N.
 
-    "This is a generalization considering an LLM of one layer." Rounded to nearest by `short` this
-    is the slide's table, but for four entries that the slide rounds down: 334K (rank 2, 7B), 270M
-    (512, 70B), 233M (1024, 13B) and 1.8B (8192, 13B).
+    The slide says: "This is a generalization considering an LLM of one layer." Rounded to nearest
+    by `short`, this gives the slide's table. Only four entries differ, which the slide rounds down:
+    334K (rank 2, 7B), 270M (512, 70B), 233M (1024, 13B) and 1.8B (8192, 13B).
     """
     return 2 * r * math.sqrt(parameters)
 
@@ -99,21 +100,21 @@ def short(n: float) -> str:
 
 
 def lora_trainable(config: Config, r: int, targets=("q", "v")) -> int:
-    """LoRA's parameters of a real model; GPT-3's 4.7M and 37.7M are r = 1 and 8 on q and v
-    (Hu et al. 2021, arXiv:2106.09685, table 4)."""
+    """LoRA's parameters in a real model. For GPT-3 with adapters on q and v it gives the paper's
+    4.7M at r = 1 and 37.7M at r = 8 (Hu et al. 2021, arXiv:2106.09685, table 4)."""
     return trainable(Step(config, "lora", 1, 1, r, targets))
 
 
 def layer_share(O: int, I: int, r: int) -> tuple[int, int, int, float]:
-    """Numbers in W (O, I), A (r, I), B (O, r), and the share of W's that A and B are together.
+    """(numbers in W (O, I), in A (r, I), in B (O, r), the share of A and B together in W's).
 
-    The slide's "W 590k; A, B 12k; 95 % less" counts A and B 12k each; exact is 95.8 % less.
+    The slide says "W 590k; A, B 12k; 95 % less". A and B have 12k each; exactly it is 95.8 % less.
     """
     return O * I, r * I, O * r, r * (O + I) / (O * I)
 
 
 def print_lectures():
-    """Every table, with the formulas' numbers."""
+    """Print every table, with the formulas' numbers."""
     rows = [["full, float32", *Bytes._fields, "total"]]
     rows += [[f"Llama-2 {n:g}B", *map(gb, (*full_float32(n * 1e9), full_float32(n * 1e9).total))]
              for n in (7, 13, 70)]

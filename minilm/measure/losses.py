@@ -1,4 +1,4 @@
-"""The loss of a model on rows of text, and a unit of it in which tokenizers can be compared."""
+"""The loss of a model on rows of text, and bits a byte, which make tokenizers comparable."""
 
 import math
 
@@ -18,9 +18,9 @@ def loss_of(model, tokens, targets, batch: int = 32) -> float:
 
 
 def bits_per_byte(loss: float, targets: int, size: int) -> float:
-    """The bits that a byte of a text costs, whatever its tokens are.
+    """A loss in bits a byte of the text, so that it does not depend on the tokenizer.
 
-    loss: nats a target. targets: of the text. size: its bytes in UTF-8.
+    loss: nats a target. targets: how many the text has. size: its bytes in UTF-8.
 
     >>> bits_per_byte(math.log(256), targets=10, size=10)
     8.0

@@ -8,14 +8,16 @@
         optimizer.step()
     ledger.peak                     # {"weights": ..., "adapters": ..., ..., "workspace": ...}
 
-Four kinds are counted from the objects that hold them, and stay. The other two come and go, and are
-what memory has grown by since the step began: `activations` are alive when the forward pass is
-done, kept for the backward pass; `workspace` is what the highest moment has beyond them, whenever
-that is: temporaries, gradients on their way, under checkpoints also what is computed again.
+Four kinds are there all the time, and are counted from the objects that hold them. The other two
+come and go, and are measured as the growth of memory since the step began:
 
-On a CPU Python's tracemalloc sees every array of NumPy's; Python's own objects are among what it
-sees, about 0.1 MB. On a GPU it is the hook of CuPy's memory pool. Other threads are measured on a
-CPU, other processes nowhere.
+    activations  what is alive when the forward pass is done, kept for the backward pass
+    workspace    what the highest moment takes beyond that: temporaries, gradients on their way,
+                 and, with checkpoints, what is computed again
+
+On a CPU Python's tracemalloc sees every NumPy array. It also sees Python's own objects, about
+0.1 MB. On a GPU a hook of CuPy's memory pool measures. Other threads are included on a CPU; other
+processes never are.
 """
 
 import tracemalloc
@@ -36,7 +38,7 @@ KINDS = ("weights", "adapters", "gradients", "optimizer", "activations", "worksp
 
 
 class Ledger:
-    """The memory of what runs inside `with`: see above. `peak` is there afterwards."""
+    """The memory that the body of a `with` takes. After it, `peak` holds the bytes by kind."""
 
     def __init__(self, model: Module, optimizer):
         self.model, self.optimizer, self.saved, self.peak = model, optimizer, 0, {}
@@ -49,7 +51,7 @@ class Ledger:
         return self
 
     def forward_done(self):
-        """What is alive now, and was not before the step, is activations."""
+        """Note that the forward pass is done: what is alive now beyond the start is activations."""
         self.saved = max(self.saved, self.memory.held - self.before)
 
     def __exit__(self, *error):
@@ -60,23 +62,23 @@ class Ledger:
 
 
 def held(model: Module, optimizer) -> dict[str, int]:
-    """Bytes of weights, adapters, gradients and the optimizer's states: what is there all the time.
+    """Bytes of what is there all the time: weights, adapters, gradients, the optimizer's states.
 
-    optimizer: over the model's parameters. Of a paged one what is on the device counts now.
+    optimizer: over the model's parameters. If it is paged, what is on the device now counts.
     """
     flat = optimizer.flat
     masters = 0 if flat.rounded is flat.data else flat.data.nbytes
     states = sum(a.nbytes for a in vars(optimizer).values() if hasattr(a, "nbytes"))
     everything = sum(t.data.nbytes for _, t in model.named_tensors())
     added = {id(t): t.data.nbytes for _, m in model.named_modules() if isinstance(m, Adapter)
-             for _, t in m.named_tensors()}  # once, though adapters may hold adapters
+             for _, t in m.named_tensors()}  # a dict, to count each once if adapters are nested
     adapters = sum(added.values())
     return {"weights": everything - adapters, "adapters": adapters,
             "gradients": flat.grad.nbytes, "optimizer": masters + states}
 
 
 class TracedMemory:
-    """backend.peak_memory on a CPU: bytes held now, and the most since `with` began."""
+    """backend.peak_memory for a CPU: bytes held now, and the most since `with` began."""
 
     held = property(lambda self: tracemalloc.get_traced_memory()[0])
     bytes = property(lambda self: tracemalloc.get_traced_memory()[1])
@@ -94,7 +96,7 @@ class TracedMemory:
 
 
 def measured(step: Step, make_optimizer=AdamW) -> dict[str, int]:
-    """Bytes by kind at the highest moment of a training step, the second one."""
+    """Bytes by kind at the highest moment of a training step, measured on the second step."""
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(0, step.config.vocab_size, (2, step.batch, step.T))
     model = make_model(step)
@@ -110,7 +112,7 @@ def measured(step: Step, make_optimizer=AdamW) -> dict[str, int]:
 
 
 def make_model(step: Step) -> Transformer:
-    """A model that is trained as the step says, in float32."""
+    """A model in float32, ready to be trained as the step says."""
     model = Transformer(step.config)
     model.checkpoint_every = step.checkpoint_every
     if step.method == "qlora":

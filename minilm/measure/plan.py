@@ -1,14 +1,14 @@
 """Bytes of a training step of minilm.transformer, from shapes alone.
 
 Weights, adapters, gradients and AdamW's states are counted from the shapes of the tensors.
-Activations are what is alive besides them at the highest moment of the step. Each part of the
-model is an `Op` that says what its vjps keep until the backward pass has passed them, and what is
-alive for a moment while it runs; `peak` puts them in a row. For float32 on a CPU this predicts what
-`plan_memory.py --check` measures, but for Python's own objects, about 0.1 MB. For 16 bits and on a
-GPU, where ops work on whole arrays, it counts the same arrays; that is not measured.
+Activations are all else that is alive at the highest moment of the step. Each part of the model is
+an `Op`. It says what its vjps keep until the backward pass is through with them, and what is alive
+only while it runs; `peak` goes through the ops in order. For float32 on a CPU this predicts what
+`plan_memory.py --check` measures, except for Python's own objects, about 0.1 MB. For 16 bits, and
+for a GPU, whose ops work on whole arrays, it counts the same arrays; this is not measured.
 
 Letters: B batch, T tokens, N = B T rows, C width, H heads, D head width, V vocabulary, I in, O out,
-r rank. All else is in bytes.
+r rank. Everything else is in bytes.
 """
 
 import math
@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     weights: int  # the model's own, quantized or not
     adapters: int
     gradients: int
-    optimizer: int  # AdamW's m and v, and of 16-bit parameters the masters
+    optimizer: int  # AdamW's m and v, and the masters of 16-bit parameters
     activations: int  # all else at the highest moment
 
     total = property(sum)
@@ -40,8 +40,8 @@ class Plan(NamedTuple):
 class Step:
     """A training step: forward, cross-entropy, backward, AdamW. There is no dropout.
 
-    targets: as in add_lora, in every block. qlora: NF4 in blocks of 64, double quantization.
-    ValueError for what the engine would refuse.
+    targets: as in add_lora, in every block. qlora: NF4 in blocks of 64, with double quantization.
+    ValueError for settings that the engine would refuse.
     """
 
     config: Config
@@ -73,7 +73,7 @@ class Step:
 
     @property
     def adapted(self) -> set[str]:
-        """Paths within a block of the layers that have an adapter."""
+        """The layers that have an adapter: their paths within a block."""
         paths = set(linear_layers(self.config))
         if self.method == "full":
             return set()
@@ -92,7 +92,7 @@ class Step:
         return BYTES[self.dtype]
 
     def array(self, features: int, wide: bool = False) -> int:
-        """An array (N, features). wide: in float32, as ops keep what sums and exponentials need."""
+        """Bytes of an array (N, features). wide: in float32, whatever the step's dtype is."""
         return self.batch * self.T * features * (4 if wide else self.size)
 
     def keeps(self, *paths: str) -> bool:
@@ -100,11 +100,11 @@ class Step:
         return self.method == "full" or not self.adapted.isdisjoint(paths)
 
     def weight(self, path: str) -> int:
-        """What stands beside a layer's dx: its dW, or its weight while it is dequantized."""
+        """What is alive beside a layer's dx: its dW, or its weight while that is dequantized."""
         O, I = linear_layers(self.config)[path]
         if self.method == "full":
             return O * I * self.size
-        # Beside it, what is looked up: on a CPU in blocks, by an int64 for every two codes.
+        # The table look-up needs an int64 for every two codes; on a CPU it works in blocks.
         looked_up = O * I if self.device == "cuda" else min(O * I, BLOCK)
         return 4 * (O * I + looked_up) if self.method == "qlora" else 0
 
@@ -113,7 +113,7 @@ class Step:
         return len(self.adapted & set(paths)) * self.array(self.r)
 
     def temporaries(self, size: int, whole: int, blocks: int) -> int:
-        """Of a formula by_rows: so many arrays, or, on a CPU and of large ones, so many blocks."""
+        """Temporaries of a formula in by_rows: `whole` arrays, or `blocks` blocks on a CPU."""
         if self.device == "cuda" or size <= 8 * BLOCK:
             return whole * size
         return blocks * 4 * BLOCK
@@ -164,21 +164,21 @@ def weights(s: Step) -> int:
 
 
 def nf4(n: int, block_size: int = 64) -> int:
-    """n numbers as a FourBit with double quantization: 4.127 bits each, where n is large."""
+    """n numbers as a FourBit with double quantization: 4.127 bits each, if n is large."""
     blocks = math.ceil(n / block_size)  # codes; c2, 8 bits each; c1 and their offset, float32
     return math.ceil(n / 2) + blocks + 4 * math.ceil(blocks / GROUP) + 4
 
 
 class Op(NamedTuple):
-    """A part of the model, in the order of the forward pass."""
+    """A part of the model; a list of them is in the order of the forward pass."""
 
     saved: int  # what its vjps keep until they have run
-    forward: int  # alive while it runs, besides what was saved before
-    backward: int  # alive while its vjps run, besides what is saved by it and before
+    forward: int  # alive while it runs, beside what earlier ops saved
+    backward: int  # alive while its vjps run, beside what it and earlier ops saved
 
 
 def peak(ops: Iterable[Op]) -> int:
-    """The highest moment: the backward pass finds at an op what the forward pass left there."""
+    """The highest moment: at each op, the backward pass finds what the forward pass had saved."""
     saved = highest = 0
     for op in ops:
         highest = max(highest, saved + op.forward)
@@ -190,14 +190,14 @@ def peak(ops: Iterable[Op]) -> int:
 def step(s: Step) -> list[Op]:
     """All of a training step.
 
-    Of the gradients, that of the residual stream is counted in each op; that of a tied embedding
-    lives from the head down to the embedding.
+    The gradient of the residual stream is counted in each op. The gradient of a tied embedding is
+    alive from the head down to the embedding.
     """
     c, full = s.config, s.method == "full"
     x, table = s.array(c.width), c.vocab_size * c.width * s.size
     held = table if full and c.tied else 0
-    # AdamW's u, one block, comes when all else is gone. The embedding sorts the rows of dy and adds
-    # them up; then, if it is tied, the head's part is added.
+    # AdamW's temporary u, one block, comes when all else is gone. The embedding sorts the rows of
+    # dy and adds them up. If it is tied, the head's part is added then.
     ops = [Op(0, 4 * min(trainable(s), BLOCK), 0),
            Op(0, 3 * x, 3 * x + (3 if c.tied else 1) * table if full else 0)]
     if not c.norm_first:
@@ -209,27 +209,27 @@ def step(s: Step) -> list[Op]:
 
 
 def blocks(s: Step) -> list[Op]:
-    """All blocks, or all segments under a checkpoint, which save their input x.
+    """All blocks, or all checkpointed segments, which save only their input x.
 
-    The functions that run the blocks hold the embedding's output and a block's input, which are one
-    for the first block. A segment that runs again holds the input, which its first block's saved.
-    With the norm after the residual, both are saved in any case.
+    The functions that run the blocks hold the embedding's output and a block's input; for the first
+    block they are the same. A segment that runs again holds its input, which its first block saves
+    too. If the norm comes after the residual, both are saved in any case.
     """
     c, k, x = s.config, s.checkpoint_every, s.array(s.config.width)
     alive = [(i % k > 0 if k else min(i + 1, 2)) * x * c.norm_first for i in range(c.layers)]
-    # Through frozen embeddings no gradient flows.
+    # No gradient flows to frozen embeddings.
     each = [block(s, alive[i], flows=i > 0 or s.method == "full") for i in range(c.layers)]
     if not k:
         return list(chain(*each))
     parts = [chain(*each[i : i + k]) for i in range(0, c.layers, k)]
-    # The first run, without a graph, needs less than the second. Where the norm comes first, the
-    # gradient dy is alive beside the second; else its place is taken by the input, saved twice.
+    # The first run, without a graph, needs less than the second. If the norm comes first, the
+    # gradient dy is alive beside the second run. If not, the input, counted twice, stands for it.
     return [Op(x, 0, x * c.norm_first + peak(part)) for part in parts]
 
 
 def block(s: Step, alive: int, flows: bool) -> list[Op]:
-    """Attention and MLP and their norms. alive: what outer functions hold. flows: does a gradient
-    flow to the block's input?"""
+    """Attention, MLP and their norms. alive: bytes that outer functions hold. flows: does a
+    gradient flow to the block's input?"""
     attend = attention(s, alive, flows)
     flowed, flows = flows, flows or any(path.startswith("attention.") for path in s.adapted)
     if not s.config.norm_first:
@@ -239,19 +239,19 @@ def block(s: Step, alive: int, flows: bool) -> list[Op]:
 
 
 def norm(s: Step, alive: int, flows: bool) -> Op:
-    """layer_norm keeps xhat and rstd for dx; g and b need no more. On a GPU rms_norm's kernel keeps
-    x in place of xhat. What they return is kept by the layer that takes it, if that is trained."""
+    """A norm keeps xhat and rstd for dx; the gradients of g and b need no more. On a GPU rms_norm
+    keeps x instead of xhat. The next layer keeps the result, if it is trained."""
     x, rstd = s.array(s.config.width), s.array(1, wide=True)
     xhat = s.array(s.config.width, wide=s.config.norm == "layer" or s.device == "cpu")
-    # forward: xhat, y, xhat g.  backward: of the residual, dy, dx, and dx's temporary or their sum
+    # forward: xhat, y, xhat g. backward: the residual's gradient, dy, dx, and a temporary or sum
     return Op(flows * (xhat + rstd), alive + 3 * xhat, 3 * x + xhat)
 
 
 def attention(s: Step, alive: int, flows: bool) -> Op:
     """q, k, v, softmax(q k^T) v, and o.
 
-    Saved: the input, for the dW or dA of q, k, v; q scaled, k, v; the result y, which also is the
-    input of o; each tile's P (b, H, t, s) and l (b, H, t, 1). Of 16 bits q, k, v are widened twice.
+    Saved: the input, for the dW or dA of q, k, v; the scaled q, k, v; the result y, also the input
+    of o; each tile's P (b, H, t, s) and l (b, H, t, 1). 16-bit q, k, v are widened in both passes.
     """
     c, names = s.config, ("attention.q", "attention.k", "attention.v")
     x, qkv = s.array(c.width), c.width + 2 * (c.width // c.heads * c.kv_heads)
@@ -262,21 +262,21 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     own = s.array(qkv) + P + s.array(c.heads, wide=True)
     result = x if graph or s.keeps("attention.o") else 0
     saved = entry + s.low_rank(*names, "attention.o") + graph * own + result
-    # forward: the input, q before it was scaled, and in the end what o returns
+    # forward: the input, q before scaling, and at the end the output of o
     forward = alive + 4 * x + own + operands + s.low_rank(*names)
-    # backward: of the residual, dy, and either o's weight or dq, dk, dv and what a tile needs
+    # backward: the residual's gradient, dy, and either o's weight or dq, dk, dv and a tile's needs
     products = s.array(qkv, wide=True) + operands + tile
     return Op(saved, forward, 2 * x + max(s.weight("attention.o"), products))
 
 
 def probabilities(s: Step) -> tuple[int, int]:
-    """Bytes of P over all tiles, and of one tile's dS (b, H, t, T), g (b, H, t, D) and P^T g."""
+    """(bytes of P over all tiles; of one tile's dS (b, H, t, T), g (b, H, t, D) and P^T g)."""
     B, T, H, D = s.batch, s.T, s.config.heads, s.config.width // s.config.heads
     b, t, area = B, T, T * T
     if s.device == "cpu":
         t = min(T, 64)
         b = min(B, max(1, BLOCK // (H * t * T)))
-        if s.config.causal:  # a tile leaves out the keys that none of its queries can see
+        if s.config.causal:  # a tile skips the keys that none of its queries can see
             area = sum(min(t, T - i) * min(i + t, T) for i in range(0, T, t))
     return 4 * B * H * area, 4 * b * H * (t * T + t * D + T * D)
 
@@ -284,15 +284,15 @@ def probabilities(s: Step) -> tuple[int, int]:
 def mlp(s: Step, alive: int, flows: bool) -> Op:
     """down(gelu(up(x))), or down(silu(gate(x)) up(x)).
 
-    Saved: the input, for up and gate; the activation's slope, or SwiGLU's two factors; what down
-    sees, if down is trained.
+    Saved: the input, for up and gate; the activation's slope, or SwiGLU's two factors; the input of
+    down, if down is trained.
     """
     c, ups = s.config, ("mlp.up", "mlp.gate")
     x, h, slope = s.array(c.width), s.array(c.hidden), s.array(c.hidden, wide=True)
     graph = flows or bool(s.adapted & set(ups))
     entry, seen = s.keeps(*ups) * x, s.keeps("mlp.down") * h
-    # The formula of the activation: its argument, slope and value, and temporaries; of SwiGLU its
-    # factors and value. In the backward pass dy and dx; of SwiGLU dy, dgate, dup and the sigmoid.
+    # The activation's formula holds its argument, slope, value and temporaries; SwiGLU's holds its
+    # factors and value. The backward pass holds dy and dx; SwiGLU's dy, dgate, dup and the sigmoid.
     if c.activation == "swiglu":
         kept, formula = 2 * h, 3 * h
         backward = 3 * h + s.temporaries(slope, int(s.device == "cpu"), blocks=5)
@@ -302,14 +302,14 @@ def mlp(s: Step, alive: int, flows: bool) -> Op:
         backward = 2 * h
     saved = entry + graph * kept + seen + s.low_rank(*ups, "mlp.down")
     weight = s.weight("mlp.down")
-    # forward: what comes in; the formula, or its value, down's result and the weight if it is codes
+    # forward: the input; then the formula, or its value, down's result and a dequantized weight
     down = kept + h + x + (weight if s.method == "qlora" else 0)
-    # backward: of the residual; down's dx beside its weight, or, what down saw gone, the formula's
+    # backward: the residual's gradient; then down's dx beside its weight, or the formula's arrays
     return Op(saved, alive + x + max(formula, down), x + max(h + weight, backward - seen))
 
 
 def head(s: Step) -> Op:
-    """The last linear layer and the loss, which keeps p = softmax(logits) and turns it into
+    """The last linear layer and the loss. The loss keeps p = softmax(logits), and turns it into
     dlogits in place."""
     c, full = s.config, s.method == "full"
     x, logits = s.array(c.width), s.array(c.vocab_size)

@@ -11,9 +11,10 @@ from minilm.tensor import no_grad
 
 
 def speeds(models: dict, tokens, rounds: int = 7) -> dict[str, list[float]]:
-    """Tokens a second on one core, evaluating 16 rows and, if causal, generating one.
+    """Tokens a second on one core: evaluating 16 rows and, if the model is causal, generating one.
 
-    tokens: (R, T). Medians of rounds, in which the models take turns: by name, one number or two.
+    tokens: (R, T). The models take turns in `rounds` rounds. Returns the medians by name: one
+    number for each job.
     """
     rows, T = tokens[:16], tokens.shape[1]
     jobs = [(rows.size, lambda model: model(rows))]

@@ -1,14 +1,16 @@
-"""Whether a claim about two arms of an experiment holds, told from a few seeds.
+"""Does a claim about two arms of an experiment hold? A verdict from a few seeds.
 
 Both arms run on the same seeds and share records and batches, so each seed gives one difference d.
-Over n seeds, with s the standard deviation of d and t Student's quantile for n - 1,
+For n seeds let s be the standard deviation of d, and t Student's quantile for n - 1. The interval
 
     mean(d) - t s / sqrt(n)  to  mean(d) + t s / sqrt(n)                                     (1)
 
 covers the mean over all seeds in 95 of 100 experiments, if the d are normal (Student 1908, The
-probable error of a mean). A bootstrap assumes less, but of three seeds it never leaves the lowest
-and the highest, which cover the median in 75 of 100 only.
-The interval speaks of other seeds. It knows nothing of other models, data or settings.
+probable error of a mean). A bootstrap assumes less. But with three seeds it never leaves the range
+from the lowest to the highest, which covers the median in only 75 of 100 experiments.
+
+The interval says what to expect of other seeds. It says nothing about other models, data or
+settings.
 """
 
 import math
@@ -17,14 +19,15 @@ from dataclasses import dataclass
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
 
-# Student's quantile of .975 for 1, 2, ... 20 degrees of freedom; for more the last, which is wider.
+# Student's quantile of .975 for 1, 2, ... 20 degrees of freedom. The last one serves for more, too:
+# it makes the interval a little wider.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
         2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the seeds say about a claim: "about lies between at_least and at_most"."""
+    """What the seeds say about the claim that a quantity lies between two bounds."""
 
     verdict: str  # HOLDS, FAILS or OPEN
     about: str  # the quantity
@@ -37,13 +40,13 @@ class Verdict:
 
 
 def difference(rows: Iterable[dict], measure: str, a: str, b: str) -> list[float]:
-    """Arm a's number less arm b's, for each seed that has both."""
+    """Arm a's number minus arm b's, for each seed that has both."""
     of = {arm: {r["seed"]: r[measure] for r in rows if r["arm"] == arm} for arm in (a, b)}
     return [of[a][seed] - of[b][seed] for seed in sorted(of[a].keys() & of[b].keys())]
 
 
 def interval(d: list[float]) -> tuple[float, float]:
-    """(low, high) that cover the mean of what d is drawn from. ValueError for fewer than two."""
+    """The 95 % interval (low, high) of eq. (1). ValueError for fewer than two numbers."""
     if len(d) < 2:
         raise ValueError(f"an interval needs at least two numbers, got {len(d)}")
     n, mean = len(d), math.fsum(d) / len(d)  # fsum: the same bits in any order
@@ -56,9 +59,9 @@ def verdict(d: list[float], about: str, at_least: float | None = None,
             at_most: float | None = None) -> Verdict:
     """Does the mean of d lie between the bounds?
 
-    It holds if all of the interval lies inside them, it does not hold if all of the interval lies
-    outside. Otherwise, and with fewer than two numbers, it cannot be told. ValueError without a
-    bound.
+    The claim holds if all of the interval lies inside them. It does not hold if all of the interval
+    lies outside. Otherwise, and with fewer than two numbers, it cannot be told. ValueError if there
+    is no bound.
     """
     if at_least is None and at_most is None:
         raise ValueError(f"a claim about {about} needs at_least, at_most or both")
@@ -77,6 +80,6 @@ def verdict(d: list[float], about: str, at_least: float | None = None,
 
 def compared(rows: Iterable[dict], measure: str, a: str, b: str, at_least: float | None = None,
              at_most: float | None = None) -> Verdict:
-    """The verdict on arm a's number less arm b's."""
+    """The verdict on arm a's number minus arm b's."""
     about = f"{a} - {b}: {measure}"
     return verdict(difference(rows, measure, a, b), about, at_least, at_most)

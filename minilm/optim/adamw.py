@@ -7,9 +7,9 @@ AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; Kingma & Ba 2015
     p = p - lr weight_decay p                                      (3)
     p = p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) (4)
 
-A rule is elementwise over flat arrays and changes them in place, so any part of them can be
-updated apart from the rest: `step()` does all, `update(part, ...)` a slice. Parameters of 16 bits
-are rounded anew from their float32 masters, which are what the rule changes (see flat.py).
+A rule works elementwise on flat arrays and changes them in place, so any part can be updated apart
+from the rest: `step()` updates all, `update(part, ...)` a slice. If the parameters have 16 bits,
+the rule changes their float32 masters, and the parameters are rounded from these (see flat.py).
 """
 
 import math
@@ -25,7 +25,7 @@ from minilm.optim.flat import FlatParameters
 class SGD:
     """p = p - lr (g + weight_decay p). `lr` may be changed between steps.
 
-    ValueError for negative settings, and as from FlatParameters.
+    ValueError for negative settings, and whenever FlatParameters raises it.
     """
 
     def __init__(self, params, lr: float = 1e-2, weight_decay: float = 0.0):
@@ -35,17 +35,17 @@ class SGD:
         self.steps = 0
 
     def step(self, scale: float = 1.0, everywhere=None):
-        """Update all parameters by their gradients times scale; one that has none counts as 0.
+        """Update all parameters by their gradients times scale; a missing gradient counts as 0.
 
-        everywhere(t, lr, scale): calls `update` on parts that together are the whole, as workers
-        share them; by default the whole is one part.
+        everywhere(t, lr, scale): calls `update` on parts that together cover everything, so that
+        workers can share the step; by default there is one part.
         """
         self.flat.complete()
         self.steps += 1
         (everywhere or self.update_all)(self.steps, self.lr, scale)
 
     def update_all(self, t: int, lr: float, scale: float = 1.0):
-        """Step t of the whole as one part."""
+        """Step t of all parameters, as one part."""
         self.update(slice(0, self.flat.size), t, lr, scale)
 
     def zero_grad(self):
@@ -63,10 +63,10 @@ class AdamW:
     """AdamW over one flat buffer. `lr` may be changed between steps.
 
     params: leaves, whose .data and .grad become views of flat buffers (see FlatParameters).
-    undecayed: those of them that weight decay leaves alone (usually norms and biases).
-    ValueError for settings out of range, and as from FlatParameters.
+    undecayed: those of them that have no weight decay (usually norms and biases).
+    ValueError for settings out of range, and whenever FlatParameters raises it.
 
-    The first step has the length lr in each coordinate, however large the gradient:
+    The first step moves each coordinate by lr, however large its gradient is:
 
     >>> from minilm.tensor import Tensor
     >>> p = Tensor([1.0, -20.0], requires_grad=True)
@@ -85,7 +85,7 @@ class AdamW:
         decayed = [p for p in params if id(p) not in without]
         self.flat = FlatParameters(decayed + [p for p in params if id(p) in without])
         places = self.flat.places[len(decayed) :]
-        self.decayed = places[0].start if places else self.flat.size  # elements; they come first
+        self.decayed = places[0].start if places else self.flat.size  # this many come first
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.steps = 0
         self._make_states()
@@ -94,17 +94,17 @@ class AdamW:
         self.m, self.v = self.flat.zeros(), self.flat.zeros()
 
     def step(self, scale: float = 1.0, everywhere=None):
-        """Update all parameters by their gradients times scale; one that has none counts as 0.
+        """Update all parameters by their gradients times scale; a missing gradient counts as 0.
 
-        everywhere(t, lr, scale): calls `update` on parts that together are the whole, as workers
-        share them; by default the whole is one part.
+        everywhere(t, lr, scale): calls `update` on parts that together cover everything, so that
+        workers can share the step; by default there is one part.
         """
         self.flat.complete()
         self.steps += 1
         (everywhere or self.update_all)(self.steps, self.lr, scale)
 
     def update_all(self, t: int, lr: float, scale: float = 1.0):
-        """Step t of the whole as one part."""
+        """Step t of all parameters, as one part."""
         self.update(slice(0, self.flat.size), t, lr, scale)
 
     def zero_grad(self):
@@ -130,7 +130,7 @@ class AdamW:
 
 
 def plain_adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
-    """Step t of AdamW as it stands above, t = 1, 2 ..: the new (p, m, v)."""
+    """Step t = 1, 2, ... of AdamW, as the equations say it: the new (p, m, v)."""
     m = beta1 * m + (1 - beta1) * g  # eq. (1)
     v = beta2 * v + (1 - beta2) * g * g  # eq. (2)
     p = p - lr * weight_decay * p  # eq. (3)
@@ -138,11 +138,11 @@ def plain_adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
 
 
 def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay, scale=1.0):
-    """Step t of AdamW on flat arrays, for gradients g scale; p, m and v change in place.
+    """Step t of AdamW on flat arrays, for gradients g * scale; p, m and v change in place.
 
-    Beside the plain form: all goes through one temporary, u, and m moves by (1 - beta1) (g - m),
-    one product an element fewer; so does v. On a GPU float32 arrays go to kernels/adamw.cu, which
-    gives the same bits.
+    Two things differ from the plain form. All results go through one temporary, u. And m moves by
+    (1 - beta1) (g - m), which saves a product an element; so does v. On a GPU float32 arrays go to
+    kernels/adamw.cu, which gives the same bits.
     """
     xp = array_module(v)
     if xp is not np and p.dtype == np.float32:
@@ -158,7 +158,7 @@ def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay, scale=1.0):
     v += u  # eq. (2)
     if weight_decay:
         p *= 1 - lr * weight_decay  # eq. (3)
-    # the fraction of (4), both sides times sqrt(1 - beta2^t): one division an element fewer
+    # Both sides of the fraction in (4) are multiplied by sqrt(1 - beta2^t): this saves a division.
     correction = math.sqrt(1 - beta2**t)
     xp.sqrt(v, out=u)
     u += eps * correction
@@ -168,7 +168,7 @@ def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay, scale=1.0):
 
 
 def _chunks(part, decayed, xp):
-    """Slices that cover a part, none of them across the end of what is decayed."""
+    """Slices that cover a part. In each, either all elements are decayed or none."""
     n = BLOCK if xp is np else part.stop
     border = min(max(decayed, part.start), part.stop)
     sides = (part.start, border), (border, part.stop)

@@ -1,19 +1,19 @@
 """Adam's moments in 8 bits, block by block: 2.03 bytes a parameter instead of 8.
 
 Dettmers, Lewis, Shleifer & Zettlemoyer 2022, arXiv:2110.02861. Each of m and v is cut into blocks
-of 256 numbers. A block has one constant N, its largest magnitude, and each of its numbers T_i the
-code of the nearest of 256 values Q, the dynamic map (v, which has no sign, has a map of its own):
+of 256 numbers. A block has one constant N, its largest magnitude. Each of its numbers T_i has the
+code of the nearest of 256 values Q, the dynamic map. (v is never negative and has its own map.)
 
     q_i = argmin_j |Q_j - T_i / N|         (quantize)
     T_i = Q[q_i] N                         (dequantize)
 
-A step widens a block to float32, updates it and the parameters by the one rule, `adamw`, and
-narrows it again. The parameters see the new m and v as they were before the rounding.
+A step dequantizes a block to float32, updates it and the parameters by `adamw`, and quantizes it
+again. The parameters see the new m and v before they are rounded.
 
-The format is bitsandbytes': codes, constants and maps can be exchanged. So are its limits. Q begins
-at -0.993, so a block whose largest number is negative loses 0.7 % of that. A v below 1.6e-7 of its
-block's largest becomes zero though its m may not: should the gradient stop then, what is left of m
-is divided by eps alone. Embeddings, whose gradients come and go, are better kept in float32.
+The format is bitsandbytes': codes, constants and maps can be exchanged. It has the same limits. Q
+begins at -0.993, so a block loses 0.7 % of its largest number if that is negative. A v below 1.6e-7
+of its block's largest becomes zero, though its m may not. If the gradient stops then, what is left
+of m is divided by eps alone. So keep embeddings in float32: their gradients come and go.
 """
 
 import functools
@@ -26,7 +26,7 @@ from minilm.optim.adamw import adamw
 from minilm.quantize.codebooks import dynamic_map
 
 BLOCK_SIZE = 256  # numbers that share a constant
-CARD_BLOCK = 1 << 20  # what BLOCK is on a CPU: numbers that are widened to float32 at a time
+CARD_BLOCK = 1 << 20  # numbers that a GPU dequantizes at a time; a CPU takes BLOCK of them
 TABLES = 1 << 18  # bytes of _tables, signed and not
 TINY = np.finfo(np.float32).tiny
 
@@ -34,27 +34,29 @@ TINY = np.finfo(np.float32).tiny
 class EightBit:
     """The states m and v of n parameters as four arrays, see `names`.
 
-    Codes are uint8, one a parameter; absmax float32, one a block of 256, the last block shorter.
+    Codes are uint8, one a parameter. absmax is float32, one a block of 256; the last block may be
+    shorter.
     """
 
-    block = BLOCK_SIZE  # elements that are never parted
+    block = BLOCK_SIZE  # elements that always stay together
     names = "m", "v", "m_absmax", "v_absmax"  # the first two are codes
 
     def zeros(self, n: int, xp=np) -> tuple:
-        """The arrays for n parameters before the first step, of the module xp: all bytes zero."""
+        """The arrays for n parameters before the first step, made by the module xp: all zeros."""
         blocks = -(-n // BLOCK_SIZE)
         return (xp.zeros(n, np.uint8), xp.zeros(n, np.uint8),
                 xp.zeros(blocks, np.float32), xp.zeros(blocks, np.float32))
 
     def spare(self, n: int) -> int:
-        """Bytes that an update of n parameters takes besides on a GPU: about 20 MiB at most."""
+        """Extra bytes that an update of n parameters takes on a GPU: about 20 MiB at most."""
         return 24 * min(-(-n // BLOCK_SIZE) * BLOCK_SIZE, CARD_BLOCK) + TABLES
 
     def update(self, p, g, arrays, t: int, lr: float, beta1: float, beta2: float, eps: float,
                weight_decay: float, scale: float = 1.0):
-        """Step t of AdamW for gradients g scale, all finite; p and the arrays change in place.
+        """Step t of AdamW for gradients g * scale, all finite; p and the arrays change in place.
 
-        Parameters can be updated in parts, the same bits, where the parts are whole blocks.
+        Parts of the parameters can be updated one by one, with the same bits, if each part is whole
+        blocks.
         """
         m_codes, v_codes, m_absmax, v_absmax = arrays
         step = BLOCK if array_module(p) is np else CARD_BLOCK
@@ -70,8 +72,8 @@ class EightBit:
 def quantize(x, signed: bool):
     """(codes (n,) uint8, absmax (blocks,) float32) of finite numbers x: (n,) float32.
 
-    Each is divided by absmax in float32; the middle of two values goes to the lower. A block below
-    1.2e-38 becomes zeros, for as a divisor such a number is zero on the card.
+    Each number is divided by absmax in float32. Halfway between two values the lower one is taken.
+    A block below 1.2e-38 becomes zeros, since a GPU takes so small a divisor for zero.
     """
     n, x = x.size, _blocks(x)
     absmax = array_module(x).abs(x).max(-1)
@@ -96,8 +98,8 @@ def _blocks(x):  # (n,) -> (blocks, 256)
 def _nearest(s, signed):  # (n,) from -1 to 1 -> (n,) uint8
     """The code of the nearest value, exactly.
 
-    Among numbers with the same upper 16 bits lies at most one middle of two values. So the bits
-    tell the code but for one comparison, twenty times as fast as a search among the middles.
+    Among numbers with the same upper 16 bits there is at most one midpoint of two values. So a
+    table of those bits and one comparison give the code, twenty times as fast as a search.
     """
     _, lowest, middles = _tables(signed, array_module(s))
     codes = lowest.take(s.view(np.uint16)[1::2])
@@ -107,13 +109,14 @@ def _nearest(s, signed):  # (n,) from -1 to 1 -> (n,) uint8
 
 @functools.lru_cache(8)
 def _tables(signed, xp):
-    """The map; the code of the lowest number with given upper 16 bits; the middle above a code."""
+    """(the map; by upper 16 bits, the code of the lowest such number; the midpoint above a code).
+    """
     values = dynamic_map(signed)
     exact = (values[1:].astype(np.float64) + values[:-1]) / 2
-    middles = exact.astype(np.float32)  # rounded down, so that s > middle is true where it should
+    middles = exact.astype(np.float32)  # next rounded down, to miss no s > middle
     middles = np.where(middles > exact, np.nextafter(middles, np.float32(-1)), middles)
     bits = np.arange(1 << 16, dtype=np.uint32) << 16
-    bits[1 << 15 :] |= 0xFFFF  # of negative numbers the one with the highest bits is the lowest
+    bits[1 << 15 :] |= 0xFFFF  # among negative numbers, the highest bits make the lowest number
     lowest = np.searchsorted(middles, bits.view(np.float32)).astype(np.uint8)
     middles = np.append(middles, np.float32(np.inf))
     return xp.asarray(values), xp.asarray(lowest), xp.asarray(middles)

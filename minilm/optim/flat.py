@@ -3,8 +3,8 @@
 An update rule is then one loop over chunks of four flat arrays. A chunk is a cache block on the
 CPU, a page in a paged optimizer, a shard in ZeRO, a bucket in data parallelism.
 
-Parameters of 16 bits have masters: float32 numbers that the update rule changes, and of which the
-parameters are the rounded copy. Their gradients are added up in float32 too.
+Parameters of 16 bits have masters: float32 numbers that the update rule changes. The parameters are
+the masters, rounded. Their gradients are added up in float32 too.
 """
 
 import math
@@ -26,11 +26,11 @@ PIECE = 1 << 24  # elements
 class FlatParameters:
     """Takes over the given leaves: param.data and param.grad become views of flat buffers.
 
-    data: what the update rule changes: the parameters, or the float32 masters of 16-bit ones
-    grad: the gradients, of data's dtype
+    data: what the update rule changes: the parameters, or their float32 masters
+    grad: the gradients, in data's dtype
     rounded: what the parameters are views of: data itself, or 16-bit numbers
 
-    All must have one dtype and device. The first gradient of a step overwrites its place, later
+    All must have one dtype and device. The first gradient of a step overwrites its place, and later
     ones add to it. ValueError for an empty list, a parameter given twice, a frozen one, or several
     dtypes.
     """
@@ -50,7 +50,7 @@ class FlatParameters:
         dtype = self.params[0].dtype
         self.data, self.grad = self.zeros(), self.zeros()
         self.rounded = self.data if self.data.dtype == dtype else self.zeros(dtype)
-        self.waiting, self.lock = [], threading.Lock()  # (gradient, its place), to be gathered
+        self.waiting, self.lock = [], threading.Lock()  # (gradient, its place), for gather()
         buffers = (self.views(flat) for flat in (self.data, self.rounded, self.grad))
         for p, place, master, data, grad in zip(self.params, self.places, *buffers):
             master[...] = wide(p.data)
@@ -60,7 +60,7 @@ class FlatParameters:
         self.zero_grad()
 
     def zeros(self, dtype=None):
-        """A new buffer like .data; on a CPU in memory that processes share after a fork."""
+        """A new buffer like .data. On a CPU it lies in memory that processes share after a fork."""
         like = self.params[0].data
         xp, dtype = array_module(like), dtype or np.promote_types(like.dtype, np.float32)
         if xp is not np:
@@ -68,37 +68,37 @@ class FlatParameters:
         return np.frombuffer(mmap.mmap(-1, self.size * dtype.itemsize), dtype)
 
     def views(self, flat):
-        """An array in the layout of .data as one view a parameter, in the parameters' shapes."""
+        """Views of a flat array like .data: one for each parameter, in its shape."""
         return [flat[place].reshape(p.shape) for p, place in zip(self.params, self.places)]
 
     def round(self, part: slice):
-        """Bring the 16-bit parameters of a part up to their masters; others are their own."""
+        """Round the masters of a part to the 16-bit parameters; without masters, do nothing."""
         if self.rounded is not self.data:
-            self.rounded[part] = self.data[part]  # without an array in between
+            self.rounded[part] = self.data[part]  # converts without an array in between
 
     def zero_grad(self):
         """Forget the gradients; nothing is written until new ones arrive."""
         self.waiting.clear()
         for p in self.params:
-            if p.node:  # an adapter that rests has none
+            if p.node:  # an adapter that does not act has none
                 p.grad = None
 
     def complete(self):
-        """Zeros where no gradient arrived, so that .grad is whole."""
+        """Write zeros where no gradient arrived, so that all of .grad counts."""
         self.gather()
         for p, grad in zip(self.params, self.views(self.grad)):
             if p.grad is None:
                 grad[...] = 0
 
     def gather(self):
-        """Bring the gradients that wait to their places, all in one launch."""
+        """Copy the waiting gradients to their places, all in one launch."""
         with self.lock:
             if self.waiting:
                 cuda.gather(*zip(*self.waiting), self.grad)
                 self.waiting.clear()
 
     def _receiver(self, param, view, place):
-        """What takes a gradient. A small one on a card waits for the end of `backward`."""
+        """A function that takes in a gradient. On a GPU a small one waits until `backward` ends."""
         lock = threading.Lock()  # threads may bring gradients of one parameter at once
 
         def receive(dy):
@@ -112,7 +112,7 @@ class FlatParameters:
                         view[...] = dy
                 else:
                     self.gather()
-                    with np.errstate(invalid="ignore"):  # inf - inf: the norm will tell
+                    with np.errstate(invalid="ignore"):  # inf - inf: the norm will show it
                         operator.iadd(view, dy)
 
         return receive
@@ -121,7 +121,7 @@ class FlatParameters:
 def _places(params):
     """(a slice of the flat buffers for each parameter, the size of such a buffer).
 
-    Each begins at a multiple of 16 bytes, as the CUDA kernels want it; what is between stays zero.
+    Each slice begins at a multiple of 16 bytes, as the CUDA kernels need it. Gaps stay zero.
     """
     step, places, end = max(1, 16 // params[0].dtype.itemsize), [], 0
     for p in params:
@@ -131,12 +131,13 @@ def _places(params):
 
 
 def _is_small(dy):
-    """Whether a copy of this gradient to its place is mostly the launch: of adapters on a card."""
+    """Does copying this gradient take hardly longer than launching the copy? Adapters' do."""
     return array_module(dy) is not np and dy.dtype.itemsize == 2 and dy.size <= 1 << 20
 
 
 def squares(x) -> float:
-    """The sum of x^2 of a flat array, in at least float32; 16-bit numbers are widened piecewise."""
+    """The sum of x^2 over a flat array, in float32 or wider. 16-bit numbers are widened by pieces.
+    """
     if x.dtype.itemsize > 2:
         return dot(x, x)
     pieces = (wide(x[i : i + PIECE]) for i in range(0, x.size, PIECE))
@@ -144,7 +145,7 @@ def squares(x) -> float:
 
 
 def clip_grad_norm(params: list[Tensor], max_norm: float) -> float:
-    """Scale the gradients to a global L2 norm of at most max_norm; returns the norm before.
+    """Scale the gradients to a global L2 norm of at most max_norm; returns the norm they had.
 
     With max_norm=inf it only measures. Source: Pascanu et al. 2013, arXiv:1211.5063, algorithm 1.
 
@@ -162,5 +163,5 @@ def clip_grad_norm(params: list[Tensor], max_norm: float) -> float:
 
 
 def clip_scale(norm: float, max_norm: float) -> float:
-    """What a gradient of this norm is multiplied by, so that its norm is at most max_norm."""
+    """The factor that brings a gradient of this norm down to max_norm; 1 if it is no larger."""
     return max_norm / norm if norm > max_norm else 1.0

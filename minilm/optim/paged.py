@@ -1,19 +1,23 @@
 """AdamW with its states in pages that move between the host and the device.
 
-Dettmers, Pagnoni, Holtzman & Zettlemoyer 2023, arXiv:2305.14314, section 3, "Paged Optimizers",
-with copies of our own in place of the driver's page faults. Parameters and gradients stay on the
-device; pages.py says how pages of states come and go. The parameters come out with the bits of
-`AdamW`, for every page size and budget.
+Dettmers, Pagnoni, Holtzman & Zettlemoyer 2023, arXiv:2305.14314, section 3, "Paged Optimizers". In
+the paper the driver moves pages on page faults; here the optimizer copies them itself. Parameters
+and gradients stay on the device; pages.py says how pages of states come and go. The parameters have
+the bits of `AdamW`, for every page size and budget.
 
-A step that fails leaves the old or the new state. What can fail before the first update is launched
-(memory, pages on their way back) raises at the old one. A copy that is refused later has changed
-nothing, for its source is whole, so what is left of the step is tried once more. Only where that is
-refused too are parameters and states of two steps; that raises, and so does every later call. What
-a GPU reports later, of work under way, costs all that is on it.
+If a step fails, parameters and states are all of the old step or all of the new one:
 
-What overlaps: a gradient that is clipped by the global norm is known only when the backward pass
-is over, so no update can begin before. But the first pages to stream are in their slots by then,
-having come in during the passes; and the last go home during the next forward pass.
+* Before the first update is launched, memory is found and pages are brought back. If this fails, it
+  raises at the old state.
+* A copy that is refused later has changed nothing, since its source is whole. The rest of the step
+  is tried once more.
+* If that is refused too, parameters and states are of two steps. This raises, and so does every
+  later call.
+* An error that a GPU reports later, about work under way, loses all that is on the GPU.
+
+What overlaps: clipping needs the global norm, so no update can begin before the backward pass is
+over. But the first pages come into their slots during the passes, and the last ones go home during
+the next forward pass.
 """
 
 import contextlib
@@ -37,18 +41,18 @@ BROKEN = "parameters and states are of two steps: go back to a checkpoint"
 class Float32:
     """The states m and v as AdamW has them: two float32 arrays."""
 
-    block = 4  # elements that are never parted: the kernel's 16 bytes
+    block = 4  # elements that always stay together: the kernel takes 16 bytes at a time
     names = "m", "v"
 
     def zeros(self, n: int, xp=np) -> tuple:
         return xp.zeros(n, np.float32), xp.zeros(n, np.float32)
 
     def spare(self, n: int) -> int:
-        """Bytes of device memory that an update of n parameters takes besides: the kernel none."""
+        """Extra bytes of device memory that an update of n parameters takes: none."""
         return 0
 
     def update(self, p, g, arrays, t, lr, beta1, beta2, eps, weight_decay, scale=1.0):
-        """Step t of AdamW for gradients g scale; p and the arrays change in place."""
+        """Step t of AdamW for gradients g * scale; p and the arrays change in place."""
         step = BLOCK if array_module(p) is np else max(1, p.size)
         for i in range(0, p.size, step):
             part = slice(i, i + step)
@@ -57,19 +61,19 @@ class Float32:
 
 
 class PagedAdamW(AdamW):
-    """AdamW whose states take no more device memory than there is; see above.
+    """AdamW whose states take no more device memory than there is; see the top of the file.
 
     page_size: elements of a page, a power of two
-    device_budget: bytes of device memory that states may take; None for all of them while no other
-        array wants the memory
-    device: see streams.py; by default the GPU where the parameters are on one, else a simulated
-        one without limit
+    device_budget: bytes of device memory that states may take; by default as many as they need, as
+        long as no other array needs the memory
+    device: see streams.py; by default the GPU if the parameters are on one, else a simulated device
+        without limit
     state: the format of the states, Float32() or eightbit.EightBit()
-    pageable: keep pages at home in ordinary host memory, where pinned memory cannot be had; slower
+    pageable: keep pages in ordinary host memory, if there is not enough pinned memory; slower
 
     A step whose gradient is not finite changes nothing and is counted in `skipped`. close(), or the
     end of a `with`, gives the memory back.
-    ValueError for a bad page size or a budget below three pages; MemoryError where the host's
+    ValueError for a bad page size or a budget below three pages; MemoryError if the host's
     memory does not hold the states.
     """
 
@@ -101,7 +105,7 @@ class PagedAdamW(AdamW):
         weakref.finalize(self, self.device.close).atexit = False  # dropped without close()
 
     def step(self, scale: float = 1.0, everywhere=None):
-        """As of AdamW, where all gradients are finite; else nothing."""
+        """A step of AdamW if all gradients are finite; otherwise nothing changes."""
         self.flat.complete()
         if math.isfinite(squares(self.flat.grad)):
             super().step(scale, everywhere)
@@ -111,8 +115,8 @@ class PagedAdamW(AdamW):
     def update(self, part: slice, t: int, lr: float, scale: float = 1.0):
         """Step t of a part, with gradients multiplied by scale, which must be finite.
 
-        Where states cannot be parted at the part's ends, these are moved up; parts that together
-        are the whole stay so. After an error at the old state `steps` is t - 1.
+        If states cannot be split at an end of the part, that end moves up; parts that together
+        cover everything still do. After an error at the old state `steps` is t - 1.
         """
         self._check()
         pieces = self._pieces(part)
@@ -132,7 +136,7 @@ class PagedAdamW(AdamW):
             self.prefetch()
 
     def _pieces(self, part):
-        """(page, slice of the flat space) for each page that a part has some of."""
+        """(page, slice of the flat space) for each page that a part reaches into."""
         pieces, block = [], self.state.block
         for page in self.table.pages:
             first, end = page.part.start, page.part.stop
@@ -143,7 +147,7 @@ class PagedAdamW(AdamW):
         return pieces
 
     def _run(self, left, *step):
-        """Update the pieces that are left, each taken off the list with its launch."""
+        """Update the pieces that are left. Each is taken off the list when it is launched."""
         table = self.table
         with table.lock:
             table.begin()
@@ -161,7 +165,7 @@ class PagedAdamW(AdamW):
                 table.store(frame)
         with table.lock:
             for frame in table.slots:
-                if frame.dirty:  # where this is the second attempt
+                if frame.dirty:  # on a second attempt
                     table.store(frame)
 
     def _launch(self, page, frame, piece, *step):
@@ -187,14 +191,14 @@ class PagedAdamW(AdamW):
         f.round(piece)
 
     def _finish(self, left, count, error, *step):
-        """Make what is left of a step after an error; see the top of the file."""
+        """Do the rest of a step after an error; see the top of the file."""
         try:
             if self.broken or not isinstance(error, Exception):
                 raise error
             self._run(left, *step)
         except Exception as again:
             if not left and not self.broken:
-                raise  # at the new state; a page that is not home yet goes there with the next
+                raise  # all is new; a page that is not home yet goes there in the next step
             self.broken = again
             raise RuntimeError(f"step {step[0]} ended after {count - len(left)} of {count} pages "
                                f"({again}); {BROKEN}") from again
@@ -203,15 +207,15 @@ class PagedAdamW(AdamW):
             raise
 
     def prefetch(self):
-        """Begin to load the pages that the next step streams first; `step` ends with it."""
+        """Begin to load the pages that the next step needs first. `step` ends with this."""
         self._check()
-        with self.table.lock, contextlib.suppress(Exception):  # the step itself will say
+        with self.table.lock, contextlib.suppress(Exception):  # the next step will raise it
             self.table.prefetch()
 
     def evict(self, nbytes: int) -> int:
-        """Write pages home, those used longest ago first, to free nbytes; returns what was freed.
+        """Write pages home to free nbytes, those used longest ago first; returns the bytes freed.
 
-        Arrays of a forward or backward pass that find no memory call it by themselves.
+        It is called automatically if a forward or backward pass finds no memory for an array.
         """
         self._check()
         return self.table.evict(nbytes)
@@ -228,7 +232,7 @@ class PagedAdamW(AdamW):
             return dict(zip(self.state.names, map(np.concatenate, zip(*homes))))
 
     def put_back(self, states: dict):
-        """Go on from what states() gave, of an optimizer with pages of any size."""
+        """Go on from what states() gave, also if that optimizer had pages of another size."""
         self._check()
         with self.table.lock:
             self.table.flush()
@@ -245,7 +249,7 @@ class PagedAdamW(AdamW):
             self.table.bring_back()
 
     def close(self):
-        """Wait for all copies and give the memory back; the states are gone then."""
+        """Wait for all copies, then give the memory back. The states are lost."""
         if self.table:
             with self.table.lock:
                 self.table.close()
@@ -258,7 +262,7 @@ class PagedAdamW(AdamW):
         self.close()
 
     def _check(self):
-        """RuntimeError where the optimizer cannot go on; ValueError where parameters changed."""
+        """RuntimeError if the optimizer cannot go on; ValueError if parameters changed."""
         if self.table is None:
             raise RuntimeError("the optimizer is closed")
         if self.broken:

@@ -1,17 +1,18 @@
 """The page table of a paged optimizer: which pages are on the device, and how they come and go.
 
 A page holds the optimizer's states of a range of the flat parameters. Its home is pinned host
-memory, and a frame is device memory that holds it for a while:
+memory, and a frame is device memory that holds it for a while. There are two kinds of frame:
 
-    own frame   the page stays, as long as there is room: within the budget, and until a forward or
-                backward pass finds no memory. Then the pages used longest ago are written home and
-                their frames given up; the next step brings the pages back
-    slot        one of a few frames through which all other pages stream during a step: page k + 1
-                comes in while page k is updated and page k - 1 goes out
+    own frame   It holds one page as long as the budget has room for it. If a forward or backward
+                pass finds no memory, the pages used longest ago are written home and their frames
+                are freed. The next step brings these pages back.
+    slot        All other pages stream through a few slots during a step: page k + 1 comes in while
+                page k is updated and page k - 1 goes out.
 
-Copies and updates are in three queues (streams.py), so each has to wait for what it builds on. The
-waits are few because a queue runs in order. In particular "in" never has to wait for a page's home
-alone: the page left its slot when another came in, and that copy waited for the slot's last store.
+Copies and updates are in three queues (streams.py), so each has to wait for what it builds on. Few
+waits are needed, because a queue runs in order. In particular a copy "in" never waits for the
+page's home: the page lost its slot to another page, whose copy had waited for the slot's last
+store.
 """
 
 import contextlib
@@ -29,23 +30,23 @@ class Page:
         self.part, self.nbytes = part, nbytes
         self.size = part.stop - part.start
         self.home = self.frame = None
-        self.used = 0  # the larger, the later it was updated
+        self.used = 0  # the step that last updated it
 
 
 class Frame:
-    """Device memory that holds a page, or none. It is dirty where the page's home is behind."""
+    """Device memory that holds a page, or none. It is dirty if the page's home is out of date."""
 
     def __init__(self, memory):
         self.memory, self.page, self.dirty = memory, None, False
-        self.loaded = self.stored = None  # events; of `loaded` only until it has been waited for
+        self.loaded = self.stored = None  # events; `loaded` only until something waited for it
 
 
 class PageTable:
     """Pages for these parts of the flat space, on a device.
 
     state: the format of the states, see Float32 in paged.py. budget: bytes of device memory that
-    frames may take, or None. pageable: homes in ordinary host memory.
-    ValueError where the budget holds no set of slots, MemoryError where the host holds no homes.
+    frames may take, or None. pageable: homes are in ordinary host memory. ValueError if the budget
+    is too small for the slots, MemoryError if the host has no room for the homes.
     Hold `lock` while calling any method but evict.
     """
 
@@ -56,9 +57,9 @@ class PageTable:
         self.frame_bytes = max(page.nbytes for page in self.pages)
         self.total = sum(page.nbytes for page in self.pages)
         self.spare = max(map(state.spare, self.layouts))
-        self.nbytes = 0  # of device memory: all frames
+        self.nbytes = 0  # bytes of all frames
         self.slots, self.lock = [], threading.Lock()
-        self.busy, self.begun = 0, False  # threads that update; are the pages back for it?
+        self.busy, self.begun = 0, False  # threads that update; are pages back?
         streams = budget is not None and budget < self.total
         if streams and budget < SLOTS * self.frame_bytes:
             raise ValueError(f"a device_budget of {budget:,} bytes is below {SLOTS} pages of "
@@ -78,10 +79,10 @@ class PageTable:
                 page.home = self.device.home(page.nbytes, pageable)
             except MemoryError as error:
                 got = sum(p.nbytes for p in self.pages[:i])
-                advice = "" if pageable else "; pageable=True does with ordinary memory, slower"
-                raise MemoryError(f"{self.total:,} bytes of host memory are wanted for states, "
-                                  f"{got:,} were got{advice} ({error})") from None
-            # Also touches every byte, which a fresh machine answers slowly.
+                advice = "" if pageable else "; pageable=True uses ordinary memory, which is slower"
+                raise MemoryError(f"the states need {self.total:,} bytes of host memory, only "
+                                  f"{got:,} could be had{advice} ({error})") from None
+            # This also touches every byte; the first touch of a byte is slow.
             for array, zeros in zip(self.arrays(page, page.home), self.state.zeros(page.size, np)):
                 array[...] = zeros
 
@@ -92,7 +93,7 @@ class PageTable:
 
     @contextlib.contextmanager
     def in_use(self):
-        """While this lasts no page loses its frame."""
+        """Inside, no page loses its frame."""
         with self.lock:
             self.busy += 1
         try:
@@ -103,13 +104,13 @@ class PageTable:
                 self.begun = self.begun and self.busy > 0
 
     def begin(self):
-        """Bring pages back, once for all threads that update together; none launches before."""
+        """Bring pages back: once for all threads that update together, before any of them does."""
         if not self.begun:
             self.bring_back()
             self.begun = True
 
     def bring_back(self):
-        """Own frames for the pages that have none, as far as there is room; slots for the rest."""
+        """Give each page a frame of its own, as far as there is room; make slots for the rest."""
         with self._spared():
             for page in self.pages:
                 if page.frame is None and not self._return(page):
@@ -118,7 +119,7 @@ class PageTable:
                 self._make_slots(min(SLOTS, missing))
 
     def load(self, page: Page) -> Frame:
-        """The slot with the page in it. The next page takes another; this one's comes last."""
+        """The slot with the page in it. It moves to the end of the row: others are reused first."""
         frame = self._slot_with(page) or self.slots[0]
         if frame.page is not page:
             if frame.dirty:
@@ -137,15 +138,15 @@ class PageTable:
         frame.stored, frame.dirty = self.device.record("out"), False
 
     def prefetch(self):
-        """Begin to load the pages that the next step wants first."""
+        """Begin to load the pages that the next step needs first."""
         for page in [page for page in self.pages if page.frame is None][: len(self.slots)]:
             self.load(page)
 
     def evict(self, nbytes: int) -> int:
-        """Free device memory, nbytes where there is so much; returns how many bytes were freed.
+        """Free nbytes of device memory, or as much as can be; returns how many bytes were freed.
 
-        Pages go home in the order in which they were used. The slots stay, and are made of the
-        first pages that go where there are none. During an update nothing is freed.
+        Pages go home in the order in which they were used. Slots stay. If there are too few slots,
+        the frames of the first pages become slots. During an update nothing is freed.
         """
         if not self.lock.acquire(blocking=False):
             return 0
@@ -165,14 +166,14 @@ class PageTable:
             self.lock.release()
 
     def flush(self):
-        """Bring every home up to its page, and wait until it is."""
+        """Write every page that has changed home, and wait until all are there."""
         for frame in [*self.slots, *(page.frame for page in self.pages if page.frame)]:
             if frame.dirty:
                 self.store(frame)
         self.device.synchronize()
 
     def forget(self):
-        """Let go of every page on the device, where nothing runs; what the homes hold counts."""
+        """Drop every page on the device, without a copy home. Nothing may be running there."""
         for page in self.pages:
             if page.frame:
                 self._free(page.frame)
@@ -194,7 +195,7 @@ class PageTable:
 
     @contextlib.contextmanager
     def _spared(self):
-        """Inside, frames leave the room that an update takes besides; pages go home for it."""
+        """Inside, the extra memory of an update stays free; pages go home if they must."""
         memory = None
         while self.spare and memory is None:
             try:
@@ -211,7 +212,7 @@ class PageTable:
                 self.device.free(memory)
 
     def _frame(self, nbytes):
-        """A frame, or None where there is no room."""
+        """A frame, or None if there is no room."""
         if self.budget is not None and self.nbytes + nbytes > self.budget:
             return None
         try:
@@ -219,7 +220,7 @@ class PageTable:
         except MemoryError:
             return None
         self.nbytes += nbytes
-        self.device.wait("in", self.device.record("main"))  # it may still use this memory's last
+        self.device.wait("in", self.device.record("main"))  # which may still use this memory
         return Frame(memory)
 
     def _free(self, frame):
@@ -234,7 +235,7 @@ class PageTable:
         frame.page, frame.loaded = page, self.device.record("in")
 
     def _return(self, page):
-        """Give the page a frame of its own; False where there is no room."""
+        """Give the page a frame of its own; False if there is no room."""
         frame, slot = self._frame(page.nbytes), self._slot_with(page)
         if frame is None:
             return False
@@ -254,7 +255,7 @@ class PageTable:
         return True
 
     def _make_slots(self, count):
-        """Up to `count` slots; where there is no room, frames of pages become slots."""
+        """Make up to `count` slots. If there is no room for any, frames of pages become slots."""
         while len(self.slots) < count and (frame := self._frame(self.frame_bytes)):
             self.slots.append(frame)
         if not self.slots:
@@ -278,9 +279,9 @@ class PageTable:
 
 
 def _layout(state, n):
-    """([(slice of bytes, dtype) of each array of the states of n parameters], bytes of all)."""
+    """([(slice of bytes, dtype) for each array of n parameters' states], bytes of all)."""
     places, end = [], 0
     for array in state.zeros(n, np):
         places.append((slice(end, end + array.nbytes), array.dtype))
-        end = -(-places[-1][0].stop // 16) * 16  # where the kernels want an array to begin
+        end = -(-places[-1][0].stop // 16) * 16  # the kernels need arrays to begin at these
     return places, end

@@ -11,8 +11,8 @@ bfloat16 has 8 bits and float32's reach.
                                                   2^16, which float16 holds; the update divides
     3 a large gradient overflows: it becomes inf  LossScaler: that step is skipped, the scale halved
 
-And sums, norms, exponentials and losses are computed in float32 whatever the dtype (arrays.wide).
-In bfloat16 2 and 3 do not happen: it needs masters and no scaler.
+Sums, norms, exponentials and losses are computed in float32 in any case (arrays.wide). Failures 2
+and 3 do not happen in bfloat16: it needs masters and no scaler.
 """
 
 import numpy as np
@@ -28,17 +28,17 @@ class LossScaler:
             clip_grad_norm(params, 1.0)
             optimizer.step()
 
-    Trainer does this when it is given a scaler. The scale is multiplied by `backoff` where a
-    gradient was not finite, and by `growth` after `interval` good steps in a row. It is a float32
-    number, as the loss is, and grows no further than they reach. ValueError for settings with
-    which it would not grow, shrink, or stay a number.
+    Trainer does this if it is given a scaler. The scale is multiplied by `backoff` after a gradient
+    that is not finite, and by `growth` after `interval` good steps in a row. It is a float32
+    number, as the loss is, and does not grow beyond float32's largest. ValueError for settings
+    with which it could not grow, could not shrink, or would not be a number.
 
     >>> scaler = LossScaler(scale=1024.0, interval=2)
     >>> [(scaler.update(finite), scaler.scale) for finite in (True, True, False)]
     [(True, 1024.0), (True, 2048.0), (False, 1024.0)]
     """
 
-    SMALLEST = 2.0**-24  # as is float16's smallest number: there is nothing to scale with below
+    SMALLEST = 2.0**-24  # float16's smallest number; a smaller scale would help nothing
 
     def __init__(self, scale: float = 2.0**16, growth: float = 2.0, backoff: float = 0.5,
                  interval: int = 2000):
@@ -48,7 +48,7 @@ class LossScaler:
         self.good = self.skipped = 0  # steps since the scale last changed; steps not made
 
     def update(self, finite: bool) -> bool:
-        """Set the scale of the next step; the answer is `finite`: whether to make this one."""
+        """Set the scale of the next step. Returns `finite`: whether to make this step."""
         if not finite:
             self.scale, self.good = float(np.float32(self.scale * self.backoff)), 0
             self.skipped += 1
@@ -62,11 +62,11 @@ class LossScaler:
 
     @property
     def exhausted(self) -> bool:
-        """Has the scale shrunk to nothing? No scale will help: it is the run that overflows."""
+        """Has the scale shrunk to nothing? Then no scale helps: the run itself overflows."""
         return self.scale < self.SMALLEST
 
     def state(self) -> dict:
-        """What a resumed run must know, JSON-able."""
+        """What a resumed run must know; it can be stored as JSON."""
         return {"scale": self.scale, "good": self.good, "skipped": self.skipped}
 
     def restore(self, state: dict):

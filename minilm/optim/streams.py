@@ -1,18 +1,18 @@
-"""Where the pages of a paged optimizer move: streams of a GPU, and a simulation of them.
+"""How the pages of a paged optimizer move: streams of a GPU, and a simulation of them.
 
-A device has four queues of work. Each runs in order, and they run beside each other:
+A device has four queues of work. Each runs in order, and all run at the same time:
 
     in       copies of pages from the host
     update   the optimizer's arithmetic
     out      copies of pages to the host
-    main     the forward and backward pass, which others queue
+    main     the forward and backward pass, which is not queued here
 
-Nothing else orders two queues than an event: `record` notes how far one has come, `wait` makes
-another one go no further until that is done. All calls return at once but for `synchronize`.
+Only events order two queues: `record` notes how far a queue has come, and `wait` holds another one
+back until that is done. All calls but `synchronize` return at once.
 
-`CudaDevice` is a GPU. `SimulatedDevice` is the way to see and to test paging without one: it has a
-memory limit of its own, runs its queues in a random order that the rules above allow, and fails
-when it is told to.
+`CudaDevice` is a GPU. `SimulatedDevice` lets you see and test paging without one: it has a memory
+limit of its own, runs its queues in a random order that the rules above allow, and fails when it
+is told to.
 """
 
 import random
@@ -27,12 +27,12 @@ QUEUES = ("in", "update", "out", "main")
 
 
 class CudaDevice:
-    """The current GPU: three streams that wait for no other, and the caller's own as "main".
+    """The current GPU: three streams that wait for no other stream, and the caller's as "main".
 
-    Pages are CuPy arrays of the memory pool, their homes NumPy arrays in pinned memory.
+    Pages are CuPy arrays in the memory pool. Their homes are NumPy arrays in pinned memory.
     """
 
-    relief = threading.RLock()  # one thread makes room, then others find what it has made
+    relief = threading.RLock()  # one thread makes room; the others wait, then use it too
 
     def __init__(self):
         self.cuda = cupy().cuda
@@ -41,10 +41,10 @@ class CudaDevice:
         self.evict = None
 
     def relieve_with(self, evict):
-        """Call evict(bytes) when an array finds no memory, until it does or evict frees nothing.
+        """When an array finds no memory, call evict(bytes) until it does, or nothing more is freed.
 
-        Once may not do: the pool gives a block back only when all of its pieces are free. It holds
-        for the arrays of every thread, until close().
+        One call may not be enough: the pool gives a block back only when all of its pieces are
+        free. This holds for the arrays of every thread, until close().
         """
         self.evict, self.hook = evict, self._allocate
         self.cuda.set_allocator(self.hook)
@@ -52,7 +52,7 @@ class CudaDevice:
     def _allocate(self, nbytes):
         try:
             return self.pool(nbytes)
-        except MemoryError:  # though the pool has given back what it keeps for later
+        except MemoryError:  # even though the pool has given back its cached blocks
             if self.evict is None:
                 raise
         with CudaDevice.relief:
@@ -64,15 +64,15 @@ class CudaDevice:
                         raise
 
     def frame(self, nbytes: int, queue: str = "main"):
-        """Device memory for a page, uint8; MemoryError where there is none.
+        """Device memory for a page, uint8; MemoryError if there is none.
 
-        queue: from whose arrays' memory, to which it goes back in the end.
+        queue: the memory comes from the pool of this queue's stream, and goes back to it.
         """
         with self._stream(queue):
             return cupy().empty(nbytes, np.uint8)
 
     def home(self, nbytes: int, pageable: bool):
-        """Host memory, uint8, of exactly this size: CuPy's pool would round it up."""
+        """Host memory, uint8. It is not from CuPy's pool, which would round the size up."""
         if pageable:
             return np.empty(nbytes, np.uint8)
         try:
@@ -82,7 +82,8 @@ class CudaDevice:
         return np.frombuffer(self.cuda.PinnedMemoryPointer(memory, 0), np.uint8, nbytes)
 
     def free(self, frame=None, home=None):
-        """Take back what no queue uses any more: here it goes with the last reference."""
+        """Take back memory that no queue uses any more. Here dropping the last reference does it.
+        """
 
     def copy_in(self, frame, home):
         frame.set(home, self.streams["in"])
@@ -116,17 +117,17 @@ class CudaDevice:
 
 
 class Event:
-    """How far a queue had come, and whether that is done."""
+    """A mark in a queue, and whether the queue has passed it."""
 
     done = False
 
 
 class SimulatedDevice:
-    """A device on the CPU. Its memory is `limit` bytes, and holds nan when it is given out.
+    """A device on the CPU. Its memory is `limit` bytes; new memory holds nan.
 
-    seed: of the order in which queued work runs, None for at once. A forward pass in NumPy cannot
-    be queued, so "main" runs at once and waits on the spot; with overlap=True it is a queue too,
-    for passes that are given to launch("main", ...).
+    seed: of the order in which queued work runs; with None all work runs at once. A forward pass in
+    NumPy cannot be queued, so "main" runs at once and its waits block. With overlap=True "main" is
+    a queue too, for passes that are given to launch("main", ...).
     """
 
     def __init__(self, limit: int | None = None, seed: int | None = None, overlap: bool = False):
@@ -137,15 +138,15 @@ class SimulatedDevice:
         self.lock = threading.RLock()
         self.evict = None
         self.random = None if seed is None else random.Random(seed)
-        # Under every other seed one queue comes always first, as far as it can, and one last.
+        # Odd seeds give the queues a fixed rank: one goes first whenever it can, another last.
         self.order = self.random.sample(QUEUES, 4) if seed is not None and seed % 2 else None
 
     def relieve_with(self, evict):
-        """Call evict(bytes) when allocate() finds no memory; then try once more."""
+        """When allocate() finds no memory, it calls evict(bytes) and tries once more."""
         self.evict = evict
 
     def fail(self, k: int, times: int = 1):
-        """Let the k-th allocation or copy from now fail, and times - 1 after it; the first is 1."""
+        """Let the k-th allocation or copy from now fail (1 is the next), and times - 1 after it."""
         self.failing = range(self.tried + k, self.tried + k + times)
 
     def allocate(self, nbytes: int):
@@ -162,21 +163,21 @@ class SimulatedDevice:
         self.used -= nbytes
 
     def frame(self, nbytes: int, queue: str = "main"):
-        """As of CudaDevice."""
+        """As in CudaDevice."""
         self._try(MemoryError)
         self._take(nbytes)
         frame = np.full(nbytes, 0xFF, np.uint8)
-        if queue == "main":  # the memory was another array's, which a pass may be using still
+        if queue == "main":  # a pass may still be using the array that had this memory before
             self.launch(queue, np.copyto, frame, np.uint8(0xFF))
         return frame
 
     def home(self, nbytes: int, pageable: bool):
-        """As of CudaDevice."""
+        """As in CudaDevice."""
         self._try(MemoryError)
         return np.empty(nbytes, np.uint8)
 
     def free(self, frame=None, home=None):
-        """Take back memory; RuntimeError where queued work uses it."""
+        """Take back memory; RuntimeError if queued work uses it."""
         array = home if frame is None else frame
         with self.lock:
             queued = [x for queue in self.queues.values() for _, args in queue for x in args]
@@ -229,7 +230,7 @@ class SimulatedDevice:
             raise kind(f"allocation or copy {self.tried} was told to fail")
 
     def _add(self, queue, fn, *args):
-        """Queue fn(*args), or with fn None a wait for an event; run it where there is no queue."""
+        """Queue fn(*args), or with fn None a wait for an event. Without a queue, run it now."""
         if self.random is None or (queue == "main" and not self.overlap):
             if fn:
                 fn(*args)

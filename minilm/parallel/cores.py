@@ -1,13 +1,13 @@
 """One batch on several cores: threads, or forked processes that share weights and gradients.
 
-Each worker runs forward and backward on its part of the batch, with BLAS at one thread; all add to
-the one gradient buffer. The order of the additions is fixed, so the bits of the sum are the same
-every time, and the same for threads and processes: the k-th gradient of worker w goes in after the
-k-th of worker w - 1 (their graphs are alike, so both are of one parameter). A gradient that comes
-early waits in its worker's queue, and the worker goes on until the queue is full.
+Each worker runs forward and backward on its part of the batch, with BLAS at one thread. All of them
+add to one gradient buffer, in a fixed order: the k-th gradient of worker w is added after the k-th
+of worker w - 1. (Their graphs are alike, so both are of the same parameter.) So the bits of the sum
+are the same every time, and the same for threads and processes. A gradient that comes early waits
+in its worker's queue, and the worker goes on until the queue is full.
 
-Threads run everywhere. Processes do not wait for the interpreter's lock, which on small models
-costs a third of the step; they need fork (Linux). FlatParameters lie in memory that a fork shares.
+Threads run everywhere. Processes need fork (Linux), but do not wait for the interpreter's lock,
+which costs a third of the step on small models. FlatParameters lie in memory that a fork shares.
 """
 
 import multiprocessing
@@ -24,19 +24,19 @@ from threadpoolctl import threadpool_limits
 
 
 def default_workers() -> tuple[int, bool]:
-    """(workers, processes) that suit this machine: every core, processes where fork is safe."""
+    """(workers, processes) that suit this machine: every core, and processes if fork is safe."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return cores, sys.platform == "linux" and cores > 1
 
 
 class Workers:
-    """`run(method, parts)` calls method(owner, *part) on a worker for each part: results in order.
+    """`run(method, parts)` calls method(owner, *part) for each part, each on its own worker.
 
-    flat: the FlatParameters into which the backward passes inside a method add their gradients.
-    owner: the object that the methods are of. With processes=True each worker has a copy, as it
-    was when the workers started; methods, parts and results travel through pipes.
-    Use as a context manager: while it is open, BLAS has one thread in this process. One worker
-    does without, where it is this thread.
+    It returns the results in order. flat: the FlatParameters to which the backward passes inside a
+    method add their gradients. owner: the object whose methods are called. With processes=True each
+    worker has its own copy of it, made when the workers start; methods, parts and results travel
+    through pipes. Use Workers as a context manager: while it is open, BLAS has one thread in this
+    process. A single worker is this thread, and needs no context manager.
     """
 
     def __init__(self, flat, owner, count: int, processes: bool = False):
@@ -85,13 +85,13 @@ class Workers:
 
     def run(self, method, parts: list[tuple]) -> list:
         if self.count > 1 and not self.open:
-            raise RuntimeError(f"the {self.count} workers run inside of a `with` alone: "
+            raise RuntimeError(f"the {self.count} workers run only inside a `with`: "
                                "with Trainer(...) as trainer: ...")
         if not 1 <= len(parts) <= self.count:
             raise ValueError(f"{len(parts)} parts for {self.count} workers")
         if self.failed.is_set():
             raise RuntimeError("a worker failed before; its gradients are lost")
-        for turn in self.turns:  # a run of fewer parts leaves some to a worker that had none
+        for turn in self.turns:  # a run with fewer parts leaves counts for workers that had none
             while turn.acquire(False):
                 pass
         if not self.processes:
@@ -99,7 +99,7 @@ class Workers:
                        for w, part in enumerate(parts) if w]
             return [self._run(0, method, parts[0]), *(f.result() for f in futures)]
         for pipe, part in zip(self.pipes, parts[1:]):
-            with suppress(BrokenPipeError):  # a dead child shows when its answer is due
+            with suppress(BrokenPipeError):  # _receive will find the dead child
                 pipe.send((method, part))
         results = [self._run(0, method, parts[0])]
         return results + [self._receive(w) for w in range(1, len(parts))]
@@ -117,11 +117,11 @@ class Workers:
             raise
 
     def _broken(self):
-        """Has a worker failed, or, in a child, the parent died?"""
+        """Has a worker failed? In a child also: has the parent died?"""
         return self.failed.is_set() or self.parent not in (os.getpid(), os.getppid())
 
     def _serve(self, rank, pipe, parents_end):
-        """A child's life: parts in, results out, until the pipe ends."""
+        """What a child does: take parts and send results, until the pipe is closed."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
         parents_end.close()
         for p, view in zip(self.flat.params, self.flat.views(self.flat.grad)):
@@ -150,15 +150,14 @@ class Workers:
 
 
 class GaveUp(Exception):
-    """A gradient's turn never came."""
+    """A gradient's turn will not come: another worker failed."""
 
 
 class GradientQueue:
-    """The gradients of one worker on their way into the sum, each entering in its turn.
+    """The gradients of one worker, each waiting for its turn to be added to the sum.
 
-    before, after: semaphores that count the gradients which the worker before this one has
-    entered, and those that this one has; None at the ends of the row. broken() says when to stop
-    waiting.
+    before, after: semaphores that count the gradients added by the worker before this one, and by
+    this one; None at the ends of the row. broken() says when to stop waiting.
     """
 
     LIMIT = 1 << 24  # bytes that may wait
@@ -174,11 +173,11 @@ class GradientQueue:
         self._wait_for(self.LIMIT)
 
     def finish(self):
-        """Wait until every gradient is in."""
+        """Wait until every gradient has been added."""
         self._wait_for(0)
 
     def _wait_for(self, limit):
-        """Go on when no more than `limit` bytes wait."""
+        """Return when at most `limit` bytes wait."""
         while sum(dy.nbytes for _, dy in self.waiting) > limit:
             while not self.before.acquire(True, 0.1):
                 if self.broken():

@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning: few new parameters on a frozen model.
 
-The verbs named for LoRA merge, unmerge and unload the adapters of any method.
+merge_lora, unmerge_lora and unload_lora work for the adapters of any method.
 """
 
 from minilm.peft.adapted import merge as merge_lora

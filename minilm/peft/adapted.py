@@ -1,15 +1,16 @@
 """The slot of a model: a linear layer and its adapters, whatever their method is.
 
-A method is a class of Adapter, which is given its layer and answers for all of it, and one verb
-that puts such adapters on a model. What all methods share is here:
+A method is a subclass of Adapter and one verb. The adapter is given its layer and computes the
+layer's whole output; the verb puts such adapters on a model. All methods share what is here:
 
-    chosen           the layers that targets name
+    chosen           find the layers that targets name
     insert_adapters  put adapters on layers, and freeze everything else
-    use_adapter      which of several named adapters acts, or none
-    merge            a plain layer of the same function in each layer's place; unmerge takes it back
-    unload           layers without adapters again, merged ones with what was merged into them
+    use_adapter      choose which of several named adapters acts, or none
+    merge            put a plain layer of the same function in each layer's place
+    unmerge          undo merge, exactly
+    unload           remove the adapters; what was merged stays in the weights
 
-A method of ten lines, which adds a trained vector to what its layer answers:
+This method takes ten lines. It adds a trained vector to its layer's output:
 
     class Shift(Adapter):
         def __init__(self, O): self.s = Tensor(np.zeros(O, np.float32), requires_grad=True)
@@ -28,18 +29,18 @@ from minilm.tensor import Tensor
 
 
 class Adapter(Module):
-    """One layer's numbers of a method, and how they act: the base of the methods' classes."""
+    """The parameters that a method adds to one layer, and how they act: a base class."""
 
-    tokenwise = False  # a method that is says so of itself
-    shape = None, None  # (O, I) of the weights it is for; None for a side that may be any
+    tokenwise = False  # a method that works token by token sets it to True
+    shape = None, None  # (O, I) of the weights that it fits; None fits any size
     resting = None  # path -> node of its tensors, while another adapter acts
 
     def forward(self, x, base):  # (..., I) -> (..., O)
-        """What the layer answers to x; `base` is the layer without adapters, a module."""
+        """The layer's output for x; `base` is the layer without adapters, a module."""
         raise NotImplementedError(f"{type(self).__name__} has no forward(x, base)")
 
     def merged(self, base) -> Linear | None:
-        """A plain layer that does what base and adapter do; None for a method that has none."""
+        """A plain layer that computes what base and adapter do; None if the method has none."""
         return None
 
     def activate(self, active: bool):
@@ -54,7 +55,7 @@ class Adapter(Module):
             self.resting = None
 
     def astype(self, dtype):
-        """Convert its tensors; gradients start anew, those of an adapter that rests included."""
+        """Convert its tensors. Their gradients start again, even if the adapter does not act."""
         acts = self.resting is None
         self.activate(True)
         super().astype(dtype)
@@ -77,13 +78,13 @@ class AdaptedLinear(Module):
         return adapter(x, self.base) if adapter else self.base(x)
 
     def use(self, name):
-        """Let the adapter of this name act, if there is one here."""
+        """Let the adapter of this name act, if this layer has it."""
         self.active = name
         for other, adapter in self.adapters.items():
             adapter.activate(other == name)
 
     def plain(self) -> Linear:
-        """A Linear of what acts. ValueError for an adapter that cannot be merged."""
+        """A Linear that does what this layer does. ValueError if its adapter cannot be merged."""
         adapter = self.adapters.get(self.active)
         if self.merged or not adapter:
             return self.merged or self.base.plain()
@@ -95,16 +96,16 @@ class AdaptedLinear(Module):
 
 
 def insert_adapters(model: Module, name: str, adapters: dict[str, Adapter]) -> Module:
-    """Freeze the model, and put each adapter on the layer at its path, under one name; they act.
+    """Freeze the model, and put each adapter on the layer at its path, all under one name.
 
-    ValueError where a path has no linear layer, or one of another size, for a name that is taken,
-    and while another adapter is merged; the model is then as it was.
+    From now on these adapters act. ValueError if a path has no linear layer or one of another size,
+    if the name is taken, and while another adapter is merged; the model is then as it was.
     """
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"an adapter's name must be a word without dots, got {name!r}")
     slots, bases = adapted_layers(model), adaptable_layers(model)
     if taken := [path for path, layer in slots.items() if name in layer.adapters]:
-        raise ValueError(f"there is an adapter {name!r} already, on {taken[0]} and others")
+        raise ValueError(f"{taken[0]} already has an adapter {name!r}")
     _refuse_merged(slots, "adding an adapter")
     if not adapters:
         raise ValueError(f"there are no adapters to insert as {name!r}")
@@ -127,7 +128,7 @@ def insert_adapters(model: Module, name: str, adapters: dict[str, Adapter]) -> M
 
 
 def use_adapter(model: Module, name: str | None) -> Module:
-    """Let the adapter of this name act from now on, in place; None: the base alone.
+    """Let the adapter of this name act from now on; with None, the base acts alone.
 
     ValueError for a name that no layer has, and while an adapter is merged.
     """
@@ -144,8 +145,8 @@ def use_adapter(model: Module, name: str | None) -> Module:
 def merge(model: Module) -> Module:
     """Merge the acting adapter into the weights: the same function, one product a layer.
 
-    A quantized base is dequantized for it. The base is kept, so that unmerge is exact. ValueError
-    where no adapter acts, it cannot be merged, or one is merged already; the model is then as it
+    A quantized base is dequantized for this. The base is kept, so unmerge is exact. ValueError if
+    no adapter acts, if it cannot be merged, or if one is merged already; the model is then as it
     was.
     """
     _refuse_merged(adapted_layers(model), "merging again")
@@ -158,9 +159,9 @@ def merge(model: Module) -> Module:
 
 
 def unmerge(model: Module) -> Module:
-    """Undo merge: the base's weights bit for bit, and the adapter beside them.
+    """Undo merge: the base's weights come back bit for bit, with the adapter beside them.
 
-    ValueError where nothing is merged.
+    ValueError if nothing is merged.
     """
     for layer in merged_layers(model).values():
         layer.merged = None
@@ -168,7 +169,7 @@ def unmerge(model: Module) -> Module:
 
 
 def unload(model: Module) -> Module:
-    """Replace the layers by plain ones: merged where an adapter was merged, else the base."""
+    """Replace each adapted layer by its merged layer, or by its base if nothing is merged."""
     for path, layer in adapted_layers(model).items():
         model.replace(path, layer.merged or layer.base)
     return model
@@ -180,7 +181,7 @@ def adapted_layers(model: Module) -> dict[str, AdaptedLinear]:
 
 
 def merged_layers(model: Module) -> dict[str, AdaptedLinear]:
-    """path -> layer whose adapter is merged; ValueError where none is."""
+    """path -> layer whose adapter is merged; ValueError if none is."""
     layers = {path: m for path, m in adapted_layers(model).items() if m.merged}
     if not layers:
         raise ValueError("nothing is merged in this model")
@@ -188,9 +189,9 @@ def merged_layers(model: Module) -> dict[str, AdaptedLinear]:
 
 
 def adaptable_layers(model: Module) -> dict[str, Linear | QuantizedLinear]:
-    """path -> linear layer that can have adapters, or has: then the one below them.
+    """path -> linear layer that can have adapters; of a layer that has some, its base.
 
-    Not the model itself, where that is one: it could not be replaced in its own place.
+    A model that is itself a linear layer is left out, since it cannot replace itself.
     """
     adapted = adapted_layers(model)
     inside = tuple(f"{path}." for path in adapted)
@@ -200,10 +201,10 @@ def adaptable_layers(model: Module) -> dict[str, Linear | QuantizedLinear]:
 
 
 def chosen(model: Module, targets: str | Iterable[str]) -> dict[str, Linear | QuantizedLinear]:
-    """The adaptable layers that targets name: by last parts of their paths, such as "q", "mlp.up"
-    or "blocks.0.attention.q", or "all-linear" for all but the head.
+    """The adaptable layers that targets name.
 
-    ValueError for targets that match nothing.
+    A target is the last part or parts of a path, such as "q", "mlp.up" or "blocks.0.attention.q".
+    "all-linear" means all layers but the head. ValueError for a target that matches nothing.
     """
     layers = adaptable_layers(model)
     if targets == "all-linear":
@@ -220,7 +221,7 @@ def chosen(model: Module, targets: str | Iterable[str]) -> dict[str, Linear | Qu
 
 
 def ends_with(path: str, target: str) -> bool:
-    """Are these the last parts of the path?"""
+    """Is target the last part or parts of the path?"""
     return f".{path}".endswith(f".{target}")
 
 
@@ -231,7 +232,7 @@ def placed(model: Module, array):
 
 
 def trainable_parameters(model: Module) -> list[Tensor]:
-    """What an optimizer should get: model.parameters(), after a method's verb the adapter's own."""
+    """model.parameters(): what an optimizer should get. After add_lora they are the adapter's."""
     return model.parameters()
 
 

@@ -1,15 +1,16 @@
 """IA3: learned vectors that make keys, values and the MLP's inner activations larger or smaller.
 
-Liu et al. 2022, arXiv:2205.05638, section 3.3, for vectors l_k, l_v and l_ff of ones at first:
+Liu et al. 2022, arXiv:2205.05638, section 3.3. The vectors l_k, l_v and l_ff start as ones:
 
     softmax(Q (l_k * K)^T / sqrt(d_k)) (l_v * V)                  attention
     (l_ff * gamma(W1 x)) W2                                       MLP
 
-    l_k, l_v    scale what the layers k and v answer: l * (W x + b), before rotary positions
-    l_ff        scales what `down`, the paper's W2, is given: W (l * x) + b
+    l_k, l_v    scale the outputs of the layers k and v: l * (W x + b), before rotary positions
+    l_ff        scales the input of `down`, the paper's W2: W (l * x) + b
 
-Nothing else is trained: C + C numbers a block and as many as the MLP is wide inside. Merged, the
-first two scale the rows of W and b, the last the columns of W.
+Nothing else is trained. A block has one number for each output of k and of v, and one for each
+inner feature of its MLP. Merging scales the rows of W and b by l_k and l_v, and the columns of W by
+l_ff.
 
 Left out: the paper's two losses beside cross-entropy, for wrong and for short answers.
 """
@@ -23,7 +24,7 @@ from minilm.tensor import Tensor
 
 
 class IA3(Adapter):
-    """One layer's l: (O,) for what it answers, or, with feedforward, (I,) for what it is given."""
+    """One layer's l: (O,) scales its output, or with feedforward (I,) scales its input."""
 
     tokenwise = True
 
@@ -50,10 +51,10 @@ def add_ia3(model: Module, targets=("k", "v", "down"), feedforward=("down",),
             name: str = "default") -> Module:
     """Freeze the model, and put a vector of ones on each target; returns the model.
 
-    targets: last parts of layers' paths, or "all-linear", as in add_lora. feedforward: those of the
-    targets whose input is scaled; of the others it is the output. The newest adapter acts.
-    ValueError for targets that match nothing or feedforward that names none of them, a name that is
-    taken, and while another adapter is merged; the model is then as it was.
+    targets: last parts of layers' paths, or "all-linear", as in add_lora. feedforward: the targets
+    whose input is scaled; of all others the output is. The newest adapter acts. ValueError if
+    targets match nothing, if feedforward names none of them, if the name is taken, and while
+    another adapter is merged; the model is then as it was.
 
     >>> from minilm.transformer import Config, Transformer
     >>> model = Transformer(Config.gpt2(vocab_size=50, context=16, layers=2, heads=2, width=8))

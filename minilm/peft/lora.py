@@ -4,13 +4,14 @@ Hu et al. 2021, arXiv:2106.09685, section 4.1, for W0 (O, I), A (r, I), B (O, r)
 
     h = W0 x + (alpha / r) B A x                                              (3)
 
-A starts normal and B at zero, so training starts from the model as it is; W0 gets no gradient. Only
-A and B are trained, r (I + O) numbers instead of I O. Kalajdzievski 2023, arXiv:2312.03732, shows
-that alpha / sqrt(r) keeps the update's size at any rank (rslora).
+A starts with normal numbers and B with zeros, so training starts from the model as it is. W0 gets
+no gradient. Only A and B are trained: r (I + O) numbers instead of I O. Kalajdzievski 2023,
+arXiv:2312.03732, shows that alpha / sqrt(r) keeps the update's size at any rank (rslora).
 
-Merged, h = (W0 + (alpha / r) B A) x is one product again (adapted.py; requantize.py: in codes).
+After merging, h = (W0 + (alpha / r) B A) x is one product again: see adapted.py, and requantize.py
+for merging into codes.
 
-The paper leaves open how wide A is drawn: here N(0, 1/I), so that A x is of x's size.
+The paper does not say how large A's numbers are. Here they are N(0, 1/I), so A x has x's size.
 """
 
 import math
@@ -29,7 +30,7 @@ from minilm.tensor import Tensor, op
 
 @op
 def add_low_rank(y, x, A, B, scale):  # (..., O), (..., I), (r, I), (O, r) -> (..., O)
-    """y + scale x A^T B^T, for y = x W0^T: eq. (3) with rows for columns. All of one dtype."""
+    """y + scale x A^T B^T, for y = x W0^T: eq. (3), for x in rows. All have one dtype."""
     one_dtype("add_low_rank", y=y, x=x, A=A, B=B)
     lead, scale = x.shape[:-1], x.dtype.type(scale)
     h = product(rows(x), A.T) * scale  # (N, r)
@@ -45,7 +46,7 @@ def add_low_rank(y, x, A, B, scale):  # (..., O), (..., I), (r, I), (O, r) -> (.
 
 
 class LoRA(Adapter):
-    """One layer's A (r, I) and B (O, r); the settings are add_lora's."""
+    """One layer's A (r, I) and B (O, r). The settings are those of add_lora."""
 
     tokenwise = True
 
@@ -65,9 +66,9 @@ class LoRA(Adapter):
         return add_low_rank(base(x), self.drop(x), self.A, self.B, scale=self.scale)
 
     def _sees_the_same(self, x, base):
-        """Whether the quantized base and the adapter see the same x in the same dtype."""
+        """Do the quantized base and the adapter see the same x in the same dtype?"""
         drops = self.drop.acts
-        # `is None`, for NumPy finds its dtype of float64 equal to None
+        # `is None`, since NumPy's float64 dtype == None is true
         same = base.compute_dtype is None or base.compute_dtype == x.dtype
         return same and base.threshold is None and not drops
 
@@ -84,11 +85,11 @@ def add_lora(model: Module, r: int, alpha: float, targets=("q", "v"), dropout: f
              rslora: bool = False, name: str = "default", seed: int = 0) -> Module:
     """Freeze the model, and put an adapter of rank r on each target; returns the model.
 
-    alpha: the update's factor is alpha / r, with rslora alpha / sqrt(r). targets: last parts of
+    alpha: the update is scaled by alpha / r, with rslora by alpha / sqrt(r). targets: last parts of
     layers' paths, such as "q", "mlp.up" or "blocks.0.attention.q", or "all-linear" for all but the
-    head. dropout: of what A sees while training. seed: of A. A second adapter needs another name;
-    the newest one acts. ValueError for targets that match nothing, r < 1 or above a layer's size,
-    a name that is taken, and while another adapter is merged; the model is then as it was.
+    head. dropout: of A's input while training. seed: of A. A second adapter needs another name; the
+    newest one acts. ValueError if targets match nothing, if r is below 1 or above a layer's size,
+    if the name is taken, and while another adapter is merged; the model is then as it was.
 
     >>> from minilm.transformer import Config, Transformer
     >>> model = Transformer(Config.gpt2(vocab_size=50, context=16, layers=2, heads=2, width=8))

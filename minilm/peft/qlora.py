@@ -4,9 +4,8 @@ Dettmers et al. 2023, arXiv:2305.14314, section 3, with lora.py's A and B for th
 
     Y = X doubleDequant(c1, c2, W^NF4) + scale X A^T B^T                      (5)
 
-The same values come from quantized_linear and add_low_rank one after the other. Together the small
-product is written first and the large one adds to it in passing, forward and backward: the output
-is not written again.
+quantized_linear followed by add_low_rank gives the same values. As one op, the small product is
+written first and the large one adds to it, forward and backward. So no output is written twice.
 """
 
 from minilm.arrays import one_dtype, rows
@@ -18,7 +17,7 @@ from minilm.tensor import op
 
 @op
 def quantized_lora(x, W, A, B, b=None, scale=1.0):  # (..., I), (O, I), (r, I), (O, r) -> (..., O)
-    """x dequant(W)^T + b + scale x A^T B^T, for W a FourBit or Int8; all but W of one dtype."""
+    """x dequant(W)^T + b + scale x A^T B^T. W is a FourBit or Int8; all else has one dtype."""
     one_dtype("quantized_lora", x=x, A=A, B=B)
     lead, x = x.shape[:-1], rows(x)
     h = product(x, A.T, alpha=scale)  # (N, r)

@@ -1,8 +1,11 @@
-"""Merged weights back into the codes of their bases, and how much of the update survives.
+"""Quantize merged weights again as their bases were, and measure how much of the update survives.
 
-With W = dequant(codes), an update D = (alpha / r) B A, and codes' = quantize(W + D), what the codes
-took up of it is D' = dequant(codes') - W. An update that is small beside the gaps between codes
-drowns in the noise of rounding.
+    W = dequant(codes)                   the base
+    D = (alpha / r) B A                  the update
+    codes' = quantize(W + D)
+    D' = dequant(codes') - W             what the new codes hold of the update
+
+An update that is small beside the gaps between codes drowns in the noise of rounding.
 """
 
 import math
@@ -19,17 +22,17 @@ from minilm.quantize.linear import QuantizedLinear, quantize_weight
 
 
 class Survival(NamedTuple):
-    """What is left of an update D when the codes have taken it up as D'."""
+    """How much of an update D the new codes hold, as D'."""
 
-    kept: float  # <D', D> / <D, D>: 1 all of it, 0 nothing
+    kept: float  # <D', D> / <D, D>: 1 means all of it, 0 nothing
     error: float  # |D' - D| / |D|: above 1 there is more noise than update
 
 
 def requantize_lora(model: Module) -> dict[str, Survival]:
-    """Quantize merged weights as their bases are, and leave plain quantized layers: lossy.
+    """Quantize merged weights as their bases are, and leave plain quantized layers. This is lossy.
 
-    All adapters of these layers are gone. Returns, by path, what survived. ValueError where nothing
-    is merged, or what is merged is not LoRA on a quantized base; the model is then as it was.
+    All adapters of these layers are gone. Returns what survived, by path. ValueError if nothing is
+    merged, or if what is merged is not LoRA on a quantized base; the model is then as it was.
     """
     layers = merged_layers(model)
     if plain := [path for path, m in layers.items() if type(m.base) is not QuantizedLinear]:
@@ -44,7 +47,7 @@ def requantize_lora(model: Module) -> dict[str, Survival]:
 
 
 def _requantized(layer):
-    """The merged layer in its base's codes, and what survived."""
+    """(the merged layer, quantized as its base is; what survived)."""
     base, old, D = layer.base, layer.base.weight, wide(layer.adapters[layer.active].update())
     if isinstance(old, FourBit):
         form = "int8" if old.c2.dtype == np.int8 else old.c1 is not None

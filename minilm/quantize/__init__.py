@@ -1,4 +1,4 @@
-"""Quantization: numbers in 8 bits or fewer, and layers whose weights are kept so."""
+"""Quantization: numbers in 8 bits or fewer, and layers that keep their weights in this form."""
 
 from minilm.quantize.fourbit import FourBit, quantize_4bit
 from minilm.quantize.int8 import Int8, int8_matmul_outliers, quantize_int8

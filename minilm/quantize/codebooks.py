@@ -1,7 +1,7 @@
 """Codebooks: the numbers that few-bit codes stand for.
 
-NormalFloat is from QLoRA, section 3 and appendix E (Dettmers et al. 2023, arXiv:2305.14314), the
-8-bit dynamic map from Dettmers et al. 2022, arXiv:2110.02861. Each codebook reaches from -1 to 1;
+NormalFloat is from QLoRA, section 3 and appendix E (Dettmers et al. 2023, arXiv:2305.14314). The
+8-bit dynamic map is from Dettmers et al. 2022, arXiv:2110.02861. A codebook's range is -1 to 1;
 fourbit.py multiplies its values by a constant for each block.
 """
 
@@ -23,7 +23,7 @@ FP4 = tuple(sign * v / 12 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 
 def levels(name: str) -> np.ndarray:
     """What the codes 0, 1, ... of a codebook stand for: (2^k,) float32, from -1 to 1.
 
-    int<k> has one level less, for it is symmetric around zero. ValueError for an unknown name.
+    int<k> has one level less, since it is symmetric around zero. ValueError for an unknown name.
     """
     values = {"nf4": lambda: NF4, "fp4": lambda: FP4,
               "nf3": lambda: normal_float(3), "nf2": lambda: normal_float(2),
@@ -37,8 +37,8 @@ def levels(name: str) -> np.ndarray:
 def normal_float(k: int) -> list[float]:
     """k-bit NormalFloat: quantiles of N(0, 1) over the outermost one, and an exact zero.
 
-    Equally probable steps from the tail to the median, 2^(k-1) - 1 on the negative side and one
-    more on the positive (QLoRA, section 3 and appendix E).
+    The steps from each tail to the median are equally probable: 2^(k-1) - 1 of them on the negative
+    side and one more on the positive side (QLoRA, section 3 and appendix E).
 
     >>> [round(q, 3) for q in normal_float(3)]
     [-1.0, -0.535, -0.247, 0.0, 0.183, 0.382, 0.623, 1.0]
@@ -59,7 +59,7 @@ def bits_of(name: str) -> int:
 
 
 def steps(name: str):
-    """The middles between neighbouring levels, ascending, and the codes below, between, above."""
+    """(midpoints between neighbouring levels, ascending; the levels' codes, in the same order)."""
     values = levels(name)
     order = np.argsort(values, kind="stable")
     return (values[order][1:] + values[order][:-1]) / 2, order.astype(np.uint8)
@@ -69,9 +69,9 @@ def steps(name: str):
 def dynamic_map(signed: bool = True) -> np.ndarray:
     """bitsandbytes' 8-bit floats: (256,) float32 in ascending order, from -0.993 or from 0 to 1.
 
-    A sign, i leading zeros that scale by 10^(i - 6), and a fraction of as many bits as are left:
-    the middles of 2^i equal parts of [0.1, 1] (Dettmers et al. 2022, arXiv:2110.02861). Unsigned,
-    the fraction has one bit more.
+    A code holds a sign, zeros that choose the scale 10^(i - 6), and a fraction in the i bits that
+    are left. The fraction is the midpoint of one of 2^i equal parts of [0.1, 1]. Without a sign it
+    has one bit more (Dettmers et al. 2022, arXiv:2110.02861).
     """
     values = [np.float32([0, 1])]
     for i in range(7):

@@ -1,8 +1,8 @@
 """Few-bit numbers in blocks: NormalFloat, FP4 and equally spaced levels, and double quantization.
 
 Dettmers, Pagnoni, Holtzman & Zettlemoyer 2023, arXiv:2305.14314 (QLoRA). A tensor is cut into
-blocks of 64 numbers. Each block is divided by its largest magnitude, its constant c2, and each
-number replaced by the nearest of 2^k values, the codebook:
+blocks of 64 numbers. Each block is divided by its largest magnitude, its constant c2. Then each
+number is replaced by the nearest of 2^k values, the codebook:
 
     W^4bit = nearest(W / c2),    dequant(c2, W^4bit) = c2 codebook[W^4bit]
 
@@ -17,7 +17,7 @@ with constants c1 of their own for every 256: 8/64 + 32/(64 256) = 0.127 bits a 
     doubleDequant(c1, c2, W^4bit) = dequant(dequant(c1, c2), W^4bit)          (6)
 
 Codes and constants equal bitsandbytes' on the CPU bit for bit, ties included. (Its CUDA code
-treats blocks of zeros, ties of fp4 and a few 8-bit ties otherwise.)
+treats blocks of zeros, ties of fp4 and a few 8-bit ties differently.)
 """
 
 import functools
@@ -42,9 +42,10 @@ class FourBit:
     """A tensor as codes of k bits and constants; made by quantize_4bit.
 
     packed: uint8, the codes as one stream of bits, first code in the highest bits.
-    c2: one constant a block: float32, or with double quantization uint8 (codes of the dynamic map)
-    or int8. c1, offset: float32, the constants of each 256 of these and what is added to all; None
-    without double quantization.
+    c2: one constant a block, in float32. With double quantization it is a code instead: uint8 for
+    the dynamic map, int8 for equal steps.
+    c1: float32, one constant for each 256 of c2; None without double quantization.
+    offset: float32, added to every c2; None without double quantization or with equal steps.
     """
 
     packed: np.ndarray
@@ -92,8 +93,8 @@ class FourBit:
     def on_card(self) -> cuda.Codes:
         """The arrays as CUDA kernels take them; they must be on the GPU, with codes of 4 bits.
 
-        Made once, of these very arrays: what is written into them later is seen. Not so in the
-        lectures' form, which needs c1 / 127: it is made each time.
+        They are these very arrays, gathered once, so the kernels see what is written into them
+        later. Equal steps need c1 / 127, which is computed in each call.
         """
         lectures = self.c1 is not None and self.offset is None
         return self._make_codes() if lectures else self._codes
@@ -115,7 +116,7 @@ class FourBit:
 
 
 def _has_kernels(x, codebook):
-    """Whether kernels/nf4_*.cu do the work: on a GPU, with codes of 4 bits."""
+    """Do kernels/nf4_*.cu do the work? They do on a GPU, for codes of 4 bits."""
     return array_module(x) is not np and bits_of(codebook) == 4
 
 
@@ -126,7 +127,7 @@ def _levels_on(name, xp):
 
 @functools.lru_cache(64)
 def _map_on(form, xp):
-    """What the 256 codes of a constant stand for."""
+    """The numbers that the 256 codes of a constant stand for."""
     equal = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
     return xp.asarray(equal if form == "int8" else dynamic_map())
 
@@ -135,11 +136,12 @@ def quantize_4bit(x, codebook: str = "nf4", block_size: int = 64,
                   double_quant: bool | str = True) -> FourBit:
     """x, floats of any shape, in 4 bits (or as many as the codebook's name says).
 
-    double_quant: True or "bitsandbytes" quantizes the constants less their mean to a signed 8-bit
-    floating-point map; "int8" is the lectures' simpler c2_i8 = round(127 / absmax(c2) c2), which
-    never uses its sign and makes zeros of constants below absmax(c2) / 254; False leaves them be.
+    double_quant: True or "bitsandbytes" subtracts the mean of the constants and quantizes the rest
+    to a signed 8-bit floating-point map. "int8" is the lectures' simpler form,
+    c2_i8 = round(127 / absmax(c2) c2): it never uses its sign, and constants below
+    absmax(c2) / 254 become zero. False keeps the constants in float32.
 
-    TypeError for integers; ValueError for an unknown codebook or block size, and where x is not
+    TypeError for integers; ValueError for an unknown codebook or block size, and if x is not
     finite.
 
     >>> q = quantize_4bit(np.array([0.5, -1.0, 2.0, 0.0]), double_quant=False)
@@ -154,7 +156,7 @@ def quantize_4bit(x, codebook: str = "nf4", block_size: int = 64,
     >>> [8 * quantize_4bit(x, double_quant=d).nbytes / x.size for d in (True, False)]
     [4.12744140625, 4.5]
     """
-    levels(codebook)  # refuses an unknown one
+    levels(codebook)  # ValueError for an unknown one
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
     if double_quant not in (False, True, *DOUBLE):
@@ -188,7 +190,7 @@ def _quantize_blocks(x, name):  # (n, block) -> (bytes,), (n,)
 
 
 def _quantize_short_block(x, name):  # (less than a block,) -> (bytes,), (1,)
-    """bitsandbytes divides here, and stores no constant below 1e-38."""
+    """Like bitsandbytes, divides by the constant here, and stores no constant below 1e-38."""
     xp, per_group = array_module(x), 8 // math.gcd(8, bits_of(name))
     c2 = xp.maximum(xp.abs(x).max(keepdims=True), np.float32(1e-38))
     s = xp.zeros(-(-x.size // per_group) * per_group, np.float32)  # codes of whole bytes
@@ -197,12 +199,12 @@ def _quantize_short_block(x, name):  # (less than a block,) -> (bytes,), (1,)
 
 
 def _not_zero(c2):
-    """c2, which is at least 1e-38, or 1 where a card has made that 0, as all below 1.2e-38."""
+    """c2, with 1 in place of 0: a GPU turns every number below 1.2e-38 into 0, even our 1e-38."""
     return array_module(c2).where(c2 > 0, c2, np.float32(1))
 
 
 def _nearest(s, name):  # (n,) -> (n,) uint8
-    """The code of the nearest level; in the middle of two, of the lower one."""
+    """The code of the nearest level; halfway between two, that of the lower one."""
     xp, (middles, order) = array_module(s), steps(name)
     codes, above = xp.zeros(s.size, np.uint8), xp.empty(s.size, bool)
     for middle in middles:
@@ -212,7 +214,7 @@ def _nearest(s, name):  # (n,) -> (n,) uint8
 
 @functools.lru_cache(64)
 def _steps_on(name, xp):
-    """What `steps` returns, for the kernel, as if there were 16 levels: (15,), (16,)."""
+    """What `steps` returns, padded for the kernel to 16 levels: (15,), (16,)."""
     middles, order = steps(name)
     middles = np.pad(middles, (0, 15 - len(middles)), constant_values=np.inf)
     return xp.asarray(middles), xp.asarray(np.resize(order, 16))
@@ -249,7 +251,7 @@ def _levels_of_bytes(name):
 
 
 def double_quantize(x: FourBit, form: bool | str = True, offset=None) -> FourBit:
-    """x with its float32 constants in 8 bits; see quantize_4bit. offset: by default their mean."""
+    """x with its constants in 8 bits, see quantize_4bit. offset: by default the constants' mean."""
     xp, groups = array_module(x.c2), -(-x.c2.size // GROUP)
     if offset is None:
         offset = x.c2.mean(dtype=np.float64) if x.c2.size else 0.0
@@ -267,10 +269,10 @@ def double_quantize(x: FourBit, form: bool | str = True, offset=None) -> FourBit
 
 
 def _nearest_dynamic(x, c1):  # (groups, 256), (groups, 1) -> (groups, 256) uint8
-    """Nearest codes of the dynamic map. As in bitsandbytes on the CPU, x / c1 is first rounded to
-    65536 steps between -1 and 1, and a group gets code 0 where 1 / c1 would be infinite."""
+    """Nearest codes of the dynamic map, as bitsandbytes finds them on the CPU: x / c1 is first
+    rounded to 65536 steps between -1 and 1. A group gets code 0 if 1 / c1 would be infinite."""
     xp, values = array_module(x), dynamic_map()
-    dead = c1 <= 2.0**-128  # to a card this is 0 <= 0: with < no group would be dead
+    dead = c1 <= 2.0**-128  # a GPU reads both sides as 0, so < would find no dead group
     s = xp.clip(x * (1 / xp.where(dead, np.inf, c1)), -1, 1)
     s[dead[:, 0]] = -1
     step = (((s + 1) * np.float32(0.5)).astype(np.float64) * 65535 + 0.5).astype(np.float32)

@@ -1,18 +1,18 @@
 """8-bit integers: absmax quantization, and LLM.int8()'s product of two quantized matrices.
 
 Dettmers, Lewis, Belkada & Zettlemoyer 2022, arXiv:2208.07339. A group of numbers shares one
-constant c, by which its largest magnitude becomes 127:
+constant c, which maps its largest magnitude to 127:
 
     X_i8 = round(127 / absmax(X) X) = round(c X)                              (1)
     dequant(c, X_i8) = X_i8 / c                                               (2)
 
-One large number makes all others of its group coarse. Transformers have such outliers, in a few
-features h of many rows; LLM.int8() keeps those features O in 16 bits and the rest in 8:
+One large number makes all others of its group coarse. Transformers have such outliers, in the same
+few features h of many rows. LLM.int8() keeps those features O in 16 bits and the rest in 8:
 
     C ~ sum_{h in O} X_f16^h W_f16^h + S sum_{h not in O} X_i8^h W_i8^h       (3)
 
-where S = 1 / (c_x c_w) has one constant for each row of X and each output of W. (The paper numbers
-these 1, 3 and 8.)
+S = 1 / (c_x c_w) has one constant for each row of X and each output of W. (The paper numbers these
+equations 1, 3 and 8.)
 
 Shapes: N rows, I in, O out. W is (O, I), as everywhere here; the paper's is its transpose.
 """
@@ -32,7 +32,7 @@ class Int8:
     """A tensor as 8-bit codes and constants; made by quantize_int8.
 
     codes: int8, in the tensor's shape.
-    absmax: float32, () or with as many axes as codes, of size 1 where a constant is shared.
+    absmax: float32, () or with as many axes as codes; axes that share a constant have size 1.
     """
 
     codes: np.ndarray
@@ -56,8 +56,8 @@ class Int8:
 def quantize_int8(x, axis=None) -> Int8:
     """Absmax quantization of floats x to codes from -127 to 127, ties to even.
 
-    axis: what shares a constant, as in NumPy's reductions: None the whole tensor, -1 (of a matrix)
-    each row, 0 each column. TypeError for integers, ValueError where x is not finite.
+    axis: what shares a constant, as in NumPy's reductions. None is the whole tensor; for a matrix
+    -1 is each row and 0 each column. TypeError for integers, ValueError if x is not finite.
 
     >>> q = quantize_int8([[0.5, -2.0], [3.0, 1.0]], axis=-1)
     >>> q.codes.tolist(), q.absmax.tolist()
@@ -74,12 +74,12 @@ def quantize_int8(x, axis=None) -> Int8:
 def int8_matmul_outliers(x, W, threshold: float = 6.0):
     """x W^T as LLM.int8() computes it: (..., I), (O, I) -> (..., O) in x's dtype.
 
-    A feature with any |x| >= threshold is an outlier and multiplied in 16 bits: threshold 0 makes
-    all of them outliers, infinity none. W: floats, or an Int8 quantized by row, whose outlier
-    columns are dequantized then. 16 bits are x's own dtype where that has 16, else float16.
+    A feature with any |x| >= threshold is an outlier and is multiplied in 16 bits. Threshold 0
+    makes all features outliers, infinity none. W: floats, or an Int8 quantized by row, whose
+    outlier columns are dequantized. The 16-bit dtype is x's own if x has 16 bits, else float16.
 
-    ValueError where x in 16 bits or W is not finite, where x and W differ in I, and for an Int8
-    quantized otherwise.
+    ValueError if x in 16 bits or W is not finite, if x and W differ in I, and for an Int8 that is
+    not quantized by row.
     """
     quantized = W if isinstance(W, Int8) else quantize_int8(W, axis=-1)
     O, I = quantized.shape
@@ -103,8 +103,8 @@ def int8_matmul_outliers(x, W, threshold: float = 6.0):
 def integer_product(a, b):
     """a b^T of int8 matrices as float32: (N, K), (M, K) -> (N, M), each partial sum exact.
 
-    BLAS knows no integers, but float32 holds them up to 2^24: products of codes <= 127 are exact
-    when summed over 1024 features, and float64 adds up the parts.
+    BLAS has no integers, but float32 holds them exactly up to 2^24. So a sum of products of codes
+    <= 127 is exact over 1024 features, and float64 adds up such parts.
     """
     if a.shape[1] <= 1024:
         return a.astype(np.float32) @ b.astype(np.float32).T
@@ -115,7 +115,8 @@ def integer_product(a, b):
 
 
 def finite(x, name: str, dtype=np.float32):
-    """x as floats of dtype; TypeError for no floats, ValueError for nan, inf or what becomes it."""
+    """x in dtype. TypeError if x has no floats, ValueError if it holds nan or inf, or would there.
+    """
     x = x if hasattr(x, "dtype") else np.asarray(x, np.float32)
     if x.dtype.kind not in "fV":
         raise TypeError(f"{name} needs floating-point numbers, got dtype {x.dtype}")
@@ -129,11 +130,11 @@ def finite(x, name: str, dtype=np.float32):
 
 
 def _largest(x, axis):
-    """The largest of numbers >= 0 along an axis, which is kept, or of all; 0 where none is."""
+    """The largest of numbers >= 0, of all or along an axis, which is kept; 0 if there are none."""
     return (x.max if x.size else x.sum)(axis, keepdims=axis is not None)
 
 
 def _codes(x, absmax):
-    """round(127 / absmax x), and zero where absmax is, or so small that c overflows."""
+    """round(127 / absmax x); zero where absmax is zero, or so small that c overflows."""
     c = 127 / array_module(x).where(absmax > 1e-36, absmax, np.inf)
     return array_module(x).rint(x * c.astype(np.float32)).astype(np.int8)  # eq. (1)

@@ -4,9 +4,9 @@ QLoRA (Dettmers et al. 2023, arXiv:2305.14314), section 3, for W of NF4 and an a
 
     Y = X doubleDequant(c1, c2, W^NF4) + X L1 L2                              (5)
 
-The weight exists in the compute dtype only while it is used: the forward pass makes it and lets it
+The weight exists in the compute dtype only while it is used. The forward pass makes it and lets it
 go, and so does the backward pass, which needs dY dequant(W) for dX. A frozen W has no gradient.
-The second term is minilm/peft/'s.
+This file has the first term; minilm/peft/ has the second.
 """
 
 from dataclasses import fields, replace
@@ -32,7 +32,7 @@ def quantized_linear(x, W, b=None, compute_dtype=None, threshold=None):  # (...,
     """x dequant(W)^T + b, for W a FourBit or Int8 (O, I); the result has x's dtype.
 
     compute_dtype: of x and W in the product; by default x's. threshold: multiply as LLM.int8()
-    does, with this threshold of outliers, rather than dequantize (the backward pass always does).
+    does, with this threshold for outliers. The backward pass dequantizes in any case.
     """
     if x.shape[-1] != W.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features, the quantized W {W.shape} takes "
@@ -40,7 +40,7 @@ def quantized_linear(x, W, b=None, compute_dtype=None, threshold=None):  # (...,
     shape, dtype = x.shape, x.dtype
     inner = dtype if compute_dtype is None else compute_dtype
 
-    def dx(dy):  # the weight is made once more, rather than kept since the forward pass
+    def dx(dy):  # makes the weight again: keeping it since the forward pass would cost memory
         dy = rows(dy).astype(inner, copy=False)
         return product(dy, W.dequantize(inner)).astype(dtype, copy=False).reshape(shape)
 
@@ -55,10 +55,11 @@ def quantized_linear(x, W, b=None, compute_dtype=None, threshold=None):  # (...,
 
 
 def product_with_codes(x, W, h=None, B=None):  # (N, I), (O, I), (N, r), (O, r) -> (N, O)
-    """x dequant(W)^T, plus h B^T where given.
+    """x dequant(W)^T, plus h B^T if h is given.
 
-    On a GPU, few rows of bfloat16 meet the codes as they are, in kernels/nf4_matmul.cu. Else the
-    weight is made, and the small product comes first, so that the large one adds to it in passing.
+    On a GPU, kernels/nf4_matmul.cu multiplies a few rows of bfloat16 with the codes directly.
+    Otherwise the weight is dequantized. The small product comes first, so that the large one can
+    add to it while it is written.
     """
     if _few_rows(x, W):
         return cuda.nf4_matmul(cuda.aligned(x), W.on_card(), h, B)
@@ -75,10 +76,10 @@ def _few_rows(x, W):
 class QuantizedLinear(Module):
     """x dequant(W)^T + b, in place of a Linear: (..., I) -> (..., O).
 
-    weight: W (O, I). Its arrays are frozen tensors too, under their names, so that they are saved
-    and loaded: into the same memory. compute_dtype and threshold as in quantized_linear. With a
-    threshold the outliers are sought in all rows that come together, so a cache shifts results
-    within the rounding to 8 bits.
+    weight: W (O, I). Its arrays are also frozen tensors of the module, so they are saved, and
+    loaded in place. compute_dtype and threshold: as in quantized_linear. With a threshold, outliers
+    are sought among all rows of a call. Generating with a cache has fewer rows in a call, so its
+    results differ by the rounding to 8 bits.
     """
 
     tokenwise = True
@@ -92,7 +93,7 @@ class QuantizedLinear(Module):
         self.bias, self.compute_dtype, self.threshold = bias, compute_dtype, threshold
 
     def to(self, device):
-        """Move the arrays, and make the weight of them anew."""
+        """Move the arrays, and put the weight together from the moved ones."""
         super().to(device)
         moved = {name: getattr(self, name).data for name in self.arrays}
         self.weight = replace(self.weight, **moved)
@@ -114,7 +115,7 @@ class QuantizedLinear(Module):
 
 
 def arrays_of(weight: FourBit | Int8) -> dict:
-    """name -> array of what a quantized weight is made of."""
+    """name -> array, for each array of a quantized weight."""
     given = {field.name: getattr(weight, field.name) for field in fields(weight)}
     return {name: value for name, value in given.items() if hasattr(value, "dtype")}
 
@@ -123,11 +124,11 @@ def quantize_model(model: Module, kind: str = "nf4", double_quant: bool | str = 
                    compute_dtype=None, skip=("head",), block_size: int = 64) -> Module:
     """Replace every Linear of the model by a QuantizedLinear; returns the model.
 
-    kind: a codebook of fourbit.py, "int8" (one constant an output) or "llm.int8" (the same, and
-    products in 8 bits with outliers apart). compute_dtype: of the products, by default that of
-    what comes in. skip: what keeps a layer as it is when it stands in its path, such as "head",
-    "attention.q" or "blocks.0". double_quant and block_size as in quantize_4bit. ValueError where
-    a weight is not finite or nothing is left to quantize; the model is then as it was.
+    kind: a codebook of fourbit.py, "int8" (one constant an output) or "llm.int8" (the same, with
+    products in 8 bits and outliers apart). compute_dtype: of the products, by default the input's.
+    skip: layers with one of these in their path stay as they are, such as "head", "attention.q"
+    or "blocks.0". double_quant and block_size: as in quantize_4bit. ValueError if a weight is not
+    finite or nothing is left to quantize; the model is then as it was.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
@@ -151,7 +152,7 @@ def quantize_model(model: Module, kind: str = "nf4", double_quant: bool | str = 
 
 
 def quantize_weight(W, kind: str, double_quant: bool | str = True, block_size: int = 64):
-    """W (O, I) as a layer of this kind holds it: an Int8 with a constant a row, or a FourBit."""
+    """W (O, I) in the form of this kind of layer: an Int8 with a constant a row, or a FourBit."""
     if kind in ("int8", "llm.int8"):
         return quantize_int8(W, axis=-1)
     return quantize_4bit(W, kind, block_size, double_quant)

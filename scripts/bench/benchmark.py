@@ -4,13 +4,14 @@
     python scripts/bench/benchmark.py --rows train --configs S M --rounds 30
     python scripts/bench/benchmark.py --device cuda   # kernels and a QLoRA step on an NVIDIA GPU
 
-Each contender runs in a process of its own; they are woken in turn, A B A B ..., so that a change
-of the machine's speed meets both. A ratio is the other's median time over ours (above 1: we are
-faster), with the lowest and highest ratio of neighbouring turns. Both use two cores, but for the
-rows of codes, where both use one. The rows qlora and paged compare our own steps: LoRA's time over
-QLoRA's, and AdamW's over PagedAdamW's where everything fits, on threads.
-Needs the extras `test` and, for lora and codes, `peers`. gpu_table.py says what is measured on a
-GPU, and kernels/RESULTS.md holds what came out.
+Each contender runs in a process of its own. They take turns, A B A B ..., so that a change of the
+machine's speed affects both. A ratio is the other's median time over ours: above 1 we are faster.
+The lowest and the highest ratio of neighbouring turns stand beside it. Both sides use two cores; in
+the row `codes` both use one. The rows `qlora` and `paged` compare our own steps: LoRA's time over
+QLoRA's, and AdamW's over PagedAdamW's on threads, when everything fits in memory.
+
+Needs the extra `test` and, for `lora` and `codes`, the extra `peers`. gpu_table.py says how things
+are measured on a GPU; kernels/RESULTS.md has the results.
 """
 
 import importlib.util
@@ -41,10 +42,10 @@ def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
     """Print the table of ratios.
 
     Args:
-        rows: what to measure; by default everything that the device has.
+        rows: what to measure; by default everything for this device.
         configs: sizes of the model, on the CPU.
         rounds: turns of each contender.
-        threads: let our workers be threads rather than processes.
+        threads: use threads as our workers, not processes.
         device: cuda measures the kernels, a step of QLoRA, and its optimizer's pages.
     """
     if rounds < 1:
@@ -60,7 +61,7 @@ def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
 
 
 def on_cpu(rows, configs, rounds, threads):
-    """The rows beside PyTorch, PEFT and bitsandbytes."""
+    """Print the rows beside PyTorch, PEFT and bitsandbytes."""
     for package, (extra, compared) in OTHERS.items():
         if {*rows} & {*compared} and importlib.util.find_spec(package) is None:
             raise ImportError(f'{package} is not installed: pip install "minilm[{extra}]"')
@@ -91,7 +92,7 @@ def on_cpu(rows, configs, rounds, threads):
 
 
 def on_gpu(rows, rounds):
-    """The card's ceilings, the kernels, the step, and the pages of its optimizer."""
+    """Print the card's ceilings, the kernels, the step, and the pages of its optimizer."""
     import gpu_pages
     import gpu_rows
     from gpu_kernels import GROUPS, measured_ceilings
@@ -110,7 +111,7 @@ def on_gpu(rows, rounds):
             print(measured_line(row, ceilings, rounds), flush=True)
     for checkpoint in (False, True) if "step" in rows else ():
         shape = LLAMA, BATCH, checkpoint
-        # The first answers are bytes; one more turn than asked for warms up.
+        # The first answer is bytes; a second extra turn warms up.
         theirs, ours = ([side[0], *side[2:]] for side in take_turns(
             (torch_qlora, *shape), (our_qlora, *shape), rounds + 2))
         print(*step_lines(*shape, ceilings, theirs, ours), sep="\n", flush=True)
@@ -119,7 +120,7 @@ def on_gpu(rows, rounds):
 
 
 def growth_with_context(turns, threads):
-    """How a step's time grows with T at the same number of tokens."""
+    """Print how a step's time grows with T at the same number of tokens."""
     short, long = (turns(f"step at T = {s.context}", (torch_side, "train", s),
                          (our_side, "train", s, threads)) for s in GROWTH)
     growth = [b / a for a, b in zip(short, long)]
@@ -128,7 +129,7 @@ def growth_with_context(turns, threads):
 
 
 def compare(title, theirs, ours, rounds) -> tuple[float, float]:
-    """Time both sides in turn; prints a row, returns the median seconds of both."""
+    """Time both sides in turn and print a row; returns the median seconds of both."""
     times = [side[2:] for side in take_turns(theirs, ours, rounds + 2)]  # the first two warm up
     ratios = [a / b for a, b in zip(*times)]
     a, b = (statistics.median(t) for t in times)
@@ -139,14 +140,14 @@ def compare(title, theirs, ours, rounds) -> tuple[float, float]:
 
 
 def take_turns(theirs, ours, rounds) -> list:
-    """The answers of both sides, asked in turn: those of theirs, those of ours."""
+    """(their answers, our answers), asked for in turn."""
     with Contender(*theirs) as first, Contender(*ours) as second:
         turns = tqdm(range(rounds), unit="turn", leave=False, disable=None)
         return list(zip(*[(first.run(), second.run()) for _ in turns]))
 
 
 def compare_memory(title, shape, threads):
-    """Peak memory of a step above weights and Adam's state, gradients included."""
+    """Print a step's peak memory: gradients included, weights and Adam's states not."""
     with (Contender(torch_side, "memory", shape) as theirs,
           Contender(our_side, "memory", shape, threads) as ours):
         a, b = theirs.run(), ours.run()
@@ -154,7 +155,7 @@ def compare_memory(title, shape, threads):
 
 
 class Contender:
-    """A process that waits, runs a job once when told to, and answers with a number."""
+    """A process that waits, runs a job once when asked to, and answers with a number."""
 
     def __init__(self, side, *args):
         from minilm.loop import finish_on_interrupt
@@ -162,9 +163,9 @@ class Contender:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, side, *args))
-        resource_tracker.ensure_running()  # started below, it would end the blocking
+        resource_tracker.ensure_running()  # if it started below, it would unblock the signal
         with finish_on_interrupt() as interrupted:
-            # Ctrl-C is for this process alone: a child inherits that it is blocked.
+            # Only this process handles Ctrl-C: the child inherits the blocked signal.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             self.process.start()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -174,12 +175,12 @@ class Contender:
             raise KeyboardInterrupt
 
     def run(self) -> float:
-        time.sleep(0.02)  # threads of the contender before may still be spinning
+        time.sleep(0.02)  # threads of the previous contender may still be spinning
         try:
             self.pipe.send("go")
             return self.pipe.recv()
         except (EOFError, OSError):
-            raise RuntimeError("a contender died; what it said is above") from None
+            raise RuntimeError("a contender died; its output is above") from None
 
     def __enter__(self):
         return self
@@ -193,7 +194,7 @@ class Contender:
 
 
 def serve(pipe, side, *args):
-    """Life of a contender's process. `side` is a generator of answers."""
+    """What a contender's process does. `side` is a generator of answers."""
     answers = side(*args)
     while pipe.recv():
         pipe.send(next(answers))
@@ -201,6 +202,6 @@ def serve(pipe, side, *args):
 
 
 if __name__ == "__main__":
-    from minilm.command import command  # here: the others' processes load nothing of ours
+    from minilm.command import command  # here, so that the others' processes do not load it
 
     command(main)

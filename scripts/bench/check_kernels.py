@@ -1,14 +1,14 @@
-"""Run the cases of gpu_cases.py: the first program to run on a GPU.
+"""Check every kernel against its formula: the first program to run on a GPU.
 
     python scripts/bench/check_kernels.py  # all cases, small
     python scripts/bench/check_kernels.py dequantize --large
     python scripts/bench/check_kernels.py --stand-in  # on the CPU, by tests/emulator (small only)
     compute-sanitizer python scripts/bench/check_kernels.py adam --raw
 
-Prints each check that fails, and for each case how many there were, and the largest error that was
-allowed. New memory is filled with 0xFF before it is handed out, so what a kernel does not write
-shows as nan; not so with --unwritten, for initcheck. --raw: each array from cudaMalloc itself, so
-that a memory checker sees its end.
+The cases are in gpu_cases.py. Prints each check that fails, and for each case the number of checks
+and the largest error among those that passed. New memory is filled with 0xFF, so numbers that a
+kernel does not write show as nan. --unwritten leaves memory as it is, for initcheck. --raw takes
+each array from cudaMalloc, so that a memory checker sees where it ends.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from minilm.backend import cupy  # noqa: E402
 
 @contextlib.contextmanager
 def poisoned(cp):
-    """New memory of cupy.empty is 0xFF; a stand-in does that by itself."""
+    """Inside, cupy.empty returns memory full of 0xFF; a stand-in does so by itself."""
     if not hasattr(cp.ndarray, "__cuda_array_interface__"):
         yield
         return

@@ -2,9 +2,9 @@
 
     python scripts/bench/compare_torch.py
 
-prints two Markdown tables of errors and ends with exit status 1 where one is above its tolerance.
-The expected numbers are PyTorch's in float64, for float32 inputs too. The last column is the error
-of PyTorch itself in float32: what can be asked of that dtype.
+It prints two Markdown tables of errors, and exits with status 1 if an error is above its tolerance.
+The expected numbers are PyTorch's in float64, also for float32 inputs. The last column is the error
+of PyTorch itself in float32, which shows what that dtype can give.
 """
 
 import sys
@@ -25,8 +25,8 @@ FAMILIES = {
     "Llama, grouped queries": Config.llama(**SIZES, hidden=48, kv_heads=2),
     "BERT, padded": Config.bert(**SIZES, hidden=64),
 }
-# eps has the size of a gradient, so that its place in the formula shows, and so that AdamW does not
-# make whole steps of gradients that are nothing but rounding, such as those of the keys' biases.
+# eps is as large as a gradient, so that its place in the formula shows. It also keeps AdamW from
+# taking whole steps along gradients that are only rounding, such as those of the keys' biases.
 ADAMW = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.1)
 
 
@@ -34,7 +34,7 @@ def main(steps: int = 20):
     """Compare every op with PyTorch, then three families in training.
 
     Args:
-        steps: how many of AdamW the families are trained for.
+        steps: how many steps of AdamW the families are trained for.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -49,12 +49,12 @@ def main(steps: int = 20):
 
 
 def progress(items, unit: str):
-    """The items, with a bar that goes when they are through."""
+    """The items, with a progress bar that disappears at the end."""
     return tqdm(items, unit=unit, leave=False, disable=None)
 
 
 def print_table(subject, results):
-    """Print (name, errors in float64, in float32, PyTorch's own) in lines; say if all are small."""
+    """Print lines of (name, errors in float64, in float32, PyTorch's own); are all small enough?"""
     limits = [f"{dtype}, at most {TOLERANCE[dtype]:.0e}" for dtype in DTYPES]
     lines, passed = [[subject, *limits, "PyTorch float32", ""]], True
     for name, *errors in results:
@@ -84,13 +84,13 @@ def family_errors(name, config, steps):
 
 
 def training_error(actual, expected):
-    """Errors of all losses, of the gradients at the worst step, of the final weights."""
+    """Errors of all losses, of the worst step's gradients, of the final weights."""
     worst = max(error(a, e) for a, e in zip(actual[1], expected[1], strict=True))
     return [error(actual[0], expected[0]), worst, error(actual[2], expected[2])]
 
 
 def start(config, dtype):
-    """A model in `dtype`, its weights moved so far that norms and biases matter."""
+    """A model in `dtype`. Its weights are moved far enough for norms and biases to matter."""
     model, rng = Transformer(config, seed=0), np.random.default_rng(0)
     for _, t in model.named_tensors():
         t.data += 0.1 * rng.standard_normal(t.shape, dtype=np.float32)
@@ -98,7 +98,7 @@ def start(config, dtype):
 
 
 def batches(config, steps):
-    """(tokens, mask, targets): the next tokens, or some of the tokens where attention sees all."""
+    """(tokens, mask, targets). A causal model's targets are the next tokens, else some tokens."""
     rng = np.random.default_rng(2)
     for _ in range(steps):
         text = rng.integers(0, config.vocab_size, (3, config.context + 1))
@@ -111,7 +111,7 @@ def batches(config, steps):
 
 
 def train_ours(config, dtype, steps):
-    """(losses, a flat gradient a step, flat final weights) of training with minilm."""
+    """Train with minilm: (losses, a flat gradient for each step, flat final weights)."""
     model = start(config, dtype)
     optimizer, losses, grads = AdamW(model.parameters(), **ADAMW), [], []
     for tokens, mask, targets in batches(config, steps):

@@ -1,7 +1,7 @@
-"""The two sides of benchmark.py: generators that answer with a number each time they are asked.
+"""The two sides of benchmark.py: generators that give a number each time they are asked.
 
-PyTorch's is written well: fused AdamW, scaled_dot_product_attention, one product for q, k and v
-where no adapter wants them apart.
+PyTorch's side is written for speed: fused AdamW, scaled_dot_product_attention, and one product for
+q, k and v unless adapters need them apart.
 """
 
 import ctypes
@@ -51,7 +51,8 @@ def draw(tokens):
 
 
 def timed(step, at_least=0.25):
-    """Mean seconds of a call, over and over; each time over calls that fill `at_least` seconds."""
+    """Yield the mean seconds of a call, again and again, over calls that fill `at_least` seconds.
+    """
     start, count = time.perf_counter(), 0
     while True:
         step()
@@ -94,7 +95,7 @@ def our_side(job, shape, threads):
         trainer.workers.run(trim, [()] * CORES)
         children = [child.pid for child in trainer.workers.children]
         gradients = optimizer.flat.grad.nbytes / 2**20  # ours stay in memory between steps
-        # What a worker process costs by being there, without its share of Adam's m and v.
+        # What a worker process takes at rest, without its share of Adam's m and v.
         extra = sum(unshared(pid) - 2 * gradients / CORES for pid in children)
         yield gradients + extra + growth_of_memory(["self", *children], step)
 
@@ -213,15 +214,15 @@ def torch_stream(model, shape):
 
 
 def trim(trainer=None):
-    """Give freed memory back to the system (glibc): of this process, or a worker of the trainer."""
+    """Give this process's freed memory back to the system (glibc). Workers call it as a method."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def growth_of_memory(pids, step) -> float:
-    """MiB by which the processes together grow at their largest during a step."""
+    """MiB by which the processes' high-water marks rise during a step, all together."""
     before = [memory(pid, "VmRSS") for pid in pids]
     for pid in pids:
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets the high-water mark
     step()
     return sum(memory(pid, "VmHWM") for pid in pids) - sum(before)
 
@@ -252,7 +253,7 @@ def our_codes(job, n):
 
 
 def bitsandbytes_codes(job, n):
-    """The same in bitsandbytes, with the same allocator settings."""
+    """The same in bitsandbytes, with the same settings of the allocator."""
     import torch
     from bitsandbytes import functional
 

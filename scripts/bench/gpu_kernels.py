@@ -1,7 +1,7 @@
-"""The kernels' rows of the benchmark on a GPU: their inputs, their floors and what stands beside.
+"""The kernels' rows of the benchmark on a GPU: their inputs, floors and competitors.
 
-A row draws its inputs when it is measured, and as many of them as its pass must read to miss the
-L2 cache; gpu_table.py says how they are timed. Rows with the same sizes read the same numbers.
+A row draws its inputs when it is measured. It draws so many that a pass misses the L2 cache;
+gpu_table.py says how they are timed. Rows of the same sizes get the same numbers.
 """
 
 import copy
@@ -19,13 +19,13 @@ from minilm.peft.qlora import quantized_lora
 from minilm.quantize import quantize_4bit
 from minilm.quantize.codebooks import steps
 
-COLD = 3 * 60e6  # bytes of the weights that a pass reads
+COLD = 3 * 60e6  # bytes that a pass must read: three times the L2 cache
 SQUARE, LARGE = (4096, 4096), (11008, 4096)  # (O, I) of layers of a Llama of 7 billion parameters
 SCALE = 2.0  # of LoRA
 
 
 def measured_ceilings(rounds, size=1 << 31, n=8192) -> tuple[Ceilings, list[str]]:
-    """The ceilings by their medians, and their lines in the table."""
+    """(the ceilings, as medians; their lines in the table)."""
     cp, rng = cupy(), np.random.default_rng(0)
     a = cp.arange(size // 8, dtype=np.int64)
     b, x, y = cp.empty_like(a), normal(rng, n, n), normal(rng, n, n)
@@ -139,7 +139,7 @@ def lora_row(direction, shape, M, r, ours, product, more_flops):
 
 
 def gradients(results, dy):
-    """dx, dA and dB of quantized_lora's result and vjps."""
+    """(dx, dA, dB), from the value and the vjps that quantized_lora returns."""
     _, dx, _, dA, dB, _ = results
     return dx(dy), dA(dy), dB(dy)
 
@@ -159,7 +159,7 @@ def dense_inputs(shape, rows):
 
 
 def reference_rows(n=1024, r=16):
-    """lora_matmul.cu, without tensor cores, beside the same products by cuBLAS in float32."""
+    """lora_matmul.cu, which uses no tensor cores, beside the same products by cuBLAS in float32."""
     def side(call, inputs):
         def draw():
             rng, square = np.random.default_rng(1), 4 * n * n
@@ -198,7 +198,7 @@ def plain_backward(dy, x, h, W, A, B, scale):
 
 
 def attention_rows(B=4, H=32, K=4, T=1024, D=64, device="cuda"):
-    """Causal, with H / K query heads on a key/value head, beside PyTorch's best."""
+    """Causal attention with H / K query heads for each key/value head, beside PyTorch's best."""
     import torch
     attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True,
                      enable_gqa=True)
@@ -278,7 +278,7 @@ def copies(n, x):
 
 
 def distinct(size) -> int:
-    """How many inputs of so many bytes a pass needs."""
+    """How many inputs of this many bytes a pass needs."""
     return max(2, math.ceil(COLD / size))
 
 

@@ -1,12 +1,14 @@
-"""What pages of the optimizer's states cost on a GPU, and what they give.
+"""What paging the optimizer's states costs on a GPU, and what it gains.
 
-Three kinds of rows. Copies of pages between the host and the card, through the device that
-PagedAdamW uses; their floor is one large copy of pinned memory each way, by PyTorch. A step of
-QLoRA whose states stream through the smallest budget there is, beside the same step with AdamW.
-And that run within a limit of the memory pool in which PagedAdamW has room and AdamW has not.
+There are three kinds of rows:
 
-A pool may need more than its arrays take: what lies free inside a block that is partly used is lost
-to larger arrays. So the limit is not computed but found, between what the two runs need.
+* Copies of pages between the host and the card, through the device that PagedAdamW uses. Their
+  floor is one large copy of pinned memory each way, by PyTorch.
+* A step of QLoRA whose states stream through the smallest budget, beside the same step with AdamW.
+* That run under a limit of the memory pool that is enough for PagedAdamW and too small for AdamW.
+
+A pool may need more than its arrays take, since larger arrays cannot use the free part of a block
+that is partly used. So the limit is not computed. It is found between what the two runs need.
 """
 
 import contextlib
@@ -32,14 +34,14 @@ WAYS = {"in": "from the host to the card", "out": "from the card to the host"}
 
 
 def lines(ceilings: Ceilings, rounds: int, take_turns):
-    """Measure everything, line by line. take_turns: of benchmark.py."""
+    """Measure everything, line by line. take_turns: the function in benchmark.py."""
     link, found = measured_link(rounds)
     yield from found
     for row, ceiling in zip(copy_rows(), link):
         yield measured_line(row, ceiling, rounds)
     model = gpu_step.LLAMA, gpu_step.BATCH
     for page_size in PAGES:
-        # The first answers are bytes; one more turn than asked for warms up.
+        # The first answer is bytes; a second extra turn warms up.
         sides = take_turns((gpu_step.our_qlora, *model, False),
                            (gpu_step.our_qlora, *model, False, paged(page_size)), rounds + 2)
         yield from streaming_lines(page_size, ceilings, *([s[0], *s[2:]] for s in sides))
@@ -59,7 +61,7 @@ def paged(page_size: int):
 
 
 def measured_link(rounds: int, size=SIZE, device="cuda"):
-    """([what one large copy reaches each way], their lines in the table)."""
+    """([the speed of one large copy, each way], their lines in the table)."""
     import torch
 
     host = torch.zeros(size, dtype=torch.uint8, pin_memory=device == "cuda")
@@ -78,7 +80,7 @@ def link_titles(size=SIZE):
 
 
 def copy_rows(page_size=PAGES[0], size=SIZE) -> list[Row]:
-    """A row each way, of as many pages as a large copy has bytes."""
+    """A row each way. The pages have as many bytes together as a large copy."""
     nbytes = 8 * page_size
     count = size // nbytes
 
@@ -123,20 +125,20 @@ def streaming_lines(page_size: int, ceilings: Ceilings, theirs=(), ours=()) -> l
 
 
 def relieved(job, *args):
-    """Answers once: what the job returns. Its arrays get what the pool keeps for later too.
+    """Yield what the job returns, once. If it finds no memory, the pool gives up its cached blocks.
 
-    PagedAdamW sees to that by itself. AdamW would run out of memory with the pool's cache full.
+    PagedAdamW sees to that by itself. AdamW would otherwise fail while the pool's cache is full.
     """
     device = CudaDevice()
     device.relieve_with(lambda nbytes: 0)
     answer = job(*args)
-    gc.collect()  # a paged optimizer gives its own allocator back
+    gc.collect()  # ends a paged optimizer, which then removes its allocator
     device.close()
     yield answer
 
 
 def needs(config, batch: int, optimizer):
-    """(losses of a run without a limit, bytes of a pool in which there are as many steps)."""
+    """(losses of a run without a limit, bytes of a pool that is large enough for the same run)."""
     step = small_step(config, batch, optimizer)
     with peak_memory() as peak:
         losses = [step() for _ in range(STEPS)]
@@ -147,7 +149,7 @@ def needs(config, batch: int, optimizer):
 
 
 def within(config, batch: int, optimizer, limit: int) -> list[float]:
-    """The losses of a run, from making the model on, until it ends or finds no memory."""
+    """The losses of a run until it ends or finds no memory. Making the model is part of it."""
     return losses_within(limit, partial(small_step, config, batch, optimizer))
 
 
@@ -162,14 +164,14 @@ def losses_within(limit: int, ready) -> list[float]:
 
 
 def small_step(config, batch: int, optimizer):
-    """The step that takes least: a checkpoint a block."""
+    """A step that takes as little memory as possible: with a checkpoint a block."""
     model = gpu_step.our_model(config, gpu_step.RANK, "cuda")
     model.checkpoint_every = 1
     return gpu_step.our_step(model, batch, optimizer)
 
 
 def limit_line(limit=0, expected=(), theirs=(), ours=()) -> str:
-    """The row of both runs within the limit, from their losses."""
+    """The row of both runs under the limit, from their losses."""
     row = gpu_step.step_row(gpu_step.LLAMA, gpu_step.BATCH, True)
     title = (f"{STEPS} times the {row.title}, in a pool too small for AdamW; states streaming in "
              f"pages of {mib(PAGES[-1])}")

@@ -1,13 +1,13 @@
-"""What a process of check_gpu.py does on the card; each is a program of its own.
+"""The processes that check_gpu.py starts on the card; each command is one of them.
 
     python scripts/bench/gpu_probe.py env  # versions, the card, registers of our kernels
-    python scripts/bench/gpu_probe.py ceilings FILE  # measured and written down
-    python scripts/bench/gpu_probe.py rows FILE GROUP ROUNDS SECONDS  # of benchmark.py
-    python scripts/bench/gpu_probe.py step SIDE LAYERS FOLDER  # ours or PyTorch's, of QLoRA
-    python scripts/bench/gpu_probe.py step_rows FILE FOLDER  # the table's, where both have run
+    python scripts/bench/gpu_probe.py ceilings FILE  # measure them and write them to a file
+    python scripts/bench/gpu_probe.py rows FILE GROUP ROUNDS SECONDS  # rows of benchmark.py
+    python scripts/bench/gpu_probe.py step SIDE LAYERS FOLDER  # a QLoRA step, ours or PyTorch's
+    python scripts/bench/gpu_probe.py step_rows FILE FOLDER  # the table's rows of these steps
     python scripts/bench/gpu_probe.py profiled  # a few launches, for Nsight Compute
 
-Rows of the table begin with "| "; what a summary should say begins with RESULT.
+Rows of the table begin with "| ". A line for the summary begins with RESULT.
 """
 
 import cProfile
@@ -48,7 +48,7 @@ FACTS = ("name", "major", "minor", "multiProcessorCount", "l2CacheSize", "totalG
 
 
 def env():
-    """What is there, whether cuBLAS and a kernel of ours give what they must, and registers."""
+    """Versions and facts; a product by cuBLAS and one of our kernels, checked; registers."""
     start, cp = time.perf_counter(), cupy()
     print("python", platform.python_version(), "numpy", np.__version__, "cupy", cp.__version__)
     facts = cp.cuda.runtime.getDeviceProperties(0)
@@ -72,7 +72,7 @@ def env():
 
 
 def ceilings(file: Path):
-    """Measure the card's ceilings; their rows, and what they were measured on."""
+    """Measure the card's ceilings; print their rows and the card."""
     found, texts = gpu_kernels.measured_ceilings(5)
     file.write_text(json.dumps([found.bytes, found.flops]))
     print(*texts, sep="\n")
@@ -85,9 +85,9 @@ def kept_ceilings(file: Path) -> Ceilings:
 
 
 def rows(file: Path, group: str, rounds: int, seconds: float):
-    """Measure a group's rows; one that fails is a row too, and so is one without time left.
+    """Measure a group's rows. A row that fails, or has no time left, is printed too.
 
-    seconds: from now; a row begins where the longest so far would still fit.
+    seconds: from now on. A row is started only if the longest so far would still fit.
     """
     begin, longest = time.perf_counter(), 0.0
     for row, ceiling in rows_of(group, rounds, kept_ceilings(file)):
@@ -104,7 +104,7 @@ def rows(file: Path, group: str, rounds: int, seconds: float):
 
 
 def rows_of(group, rounds, ceiling):
-    """(row, its ceilings), of pages after what the link can do has been measured."""
+    """(row, its ceilings) for a group. For pages the speed of the link is measured first."""
     if group != "pages":
         return [(row, ceiling) for row in (gpu_kernels.GROUPS | gpu_rows.GROUPS)[group]()]
     link, texts = gpu_pages.measured_link(rounds)
@@ -117,12 +117,12 @@ def said(row: Row, text: str) -> str:
 
 
 def step(side: str, layers: int, folder: Path):
-    """Seven steps of a Llama of 1.1 billion parameters' width, without checkpoints."""
+    """Seven steps of a Llama as wide as gpu_step.py's, without checkpoints."""
     config = replace(gpu_step.LLAMA, layers=layers)
     start = time.perf_counter()
     peak, times = (our_steps if side == "ours" else torch_steps)(config)
     (folder / f"{side}-{layers}.json").write_text(json.dumps([peak, *times]))
-    note = ("; where done is hardly later than update, the host is what it waits for"
+    note = ("; if done comes soon after update, the host is the bottleneck"
             if side == "ours" else "")
     print(f"RESULT {side}, {layers} layers: median {1e3 * statistics.median(times):.2f} ms "
           f"({1e3 * min(times):.2f} - {1e3 * max(times):.2f}), {peak / 2**30:.2f} GiB, in "
@@ -135,7 +135,7 @@ def torch_steps(config):
 
 
 def our_steps(config):
-    """(peak in bytes, seconds of each step); what takes Python's time is printed."""
+    """(peak in bytes, seconds of each step). Also prints a profile of Python's time."""
     start, model = time.perf_counter(), gpu_step.our_model(config, gpu_step.RANK, "cuda")
     print(f"model made in {time.perf_counter() - start:.1f} s", flush=True)
     optimizer = AdamW(model.parameters(), gpu_step.LR)
@@ -152,7 +152,7 @@ def our_steps(config):
 
 
 def told_step(model, optimizer, tokens, targets) -> float:
-    """Seconds of a step, and on the screen when each part of it had been queued."""
+    """Seconds of a step. Prints when each part of it had been queued."""
     marks, begin = [], time.perf_counter()
 
     def mark():
@@ -174,7 +174,7 @@ def told_step(model, optimizer, tokens, targets) -> float:
 
 
 def step_rows(file: Path, folder: Path):
-    """The table's rows of the steps that have run."""
+    """Print the table's rows of the steps that have run."""
     for ours in sorted(folder.glob("ours-*.json")):
         layers = int(ours.stem.split("-")[1])
         config, theirs = replace(gpu_step.LLAMA, layers=layers), folder / f"torch-{layers}.json"
@@ -189,7 +189,7 @@ def step_rows(file: Path, folder: Path):
 
 
 def profiled():
-    """The kernels that are worth a profile, each twice: the first time compiles."""
+    """Launch the kernels that are worth a profile, each twice: the first time compiles."""
     rng, W = np.random.default_rng(1), gpu_kernels.weights(gpu_kernels.LARGE, True)
     for M in 1, 16:
         x = gpu_kernels.normal(rng, M, gpu_kernels.LARGE[1])

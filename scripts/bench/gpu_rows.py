@@ -1,4 +1,4 @@
-"""Rows of the benchmark on a GPU for what a block of Llama does between its products."""
+"""Rows of the benchmark on a GPU: SwiGLU and RMS norm, which Llama has between its products."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from minilm import cuda
 
 
 def swiglu_rows(rows=4096, width=5632, device="cuda"):
-    """silu(gate) up, and both gradients."""
+    """silu(gate) * up, and both gradients."""
     import torch
 
     def both(dy, gate, up): return cuda.swiglu(gate, up), *cuda.swiglu_backward(dy, gate, up)
@@ -35,7 +35,7 @@ def rms_norm_rows(rows=4096, width=2048, device="cuda"):
 
 
 def pair(name, shape, inputs, forward, both, sizes, formula, device):
-    """A row of the forward pass and one of both; sizes: bytes that they move for each number."""
+    """A row for the forward pass and one for both passes. sizes: bytes that each moves a number."""
     import torch
 
     count, size = distinct(2 * int(np.prod(shape))), f"{shape[0]} x {shape[1]}, bfloat16"

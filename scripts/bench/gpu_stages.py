@@ -1,4 +1,4 @@
-"""The stages of check_gpu.py: which processes each one runs, and what of their output is told.
+"""The stages of check_gpu.py: the processes that each one runs, and what it reports of them.
 
 Every stage is a function of a Stage (its log and its clock) and the program's options.
 """
@@ -23,7 +23,7 @@ WANTED = ("cupy", "torch", "hypothesis", "pytest", "xdist", "pytest_timeout", "t
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy", "WarpStateStats",
             "SchedulerStats")
 COUNT = os.cpu_count() or 2
-FEW_THREADS = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}  # where processes are many
+FEW_THREADS = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}  # if many processes run
 PROBE = sys.executable, HERE / "gpu_probe.py"
 CHECKS = sys.executable, HERE / "check_kernels.py"
 
@@ -49,7 +49,7 @@ def ceilings(stage, args):
 
 
 def table_of(output: str) -> list[str]:
-    """What of an output belongs into kernels/RESULTS.md."""
+    """The lines of an output that belong in kernels/RESULTS.md."""
     return [line for line in output.splitlines() if line.startswith(("| ", "Measured on "))]
 
 
@@ -70,7 +70,7 @@ def cases(stage, args):
 
 
 def bench(stage, args):
-    """The rows of benchmark.py but for the step, one process after the other."""
+    """The rows of benchmark.py except the step, one process after the other."""
     found = args.scratch / "ceilings.json"
     if not found.exists():
         ceilings(stage, args)
@@ -83,14 +83,14 @@ def bench(stage, args):
 
 
 def met(output):
-    """How many rows there are, and how many reached their goal."""
+    """How many rows there are, and how many of them met their goal, missed it or failed."""
     counted = {"met": ": met |", "missed": ": missed |", "FAILED": "FAILED", "late": "no time left"}
     return ", ".join([f"{len(table_of(output))} rows",
                       *(f"{output.count(text)} {word}" for word, text in counted.items())])
 
 
 def step(stage, args):
-    """Ours of QLoRA: time to queue it, time until it is done, memory; PyTorch's beside it."""
+    """Our step of QLoRA beside PyTorch's: time to queue it, time until it is done, memory."""
     for side, layers in ("ours", 2), ("ours", 22), ("torch", 22):  # a short one first
         stage.run(f"{side}, {layers} layers", [*PROBE, "step", side, layers, args.scratch], 80)
     output, _ = stage.run("rows", [*PROBE, "step_rows", args.scratch / "ceilings.json",
@@ -99,7 +99,7 @@ def step(stage, args):
 
 
 def tests(stage, args):
-    """The tests that take the fixture `cupy`, on the real CuPy, a process a file."""
+    """The tests that take the fixture `cupy`, on the real CuPy; a process for each file."""
     more = ["--timeout=60"] if importlib.util.find_spec("pytest_timeout") else []
     command = [sys.executable, "-m", "pytest", "-k", "emulated" if args.dry_run else "real", "-q",
                "-o", "addopts=-ra", "-p", "no:cacheprovider", "-W", "default", "--tb=short", *more]
@@ -143,7 +143,7 @@ def faults(output):
 
 
 def ncu(stage, args):
-    """What limits a few kernels, where Nsight Compute is."""
+    """What limits a few kernels, if Nsight Compute is installed."""
     tool = found("ncu", "/opt/nvidia", "nsight-compute/*/ncu")
     if not tool:
         return stage.note("ncu", "absent")

@@ -1,10 +1,10 @@
 """A step of QLoRA on a Llama of 1.1 billion parameters: ours, and the same arithmetic in PyTorch.
 
-Both train adapters of rank 16 on all linear layers but the head, over weights in NF4 with double
-quantization, in bfloat16; the loss is computed in float32, and the adapters are rounded from
-float32 masters, which AdamW changes, its state in float32 too. PyTorch (eager) looks the codes up
-in a table, forward and backward, and has its fused AdamW and attention. It gets our model's
-weights. Each side has a process of its own, and no gradient checkpoints or one a block.
+Both train in bfloat16: adapters of rank 16 on all linear layers but the head, over weights in NF4
+with double quantization. The loss is computed in float32. The adapters are rounded from float32
+masters, which AdamW changes; its states are float32 too. PyTorch (eager) looks the codes up in a
+table, forward and backward, and uses its fused AdamW and attention. It gets our model's weights.
+Each side runs in a process of its own, with no gradient checkpoints or with one a block.
 """
 
 import math
@@ -28,7 +28,7 @@ BATCH, RANK, LR = 4, 16, 1e-4
 
 
 def our_qlora(config: Config, batch: int, checkpoint: bool, optimizer=AdamW):
-    """Answers: the peak of a step's memory in bytes, then seconds of a step, again and again."""
+    """Yield the peak memory of a step in bytes, then seconds of a step, again and again."""
     model = our_model(config, RANK, "cuda")
     model.checkpoint_every = int(checkpoint)
     step = our_step(model, batch, optimizer)
@@ -40,7 +40,7 @@ def our_qlora(config: Config, batch: int, checkpoint: bool, optimizer=AdamW):
 
 
 def torch_qlora(config: Config, batch: int, checkpoint: bool, device="cuda"):
-    """The same of PyTorch. Our model is made on the CPU: the GPU sees nothing of it."""
+    """The same for PyTorch. Our model is made on the CPU, so it takes no memory of the GPU."""
     import torch
 
     step = torch_step(torch_llama(our_model(config, RANK, "cpu"), checkpoint, device),
@@ -53,7 +53,7 @@ def torch_qlora(config: Config, batch: int, checkpoint: bool, device="cuda"):
 
 
 def our_model(config: Config, rank: int, device: str) -> Transformer:
-    """A random model. The host holds one block at a time in float32, never the whole model."""
+    """A random model. Only one block at a time is in float32 on the host, never the whole model."""
     rng, model = np.random.default_rng(0), Transformer(replace(config, layers=1))
     model.config, model.blocks = config, []
     model.astype("bfloat16").to(device)  # embedding, last norm and head
@@ -176,7 +176,7 @@ def torch_linear(layer, device: str):
               "pairs": levels(W.codebook)[np.stack([byte >> 4, byte & 15], -1)]}
 
     class Product(torch.autograd.Function):
-        """x W^T, where W is made when it is used: forward, and once more backward."""
+        """x W^T. W is made when it is used: forward, and again backward."""
 
         @staticmethod
         def forward(ctx, x, dequantize):
@@ -209,7 +209,7 @@ def torch_linear(layer, device: str):
 
 
 def on_torch(array, device: str):
-    """A NumPy array in PyTorch, which does not know NumPy's bfloat16."""
+    """A NumPy array in PyTorch. (PyTorch does not know NumPy's bfloat16.)"""
     import torch
 
     if array.dtype == "bfloat16":
@@ -218,7 +218,7 @@ def on_torch(array, device: str):
 
 
 def step_row(config: Config, batch: int, checkpoint: bool) -> Row:
-    """The step's row. Its floor: making the weights from their codes, then the products."""
+    """The step's row. Its floor is the time to make the weights from codes and to multiply."""
     c, tokens, times_forward = config, batch * config.context, 1 + checkpoint
     kv_width = c.width // c.heads * c.kv_heads
     shapes = [(c.width, c.width)] * 2 + [(kv_width, c.width)] * 2

@@ -1,14 +1,14 @@
-"""What the benchmark on a GPU prints, and how it takes times.
+"""What the benchmark on a GPU prints, and how it measures times.
 
-The card's ceilings come first: the bytes a second of a copy, and the flops a second of a product of
-bfloat16. A row's floor is the time below which these leave no kernel: its bytes over the one or
-its flops over the other, whichever is longer, for one part of the work after the other.
+The card's ceilings come first: bytes a second in a copy, and flops a second in a product of
+bfloat16. They give each row a floor, a time that no kernel can beat. For each part of the work it
+is bytes or flops over their ceiling, whichever takes longer; the parts are added up.
 
-`times` does all timing of kernels. A pass makes each call once, on inputs of its own which together
-exceed the L2 cache three times, and keeps all results: nothing comes from the cache that would come
-from memory in a model. A launch from Python takes longer than some of the kernels, so a pass waits
-behind other work until all of it is queued. (A CUDA graph would do as well for the kernels of this
-project. But CuPy 14.2 refuses to capture cuBLAS, and both sides must be timed alike.)
+`times` does all timing of kernels. A pass makes each call once, on inputs of its own, and keeps all
+results. The inputs together are three times as large as the L2 cache, so nothing comes from the
+cache that would come from memory in a model. Launching from Python takes longer than some of the
+kernels, so a pass waits behind other work until all of it is queued. (CUDA graphs would also work
+for our kernels. But CuPy 14.2 refuses to capture cuBLAS, and both sides must be timed alike.)
 """
 
 import datetime
@@ -29,13 +29,13 @@ HEAD = ("| what | floor | minilm | of the floor | the other | other / minilm | g
 
 
 class Ceilings(NamedTuple):
-    """What a card can do: bytes copied a second, read and written; flops a second in bfloat16."""
+    """What a card can do a second: bytes read and written by a copy, flops in bfloat16."""
 
     bytes: float
     flops: float
 
     def seconds(self, work) -> float:
-        """The floor of parts of work, (bytes, flops) each, one after the other."""
+        """The floor of work: parts of (bytes, flops), done one after the other."""
         return sum(max(size / self.bytes, flops / self.flops) for size, flops in work)
 
 
@@ -43,16 +43,16 @@ H200 = Ceilings(4.3e12, 790e12)
 
 
 class Row(NamedTuple):
-    """A measurement. `ours` and `other` draw inputs and return what `times` takes."""
+    """A measurement. `ours` and `other` draw inputs and return the `ready` of `times`."""
 
     title: str
-    work: tuple  # for the floor
+    work: tuple  # parts of (bytes, flops), for the floor
     ours: Callable
-    beside: str = ""  # what the other is
+    beside: str = ""  # the name of the other side
     other: Callable | None = None
     added: tuple = ()  # work whose floor is added to the other's time
-    share: float = 0.0  # goals: this share of the floor's speed,
-    speed: float = 0.0  # and this ratio of the other's time to ours
+    share: float = 0.0  # goal: at least this share of the floor's speed
+    speed: float = 0.0  # goal: at least this ratio of the other's time to ours
 
     @property
     def goal(self) -> str:
@@ -63,9 +63,9 @@ class Row(NamedTuple):
 
 
 def times(ready: Callable[[], list], rounds: int) -> list[float]:
-    """Seconds of a call on the card, as the mean of a pass, for each of `rounds` passes.
+    """Seconds of a call on the card for each of `rounds` passes; each is the mean over a pass.
 
-    ready() gives the calls of a pass. RuntimeError where Python cannot queue them fast enough.
+    ready() returns the calls of a pass. RuntimeError if Python cannot queue them fast enough.
     """
     found, waits = [], 8
     run_pass(ready, waits)  # compiles the kernels and fills the memory pool
@@ -81,14 +81,14 @@ def times(ready: Callable[[], list], rounds: int) -> list[float]:
 
 
 def run_pass(ready, waits):
-    """(mean seconds of a call, whether all calls were queued before the first was begun)."""
+    """(mean seconds of a call, whether all calls were queued before the first began)."""
     cp = cupy()
     start, stop, numbers = cp.cuda.Event(), cp.cuda.Event(), cp.zeros(1 << 28, np.float32)
     before, calls = ready(), ready()
     cp.cuda.Device().synchronize()
     for _ in range(waits):
-        numbers.max()  # reading leaves nothing in the cache to write back
-    results = [call() for call in before]  # leaves the caches as the timed pass will leave them
+        numbers.max()  # only reads, so nothing is left in the cache to be written back
+    results = [call() for call in before]  # an untimed pass, for the state of the caches
     start.record()
     results += [call() for call in calls]
     stop.record()
@@ -99,13 +99,13 @@ def run_pass(ready, waits):
 
 
 def measured_line(row: Row, ceilings: Ceilings, rounds: int) -> str:
-    """Measure a row."""
+    """Measure a row; returns its line."""
     ours = times(row.ours(), rounds)
     return line(row, ceilings, ours, times(row.other(), rounds) if row.other else [])
 
 
 def line(row: Row, ceilings: Ceilings, ours=(), other=()) -> str:
-    """A row of the table, from the seconds of both sides; without any, what is to be measured."""
+    """A line of the table from the seconds of both sides; without them, "not yet measured"."""
     floor, added = ceilings.seconds(row.work), ceilings.seconds(row.added)
     if not ours:
         beside = row.beside and f"{row.beside}: not yet measured"
@@ -123,7 +123,8 @@ def cells(*texts) -> str:
 
 
 def span(values, unit="") -> str:
-    """The median, and where there are several the lowest and the highest; seconds unless `unit`."""
+    """The median; of several values also the lowest and the highest. Seconds, unless unit is given.
+    """
     if not unit:
         unit, factor = ("ms", 1e3) if statistics.median(values) >= 1e-3 else ("us", 1e6)
         values = [v * factor for v in values]
@@ -146,7 +147,7 @@ def heading() -> str:
 
 
 def card() -> str:
-    """The card and the versions of what drives it."""
+    """The card, and the versions of driver and libraries."""
     import torch
 
     cp = cupy()

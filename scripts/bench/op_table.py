@@ -1,7 +1,6 @@
-"""Every op beside PyTorch's twin: the table behind `compare_torch.py` and `tests/test_ops.py`.
+"""Every op beside its twin in PyTorch: the table behind `compare_torch.py` and `tests/test_ops.py`.
 
-Adding an op is adding a row. The tolerances of all tests stand here too, and the measure of error
-that they are for.
+A new op is a new row. The measure of error is here too, with the tolerances of all tests.
 """
 
 import math
@@ -17,18 +16,18 @@ from minilm.peft.qlora import quantized_lora
 from minilm.quantize.linear import quantize_weight, quantized_linear
 from minilm.tensor import Tensor
 
-# The largest `error` of an op that computes in this dtype. 16-bit: four units in the last place,
-# for the arithmetic is float32 and only inputs and results are rounded, among them the result that
-# attention's gradients start from. float32, float64: room for rounding to add up along the sums of
-# matrix products.
+# The largest `error` of an op that computes in this dtype. With 16 bits it is four units in the
+# last place: the arithmetic is float32, and only inputs and results are rounded. (One such result
+# is the start of attention's gradients.) With float32 and float64 there is room for rounding to add
+# up along the sums of matrix products.
 TOLERANCE = {"float64": 1e-13, "float32": 5e-6, "bfloat16": 3e-2, "float16": 4e-3}
 
 
 def error(actual, expected, scale: float = 0.0) -> float:
     """max|actual - expected| / max|expected|, with a divisor of at least `scale`.
 
-    Against the largest element, because the small ones are differences of large ones. Where all
-    of them may cancel to nothing, `scale` is the size of what cancels.
+    It compares with the largest element, because small ones are differences of large ones. If all
+    elements may cancel to nothing, `scale` is the size of the numbers that cancel.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
@@ -50,7 +49,7 @@ def import_torch():
 class Row(NamedTuple):
     """An op and its twin."""
 
-    name: str  # the op's, then what is special
+    name: str  # of the op, then of the case
     ours: Callable  # of Tensors and arrays
     twin: Callable  # of torch.Tensors
     draw: Callable  # (rng, B, T, C) -> the arrays that get a gradient, the other arguments
@@ -107,7 +106,7 @@ def layer_rows(F):
     def joined(r, B, T, C): return [normal(r, B, T, 3 * C)], []
     def split(r, B, T, C): return [normal(r, B, 3, T, C)], []
     def keep(x, rng): return torch.tensor(rng.random(x.shape, np.float32) >= 0.3)
-    eps = 0.1  # so large that a wrong one shows, and that few elements cannot cancel to nothing
+    eps = 0.1  # so large that a wrong eps shows, and that a few elements cannot cancel to nothing
     return [
         Row("linear", ops.linear, F.linear, affine),
         Row("linear without bias", ops.linear, F.linear, lambda *a: (affine(*a)[0][:2], [])),
@@ -146,14 +145,14 @@ def attention_rows(F):
 
     def qkv(r, B, T, C, K=2, more=0):
         shapes = (B, 4, T, C), (B, K, T + more, C), (B, K, T + more, C)
-        return [r.uniform(-1, 1, shape) for shape in shapes]  # dk is of third order in their size
+        return [r.uniform(-1, 1, shape) for shape in shapes]  # dk grows with the cube of their size
 
-    def padded(r, B, T, C):  # True may be seen; here and there a whole row sees nothing
+    def padded(r, B, T, C):  # True may be seen; now and then a row sees nothing
         return qkv(r, B, T, C, K=4), [r.random((B, 1, 1, T)) < 0.7]
 
     def biased(r, B, T, C): return qkv(r, B, T, C, K=1), [normal(r, 4, T, T)]
     def sdpa(q, k, v, mask=None, causal=False):
-        if causal:  # the last query sees all keys; PyTorch's own is_causal lets the first see one
+        if causal:  # our last query sees all keys; PyTorch's is_causal lets its first see one key
             seen = torch.ones(q.shape[2], k.shape[2], dtype=bool).tril(k.shape[2] - q.shape[2])
             mask = seen if mask is None else mask.masked_fill(~seen, -math.inf)
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
@@ -253,13 +252,13 @@ def one(rng, B, T, C): return [normal(rng, B, T, C)], []
 
 
 def apart(rng, *shape):
-    """Numbers of either sign away from zero, where quotients grow and relu has its corner."""
+    """Numbers of either sign, away from zero: there quotients grow, and relu has a corner."""
     x = rng.standard_normal(shape)
     return x + np.copysign(1, x)
 
 
 def broadcast(rng, B, T, C):
-    """Two arrays in either order, one of them of fewer axes or with axes of size 1."""
+    """Two arrays in either order; one has fewer axes, or axes of size 1."""
     shapes = [(B, T, C), (C,), (1,), (T, 1), (B, 1, C), (1, 1, 1), ()]
     pair = [apart(rng, B, T, C), apart(rng, *shapes[rng.integers(len(shapes))])]
     return pair[:: rng.choice([-1, 1])], []
@@ -268,8 +267,8 @@ def broadcast(rng, B, T, C):
 def op_error(actual, expected):
     """`error` of the value and of every gradient.
 
-    Inputs and dy are of the size of 1, so n of them, of either sign, add up to about sqrt(n): the
-    gradient of an input that was broadcast is such a sum.
+    Inputs and dy have about the size of 1 and either sign, so n of them add up to about sqrt(n).
+    The gradient of an input that was broadcast is such a sum.
     """
     def scale(e): return max(1.0, math.sqrt(expected[0].size / e.size))
     return [error(a, e, scale(e)) for a, e in zip(actual, expected, strict=True)]
@@ -299,6 +298,6 @@ def run_torch(fn, variables, others):
 
 
 def weights(y, variables):
-    """A dy for y, always the same; for a mean so large that its gradients are of the size of 1."""
+    """A dy for y, always the same. For a scalar it is so large that the gradients are about 1."""
     dy = np.random.default_rng(1).standard_normal(y.shape) if y.ndim else variables[0].size
     return np.asarray(dy, y.dtype)

@@ -1,6 +1,6 @@
-"""The three families in plain PyTorch: functions of weights that have minilm's names.
+"""The three families in plain PyTorch, as functions of weights with minilm's names.
 
-What `compare_torch.py` and the tests hold minilm against. Importing this file needs PyTorch.
+`compare_torch.py` and the tests compare minilm with them. Importing this file needs PyTorch.
 """
 
 import numpy as np

@@ -4,10 +4,10 @@
     python scripts/experiments/adaptation_methods.py --quick    # seconds; the numbers mean nothing
     python scripts/experiments/adaptation_methods.py --model runs/pretrain-*/model --seeds 0 1 2 3
 
-Lecture 002 compares the methods on models of billions of parameters. Here a model of the size that
-pretrain.py makes learns to reverse, upper and sort a word, to give the last word, and to add; then
-it answers held-out records, and its loss on the text it was trained on says what it still knows.
-An arm is a line of ARMS.
+Lecture 002 compares the methods on models with billions of parameters. Here a small model, made by
+pretrain.py, learns five tasks: reverse a word, put it in upper case, sort its letters, find the
+last word, add two numbers. Then it answers held-out records. Its loss on the text that it was
+trained on says what it still knows. An arm is a line of ARMS.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -60,7 +60,7 @@ CLAIMS = {
 
 @dataclass(frozen=True)
 class Settings(Training):
-    """What decides an arm's numbers, with its seed and its base."""
+    """What decides an arm's numbers, together with the seed and the base model."""
 
     steps: int = 4000
     lr: float = 0.0  # each arm has its own
@@ -79,18 +79,18 @@ def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Pa
     """Full fine-tuning, LoRA and QLoRA on five small tasks: what each learns and forgets.
 
     Args:
-        seeds: of records, adapters and batches; every arm runs on each.
+        seeds: of records, adapters and batches; every arm runs on each seed.
         quick: end in seconds, on a tiny model that knows nothing; the numbers mean nothing.
-        out: folder in which the run gets a folder of its own.
-        model: base models, folders with a tokenizer.json; seed s adapts number s mod n of the n
-            given. By default the newest runs/pretrain-*/model. Of one base the intervals say
-            nothing about another.
+        out: the run gets a folder of its own in here.
+        model: folders of n base models, with a tokenizer.json each; seed s adapts number s mod n.
+            By default the newest runs/pretrain-*/model. The intervals from one base say nothing
+            about another base.
         resume: folder of a run to go on with; arms and seeds that are done are not run again.
         keep: leave the result beside this program, for the page that report.py makes.
     """
     bases = [] if quick else list(model) or [newest_model(Path("runs"), "pretrain-*")]
     for folder in bases:
-        load(folder)  # what is wrong with it is to be said before a folder is made for the run
+        load(folder)  # if it is damaged, fail before the run gets a folder
     files = [file for folder in bases for file in sorted(folder.glob("*.safetensors"))]
     s = QUICK if quick else Settings(workers=default_workers()[0])
     settings = {"bases": [sha256(file) for file in files], **asdict(s)}
@@ -118,7 +118,7 @@ def measured(bases: list[Path], s: Settings, arm: str, seed: int, run) -> dict:
 
 
 def adapt(run, model, batches, s: Settings, title: str):
-    """Train what is to be trained."""
+    """Train the parameters that are not frozen."""
     optimizer = AdamW(trainable_parameters(model), s.lr, weight_decay=0.0)
     for _, done in fit(run, model, batches, s, optimizer=optimizer, title=title):
         stopped = done.step < s.steps  # by Ctrl-C
@@ -135,7 +135,7 @@ def load(folder: Path):
 
 
 def tiny():
-    """A model that knows nothing, and its tokenizer."""
+    """An untrained model and its tokenizer."""
     return Transformer(Config.gpt2(258, 48, layers=1, heads=2, width=16)), data.ByteTokenizer()
 
 
@@ -146,7 +146,7 @@ def held_out():
 
 
 def old_text(model, tokenizer, count: int | None) -> float:
-    """Bits a byte of it, or of its first documents."""
+    """The model's bits a byte on the held-out text, or on its first `count` documents."""
     documents = held_out()[:count]
     tokens, targets = data.cut(data.pack(documents, tokenizer), model.config.context)
     size = sum(len(document.encode()) for document in documents)
@@ -155,7 +155,7 @@ def old_text(model, tokenizer, count: int | None) -> float:
 
 
 def draw(figure, rows):
-    """Learning against forgetting: a small dot a seed, a large one the mean."""
+    """Learning against forgetting: a small dot for each seed, a large one for the mean."""
     axes = figure.subplots()
     arms = dict.fromkeys(row["arm"] for row in rows)
     for i, (arm, color) in enumerate(zip(arms, COLORS)):
