@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from minilm import ops
-from minilm.backend import memory_limit, tune_allocator
+from minilm.backend import memory_limit, peak_memory, tune_allocator
 from minilm.command import command
 from minilm.measure import KINDS, Ledger, held
 from minilm.measure.memory import make_model, measured
@@ -211,6 +211,7 @@ def limited(step: Step, batches, peaks, budget: int, page_size: int | None = Non
     With a page_size its optimizer is paged. peaks: what each step takes by kind without a limit.
     """
     gc.collect()  # the parameters of an earlier run, which are in a cycle with their receivers
+    others = 0 if step.device == "cpu" else peak_memory().held  # bytes that are not this run's
     model, losses, moments = make_model(step), [], []
     simulated = SimulatedDevice(budget) if step.device == "cpu" else None
     def note(**passing):
@@ -218,7 +219,7 @@ def limited(step: Step, batches, peaks, budget: int, page_size: int | None = Non
         away = sum(page.nbytes for page in pages if page.frame is None)
         moments.append(Moment(held(model, optimizer) | passing, away))
     try:
-        with contextlib.nullcontext() if simulated else memory_limit(budget):
+        with contextlib.nullcontext() if simulated else memory_limit(budget + others):
             optimizer = placed(model, page_size, simulated)
             for batch, peak in zip(tqdm(batches, unit="step", leave=False, disable=None), peaks):
                 passing = {kind: peak[kind] for kind in PASSING}
