@@ -183,7 +183,7 @@ def test_a_spike_that_is_none():
 def test_the_spike_on_a_gpu(cupy, capsys):
     """The pool has the limit there, and asks for pages by itself. The states are large enough that
     a quarter of them holds the pieces of the pool's chunks that no array fits into."""
-    config = Config.llama(64, 32, 4, 2, 64, 128)
+    config = Config.llama(64, 32, 2, 2, 64, 128)
     step = replace(TINY, config=config, r=64, batch=16, checkpoint_every=1, device="cuda")
     others = cupy.empty(1 << 20, "uint8")  # what the process holds besides does not count
     moments, _, done = print_spike(step, 4, PAGE)
