@@ -110,8 +110,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
-    if min(settings.eval_every, settings.save_every, settings.test) < 1:
-        raise ValueError("eval_every, save_every and test must be at least 1")
+    if settings.test < 1:
+        raise ValueError(f"test must be at least 1, got {settings.test}")
     run, s = resumed(settings, resume)
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
     s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)
@@ -141,7 +141,9 @@ def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
         if not done.targets:
             print(f"{run.path}: {s.method} on {s.model}, {sum(p.size for p in params):,} trainable "
                   f"parameters, {s.workers} workers, from step {done.step}")
-            if not run.records():
+            last = (run.records() or [{}])[-1]
+            # 0.1.0 may have stopped between the last step and its examination
+            if not last or (done.step == s.steps and "right" not in last):
                 run.log(**examine(trainer, done.step))
             continue
         if done.step % s.eval_every == 0:

@@ -84,8 +84,6 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
-    if min(settings.eval_every, settings.save_every) < 1:
-        raise ValueError("eval_every and save_every must be at least 1")
     if not settings.corpus or not settings.prompt:
         raise ValueError("corpus and prompt must not be empty")
     run, s = resumed(settings, resume)

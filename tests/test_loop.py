@@ -205,6 +205,12 @@ def test_a_programs_settings_are_flat_and_a_resumed_run_keeps_its_own(tmp_path):
         resumed(Settings(workers=2), made.path)
 
 
+@pytest.mark.parametrize("change", [dict(eval_every=0), dict(save_every=-1)])
+def test_what_comes_every_few_steps_comes_at_least_every_step(change):
+    with pytest.raises(ValueError, match=r"must be at least 1, got (0 and 500|250 and -1)"):
+        Training(**change)
+
+
 SHARED = ("batch steps lr warmup clip dtype eval_every save_every seed workers threads").split()
 OWN = {  # of the programs' runs as they are on people's disks
     pretrain: "corpus weights validation tokenizer vocab_size family layers heads width context "
