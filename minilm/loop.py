@@ -31,7 +31,7 @@ from minilm.train import Step, Trainer
 class Training:
     """Settings that training programs share. A program's own settings extend them.
 
-    ValueError if eval_every or save_every is below 1.
+    ValueError if eval_every or save_every is below 1, or workers below 0.
     """
 
     batch: int = 16
@@ -61,6 +61,8 @@ class Training:
         if min(self.eval_every, self.save_every) < 1:
             raise ValueError("eval_every and save_every must be at least 1, got "
                              f"{self.eval_every} and {self.save_every}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
 
 
 def resumed(settings, resume: Path | None):

@@ -120,7 +120,10 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     described = [{"name": name, "sha256": digest} for name, digest in fingerprints(s, records)]
     if run:
         run.check(described, "the model or the data are not those")
-    model = METHODS[s.method].prepare(huggingface.load_model(folder), s).astype(s.dtype)
+    base = huggingface.load_model(folder)
+    if not base.config.causal:
+        raise ValueError(f"{folder} fills in masked tokens; only a causal model gives answers")
+    model = METHODS[s.method].prepare(base, s).astype(s.dtype)
     batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed)
     asked, context = data.encode(records[1], tokenizer), model.config.context
     longest = max(batches.tokens.shape[1], asked[0].shape[1])

@@ -266,6 +266,14 @@ def test_bad_settings_are_refused_before_a_run_is_made(tmp_path, base, change, w
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_masked_model_is_refused_before_a_run_is_made(tmp_path, base):
+    masked = Transformer(Config.bert(258, 40, layers=1, heads=2, width=8, hidden=8))
+    huggingface.save_model(masked, base)
+    with pytest.raises(ValueError, match="only a causal model gives answers"):
+        main(settings(base), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_resumed_run_wants_its_own_model_and_data(tmp_path, base):
     main(settings(base, steps=2), tmp_path)
     run = tmp_path / "finetune-lora-1"
