@@ -29,7 +29,10 @@ from minilm.train import Step, Trainer
 
 @dataclass(frozen=True)
 class Training:
-    """Settings that training programs share. A program's own settings extend them."""
+    """Settings that training programs share. A program's own settings extend them.
+
+    ValueError if eval_every or save_every is below 1, or workers below 0.
+    """
 
     batch: int = 16
     """rows in a step"""
@@ -54,6 +57,13 @@ class Training:
     threads: bool = False
     """use threads rather than processes as workers"""
 
+    def __post_init__(self):
+        if min(self.eval_every, self.save_every) < 1:
+            raise ValueError("eval_every and save_every must be at least 1, got "
+                             f"{self.eval_every} and {self.save_every}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+
 
 def resumed(settings, resume: Path | None):
     """(the run to go on with, or None; its own settings, or those given).
@@ -73,7 +83,8 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
 
     The first Step says where the run stands, with targets=0. After it comes one for each step that
     was made. When the program has dealt with a step, a checkpoint is saved if one is due.
-    batches[step] is a step's batch. loss: as in train.py. optimizer: over everything that trains.
+    batches[step] is a step's batch. loss: as in train.py. optimizer: AdamW, or one that also has
+    `states`, over everything that trains.
     min_lr: learning rate at the end. accumulate: micro-batches of a step. saved: what checkpoints
     hold, if more than the model trains. title: of the progress bar.
 

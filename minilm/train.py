@@ -129,11 +129,14 @@ class Trainer:
     def evaluate(self, tokens, targets, *mask, batch: int = 32) -> tuple[float, float]:
         """(mean loss, share of targets predicted rightly) over all rows, without dropout.
 
-        mask (B, T): 0 for padding, which the model must not see.
+        mask (B, T): 0 for padding, which the model must not see. batch: rows at a time.
         """
         totals, arrays = np.zeros(2), (tokens, targets, *mask)
-        for i in range(0, len(tokens), batch):
-            rows = np.arange(i, min(i + batch, len(tokens)))
+        size = _length(arrays)
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        for i in range(0, size, batch):
+            rows = np.arange(i, min(i + batch, size))
             parts = [tuple(a[r] for a in arrays) for r in self._split(rows)]
             totals += np.sum(self.workers.run(Trainer._evaluate, parts), axis=0)
         loss, right = totals / max(1, (targets != IGNORED).sum())
@@ -192,6 +195,8 @@ def _length(batch) -> int:
     """
     if not isinstance(batch, (tuple, list)):
         raise TypeError(f"a batch is a tuple of arrays, got {type(batch).__name__}")
+    if others := [type(a).__name__ for a in batch if not hasattr(a, "shape")]:
+        raise TypeError(f"a batch is a tuple of arrays, got one with {', '.join(others)}")
     lengths = {len(a) for a in batch}
     if len(lengths) != 1:
         raise ValueError("the arrays of a batch must share their first axis, got "

@@ -247,6 +247,9 @@ class Transformer(Module):
         """
         past, (B, T) = cache.length if cache else 0, x.shape[:2]
         xp = array_module(x.data)
+        if cache and len(cache.layers) != len(self.blocks):
+            raise ValueError(f"a cache of {len(cache.layers)} layers does not go with "
+                             f"{len(self.blocks)} blocks")
         if mask is not None:
             mask = xp.asarray(mask)
             if mask.shape != (B, past + T):

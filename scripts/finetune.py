@@ -110,8 +110,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
-    if min(settings.eval_every, settings.save_every, settings.test) < 1:
-        raise ValueError("eval_every, save_every and test must be at least 1")
+    if settings.test < 1:
+        raise ValueError(f"test must be at least 1, got {settings.test}")
     run, s = resumed(settings, resume)
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
     s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)
@@ -120,7 +120,10 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     described = [{"name": name, "sha256": digest} for name, digest in fingerprints(s, records)]
     if run:
         run.check(described, "the model or the data are not those")
-    model = METHODS[s.method].prepare(huggingface.load_model(folder), s).astype(s.dtype)
+    base = huggingface.load_model(folder)
+    if not base.config.causal:
+        raise ValueError(f"{folder} fills in masked tokens; only a causal model gives answers")
+    model = METHODS[s.method].prepare(base, s).astype(s.dtype)
     batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed)
     asked, context = data.encode(records[1], tokenizer), model.config.context
     longest = max(batches.tokens.shape[1], asked[0].shape[1])
@@ -141,7 +144,9 @@ def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
         if not done.targets:
             print(f"{run.path}: {s.method} on {s.model}, {sum(p.size for p in params):,} trainable "
                   f"parameters, {s.workers} workers, from step {done.step}")
-            if not run.records():
+            last = (run.records() or [{}])[-1]
+            # 0.1.0 may have stopped between the last step and its examination
+            if not last or (done.step == s.steps and "right" not in last):
                 run.log(**examine(trainer, done.step))
             continue
         if done.step % s.eval_every == 0:

@@ -84,10 +84,11 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
-    if min(settings.eval_every, settings.save_every) < 1:
-        raise ValueError("eval_every and save_every must be at least 1")
     if not settings.corpus or not settings.prompt:
         raise ValueError("corpus and prompt must not be empty")
+    if not 1 <= settings.accumulate <= max(1, settings.batch):
+        raise ValueError(f"accumulate must be 1 to the batch's {settings.batch} rows, got "
+                         f"{settings.accumulate}")
     run, s = resumed(settings, resume)
     corpora = [data.load_corpus(name) for name in progress(s.corpus, "reading", "corpus")]
     described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
@@ -152,7 +153,8 @@ def finish(run, model, tokenizer, step, steps):
         print(f"stopped after step {step}; go on with: --resume {run.path}")
         return
     print(f"curves: {drawn}" if drawn else 'for curves: pip install "minilm[plots]"')
-    print(f"write more: python scripts/generate.py --model {run.path / 'model'}")
+    if model.config.causal:
+        print(f"write more: python scripts/generate.py --model {run.path / 'model'}")
 
 
 def show_sample(run, model, tokenizer, s: Settings, step: int):

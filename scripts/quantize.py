@@ -41,6 +41,8 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     tune_allocator()
     folder = model or newest_model(Path("runs"), "pretrain-*")
     loaded = huggingface.load_model(folder)
+    if not loaded.config.causal:
+        raise ValueError(f"{folder} fills in masked tokens; perplexity needs a causal model")
     weights = [m.weight.data for path, m in loaded.named_modules()
                if type(m) is Linear and path != "head"]
     text = data.split(data.load_corpus(corpus), 0.1)[1]

@@ -152,6 +152,9 @@ def test_what_a_cache_refuses():
     with pytest.raises(ValueError, match="T must be 1 to 7, the model's context; got 8"):
         cache = Cache.of([(ops.concat(*pair, axis=2)[:, :, :4],) * 2 for pair in ((k, v), second)])
         model(tokens, cache=cache)
+    for layers in (1, 3):
+        with pytest.raises(ValueError, match=f"a cache of {layers} layers .* with 2 blocks"):
+            model(tokens, cache=Cache.of([(k, v)] * layers))
     trained = Transformer(dataclasses.replace(CONFIGS["gpt2"], layers=1))
     with pytest.raises(ValueError, match=r"run the model inside no_grad\(\)"):
         trained(tokens, cache=Cache.empty(trained))

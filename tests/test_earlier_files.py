@@ -58,7 +58,7 @@ def write_run(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         pretrain.main(pretrain.Settings(
-            ("text.txt",), layers=1, heads=2, width=8, context=16, batch=4, steps=STEPS,
+            corpus=("text.txt",), layers=1, heads=2, width=8, context=16, batch=4, steps=STEPS,
             save_every=STOPPED, eval_every=2, sample=3, warmup=1, workers=1, threads=True),
             Path())
     run = folder / "pretrain-1"
@@ -104,6 +104,12 @@ def test_a_run_goes_on_to_its_end(folder, tmp_path, monkeypatch):
         np.testing.assert_allclose(ended[name], expected, atol=1e-5, rtol=0)
     steps = [r["step"] for r in RunDirectory(Path("pretrain-1")).records()]
     assert steps == list(range(1, STEPS + 1))
+
+
+def test_todays_version_writes_such_a_folder(tmp_path):
+    write(tmp_path)
+    kept = {p.relative_to(VERSIONS[-1]) for p in VERSIONS[-1].rglob("*") if p.is_file()}
+    assert {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()} == kept
 
 
 if __name__ == "__main__":

@@ -205,6 +205,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, base, monkeypatch, method):
         assert learned(stopped) == learned(whole) and metrics(stopped) == metrics(whole)
 
 
+def test_a_run_that_was_not_examined_at_its_end_is_now(tmp_path, base, capsys):
+    """Version 0.1.0 saved the last step before it examined the model."""
+    main(settings(base), tmp_path)
+    run = tmp_path / "finetune-lora-1"
+    records, said = metrics(run), capsys.readouterr().out
+    file = run / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(True)[:-1]))
+    main(resume=run)
+    assert metrics(run) == records and "right" in records[-1]
+    assert capsys.readouterr().out.splitlines()[-9:] == said.splitlines()[-9:]
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, base):
     s = settings(base)
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(s).items()
@@ -251,6 +263,14 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path):
 def test_bad_settings_are_refused_before_a_run_is_made(tmp_path, base, change, words):
     with pytest.raises(ValueError, match=words):
         main(settings(base, **change), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_masked_model_is_refused_before_a_run_is_made(tmp_path, base):
+    masked = Transformer(Config.bert(258, 40, layers=1, heads=2, width=8, hidden=8))
+    huggingface.save_model(masked, base)
+    with pytest.raises(ValueError, match="only a causal model gives answers"):
+        main(settings(base), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

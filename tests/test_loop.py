@@ -205,6 +205,16 @@ def test_a_programs_settings_are_flat_and_a_resumed_run_keeps_its_own(tmp_path):
         resumed(Settings(workers=2), made.path)
 
 
+@pytest.mark.parametrize("change, said", [
+    (dict(eval_every=0), "must be at least 1, got 0 and 500"),
+    (dict(save_every=-1), "must be at least 1, got 250 and -1"),
+    (dict(workers=-1), "workers must be at least 0, got -1"),
+])
+def test_settings_that_make_no_loop_are_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        Training(**change)
+
+
 SHARED = ("batch steps lr warmup clip dtype eval_every save_every seed workers threads").split()
 OWN = {  # of the programs' runs as they are on people's disks
     pretrain: "corpus weights validation tokenizer vocab_size family layers heads width context "

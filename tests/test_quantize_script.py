@@ -58,3 +58,10 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"run pretrain.py first, or give --model"):
         quantize.main()
+
+
+def test_a_masked_model_has_no_perplexity(tmp_path):
+    bert = Transformer(Config.bert(258, 16, layers=1, heads=2, width=8, hidden=8))
+    huggingface.save_model(bert, tmp_path / "model")
+    with pytest.raises(ValueError, match="perplexity needs a causal model"):
+        quantize.main(tmp_path / "model")

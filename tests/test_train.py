@@ -26,6 +26,7 @@ from minilm.files import FormatError
 from minilm.nn import Dropout, Module
 from minilm.optim import SGD, AdamW, FlatParameters, cosine_schedule
 from minilm.parallel.cores import GaveUp, GradientQueue, Workers, default_workers
+from minilm.peft import add_lora, use_adapter
 from minilm.run import RunDirectory
 from minilm.tensor import Tensor, op
 from minilm.train import Diverged, Trainer
@@ -268,6 +269,34 @@ def test_the_model_is_an_ordinary_one_again_afterwards(processes):
     assert task.x.grad.tolist() == [5, 5, 5]
 
 
+@pytest.mark.parametrize("processes", KINDS)
+def test_an_adapter_may_rest_while_workers_run_but_not_when_they_start(processes):
+    model = add_lora(make_model(), 2, 4)
+    trainer = Trainer(model, SGD(model.parameters()), 2, processes)
+    hooks = [p.on_grad for p in model.parameters()]
+    with within(5), trainer:
+        use_adapter(model, None)
+    with pytest.raises(ValueError, match="frozen, or its adapter does not act"), trainer:
+        pass
+    use_adapter(model, "default")
+    assert [p.on_grad for p in model.parameters()] == hooks
+    with within(5), trainer:
+        assert trainer.step(0, make_batch()).norm > 0
+
+
+def test_a_single_worker_that_fails_may_go_on():
+    tokens, targets = make_batch()
+    found = []
+    for fails in (True, False):
+        model = make_model()
+        trainer = Trainer(model, SGD(model.parameters()))
+        if fails:
+            with pytest.raises(ValueError, match="targets from 0 to 999"):
+                trainer.step(0, (tokens, np.where(targets == targets.max(), 999, 0)))
+        found.append(trainer.step(0, (tokens, targets)).norm)
+    assert found[0] == found[1]
+
+
 def test_a_full_queue_holds_its_worker_back(monkeypatch):
     monkeypatch.setattr(GradientQueue, "LIMIT", 16)  # bytes, two gradients
     turns, broken, entered = threading.Semaphore(0), threading.Event(), []
@@ -353,6 +382,12 @@ def test_a_batch_is_a_tuple_of_arrays_of_as_many_rows():
             trainer.step(0, tokens)
         with pytest.raises(ValueError, match=r"share their first axis, got \[\(7, 6\), \(6, 6\)\]"):
             trainer.step(0, (tokens, targets[1:]))
+        with pytest.raises(ValueError, match=r"share their first axis, got \[\(7, 6\), \(6, 6\)\]"):
+            trainer.evaluate(tokens, targets[1:])
+        with pytest.raises(TypeError, match="a tuple of arrays, got one with int"):
+            trainer.evaluate(tokens, targets, 32)  # batch is given by name
+        with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+            trainer.evaluate(tokens, targets, batch=0)
 
 
 @pytest.mark.parametrize("processes", KINDS)

@@ -52,8 +52,12 @@ class Workers:
         self.rank, self.parent, self.flat = threading.local(), os.getpid(), flat
 
     def __enter__(self):
+        if not all(p.requires_grad for p in self.flat.params):
+            raise ValueError("a parameter of the optimizer is frozen, or its adapter does not act: "
+                             "let it act before the workers start")
         self.open, self.pipes, self.children = True, [], []
-        self.receivers = [p.on_grad for p in self.flat.params]
+        # The nodes, since a parameter loses its own while its adapter does not act.
+        self.receivers = [(p.node, p.on_grad) for p in self.flat.params]
         for p in self.flat.params:
             p.on_grad = lambda dy, receive=p.on_grad: self.queues[self.rank.value].put(receive, dy)
         self.limits = threadpool_limits(1, "blas") if self.count > 1 else None
@@ -78,8 +82,8 @@ class Workers:
                 child.join()
         else:
             self.pool.shutdown()
-        for p, receive in zip(self.flat.params, self.receivers):
-            p.on_grad = receive
+        for node, receive in self.receivers:
+            node.on_grad = receive
         if self.limits:
             self.limits.restore_original_limits()
 
@@ -113,7 +117,8 @@ class Workers:
         except GaveUp:
             return None  # run raises the other worker's error
         except BaseException:
-            self.failed.set()
+            if self.count > 1:  # others may wait for this one's gradients
+                self.failed.set()
             raise
 
     def _broken(self):
