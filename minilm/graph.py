@@ -30,6 +30,16 @@ _leaf_lock = threading.Lock()
 
 def backward(root: Node, dy):
     """Add dy d(root)/d(leaf) into every leaf below root. Each vjp runs once and is then dropped."""
+    try:
+        _walk(root, dy)
+    except BaseException:
+        thread.finish.clear()  # the next walk has nothing to do with this one's hooks
+        raise
+    while thread.finish:
+        thread.finish.pop()()
+
+
+def _walk(root, dy):
     grads, sums = {root: dy}, set()
     for node in reversed(_parents_first(root)):
         dy = grads.pop(node)
@@ -50,8 +60,6 @@ def backward(root: Node, dy):
                 grads[parent] = grads[parent] + dx
                 sums.add(parent)
         del dy, dx, vjps  # or they would stay until the next node's replace them
-    while thread.finish:
-        thread.finish.pop()()
 
 
 def _deposit(leaf, dy):

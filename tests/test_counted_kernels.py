@@ -4,6 +4,8 @@ Philox against the numbers that its authors publish, the kernel against its NumP
 a loop over the rows, all in every order of threads; and wrong input, refused before a launch.
 """
 
+import threading
+
 import emulated_cupy
 import emulator
 import numpy as np
@@ -160,6 +162,25 @@ def test_small_gradients_wait_and_come_in_one_launch(cupy, times):
         grads.append([to_device(p.grad, "cpu").tobytes() for p in params])
         assert params[0].grad.dtype == "float32" and not opt.flat.waiting
     assert grads[0] == grads[1]
+
+
+def test_a_gradient_that_comes_while_others_are_gathered_is_not_lost(cupy, monkeypatch):
+    a, b = (Tensor(cupy.zeros(8, "bfloat16"), requires_grad=True) for _ in range(2))
+    flat, launch, others = AdamW([a, b]).flat, cuda.gather, []
+
+    def slow(*args):  # a thread brings the other gradient in the middle of it
+        if not others:
+            others.append(threading.Thread(target=b.on_grad, args=[cupy.ones(8, "bfloat16")]))
+            others[0].start()
+            others[0].join(0.1)
+        launch(*args)
+
+    monkeypatch.setattr(cuda, "gather", slow)
+    a.on_grad(cupy.ones(8, "bfloat16"))
+    flat.gather()
+    others[0].join()
+    flat.gather()
+    assert flat.grad.get().tolist() == [1] * 16
 
 
 def test_gradients_that_waited_in_vain_are_forgotten(cupy):

@@ -209,6 +209,24 @@ def test_what_a_hook_asks_for_is_done_once_when_the_walk_is_done():
     assert len(seen) == 3
 
 
+def test_a_walk_that_fails_leaves_nothing_to_the_next_one():
+    x, y, z, seen = leaf(3), leaf(3), leaf(3), []
+
+    @op
+    def broken(x):
+        def dx(dy): raise MemoryError("no room")
+        return x.copy(), dx
+
+    def fail(dy): raise MemoryError("no room")
+    x.on_grad = lambda dy: after_backward(lambda: seen.append("finish"))
+    y.on_grad = fail
+    for failing in x + broken(y), broken(y) + x, x + y, y + x:
+        with pytest.raises(MemoryError):
+            failing.sum().backward()
+        (z * z).sum().backward()
+    assert not seen
+
+
 def test_a_weights_gradient_is_ready_before_the_walk_goes_on_to_the_layer_below():
     x, weights, ready = leaf(2, 3), [leaf(3, 3, seed=s) for s in range(3)], []
     for i, W in enumerate(weights):

@@ -106,7 +106,8 @@ class FlatParameters:
                 if param.grad is None:
                     param.grad = view
                     if _is_small(dy):
-                        self.waiting.append((cuda.aligned(dy), place))
+                        with self.lock:  # another thread may be gathering
+                            self.waiting.append((cuda.aligned(dy), place))
                         after_backward(self.gather)
                     else:
                         view[...] = dy
