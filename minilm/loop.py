@@ -54,6 +54,15 @@ class Training:
     threads: bool = False
     """use threads rather than processes as workers"""
 
+    def check(self):
+        """ValueError for numbers with which there is no run."""
+        for name, least in dict(batch=1, steps=1, warmup=0, eval_every=1, save_every=1, seed=0,
+                                workers=0).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be positive, got {self.clip}")
+
 
 def resumed(settings, resume: Path | None):
     """(the run to go on with, or None; its own settings, or those given).

@@ -84,8 +84,10 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
-    if min(settings.eval_every, settings.save_every) < 1:
-        raise ValueError("eval_every and save_every must be at least 1")
+    settings.check()
+    if settings.sample < 0 or not 1 <= settings.accumulate <= settings.batch:
+        raise ValueError("sample must not be negative, and accumulate 1 to batch; got "
+                         f"{settings.sample} and {settings.accumulate}")
     if not settings.corpus or not settings.prompt:
         raise ValueError("corpus and prompt must not be empty")
     run, s = resumed(settings, resume)
