@@ -18,6 +18,8 @@ def command(main, stopped: str = "stopped"):
     try:
         tyro.cli(main)
     except WRONG as error:
+        if isinstance(error, OSError) and error.filename:
+            error = f"{error.filename}: {error.strerror}"
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"\n{stopped}")

@@ -62,6 +62,8 @@ def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory],
         raise ValueError("a quick run cannot be kept: its numbers mean nothing")
     if not (seeds := tuple(dict.fromkeys(seeds))):
         raise ValueError("an experiment needs at least one seed, got none")
+    if min(seeds) < 0:
+        raise ValueError(f"seeds must not be negative, got {seeds}")
     program = ["python", f"scripts/experiments/{experiment.name}.py", "--seeds", *map(str, seeds)]
     command = shlex.join([*program, *options, *["--quick"] * quick])
     result = Result(experiment.name, experiment.question, command, quick, experiment.slide,
@@ -88,6 +90,9 @@ def continued(before: Result, now: Result, stored: dict, settings: dict) -> Resu
     """`now` with the rows of the run to go on with. ValueError if that run was another one."""
     for what, old, new in [("experiment", before.name, now.name), ("settings", stored, settings),
                            ("measures", before.measures, now.measures)]:
+        if isinstance(old, dict) and isinstance(new, dict):  # say only what differs
+            names = sorted(n for n in old | new if old.get(n) != new.get(n))
+            old, new = ({n: x[n] for n in names if n in x} for x in (old, new))
         if old != new:
             raise ValueError(f"the run to go on with has the {what} {old}, but {new} are given")
     return replace(now, date=before.date, commit=before.commit, machine=before.machine,

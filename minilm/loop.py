@@ -58,11 +58,12 @@ class Training:
     """use threads rather than processes as workers"""
 
     def __post_init__(self):
-        if min(self.eval_every, self.save_every) < 1:
-            raise ValueError("eval_every and save_every must be at least 1, got "
-                             f"{self.eval_every} and {self.save_every}")
-        if self.workers < 0:
-            raise ValueError(f"workers must be at least 0, got {self.workers}")
+        for name, least in dict(batch=1, steps=1, warmup=0, eval_every=1, save_every=1, seed=0,
+                                workers=0).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be positive, got {self.clip}")
 
 
 def resumed(settings, resume: Path | None):

@@ -61,8 +61,10 @@ class RunDirectory:
         ValueError if a given one differs from its default and from the run's own.
         """
         stored, defaults, asked = self.describe()["settings"], asdict(type(given)()), asdict(given)
-        if differ := sorted(defaults.keys() ^ set(stored)):
-            raise FormatError(self.path / "run.json", f"settings missing or unknown: {differ}")
+        if defaults.keys() != stored.keys():
+            missing, unknown = sorted(defaults.keys() - stored), sorted(stored.keys() - defaults)
+            raise FormatError(self.path / "run.json", "the run is of another program or version: "
+                              f"settings missing: {missing}, unknown: {unknown}")
         kept = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         changed = [f"{k} {asked[k]} (it has {kept[k]})" for k in kept
                    if asked[k] not in (defaults[k], kept[k])]

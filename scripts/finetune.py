@@ -62,7 +62,7 @@ class Settings(Training):
     dropout: float = 0.0
     """share of an adapter's input that a training step leaves out"""
     kind: str = "nf4"
-    """how qlora's base is quantized: nf4, fp4, nf3, nf2, int4, int3, int2, int8"""
+    """how qlora's base is quantized: nf4, fp4, nf3, nf2, int4, int3, int2, int8, llm.int8"""
     steps: int = 4000
     """updates in the whole run"""
     lr: float = 0.0
@@ -110,8 +110,9 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
-    if settings.test < 1:
-        raise ValueError(f"test must be at least 1, got {settings.test}")
+    if min(settings.train, settings.test) < 1:
+        raise ValueError("train and test must be at least 1, got "
+                         f"{settings.train} and {settings.test}")
     run, s = resumed(settings, resume)
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
     s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)

@@ -66,6 +66,9 @@ def main(layers: int = 16, width: int = 128, context: int = 256, batch: int = 2,
         device: where everything runs.
         out: file for the picture.
     """
+    if min(steps, rounds, page_size) < 1:
+        raise ValueError("steps, rounds and page_size must be at least 1, got "
+                         f"{steps}, {rounds} and {page_size}")
     tune_allocator()
     config = Config.llama(1024, context, layers, width // 32, width, 8 * width // 3)
     full = Step(config, "full", batch, context, rank, "all-linear", device=device)

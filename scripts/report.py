@@ -27,7 +27,7 @@ def main(results: tuple[Path, ...] = (), out: Path = Path("runs/report.html")):
     """One page of all experiments.
 
     Args:
-        results: JSON files of results, or folders of runs; by default all results that are kept in
+        results: JSON files of results, or folders of runs; by default what is kept in
             scripts/experiments.
         out: file for the page.
     """

@@ -16,6 +16,7 @@ import pytest
 
 from minilm import checkpoint, data
 from minilm.command import command
+from minilm.files import FormatError
 from minilm.loop import Training, finish_on_interrupt, fit, resumed, validation
 from minilm.nn import Linear, Module
 from minilm.optim import AdamW, cosine_schedule
@@ -203,6 +204,9 @@ def test_a_programs_settings_are_flat_and_a_resumed_run_keeps_its_own(tmp_path):
     assert run.path == made.path and own == dataclasses.replace(s, workers=3)
     with pytest.raises(ValueError, match=r"others are given: workers 2 \(it has 3\)"):
         resumed(Settings(workers=2), made.path)
+    with pytest.raises(FormatError, match=r"missing: \['colour'\], unknown: \[\]"):
+        other = RunDirectory.create(tmp_path, "other", asdict(Training()), [])
+        resumed(Settings(), other.path)
 
 
 @pytest.mark.parametrize("change, said", [

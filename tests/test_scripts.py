@@ -211,6 +211,19 @@ WRONG = [
     ("adaptation_methods --model nowhere", "nowhere/"),
     ("adaptation_methods --quick --resume nowhere", "nowhere/run.json"),
     ("memory_report --layers 0", "layers must be positive, got 0"),
+    ("memory_report --steps -1", "must be at least 1, got -1, 15 and 16384"),
+    ("pretrain --steps 0", "steps must be at least 1, got 0"),
+    ("pretrain --warmup -1", "warmup must be at least 0, got -1"),
+    ("pretrain --clip -1", "clip must be positive, got -1.0"),
+    ("pretrain --clip nan", "clip must be positive, got nan"),
+    ("pretrain --seed -1", "seed must be at least 0, got -1"),
+    ("pretrain --save-every 0", "save_every must be at least 1, got 0"),
+    ("pretrain --sample -1", "sample must not be negative, and accumulate 1 to batch; got -1 "),
+    ("pretrain --batch 2 --accumulate 3", "accumulate 1 to batch; got 300 and 3"),
+    ("finetune --model MODEL --steps 0", "steps must be at least 1, got 0"),
+    ("finetune --model MODEL --train 0", "train and test must be at least 1, got 0 and 100"),
+    ("adaptation_methods --quick --seeds -1", "seeds must not be negative, got (-1,)"),
+    ("pretrain --tokenizer nowhere", "pretrain.py: nowhere: No such file or directory"),
 ]
 
 
