@@ -4,11 +4,11 @@
     python scripts/memory_report.py --device cuda   # the same on a GPU, with a limit on its pool
 
 First comes a table of bytes by kind, measured, beside what plan_memory.py predicts. Then: what
-checkpoints save, and their time. Then the spike: some steps of QLoRA, one with rows four times as
-long, and a limit under which the optimizer's states do not fit beside that batch. AdamW runs out of
+checkpoints save, and their time. Then the spike: steps of QLoRA, one with rows four times as long,
+and a limit under which the optimizer's states do not fit beside that batch. AdamW runs out of
 memory. PagedAdamW sends pages to the host and finishes with the losses of a run without limit. On a
-CPU the limit is that of a simulated device; each pass takes from it the bytes that it was measured
-to take. Draws table and spike (needs the extra `plots`).
+CPU a simulated device has the limit, and each pass takes from it what it was measured to take.
+Draws table and spike (needs the extra `plots`).
 """
 
 import contextlib
