@@ -5,10 +5,9 @@
 
 First comes a table of bytes by kind, measured, beside what plan_memory.py predicts. Then: what
 checkpoints save, and their time. Then the spike: steps of QLoRA, one with rows four times as long,
-and a limit under which the optimizer's states do not fit beside that batch. AdamW runs out of
-memory. PagedAdamW sends pages to the host and finishes with the losses of a run without limit. On a
-CPU a simulated device has the limit, and each pass takes from it what it was measured to take.
-Draws table and spike (needs the extra `plots`).
+and a limit under which AdamW runs out of memory at that batch. PagedAdamW sends pages to the host
+and finishes with the losses of a run without limit. On a CPU a simulated device has the limit; a
+pass takes from it what it was measured to take. Draws both pictures (extra `plots`).
 """
 
 import contextlib
