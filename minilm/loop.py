@@ -58,7 +58,7 @@ class Training:
     """use threads rather than processes as workers"""
 
     def __post_init__(self):
-        for name, least in dict(batch=1, steps=1, warmup=0, eval_every=1, save_every=1, seed=0,
+        for name, least in dict(batch=1, steps=0, warmup=0, eval_every=1, save_every=1, seed=0,
                                 workers=0).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

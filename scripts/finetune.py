@@ -110,9 +110,9 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
-    if min(settings.train, settings.test) < 1:
-        raise ValueError("train and test must be at least 1, got "
-                         f"{settings.train} and {settings.test}")
+    for name in ("steps", "train", "test"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
     run, s = resumed(settings, resume)
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
     s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)

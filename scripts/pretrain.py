@@ -84,6 +84,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
+    if settings.steps < 1:
+        raise ValueError(f"steps must be at least 1, got {settings.steps}")
     if settings.sample < 0:
         raise ValueError(f"sample must not be negative, got {settings.sample}")
     if not settings.corpus or not settings.prompt:

@@ -221,7 +221,7 @@ WRONG = [
     ("pretrain --sample -1", "sample must not be negative, got -1"),
     ("pretrain --batch 2 --accumulate 3", "accumulate must be 1 to the batch's 2 rows, got 3"),
     ("finetune --model MODEL --steps 0", "steps must be at least 1, got 0"),
-    ("finetune --model MODEL --train 0", "train and test must be at least 1, got 0 and 100"),
+    ("finetune --model MODEL --train 0", "train must be at least 1, got 0"),
     ("adaptation_methods --quick --seeds -1", "seeds must not be negative, got (-1,)"),
     ("pretrain --tokenizer nowhere", "pretrain.py: nowhere: No such file or directory"),
 ]
