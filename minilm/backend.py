@@ -75,6 +75,13 @@ def pointer(x) -> int:
     return x.ctypes.data if array_module(x) is np else x.data.ptr
 
 
+def pool_bytes() -> int:
+    """Bytes that CuPy's pool takes of the GPU, after it has given back all that it can."""
+    pool = cupy().get_default_memory_pool()
+    pool.free_all_blocks()
+    return pool.total_bytes()
+
+
 @contextlib.contextmanager
 def memory_limit(size: int):
     """Inside, all arrays on the GPU together may take `size` bytes, as on a smaller card.

@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from minilm import ops
-from minilm.backend import memory_limit, peak_memory, tune_allocator
+from minilm.backend import memory_limit, pool_bytes, tune_allocator
 from minilm.command import command
 from minilm.measure import KINDS, Ledger, held
 from minilm.measure.memory import make_model, measured
@@ -175,13 +175,14 @@ def print_spike(step: Step, steps: int, page_size: int):
     batches = [random_batch(step, step.T if i == spike else max(1, step.T // 4), i)
                for i in range(steps)]
     losses, peaks = unlimited(step, batches)
-    budget = sum(peaks[spike].values()) - peaks[spike]["optimizer"] * 3 // 4
+    quarters = 3 if step.device == "cpu" else 2  # of the states; a card's pool cannot use all
+    budget = sum(peaks[spike].values()) - peaks[spike]["optimizer"] * quarters // 4
     calm = max(sum(peak.values()) for peak in peaks[:spike] + peaks[spike + 1 :])
     if calm > budget:
         raise ValueError(f"steps of {calm:,} bytes do not fit into the {budget:,} that the spike "
                          "has: give a larger context or batch, or a smaller rank")
-    print(f"\n{steps} steps of QLoRA with checkpoints, {batches[0].shape[-1]} tokens a row, "
-          f"but {step.T} in step {spike + 1}\nwanted: {calm / 1e6:.2f} MB, in the spike "
+    print(f"\n{steps} steps of QLoRA with checkpoints, {batches[0].shape[-1]} tokens a row, but "
+          f"{step.T} in step {spike + 1}\nwanted: {calm / 1e6:.2f} MB, in the spike "
           f"{sum(peaks[spike].values()) / 1e6:.2f} MB; allowed: {budget / 1e6:.2f} MB")
     done, _, error = limited(step, batches, peaks, budget)
     print(f"AdamW:      {f'step {len(done) + 1}: {error}' if error else 'finished'}")
@@ -213,7 +214,7 @@ def limited(step: Step, batches, peaks, budget: int, page_size: int | None = Non
     With a page_size its optimizer is paged. peaks: what each step takes by kind without a limit.
     """
     gc.collect()  # the parameters of an earlier run, which are in a cycle with their receivers
-    others = 0 if step.device == "cpu" else peak_memory().held  # bytes that are not this run's
+    others = 0 if step.device == "cpu" else pool_bytes()  # that are not this run's
     model, losses, moments = make_model(step), [], []
     simulated = SimulatedDevice(budget) if step.device == "cpu" else None
     def note(**passing):
@@ -237,8 +238,7 @@ def limited(step: Step, batches, peaks, budget: int, page_size: int | None = Non
 
 
 def placed(model, page_size, simulated):
-    """The optimizer of a model; both take their bytes from the simulated device, if there is one.
-    """
+    """The optimizer of a model; both take their bytes from a simulated device, if there is one."""
     if page_size:
         optimizer = PagedAdamW(model.parameters(), LR, page_size=page_size, device=simulated)
     else:

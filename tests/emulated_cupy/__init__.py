@@ -191,7 +191,7 @@ def installed():
         del sys.modules[name]
     sys.modules.update(MODULES)
     reset()
-    memory.POOL.set_limit(size=0)
+    memory.POOL._forget()
     try:
         yield MODULES["cupy"]
     finally:

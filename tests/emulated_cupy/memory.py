@@ -41,6 +41,11 @@ class MemoryPool:
         self._lock = threading.RLock()
         self._sizes = {}  # address -> bytes, of every live block
 
+    def _forget(self):
+        """Begin as a new process does: what was allocated before is nobody's."""
+        self._limit = self._used = self._total = 0
+        self._free, self._dropped = set(), deque()  # older pointers know the old ones
+
     def set_limit(self, size=None, fraction=None):
         if fraction is not None:
             raise NotImplementedError("there is no card whose fraction it could be")
