@@ -390,10 +390,13 @@ def test_the_ceilings_of_the_link(monkeypatch):
 def test_paged_steps_are_those_of_adamw_in_less_memory(cupy, monkeypatch):
     monkeypatch.setattr(gpu_pages, "STEPS", 3)
     monkeypatch.setattr(gpu_step, "LR", 1e-2)
-    gc.collect()  # models of before would count
     allocator, paged = cupy.cuda.get_allocator(), gpu_pages.paged(1 << 10)
-    ((losses, most),), ((same, least),) = (
-        list(gpu_pages.relieved(gpu_pages.needs, TINY, 2, kind)) for kind in (AdamW, paged))
+
+    def needed(kind):
+        gc.collect()  # models of before would count
+        return list(gpu_pages.relieved(gpu_pages.needs, TINY, 2, kind))
+
+    ((losses, most),), ((same, least),) = needed(AdamW), needed(paged)
     assert losses == same and len(set(losses)) == gpu_pages.STEPS  # bit for bit
     states, slots = 8 * 51_200, 3 * 8 * 1024
     assert most - least == pytest.approx(states - slots, rel=0.05)
