@@ -100,8 +100,8 @@ class InstructionBatches:
 
     Without a `length`, records share batches with their like, so that a long one does not fill up
     all others: those of up to twice the median length, of up to twice that, and so on. T is what
-    the longest record of the batch's longest group takes. A batch comes when the first of its
-    records is drawn.
+    the longest record of the batch's longest group takes. A batch comes when that one of its
+    records is drawn which stands first in `records`: at any time of the epoch with equal chance.
     """
 
     def __init__(
@@ -137,8 +137,9 @@ class InstructionBatches:
         first = -epoch * size % batch
         whole = order[first : first + max(0, size - first) // batch * batch]
         batches = np.argsort(self.widths[whole], kind="stable").reshape(-1, batch)
-        batches = batches[np.argsort(batches.min(axis=1))]
-        whole[:] = whole[batches.ravel()]
+        rows = whole[batches]
+        drawn = batches[np.arange(len(rows)), rows.argmin(axis=1)]
+        whole[:] = rows[np.argsort(drawn)].ravel()
         return order
 
 
