@@ -143,12 +143,16 @@ def _of_file(path, read):
             raise FormatError(path, f"cannot be read: it is a {_kind(mode)}, a file was expected")
         with open(path, "rb") as file:
             return read(file)
+    except FormatError:
+        raise
     except FileNotFoundError as error:
         if os.path.islink(path):
             raise FormatError(path, "cannot be read: it is a link to nothing") from error
         raise
     except OSError as error:
         raise FormatError(path, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:  # no path, such as one with a zero byte
+        raise FormatError(path, f"cannot be read: {error}") from error
     except MemoryError as error:
         raise FormatError(path, "cannot be read: it does not fit in memory") from error
 

@@ -271,7 +271,8 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, read):
     (tmp_path / "folder").mkdir()
     for name, said in [("pipe", "it is a pipe, a file was expected"), ("folder", "it is a folder"),
                        ("dangling", "it is a link to nothing"), ("loop", "symbolic links"),
-                       ("x" * 300, "name too long"), ("/dev/zero", "it is a device")]:
+                       ("x" * 300, "name too long"), ("a\0b", "null"), ("\ud800", "surrog"),
+                       ("/dev/zero", "it is a device")]:
         path = tmp_path / name
         with pytest.raises(FormatError, match=f"(?i)cannot be read: .*{said}") as error:
             read(path)

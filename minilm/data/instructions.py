@@ -98,9 +98,9 @@ class InstructionBatches:
     batch may span two epochs. It depends on (seed, step) alone, so a resumed run needs no stored
     position. Iterating never ends.
 
-    Without a `length`, records share batches with their like, so that a long one does not fill up
-    all others: those of up to twice the median length, of up to twice that, and so on. T is what
-    the longest record of the batch's longest group takes. A batch comes when that one of its
+    Records share batches with their like, so that a long one does not fill up all others: those of
+    up to twice the median length, of up to twice that, and so on. T is `length`, or else what the
+    longest record of the batch's longest group takes. A batch comes when that one of its
     records is drawn which stands first in `records`: at any time of the epoch with equal chance.
     """
 
@@ -117,7 +117,8 @@ class InstructionBatches:
             raise ValueError(f"batch must be at least 1, got {batch}")
         self.rows = _rows(records, tokenizer, length, context)
         taken = np.array([len(tokens) for tokens, _ in self.rows])
-        self.widths = np.full_like(taken, length) if length else _widths(taken)
+        self.groups, longest = _groups(taken)
+        self.widths = np.full_like(longest, length) if length else longest
         self.batch, self.seed = batch, seed
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +126,7 @@ class InstructionBatches:
         epochs, places = np.divmod(step * self.batch + np.arange(self.batch), size)
         orders = [self._order(epoch) for epoch in range(epochs[0], epochs[-1] + 1)]
         drawn = np.stack(orders)[epochs - epochs[0], places]
-        return _filled([self.rows[row] for row in drawn], self.widths[drawn].max())
+        return _filled([self.rows[row] for row in drawn], self.widths[self.groups[drawn].max()])
 
     def _order(self, epoch: int) -> np.ndarray:
         """All rows (R,) in the order of an epoch."""
@@ -136,7 +137,7 @@ class InstructionBatches:
         # last ones begin one that goes on in the next.
         first = -epoch * size % batch
         whole = order[first : first + max(0, size - first) // batch * batch]
-        batches = np.argsort(self.widths[whole], kind="stable").reshape(-1, batch)
+        batches = np.argsort(self.groups[whole], kind="stable").reshape(-1, batch)
         rows = whole[batches]
         drawn = batches[np.arange(len(rows)), rows.argmin(axis=1)]
         whole[:] = rows[np.argsort(drawn)].ravel()
@@ -183,15 +184,18 @@ def _filled(rows, length: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, targets
 
 
-def _widths(taken: np.ndarray) -> np.ndarray:
-    """What each row (R,) is filled up to: the longest of its group."""
+def _groups(taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The group of each row (R,) uint8, and the longest row of each group (G,).
+
+    Half of the rows take the median or more, so at least a quarter of what is filled up is rows.
+    """
     limits = [2 * np.median(taken)]
     while limits[-1] < taken.max():
         limits.append(2 * limits[-1])
-    group = np.searchsorted(limits, taken)
+    groups = np.searchsorted(limits, taken).astype(np.uint8)  # bytes are sorted fastest
     longest = np.zeros(len(limits), taken.dtype)
-    np.maximum.at(longest, group, taken)
-    return longest[group]
+    np.maximum.at(longest, groups, taken)
+    return groups, longest
 
 
 def _record(line):
