@@ -339,6 +339,15 @@ def test_one_long_record_costs_its_own_batch_only():
         assert sorted(widths) == [13] * 7 + [505]
 
 
+def test_batches_do_not_mix_when_epochs_begin_inside_one():
+    batches, inside = InstructionBatches(of_lengths([8] * 70 + [60] * 31), BYTES, 8, None, 0), 0
+    for step in range(101):  # eight epochs of 101 records
+        long = [number >= 70 for number in drawn(batches[step][0])]
+        if 8 * step // 101 == (8 * step + 7) // 101:
+            inside += len(set(long)) > 1
+    assert inside <= 8
+
+
 def test_long_records_come_at_any_time_and_with_any_others():
     batches = InstructionBatches(of_lengths([8] * 56 + [500] * 8), BYTES, 4, None, seed=0)
     times, pairs = Counter(), set()
