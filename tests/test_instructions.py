@@ -216,6 +216,14 @@ def test_a_sorted_file_gives_both_classes_to_both_parts():
     _, test = split_records(found, 100)
     counts = Counter(record.output for record in test)
     assert len(test) == 100 and min(counts["good"], counts["bad"]) >= 35  # 50 +- 3 deviations
+    few, same = split_records(found, 100, train=100)
+    counts = Counter(record.output for record in few)
+    assert same == test and len(few) == 100 and min(counts["good"], counts["bad"]) >= 35
+    more, _ = split_records(found, 100, train=500)
+    assert few == [record for record in more if record in few]
+    assert split_records(found, 100, train=10**6) == split_records(found, 100)
+    with pytest.raises(ValueError, match="train must be at least 1, got 0"):
+        split_records(found, 100, train=0)
 
 
 # Rows and batches

@@ -85,14 +85,16 @@ def _outwards(middle: int, first: int, last: int) -> Iterator[int]:
 
 
 def split_records(
-    records: Sequence[Record], held_out: int
+    records: Sequence[Record], held_out: int, train: int | None = None
 ) -> tuple[list[Record], list[Record]]:
     """Split into (train, held out), each in the order in which they came.
 
     Records with the same prompt stay together. They are held out in the order of the prompt's
-    SHA-256. If many share a prompt, somewhat fewer than `held_out` may be. ValueError if a part
-    would be empty.
+    SHA-256. If many share a prompt, somewhat fewer than `held_out` may be. `train` is how many to
+    train on at most: the next ones in that order. ValueError if a part would be empty.
     """
+    if train is not None and train < 1:
+        raise ValueError(f"train must be at least 1, got {train}")
     if not 0 < held_out < len(records):
         raise ValueError(f"{held_out} of {len(records)} records cannot be held out")
     copies, left, chosen = Counter(map(prompt, records)), held_out, set()
@@ -102,8 +104,10 @@ def split_records(
             left -= copies[text]
     if not chosen:
         raise ValueError(f"every prompt comes more than {held_out} times: nothing can be held out")
-    train = [record for record in records if prompt(record) not in chosen]
-    return train, [record for record in records if prompt(record) in chosen]
+    held = [record for record in records if prompt(record) in chosen]
+    rest = [record for record in records if prompt(record) not in chosen]
+    places = sorted(range(len(rest)), key=lambda place: _digest(prompt(rest[place])))
+    return [rest[place] for place in sorted(places[:train])], held
 
 
 def _digest(text: str) -> bytes:
