@@ -26,7 +26,7 @@
 // and 570 instructions in all. mma.sync, slower than wgmma, is said to take 6.4 cycles on this
 // card. So the mma take 820 cycles, or 31 us for all scores. Two warps per scheduler overlap them
 // with the rest in part: 45 to 60 us.
-// Reached on an H200, 2026-11-27: 78.1 us. The version before, of 16 rows a warp and loads
+// Reached on an H200, 2026-11-27: 72.7 - 78.1 us. The version before, of 16 rows a warp and loads
 // of 32 bits from shared memory, took 111.9 us, PyTorch's attention 59.9 us.
 // Check: python scripts/bench/check_kernels.py attention
 // Registers: at most 255

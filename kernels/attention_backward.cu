@@ -26,7 +26,7 @@
 // sevenths of it go to the second S and dP. The bytes, 115 MB at 4.26 TB/s, take 27 us.
 // Predicted, causal, at 6.4 cycles for mma.sync (attention.cu): 46 us of mma for dq, 55 to 75 us in
 // all; 62 us of mma for dk and dv, 80 to 105 us in all; together 135 to 180 us.
-// Reached on an H200, 2026-11-27: 97 us for dq, 148 us for dk and dv, 245 us together. The
+// Reached on an H200, 2026-11-27: 92 - 97 us for dq, 143 - 148 for dk and dv, 232 - 245 in all. The
 // version before, with 16 rows a warp, loads of 32 bits from shared memory and four warps a block
 // everywhere, took 562 us, 151 us of it dq and 412 us dk and dv, which had 1.4 warps a scheduler.
 // PyTorch's attention takes 209 us.

@@ -7,15 +7,16 @@
 // than a weight that is dequantized to bfloat16. Products of two bfloat16 are exact; sums and the
 // constants are float32.
 //
-// Launch: ceil(N / 16) blocks of 256 threads. A block owns 16 rows of W, and each of its 8 warps an
+// Launch: ceil(N / 32) blocks of 256 threads. A block owns 32 rows of W, and each of its 8 warps an
 // eighth of their columns. The sums of the warps are added in order, so y has the same bits every
 // time. Tensor cores multiply 16 rows of W by 8 rows of x, for TILES = ceil(M / 8) tiles of x. Each
 // TILES is compiled by itself. W leaves its 4 bits only in registers.
 // Bytes: N K (1/2 + 4/64) + 2 (M K + M N + (M + N) r); flops: 2 M N (K + r).
-// Floor at 4.3 TB/s: 4096 x 4096 2.2 us at M = 1, 2.3 us at M = 16; 11008 x 4096 5.9 and 6.0 us.
-// Reached on an H200, 2026-11-27: 11008 x 4096, M = 1, 4, 8, 16: 18.0, 18.8, 19.6, 25.6
-// us; 4096 x 4096 8.6, 8.7, 9.2, 12.5 us. Shared memory and the L1 cache decide: about 54 cycles
-// for 16 x 64 codes, of which the table takes 16 and the codes' 8 lines a load 16.
+// Floor at 4.26 TB/s: 11008 x 4096 5.5 us, 4096 x 4096 2.0 us. Predicted: 11 - 13 and 5 - 6 us.
+// Reached on an H200, 2026-11-27, M = 1, 8, 16: 11008 x 4096 14.3, 15.0, 18.8 us; 4096 x 4096 7.2,
+// 7.5, 8.9 us; 4096 x 11008 14.7, 15.1, 18.5 us. With 16 rows a block: 17.5, 18.9, 24.2 us for the
+// first. The path to cache and shared memory limits: 128 bytes or one line a cycle. For 16 x 64
+// codes the table takes 16 cycles, codes 10, constants 6 and a tile of x 16, shared by 32 rows.
 // Check: python scripts/bench/check_kernels.py matmul
 // Registers: at most 128
 #include "fourbit.cuh"
@@ -24,52 +25,75 @@
 #ifndef TILES
 #define TILES 2
 #endif
-#define WARPS 8
-#define DEPTH 4  // blocks of 64 columns that a warp starts to load before it multiplies the first
+constexpr int WARPS = 8;         // 16 warps of 128 registers fill a multiprocessor
+constexpr int RUNS = 2;          // times 16 rows of W, which share what their warp loads of x
+constexpr int ROWS = 16 * RUNS;  // of W, in a block
+constexpr int EACH = 2 * RUNS;   // rows of W that a lane has, 8 apart
 
-typedef unsigned long long Codes;  // 16 codes of a row, the first in the high half of the low byte
+// Loads the lane's 16 bytes of codes in each of its rows of W, of the blocks of 64 columns b and
+// b + 1. Lanes 0 and 1 of the four that share a row load the first, 2 and 3 the second: 64
+// neighbouring bytes, because a load takes as long as the lines that it touches are many.
+__device__ __forceinline__ void load_codes(
+    uint4 (&codes)[EACH], const uint4* packed, const int (&row)[EACH], int b, int count) {
+    int t = threadIdx.x % 4;
+    #pragma unroll
+    for (int i = 0; i < EACH; i++)
+        codes[i] = b + t / 2 < count ? __ldg(packed + (2 * (row[i] + b) + t))
+                                     : make_uint4(0, 0, 0, 0);
+}
 
-// sum += W x^T over `blocks` <= DEPTH blocks of 64 columns. The lane's rows of W have `codes`. Lane
-// t of four has the `constant` of block t. `x` points to the lane's columns of the first block.
+// Gives the lane a quarter of each of the two blocks: the first's in x and y, the second's in z and
+// w. Lanes 0 .. 3 get the quarters 0, 2, 1, 3.
+__device__ __forceinline__ void exchange(uint4& codes) {
+    bool second = threadIdx.x % 4 >= 2;
+    unsigned x = __shfl_xor_sync(0xffffffff, second ? codes.x : codes.z, 2);
+    unsigned y = __shfl_xor_sync(0xffffffff, second ? codes.y : codes.w, 2);
+    if (second) codes.x = x, codes.y = y;
+    else codes.z = x, codes.w = y;
+}
+
+// The two levels of the byte in bits 7 .. 14: a row of the table has 128 bytes. The lane's copy is
+// `copy` bytes from its begin. Written like this, an address takes two instructions.
+__device__ __forceinline__ unsigned levels_of(
+    const unsigned (*table)[32], unsigned bits, unsigned copy) {
+    return *reinterpret_cast<const unsigned*>(
+        reinterpret_cast<const char*>(table) + ((bits & 255 << 7) | copy));
+}
+
+// sum += W x^T over a block of 64 columns, of which the lane has a quarter: `codes` and constants c
+// of its rows of W, and x (16 numbers) of its row in each tile.
 //
 // A tensor core adds over k, 16 columns at a time, and any order of columns will do if W and x
-// agree on it. Here lane t of the four that share a row has columns 16 t .. 16 t + 15 of a block,
-// which are 8 bytes of codes. Step i takes four of them: 16 t + 4 i and the next as mma's k = 2 t
-// and 2 t + 1, and the two after those as its k = 2 t + 8 and 2 t + 9. So a byte of codes is one
+// agree on it. Step i takes four of the lane's 16 columns: 4 i and the next as mma's k = 2 t and
+// 2 t + 1, and the two after those as its k = 2 t + 8 and 2 t + 9. So a byte of codes is one
 // register of W, and the registers of x are used in the order in which they were loaded.
 __device__ __forceinline__ void multiply(
-    float (&sum)[TILES][4], const Codes (&codes)[DEPTH][2], const float (&constant)[2],
-    const uint4* const (&x)[TILES], int blocks, const unsigned (*table)[32]) {
-    int lane = threadIdx.x % 32;
+    float (&sum)[RUNS][TILES][4], const uint2 (&codes)[EACH], const float (&c)[EACH],
+    const uint4 (&x)[TILES][2], const unsigned (*table)[32], unsigned copy) {
+    float d[RUNS][TILES][4] = {};
     #pragma unroll
-    for (int j = 0; j < DEPTH; j++) {
-        alignas(16) unsigned v[TILES][8] = {};
+    for (int i = 0; i < 4; i++)
         #pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
-            if (j < blocks) {
-                reinterpret_cast<uint4*>(v[tile])[0] = __ldg(x[tile] + 8 * j);
-                reinterpret_cast<uint4*>(v[tile])[1] = __ldg(x[tile] + 8 * j + 1);
-            }
-        float d[TILES][4] = {};
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int low = 16 * i, high = 16 * i + 8;  // where the step's two bytes begin
-            unsigned w[4] = {
-                table[codes[j][0] >> low & 255][lane], table[codes[j][1] >> low & 255][lane],
-                table[codes[j][0] >> high & 255][lane], table[codes[j][1] >> high & 255][lane]};
+        for (int run = 0; run < RUNS; run++) {
+            const uint2 *row = codes + 2 * run;
+            unsigned one = (i < 2 ? row[0].x : row[0].y) >> 16 * (i % 2);
+            unsigned two = (i < 2 ? row[1].x : row[1].y) >> 16 * (i % 2);
+            unsigned w[4] = {levels_of(table, one << 7, copy), levels_of(table, two << 7, copy),
+                             levels_of(table, one >> 1, copy), levels_of(table, two >> 1, copy)};
             #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
-                unsigned step[2] = {v[tile][2 * i], v[tile][2 * i + 1]};
-                mma_m16n8k16_bf16(d[tile], w, step);
+                const uint4& four = x[tile][i / 2];
+                unsigned v[2] = {i % 2 ? four.z : four.x, i % 2 ? four.w : four.y};
+                mma_m16n8k16_bf16(d[run][tile], w, v);
             }
         }
-        float c[2] = {__shfl_sync(0xffffffff, constant[0], j, 4),
-                      __shfl_sync(0xffffffff, constant[1], j, 4)};
+    #pragma unroll
+    for (int run = 0; run < RUNS; run++)
         #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
             #pragma unroll
-            for (int i = 0; i < 4; i++) sum[tile][i] = fmaf(d[tile][i], c[i / 2], sum[tile][i]);
-    }
+            for (int i = 0; i < 4; i++)
+                sum[run][tile][i] = fmaf(d[run][tile][i], c[2 * run + i / 2], sum[run][tile][i]);
 }
 
 // Columns k and k + 1 of a row of r numbers in one register; zeros beyond the row's end.
@@ -79,83 +103,121 @@ __device__ __forceinline__ unsigned pair(const __nv_bfloat16* matrix, int row, i
     return first | second << 16;
 }
 
-// sum += B h^T: r more columns, 16 for each warp in turn. A lane has rows n of B, m of h.
+// sum += B h^T: r more columns, 16 for each warp in turn. B has N rows from the block's first on.
 __device__ __forceinline__ void add_low_rank(
-    float (&sum)[TILES][4], const __nv_bfloat16* h, const __nv_bfloat16* B,
-    const int (&m)[TILES], const int (&n)[2], int r) {
-    int warp = threadIdx.x / 32, t = threadIdx.x % 4;
+    float (&sum)[RUNS][TILES][4], const __nv_bfloat16* h, const __nv_bfloat16* B,
+    int M, int N, int r) {
+    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     #pragma unroll 1  // r is small: most warps have no step, few have two
-    for (int first = 16 * warp; first < r; first += 16 * WARPS) {
-        int k = first + 2 * t;
-        unsigned w[4] = {pair(B, n[0], k, r), pair(B, n[1], k, r),
-                         pair(B, n[0], k + 8, r), pair(B, n[1], k + 8, r)};
+    for (int first = 16 * warp; first < r; first += 16 * WARPS)
         #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            unsigned v[2] = {pair(h, m[tile], k, r), pair(h, m[tile], k + 8, r)};
-            mma_m16n8k16_bf16(sum[tile], w, v);
+        for (int run = 0; run < RUNS; run++) {
+            int k = first + 2 * t, n[2] = {min(16 * run + g, N - 1), min(16 * run + g + 8, N - 1)};
+            unsigned w[4] = {pair(B, n[0], k, r), pair(B, n[1], k, r),
+                             pair(B, n[0], k + 8, r), pair(B, n[1], k + 8, r)};
+            #pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+                int m = min(8 * tile + g, M - 1);
+                unsigned v[2] = {pair(h, m, k, r), pair(h, m, k + 8, r)};
+                mma_m16n8k16_bf16(sum[run][tile], w, v);
+            }
         }
-    }
 }
 
-// If it is asked for 3 blocks per multiprocessor, the compiler uses the registers to load x ahead.
-// With two tiles it does better without being asked.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? 3 : 0) nf4_matmul(
+union Shared {
+    unsigned table[256][32];  // the two levels of each byte, a copy for each lane in its own bank,
+                              // so that no two lanes collide
+    float partial[WARPS][ROWS][8 * TILES + 1];  // later; 1 more, so that rows are in other banks
+};
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) nf4_matmul(
     const __nv_bfloat16* __restrict__ x, const unsigned char* __restrict__ packed,
     const float* __restrict__ levels, const float* __restrict__ c2,
     const unsigned char* __restrict__ c2_codes, const float* __restrict__ c1,
     const float* __restrict__ c2_map, const float* __restrict__ offset,
     const __nv_bfloat16* __restrict__ h, const __nv_bfloat16* __restrict__ B,
     __nv_bfloat16* __restrict__ y, int M, int N, int K, int r, int doubled) {
-    __shared__ unsigned table[256][32];  // the two levels of each byte, a copy for each lane in
-    __shared__ float map[256];           // its own bank, so that no two lanes collide
-    __shared__ float partial[WARPS][16][8 * TILES];
+    __shared__ Shared shared;
+    __shared__ float map[256];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 
-    __nv_bfloat162 two = __floats2bfloat162_rn(levels[threadIdx.x >> 4], levels[threadIdx.x & 15]);
-    for (int i = 0; i < 32; i++)
-        table[threadIdx.x][(lane + i) % 32] = *reinterpret_cast<const unsigned*>(&two);
-    if (doubled) map[threadIdx.x] = c2_map[threadIdx.x];
+    // A lane has rows g, g + 8 .. of the block's rows of W, and row g of each tile of x. Past W's
+    // last row it uses that row again, and these products are not stored. x has zeros past its last
+    // row and past the warp's last column; they are not loaded.
+    int first = ROWS * blockIdx.x, blocks = K / 64, share = (blocks + WARPS - 1) / WARPS;
+    int begin = warp * share, count = min(share, blocks - begin), row[EACH];
+    for (int i = 0; i < EACH; i++) row[i] = min(8 * i + g, N - 1 - first) * blocks + begin;
+    const uint4* columns = reinterpret_cast<const uint4*>(x) + g * (K / 8) + 8 * begin
+                           + 2 * (2 * (t % 2) + t / 2);  // the quarter that the lane has of W
+    const uint4* codes = reinterpret_cast<const uint4*>(packed) + 2LL * first * blocks;
+    uint4 next[EACH];
+    load_codes(next, codes, row, 0, count);
+
+    int byte = threadIdx.x;
+    __nv_bfloat162 two = __floats2bfloat162_rn(levels[byte >> 4], levels[byte & 15]);
+    unsigned bits = *reinterpret_cast<const unsigned*>(&two);
+    for (int i = 0; i < 8; i++)  // in an order in which eight threads use all banks
+        reinterpret_cast<uint4*>(shared.table[byte])[(byte + i) % 8] =
+            make_uint4(bits, bits, bits, bits);
+    if (doubled) map[byte] = c2_map[byte];
     __syncthreads();
 
-    // A lane has rows g and g + 8 of the block's rows of W, and row g of each tile of x. Past the
-    // last row it uses the last row again, and these products are not stored. Past its last block
-    // of columns it uses that block again, with zeros for x.
-    int first = 16 * blockIdx.x, n[2] = {min(g, N - 1 - first), min(g + 8, N - 1 - first)};
-    int m[TILES], blocks = K / 64, share = (blocks + WARPS - 1) / WARPS;
-    for (int tile = 0; tile < TILES; tile++) m[tile] = min(8 * tile + g, M - 1);
-    int end = min((warp + 1) * share, blocks);
-    long long start = (long long)first * blocks;  // the first row's first block
-    float sum[TILES][4] = {};
-    for (int b = warp * share; b < end; b += DEPTH) {
-        Codes codes[DEPTH][2];
-        #pragma unroll
-        for (int j = 0; j < DEPTH; j++)
+    float sum[RUNS][TILES][4] = {};
+    unsigned copy = __shfl_sync(0xffffffff, 4 * lane, lane);  // else made for each address again
+    for (int b = 0; b < share; b += 4) {
+        float constant[EACH];  // of block b + t
+        unsigned at = (unsigned)first * blocks + min(b + t, count - 1);
+        if (doubled)  // one test for all, so that all loads are under way together
             #pragma unroll
-            for (int i = 0; i < 2; i++)
-                codes[j][i] = __ldg(reinterpret_cast<const Codes*>(packed) + 4 * start
-                                    + 4 * (n[i] * blocks + min(b + j, end - 1)) + t);
-        float constant[2];
-        long long at[2] = {start + n[0] * blocks + min(b + t, end - 1),
-                           start + n[1] * blocks + min(b + t, end - 1)};
-        if (doubled)  // one test for both, so that both loads are under way together
-            for (int i = 0; i < 2; i++)
-                constant[i] = constant_of(at[i], c2, c2_codes, c1, map, offset, 1);
+            for (int i = 0; i < EACH; i++)
+                constant[i] = constant_of(at + row[i], c2, c2_codes, c1, map, offset, 1);
         else
-            for (int i = 0; i < 2; i++) constant[i] = __ldg(c2 + at[i]);
-        const uint4* columns[TILES];
-        for (int tile = 0; tile < TILES; tile++)
-            columns[tile] = reinterpret_cast<const uint4*>(x) + m[tile] * (K / 8) + 8 * b + 2 * t;
-        multiply(sum, codes, constant, columns, end - b, table);
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) constant[i] = __ldg(c2 + (at + row[i]));
+        #pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+            if (b + j >= share) break;
+            uint4 now[EACH];
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) exchange(now[i] = next[i]);
+            load_codes(next, codes, row, b + j + 2, count);
+            #pragma unroll
+            for (int k = j; k < j + 2; k++) {
+                uint2 eight[EACH];
+                float c[EACH];
+                uint4 v[TILES][2];
+                #pragma unroll
+                for (int i = 0; i < EACH; i++) {
+                    eight[i] = k % 2 ? make_uint2(now[i].z, now[i].w)
+                                     : make_uint2(now[i].x, now[i].y);
+                    c[i] = __shfl_sync(0xffffffff, constant[i], k, 4);
+                }
+                #pragma unroll
+                for (int i = 0; i < 2 * TILES; i++) {
+                    bool exists = 8 * (i / 2) + g < M && b + k < count;
+                    v[i / 2][i % 2] = exists ? __ldg(columns + (i / 2 * K + 8 * (b + k) + i % 2))
+                                             : make_uint4(0, 0, 0, 0);
+                }
+                multiply(sum, eight, c, v, shared.table, copy);
+                if (TILES == 2) __syncwarp();  // the next products need these registers
+            }
+        }
     }
-    add_low_rank(sum, h, B + (long long)first * r, m, n, r);
+    add_low_rank(sum, h, B + (long long)first * r, M, N - first, r);
 
-    for (int tile = 0; tile < TILES; tile++)
-        for (int i = 0; i < 4; i++)
-            partial[warp][g + 8 * (i / 2)][8 * tile + 2 * t + i % 2] = sum[tile][i];
+    __syncthreads();  // all have used the table
+    for (int run = 0; run < RUNS; run++)
+        for (int tile = 0; tile < TILES; tile++)
+            for (int i = 0; i < 4; i++)
+                shared.partial[warp][16 * run + g + 8 * (i / 2)][8 * tile + 2 * t + i % 2] =
+                    sum[run][tile][i];
     __syncthreads();
-    int column = threadIdx.x % 16, row = threadIdx.x / 16;  // of y
-    if (row >= M || first + column >= N) return;
-    float total = 0;
-    for (int w = 0; w < WARPS; w++) total += partial[w][column][row];
-    put(y + (long long)row * N + first + column, total);
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < ROWS * M; i += 32 * WARPS) {
+        int column = i % ROWS, m = i / ROWS;  // of y
+        if (first + column >= N) continue;
+        float total = 0;
+        for (int w = 0; w < WARPS; w++) total += shared.partial[w][column][m];
+        put(y + (long long)m * N + first + column, total);
+    }
 }

@@ -12,7 +12,7 @@
 // for its sum and then for its result. The second time the row comes from the L1 cache, with g.
 // Bytes per number in bf16: forward 4, for x in and y out; backward 6, for dy and x in and dx out.
 // Floor at 4.3 TB/s: 4096 rows of 2048 in bf16, forward 7.8 us, backward 11.7 us.
-// Reached on an H200, 2026-11-27: forward 13.5 us, 58 % of the floor (PyTorch 14.5).
+// Reached on an H200, 2026-11-27, in a CUDA graph: forward 12.0 us, backward 16.0 us.
 // Check: python scripts/bench/check_kernels.py rows
 // Registers: at most 48
 #include "hardware.cuh"

@@ -11,8 +11,8 @@
 // Launch: blocks of 256 threads. A thread has 16 bytes of a and 16 of b, or what is left of a half.
 // It reads both, with cos and sin, and writes both.
 // Bytes per number in bf16: 4, for x in and y out; the tables stay in the cache.
-// Floor at 4.26 TB/s: 4096 tokens of 32 heads of 64 in bf16, 7.9 us each way. Expected: 9 - 10 us.
-// Reached: not yet measured.
+// Floor at 4.26 TB/s: 4096 tokens of 32 heads of 64 in bf16, 7.9 us each way. Predicted: 9 - 10
+// us. Reached on an H200, 2026-11-27: 11.0 us forward, 12.0 us backward; 4 heads 3.4 and 3.5 us.
 // Check: python scripts/bench/check_kernels.py rotary
 // Registers: at most 64
 #include "hardware.cuh"

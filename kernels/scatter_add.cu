@@ -3,36 +3,64 @@
 //
 //     total[id] = ((0 + dy[i0]) + dy[i1]) + ...   for ids[i0] = ids[i1] = ... = id, i0 < i1 < ...
 //
-// dy is (N, C), keys = sort(ids N + place) is (N,), and total (V, C) is zero before. A block checks
-// whether its key begins a run of one id. If so, it finds the end of the run by bisection, and then
-// each thread adds up a column.
+// dy is (N, C), keys = sort(2^32 ids + place) is (N,), and total (V, C) is zero before. A block
+// checks whether its key begins a run of one id. If so, each thread adds up a vector of columns.
+// The lanes of a warp look at 32 keys at once, and then 8 rows are loaded before they are added.
 //
-// Launch: (N, ceil(C / 128)) blocks of 128 threads.
+// Launch: (N, ceil(C / (64 VECTOR))) blocks of 64 threads.
 // Bytes: N C in and V C out at most, in bf16 2 N C + 4 V C.
-// Floor at 4.26 TB/s: 4096 rows of 2048 in bf16, 3.9 us in, and out 8 us for 4096 ids. Expected:
-// 20 - 40 us, because the rows of a frequent id are loaded only a few at a time.
-// Reached: not yet measured.
+// Floor at 4.26 TB/s: 4096 rows of 2048 in bf16, 11.3 us for 3828 ids, 3.9 us for one. Predicted:
+// 15 - 30 us for random ids, 30 - 60 us for words (Zipf: one 393 times), 180 - 260 us for one id.
+// Reached: not yet measured. Before it found a run's end by bisection and loaded 4 rows of one
+// column: 154, 135 and 672 us on an H200, 2026-11-27.
 // Check: python scripts/bench/check_kernels.py scatter
-// Registers: at most 40
+// Registers: at most 128
 #include "hardware.cuh"
+#include "vector.cuh"
 
-extern "C" __global__ void __launch_bounds__(128) scatter_add(
+constexpr int DEPTH = 8;  // rows that a thread loads at once; with 16 too few threads fit
+
+// A thread's columns of a run's sum. `whole` means that C is a multiple of VECTOR; `left` columns
+// exist from the thread's first on. All lanes come here, also those without columns.
+__device__ __forceinline__ void add_run(
+    const long long* keys, const REAL* dy, float* total, int N, int C, bool whole, int left) {
+    int lane = threadIdx.x % 32, id = (int)(keys[0] >> 32), count = 32;
+    float sum[VECTOR] = {};
+    for (int i = 0; count == 32; i += 32) {
+        long long key = i + lane < N ? keys[i + lane] : -1;
+        count = __popc(__ballot_sync(0xffffffff, key >> 32 == id));
+        for (int first = 0; first < count; first += DEPTH) {
+            float x[DEPTH][VECTOR] = {};
+            #pragma unroll
+            for (int j = 0; j < DEPTH; j++) {
+                int place = __shfl_sync(0xffffffff, (int)key, first + j);
+                if (first + j < count && left > 0)
+                    load_vector(x[j], dy + (long long)place * C, whole, left);
+            }
+            #pragma unroll
+            for (int j = 0; j < DEPTH; j++)  // a zero that was not loaded changes no bit of a sum
+                #pragma unroll
+                for (int k = 0; k < VECTOR; k++) sum[k] += x[j][k];
+        }
+    }
+    float* to = total + (long long)id * C;
+    #pragma unroll
+    for (int k = 0; k < VECTOR; k += 4)
+        if (whole && left > 0)
+            *reinterpret_cast<float4*>(to + k) =
+                make_float4(sum[k], sum[k + 1], sum[k + 2], sum[k + 3]);
+    #pragma unroll
+    for (int k = 0; k < VECTOR; k++)
+        if (!whole && k < left) to[k] = sum[k];
+}
+
+extern "C" __global__ void __launch_bounds__(64) scatter_add(
     const long long* __restrict__ keys, const REAL* __restrict__ dy, float* __restrict__ total,
     int N, int C) {
-    int begin = blockIdx.x, column = blockIdx.y * 128 + threadIdx.x;
-    long long id = keys[begin] / N;
-    if (begin > 0 && keys[begin - 1] / N == id) return;
-    int end = begin + 1, past = N;  // the run ends in end .. past
-    while (end < past) {
-        int middle = end + (past - end) / 2;
-        if (keys[middle] / N == id)
-            end = middle + 1;
-        else
-            past = middle;
-    }
-    if (column >= C) return;
-    float sum = 0.0f;
-    #pragma unroll 4
-    for (int i = begin; i < end; i++) sum += widen(dy[(keys[i] - id * N) * C + column]);
-    total[id * C + column] = sum;
+    int begin = blockIdx.x, column = VECTOR * (blockIdx.y * 64 + threadIdx.x);
+    if (begin > 0 && keys[begin - 1] >> 32 == keys[begin] >> 32) return;
+    if (C % VECTOR == 0)
+        add_run(keys + begin, dy + column, total + column, N - begin, C, true, C - column);
+    else
+        add_run(keys + begin, dy + column, total + column, N - begin, C, false, C - column);
 }

@@ -1,6 +1,7 @@
 """bench/check_gpu.py without a GPU: a piece of its dry run, its clock, and what it collects."""
 
 import ast
+import json
 import subprocess
 import sys
 from functools import partial
@@ -9,13 +10,17 @@ from types import SimpleNamespace
 
 import check_gpu
 import gpu_cases
+import gpu_pages
 import gpu_probe
 import gpu_stages
 import gpu_step
 import gpu_table
 import pytest
 
+from minilm.optim import AdamW
+
 ROOT = Path(__file__).resolve().parents[1]
+TINY = gpu_step.Config.llama(97, 16, layers=2, heads=4, width=64, hidden=320, kv_heads=2)
 
 
 def test_a_piece_of_the_dry_run(tmp_path):
@@ -108,7 +113,7 @@ def test_rows_that_fail_or_come_late(tmp_path, monkeypatch, capsys):
 
 def test_rows_of_the_steps_that_ran(tmp_path, capsys):
     for name in "ours-22", "ours-4", "torch-4":
-        (tmp_path / f"{name}.json").write_text("[1073741824, 0.02, 0.03, 0.04]")
+        (tmp_path / f"plain-{name}.json").write_text("[1073741824, 0.02, 0.03, 0.04]")
     (tmp_path / "ceilings.json").write_text("[4e12, 8e14]")
     gpu_probe.step_rows(tmp_path / "ceilings.json", tmp_path)
     table = capsys.readouterr().out.splitlines()
@@ -125,11 +130,81 @@ def test_no_step_takes_a_name_that_is_not_there():
     assert all((check_gpu.ROOT / "kernels" / file).exists() for file, *_ in gpu_probe.KERNELS)
 
 
-def test_our_step_as_it_is_profiled(cupy, monkeypatch, capsys):
-    tiny = gpu_step.Config.llama(97, 16, layers=2, heads=4, width=64, hidden=320, kv_heads=2)
+def test_rows_of_streaming(tmp_path, capsys):
+    """22 layers: states on the card 30 ms and in pages 31 ms, checkpoints 40 ms beside 50 ms."""
+    def rows():
+        gpu_probe.streaming_rows(tmp_path / "none", tmp_path)
+        return capsys.readouterr().out.splitlines()
+
+    assert rows() == []
+    for name, ms in (("plain-ours", 30), ("pages-32-ours", 31), ("pages-8-ours", 33),
+                     ("checkpoint-ours", 40), ("checkpoint-torch", 50)):
+        (tmp_path / f"{name}-22.json").write_text(json.dumps([1 << 30, ms / 1e3, ms / 1e3]))
+    (tmp_path / "needs-plain.json").write_text("[[5.0, 4.0], 100]")
+    for kind, losses in ("plain", [5.0]), ("pages-8", [5.0, 4.0]):
+        (tmp_path / f"within-{kind}.json").write_text(json.dumps([1 << 30, losses]))
+    table = rows()
+    assert len(table) == 3 + 2 + 2 + 1 and all(text.count("|") == 8 for text in table)
+    assert "a checkpoint a block | " in table[0] and "40.00 ms (40.00 - 40.00)" in table[0]
+    assert f"{gpu_step.PEER}: 50.00 ms" in table[0] and "tokens a second" in table[1]
+    for text, size, ms, outcome in (table[3], 32, 31, "met"), (table[5], 8, 33, "missed"):
+        assert f"in pages of {size} MiB |" in text and f"| {ms}.00 ms" in text
+        assert "states on the card: 30.00 ms" in text and text.endswith(f": {outcome} |")
+    assert "out of memory in step 3 |" in table[7] and "AdamW: out of memory in step 2" in table[7]
+    (tmp_path / "checkpoint-torch-22.json").unlink()
+    assert "PyTorch" not in rows()[0]
+
+
+def test_small_steps_in_a_pool_between_two_needs(cupy, tmp_path, monkeypatch, capsys):
+    """What needs and within of gpu_pages do is tested in test_gpu_benchmark.py."""
+    def needs(config, batch, optimizer):
+        assert (config, batch) == (gpu_step.LLAMA, gpu_step.BATCH)
+        return [5.0, 4.0], 700 if optimizer is AdamW else 501
+
+    def within(config, batch, optimizer, limit):
+        return [5.0] if optimizer is AdamW else [5.0, float(limit)]
+
+    monkeypatch.setattr(gpu_pages, "needs", needs)
+    monkeypatch.setattr(gpu_pages, "within", within)
+    for job in "needs", "within":
+        for kind in "plain", "pages-8":
+            gpu_probe.main(job, kind, str(tmp_path))
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert found == {"needs-plain": [[5.0, 4.0], 700], "needs-pages-8": [[5.0, 4.0], 501],
+                     "within-plain": [600, [5.0]], "within-pages-8": [600, [5.0, 600.0]]}
+
+
+def test_streaming_runs_its_kinds_and_only_if_it_is_named(tmp_path, monkeypatch, capsys):
+    ran, given = [], SimpleNamespace(scratch=tmp_path, table=[])
+    monkeypatch.setattr(check_gpu.Stage, "run", lambda stage, what, command, *_, **__: (
+        ran.append(command[2:]), ("| a row |", 0))[1])
+    stage = check_gpu.Stage("streaming", tmp_path, 60)
+    gpu_stages.streaming(stage, given)
+    stage.log.close()
+    assert given.table == ["| a row |"] and (tmp_path / "step.log").exists()
+    assert [c[-1] for c in ran if c[0] == "step"] == [
+        "plain", "pages-32", "pages-8", "checkpoint", "checkpoint"]
+    assert {c[-1] for c in ran if c[0] == "step"} == set(gpu_probe.KINDS)
+    assert sorted(c[:2] for c in ran if c[0] in ("needs", "within")) == [
+        [job, kind] for job in ("needs", "within") for kind in ("pages-8", "plain")]
+    stages = []
+    monkeypatch.setattr(check_gpu, "run_stages", lambda args: stages.append(args.stages) or [])
+    for words in [], ["--stages", "streaming"]:
+        monkeypatch.setattr(sys, "argv", ["check_gpu.py", "--dry-run", "--out", str(tmp_path),
+                                          *words])
+        with pytest.raises(SystemExit):
+            check_gpu.main()
+    assert stages == [[s for s in gpu_stages.STAGES if s != "streaming"], ["streaming"]]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "pages-8"])
+def test_our_step_as_it_is_profiled(cupy, monkeypatch, capsys, kind):
     monkeypatch.setattr(gpu_step, "BATCH", 2)
-    peak, times = gpu_probe.our_steps(tiny)
-    assert peak > 0 and len(times) == 7
+    made = []
+    monkeypatch.setattr(gpu_step, "our_model", lambda *args, whole=gpu_step.our_model: (
+        made.append(whole(*args)), made[-1])[1])
+    peak, times = gpu_probe.our_steps(TINY, *gpu_probe.KINDS[kind])
+    assert peak > 0 and len(times) == 7 and made[0].checkpoint_every == (kind == "checkpoint")
     losses = [line.split()[1] for line in capsys.readouterr().out.splitlines()
               if line.startswith("loss")]
     assert len(losses) == 10

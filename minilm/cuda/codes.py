@@ -100,6 +100,6 @@ def nf4_matmul(x, W: Codes, h=None, B=None):
     y = xp.empty((len(x), N), "bfloat16")
     if y.size:
         kernel("nf4_matmul.cu", "nf4_matmul", TILES=-(-len(x) // 8))(
-            (-(-N // 16),), (256,), x, *W.arrays, h, B, y, len(x), N, K, h.shape[1],
+            (-(-N // 32),), (256,), x, *W.arrays, h, B, y, len(x), N, K, h.shape[1],
             W.numbers[-1])
     return y

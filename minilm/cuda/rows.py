@@ -78,9 +78,9 @@ def scatter_add(ids, dy, n: int):
     xp, places, (N, C) = array_module(dy), array_module(ids), dy.shape
     total = xp.zeros((n, C), "float32")
     if dy.size:
-        keys = xp.asarray(places.sort(ids.astype("int64") * N + places.arange(N)))
+        keys = xp.asarray(places.sort(ids.astype("int64") * 2**32 + places.arange(N)))
         kernel("scatter_add.cu", "scatter_add", dy.dtype)(
-            (N, -(-C // 128)), (128,), keys, dy, total, N, C)
+            (N, -(-C * dy.itemsize // 1024)), (64,), keys, dy, total, N, C)
     return total
 
 

@@ -3,8 +3,11 @@
     python scripts/bench/gpu_probe.py env  # versions, the card, registers of our kernels
     python scripts/bench/gpu_probe.py ceilings FILE  # measure them and write them to a file
     python scripts/bench/gpu_probe.py rows FILE GROUP ROUNDS SECONDS  # rows of benchmark.py
-    python scripts/bench/gpu_probe.py step SIDE LAYERS FOLDER  # a QLoRA step, ours or PyTorch's
-    python scripts/bench/gpu_probe.py step_rows FILE FOLDER  # the table's rows of these steps
+    python scripts/bench/gpu_probe.py step SIDE LAYERS FOLDER KIND  # a QLoRA step, of a KIND below
+    python scripts/bench/gpu_probe.py needs KIND FOLDER  # the memory that small steps need
+    python scripts/bench/gpu_probe.py within KIND FOLDER  # small steps in a pool between two needs
+    python scripts/bench/gpu_probe.py step_rows FILE FOLDER  # the table's rows of plain steps
+    python scripts/bench/gpu_probe.py streaming_rows FILE FOLDER  # and of all others
     python scripts/bench/gpu_probe.py profiled  # a few launches, for Nsight Compute
 
 Rows of the table begin with "| ". A line for the summary begins with RESULT.
@@ -47,6 +50,12 @@ KERNELS = (  # (file, kernel, REAL, macros) whose registers are printed
     ("attention_backward.cu", "attention_dq", "bfloat16", {"HEAD_WIDTH": 128}),
     ("attention_backward.cu", "attention_dk_dv", "bfloat16", {"HEAD_WIDTH": 128}),
 )
+KINDS = {  # of a step: (a checkpoint a block, optimizer)
+    "plain": (False, AdamW),
+    "checkpoint": (True, AdamW),
+    "pages-32": (False, gpu_pages.paged(gpu_pages.PAGES[0])),
+    "pages-8": (False, gpu_pages.paged(gpu_pages.PAGES[1])),
+}
 FACTS = ("name", "major", "minor", "multiProcessorCount", "l2CacheSize", "totalGlobalMem",
          "sharedMemPerBlockOptin", "regsPerMultiprocessor", "memoryBusWidth")
 
@@ -120,29 +129,30 @@ def said(row: Row, text: str) -> str:
     return cells(row.title, "", text.replace("|", "/").replace("\n", " "), "", "", "", "")
 
 
-def step(side: str, layers: int, folder: Path):
-    """Seven steps of a Llama as wide as gpu_step.py's, without checkpoints."""
+def step(side: str, layers: int, folder: Path, kind: str):
+    """Seven steps of a Llama as wide as gpu_step.py's."""
     config = replace(gpu_step.LLAMA, layers=layers)
     start = time.perf_counter()
-    peak, times = (our_steps if side == "ours" else torch_steps)(config)
-    (folder / f"{side}-{layers}.json").write_text(json.dumps([peak, *times]))
+    peak, times = (our_steps if side == "ours" else torch_steps)(config, *KINDS[kind])
+    (folder / f"{kind}-{side}-{layers}.json").write_text(json.dumps([peak, *times]))
     note = ("; if done comes soon after update, the host is the bottleneck"
             if side == "ours" else "")
-    print(f"RESULT {side}, {layers} layers: median {1e3 * statistics.median(times):.2f} ms "
+    print(f"RESULT {kind}, {side}, {layers} layers: median {1e3 * statistics.median(times):.2f} ms "
           f"({1e3 * min(times):.2f} - {1e3 * max(times):.2f}), {peak / 2**30:.2f} GiB, in "
           f"{time.perf_counter() - start:.0f} s{note}", flush=True)
 
 
-def torch_steps(config):
-    answers = gpu_step.torch_qlora(config, gpu_step.BATCH, False)
+def torch_steps(config, checkpoint, _):
+    answers = gpu_step.torch_qlora(config, gpu_step.BATCH, checkpoint)
     return next(answers), [next(answers) for _ in range(7)]
 
 
-def our_steps(config):
+def our_steps(config, checkpoint, optimizer):
     """(peak in bytes, seconds of each step). Also prints a profile of Python's time."""
     start, model = time.perf_counter(), gpu_step.our_model(config, gpu_step.RANK, "cuda")
     print(f"model made in {time.perf_counter() - start:.1f} s", flush=True)
-    optimizer = AdamW(model.parameters(), gpu_step.LR)
+    model.checkpoint_every = int(checkpoint)
+    optimizer = optimizer(model.parameters(), gpu_step.LR)
     tokens, targets = gpu_step.random_batch(config, gpu_step.BATCH)
     batch = model, optimizer, tokens, targets  # on the host, as a data loader has them
     told_step(*batch)  # compiles the kernels
@@ -177,19 +187,55 @@ def told_step(model, optimizer, tokens, targets) -> float:
     return marks[-1]
 
 
-def step_rows(file: Path, folder: Path):
+def needs(kind: str, folder: Path):
+    """Write (losses, bytes of a pool) of small steps whose states are where `kind` says."""
+    (answer,) = gpu_pages.relieved(gpu_pages.needs, gpu_step.LLAMA, gpu_step.BATCH, KINDS[kind][1])
+    (folder / f"needs-{kind}.json").write_text(json.dumps(answer))
+    print(f"RESULT {kind}: {gpu_pages.gib(answer[1])}")
+
+
+def within(kind: str, folder: Path):
+    """Write the losses of small steps in a pool that has half of what pages save."""
+    limit = sum(kept(folder / f"needs-{k}.json")[1] for k in ("plain", "pages-8")) // 2
+    (losses,) = gpu_pages.relieved(gpu_pages.within, gpu_step.LLAMA, gpu_step.BATCH,
+                                   KINDS[kind][1], limit)
+    (folder / f"within-{kind}.json").write_text(json.dumps([limit, losses]))
+    print(f"RESULT {kind}: {len(losses)} steps in {gpu_pages.gib(limit)}")
+
+
+def kept(file: Path):
+    """What a process wrote, or nothing."""
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def step_rows(file: Path, folder: Path, kind="plain"):
     """Print the table's rows of the steps that have run."""
-    for ours in sorted(folder.glob("ours-*.json")):
-        layers = int(ours.stem.split("-")[1])
-        config, theirs = replace(gpu_step.LLAMA, layers=layers), folder / f"torch-{layers}.json"
-        (peak, *times), found = json.loads(ours.read_text()), kept_ceilings(file)
-        if theirs.exists():
-            print(*gpu_step.step_lines(config, gpu_step.BATCH, False, found,
-                                       json.loads(theirs.read_text()), [peak, *times]), sep="\n")
+    for ours in sorted(folder.glob(f"{kind}-ours-*.json")):
+        layers, checkpoint = int(ours.stem.split("-")[-1]), KINDS[kind][0]
+        config, found = replace(gpu_step.LLAMA, layers=layers), kept_ceilings(file)
+        theirs, (peak, *times) = kept(folder / f"{kind}-torch-{layers}.json"), kept(ours)
+        if theirs:
+            print(*gpu_step.step_lines(config, gpu_step.BATCH, checkpoint, found, theirs,
+                                       [peak, *times]), sep="\n")
         else:
-            row = gpu_step.step_row(config, gpu_step.BATCH, False)._replace(beside="", speed=0.0)
-            print(line(row, found, times))
-            print(cells(f"{row.title}: peak memory", "", f"{peak / 2**30:.2f} GiB", "", "", "", ""))
+            row = gpu_step.step_row(config, gpu_step.BATCH, checkpoint)
+            print(line(row._replace(beside="", speed=0.0), found, times))
+            print(cells(f"{row.title}: peak memory", "", gpu_pages.gib(peak), "", "", "", ""))
+
+
+def streaming_rows(file: Path, folder: Path):
+    """Print the rows of checkpoints, of pages and of the limited pool, as far as they have run."""
+    step_rows(file, folder, "checkpoint")
+    resident = kept(folder / "plain-ours-22.json")
+    for kind, page_size in zip(("pages-32", "pages-8"), gpu_pages.PAGES):
+        streamed = kept(folder / f"{kind}-ours-22.json")
+        if resident and streamed:
+            print(*gpu_pages.streaming_lines(page_size, kept_ceilings(file), resident, streamed),
+                  sep="\n")
+    theirs, ours = (kept(folder / f"within-{kind}.json") for kind in ("plain", "pages-8"))
+    if theirs and ours:
+        expected, _ = kept(folder / "needs-plain.json")
+        print(gpu_pages.limit_line(ours[0], expected, theirs[1], ours[1]))
 
 
 def profiled():
@@ -215,9 +261,11 @@ def main(name: str, *given: str):
     elif name == "rows":
         rows(Path(given[0]), given[1], int(given[2]), float(given[3]))
     elif name == "step":
-        step(given[0], int(given[1]), Path(given[2]))
-    elif name == "step_rows":
-        step_rows(Path(given[0]), Path(given[1]))
+        step(given[0], int(given[1]), Path(given[2]), given[3])
+    elif name in ("needs", "within"):
+        {"needs": needs, "within": within}[name](given[0], Path(given[1]))
+    elif name in ("step_rows", "streaming_rows"):
+        {"step_rows": step_rows, "streaming_rows": streaming_rows}[name](*map(Path, given))
     elif name == "profiled":
         profiled()
     else:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -93,9 +94,26 @@ def step(stage, args):
     """Our step of QLoRA beside PyTorch's: time to queue it, time until it is done, memory."""
     for side, layers in ("ours", 2), ("ours", 22), ("torch", 22):  # a short one first
         limit = 80 if side == "ours" else 240  # PyTorch's model is quantized on the CPU
-        stage.run(f"{side}, {layers} layers", [*PROBE, "step", side, layers, args.scratch], limit)
-    output, _ = stage.run("rows", [*PROBE, "step_rows", args.scratch / "ceilings.json",
-                                   args.scratch], told=met)
+        stage.run(f"{side}, {layers} layers",
+                  [*PROBE, "step", side, layers, args.scratch, "plain"], limit)
+    rows_of_steps("step_rows", stage, args)
+
+
+def streaming(stage, args):
+    """The step with states in pages and with checkpoints; small steps in a limited pool."""
+    plain = [] if (args.scratch / "plain-ours-22.json").exists() else ["plain"]  # from `step`
+    for kind in (*plain, "pages-32", "pages-8", "checkpoint"):
+        stage.run(kind, [*PROBE, "step", "ours", 22, args.scratch, kind], 45)
+    for job in "needs", "within":  # both kinds at once, since nothing is timed
+        stage.at_once([partial(stage.run, f"{job} {kind}", [*PROBE, job, kind, args.scratch], 75)
+                       for kind in ("plain", "pages-8")], 2)
+    stage.run("torch", [*PROBE, "step", "torch", 22, args.scratch, "checkpoint"], 90)
+    rows_of_steps("streaming_rows", stage, args)
+
+
+def rows_of_steps(name, stage, args):
+    output, _ = stage.run("rows", [*PROBE, name, args.scratch / "ceilings.json", args.scratch],
+                          told=met)
     args.table += table_of(output)
 
 
@@ -159,4 +177,5 @@ def found(name, folder, pattern):
     return shutil.which(name) or next(map(str, Path(folder).glob(pattern)), None)
 
 
-STAGES = {f.__name__: f for f in (env, cases, bench, step, tests, sanitize, ncu)}
+STAGES = {f.__name__: f for f in (env, cases, bench, step, streaming, tests, sanitize,
+                               ncu)}

@@ -47,6 +47,8 @@ template <class A, class B> std::common_type_t<A, B> max(A a, B b) {
     return x < y ? y : x;
 }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 // Four bytes chosen from the eight of b and a; bit 3 of a selector spreads the byte's sign.
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selectors) {
     uint64_t bytes = uint64_t(b) << 32 | a;
