@@ -59,7 +59,7 @@ def _on_card(a, b, alpha, add_to):
         raise ValueError(f"no product of {a.dtype} {a.shape} and {b.dtype} {b.shape}")
     xp, (I, K), J = cupy(), a.shape[-2:], b.shape[-1]
     if a.ndim == b.ndim == 2:
-        c = xp.empty((I, J), a.dtype) if add_to is None else add_to
+        c = xp.ndarray((I, J), a.dtype) if add_to is None else add_to  # xp.empty only calls this
         if c.size and K:
             _gemm(a, b, alpha, c, 0.0 if add_to is None else 1.0)
         elif add_to is None:
@@ -83,7 +83,7 @@ def _gemm(a, b, alpha, c, beta):
     a, turn_a, lda = _layout(a)
     b, turn_b, ldb = _layout(b)
     (I, K), J, kind = a.shape[-2:], b.shape[-1], CUDA_TYPES[a.dtype]
-    factors, at_alpha, at_beta = _factors(alpha, beta)
+    _kept, at_alpha, at_beta = _factors(alpha, beta)
     # The arguments: op, op, sizes, alpha | b, type, ld, stride | a, ... | beta, c, ... | settings.
     if c.ndim == 2:
         blas.gemmEx(handle, turn_b, turn_a, J, I, K, at_alpha,
