@@ -16,16 +16,16 @@ BLOCK = 1 << 18  # elements of a block: a few float32 temporaries of 1 MiB each
 
 def one_dtype(op: str, **arrays):
     """TypeError if the arrays differ in dtype: NumPy would silently change the precision."""
-    first, *others = arrays.values()
-    if any(a.dtype != first.dtype for a in others):
+    dtypes = [a.dtype for a in arrays.values()]
+    if dtypes.count(dtypes[0]) < len(dtypes):
         found = ", ".join(f"{name} {a.dtype}" for name, a in arrays.items())
         raise TypeError(f"{op} needs one dtype, got {found}")
 
 
 def one_shape(op: str, **arrays):
     """ValueError if the arrays differ in shape: broadcasting would hide it."""
-    first, *others = arrays.values()
-    if any(a.shape != first.shape for a in others):
+    shapes = [a.shape for a in arrays.values()]
+    if shapes.count(shapes[0]) < len(shapes):
         found = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
         raise ValueError(f"{op} needs one shape, got {found}")
 
@@ -60,7 +60,7 @@ def by_rows(formula, *arrays):
 
 def rows(x):
     """(..., C) -> (N, C), a view if the memory layout allows it."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def wide(x):

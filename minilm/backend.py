@@ -70,11 +70,6 @@ def _cublas():
     return cublas, cp.cuda.device.get_cublas_handle
 
 
-def pointer(x) -> int:
-    """The address of an array's first element."""
-    return x.ctypes.data if array_module(x) is np else x.data.ptr
-
-
 def pool_bytes() -> int:
     """Bytes that CuPy's pool takes of the GPU, after it has given back all that it can."""
     pool = cupy().get_default_memory_pool()

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from minilm.arrays import wide
-from minilm.backend import array_module, cublas
+from minilm.backend import array_module, cublas, cupy
 
 # cudaDataType: CUDA_R_16F, CUDA_R_16BF
 CUDA_TYPES = {np.dtype(np.float16): 2, np.dtype(ml_dtypes.bfloat16): 14}
@@ -57,9 +57,9 @@ def _on_card(a, b, alpha, add_to):
     """The product of 16-bit arrays by cuBLAS."""
     if a.shape[-1] != b.shape[-2] or a.dtype != b.dtype:
         raise ValueError(f"no product of {a.dtype} {a.shape} and {b.dtype} {b.shape}")
-    xp, (I, K), J = array_module(a), a.shape[-2:], b.shape[-1]
+    xp, (I, K), J = cupy(), a.shape[-2:], b.shape[-1]
     if a.ndim == b.ndim == 2:
-        c = xp.empty((I, J), a.dtype) if add_to is None else add_to
+        c = xp.ndarray((I, J), a.dtype) if add_to is None else add_to  # xp.empty only calls this
         if c.size and K:
             _gemm(a, b, alpha, c, 0.0 if add_to is None else 1.0)
         elif add_to is None:
@@ -83,8 +83,7 @@ def _gemm(a, b, alpha, c, beta):
     a, turn_a, lda = _layout(a)
     b, turn_b, ldb = _layout(b)
     (I, K), J, kind = a.shape[-2:], b.shape[-1], CUDA_TYPES[a.dtype]
-    alpha, beta = _float32(alpha), _float32(beta)
-    at_alpha, at_beta = ctypes.addressof(alpha), ctypes.addressof(beta)
+    _kept, at_alpha, at_beta = _factors(alpha, beta)
     # The arguments: op, op, sizes, alpha | b, type, ld, stride | a, ... | beta, c, ... | settings.
     if c.ndim == 2:
         blas.gemmEx(handle, turn_b, turn_a, J, I, K, at_alpha,
@@ -98,9 +97,10 @@ def _gemm(a, b, alpha, c, beta):
 
 
 @functools.lru_cache(256)
-def _float32(number):
-    """The number as a C float, whose address cuBLAS takes; made once per number."""
-    return ctypes.c_float(number)
+def _factors(alpha, beta):
+    """(both as C floats, the address of each, which cuBLAS takes); made once per pair."""
+    factors = (ctypes.c_float * 2)(alpha, beta)
+    return factors, ctypes.addressof(factors), ctypes.addressof(factors) + 4
 
 
 def _layout(x):
@@ -109,13 +109,16 @@ def _layout(x):
     If neither are, as in every second column of a matrix, x is copied.
     """
     (rows, columns), (row, column), size = x.shape[-2:], x.strides[-2:], x.itemsize
-    row, column = row // size, column // size
-    if (column == 1 and row == columns) or x.flags.c_contiguous:
+    if column == size and row == columns * size:
         return x, 0, columns  # CUBLAS_OP_N
-    if (row == 1 and column == rows) or x.flags.f_contiguous:
+    if row == size and column == rows * size:
         return x, 1, rows  # CUBLAS_OP_T
-    if column == 1 and row >= columns:
-        return x, 0, row
-    if row == 1 and column >= rows:
-        return x, 1, column
-    return array_module(x).ascontiguousarray(x), 0, columns
+    if x.flags.c_contiguous:  # a single row or column may have any stride
+        return x, 0, columns
+    if x.flags.f_contiguous:
+        return x, 1, rows
+    if column == size and row >= columns * size:
+        return x, 0, row // size
+    if row == size and column >= rows * size:
+        return x, 1, column // size
+    return cupy().ascontiguousarray(x), 0, columns

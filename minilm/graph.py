@@ -50,8 +50,10 @@ def _walk(root, dy):
             raise RuntimeError(f"backward() has used up this {node.op}; run it forward again")
         vjps, node.vjps = list(node.vjps), None
         for i, parent in enumerate(node.parents):
-            dx = _unbroadcast(vjps[i](dy), parent)
+            dx = vjps[i](dy)
             vjps[i] = None
+            if dx.shape != parent.shape or dx.dtype != parent.dtype:
+                dx = _unbroadcast(dx, parent)
             if parent not in grads:
                 grads[parent] = dx
             elif parent in sums:  # made by this loop, so nobody else holds it
@@ -78,15 +80,14 @@ def _parents_first(root):
     stands right before the layer, and the walk back deposits the weight's gradient before it goes
     on to the layer's input.
     """
-    order, seen, stack = [], set(), [(root, False)]
+    order, seen, stack = {}, set(), [root]  # a dict keeps its keys in order
     while stack:
-        node, parents_done = stack.pop()
-        if parents_done:
-            order.append(node)
-        elif node not in seen:
+        node = stack[-1]
+        if node in seen:  # all that it was made from is in order now
+            order[stack.pop()] = None
+        else:
             seen.add(node)
-            stack.append((node, True))
-            stack.extend((parent, False) for parent in reversed(node.parents))
+            stack.extend(reversed(node.parents))
     return order
 
 

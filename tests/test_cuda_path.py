@@ -4,12 +4,16 @@ Where no GPU is, CuPy is the stand-in of tests/emulated_cupy: what runs there us
 has, and mixes no NumPy array in. Values are compared with the same work on the CPU.
 """
 
+import cProfile
+import pstats
+from pathlib import Path
 
 import emulated_cupy
 import numpy as np
 import pytest
 from conftest import close, counted_launches
 
+import minilm
 from minilm import cuda, ops
 from minilm.backend import array_module, memory_limit, peak_memory, to_device
 from minilm.blas import matmul
@@ -222,26 +226,49 @@ def test_qlora_launches_the_kernels_and_nothing_in_their_place(cupy, launched):
                         "rotary": 2 * 2}
 
 
+def qlora_step(layers):
+    """A function that trains a bfloat16 Llama for a step, with more rows than nf4_matmul takes."""
+    tokens = np.random.default_rng(0).integers(0, 13, (2, 9))
+    sizes = SHAPE | dict(width=64, heads=4, layers=layers, context=9)
+    gpu = Transformer(Config.llama(**sizes, kv_heads=2, hidden=64)).astype("bfloat16")
+    quantize_model(gpu.to("cuda"))
+    add_lora(gpu, 2, alpha=4, targets="all-linear")
+    opt = AdamW(gpu.parameters())
+
+    def step():
+        opt.zero_grad()
+        ops.cross_entropy(gpu(tokens), tokens).backward()
+        opt.step()
+    return step
+
+
 def test_launches_of_a_qlora_step(cupy):
     """The host decides how long a step takes: each launch is 5 to 40 us of it. At 22 layers and
     more rows than nf4_matmul takes, 56 products and 38 launches a layer, 869 in all."""
-    tokens, counts = np.random.default_rng(0).integers(0, 13, (2, 9)), []
+    counts = []
     for layers in (1, 2):
-        sizes = SHAPE | dict(width=64, heads=4, layers=layers, context=9)
-        gpu = Transformer(Config.llama(**sizes, kv_heads=2, hidden=64)).astype("bfloat16")
-        quantize_model(gpu.to("cuda"))
-        add_lora(gpu, 2, alpha=4, targets="all-linear")
-        opt = AdamW(gpu.parameters())
-        for _ in range(2):
-            emulated_cupy.reset()
-            opt.zero_grad()
-            ops.cross_entropy(gpu(tokens), tokens).backward()
-            opt.step()
+        step = qlora_step(layers)
+        step()
+        emulated_cupy.reset()
+        step()
         counts.append(emulated_cupy.launches.copy())
     products = [count.pop("gemmEx", 0) for count in counts]
     one, two = (sum(count.values()) for count in counts)
     assert products[1] - products[0] <= 56
     assert two - one <= 38 and one + 21 * (two - one) <= 869
+
+
+def test_python_calls_of_a_qlora_step(cupy):
+    """What the host does for a launch counts as much as the launch: calls of minilm's functions,
+    a number that no machine changes."""
+    counts = []
+    for layers in (1, 2):
+        step, profile = qlora_step(layers), cProfile.Profile()
+        step()
+        profile.runcall(step)
+        counts.append(sum(row[1] for (file, *_), row in pstats.Stats(profile).stats.items()
+                          if Path(file).is_relative_to(Path(minilm.__file__).parent)))
+    assert counts[1] - counts[0] <= 1088  # 19 for each product
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -41,12 +41,12 @@ def _rows(D):
 
 def _check_attention(what, q, k, v, causal, **others):
     """ValueError if the shapes do not fit together."""
-    shapes = f"{what}: q {q.shape} does not go with k {k.shape} and v {v.shape}"
-    if not q.ndim == k.ndim == 4 or k.shape != v.shape or 0 in q.shape + k.shape:
-        raise ValueError(shapes)
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    if k.shape != (B, K, S, D) or H % K or (causal and T > S):
-        raise ValueError(shapes)
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and 0 not in q.shape + k.shape
+    if fits:
+        (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+        fits = k.shape == (B, K, S, D) and H % K == 0 and not (causal and T > S)
+    if not fits:
+        raise ValueError(f"{what}: q {q.shape} does not go with k {k.shape} and v {v.shape}")
     if D % 16 or D > 128:
         raise ValueError(f"{what} takes heads of width 16, 32 .. 128, got {D}")
     for name, a in others.items():

@@ -56,7 +56,7 @@ class Codes:
 
 def nf4_dequantize(W: Codes, dtype):
     """The numbers that 4-bit codes stand for, in W's shape: float32, float16 or bfloat16."""
-    out, numbers = array_module(W.packed).empty(W.shape, dtype), W.numbers
+    out, numbers = array_module(W.packed).ndarray(W.shape, dtype), W.numbers
     if out.size:
         kernel("nf4_dequantize.cu", "nf4_dequantize", out.dtype)(
             (-(-out.nbytes // 16384),), (256,), *W.arrays, out, *numbers)

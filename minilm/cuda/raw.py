@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  (gives NumPy the dtype bfloat16)
 import numpy as np
 
-from minilm.backend import cupy, pointer
+from minilm.backend import cupy
 
 # A wheel has the kernels in the package, the source tree beside it.
 KERNELS = next(folder / "kernels" for folder in Path(__file__).parents[1:3]
@@ -47,10 +47,11 @@ class Kernel:
             raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, got {len(args)}")
         given = []
         for arg, (name, dtype, is_array) in zip(args, self.parameters):
-            if is_array:
+            if not is_array:
+                arg = arg if type(arg) is dtype.type else self.number(arg, name, dtype)
+            elif (type(arg) is not self.array or arg.dtype != dtype or arg.data.ptr % 16
+                    or not arg.flags.c_contiguous):  # asked here, as calls cost a third of a launch
                 self.check(arg, name, dtype)
-            elif type(arg) is not dtype.type:
-                arg = self.number(arg, name, dtype)
             given.append(arg)
         self.launch(grid, block, tuple(given))
 
@@ -59,7 +60,7 @@ class Kernel:
         if type(x) is not self.array:
             raise TypeError(f"{self.name}: {name} must be an array on the GPU, got "
                             f"{type(x).__name__}")
-        if x.dtype is not dtype and x.dtype != dtype:
+        if x.dtype != dtype:
             raise TypeError(f"{self.name}: {name} must be {dtype}, got {x.dtype}")
         if not x.flags.c_contiguous:
             raise ValueError(f"{self.name}: {name} must be contiguous, got strides {x.strides}")
@@ -105,4 +106,4 @@ def parameters(source: str, name: str, real: str) -> list[tuple[str, np.dtype, b
 
 def aligned(x):
     """x, or a copy if x is not contiguous or does not begin at a multiple of 16 bytes."""
-    return x if x.flags.c_contiguous and pointer(x) % 16 == 0 else x.copy()
+    return x if x.flags.c_contiguous and x.data.ptr % 16 == 0 else x.copy()

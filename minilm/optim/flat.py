@@ -86,9 +86,9 @@ class FlatParameters:
     def complete(self):
         """Write zeros where no gradient arrived, so that all of .grad counts."""
         self.gather()
-        for p, grad in zip(self.params, self.views(self.grad)):
+        for p, place in zip(self.params, self.places):
             if p.grad is None:
-                grad[...] = 0
+                self.grad[place] = 0
 
     def gather(self):
         """Copy the waiting gradients to their places, all in one launch."""

@@ -53,6 +53,7 @@ def normal_float(k: int) -> list[float]:
 
 
 @functools.cache
+@functools.cache
 def bits_of(name: str) -> int:
     """Bits of a code of this codebook."""
     return math.ceil(math.log2(len(levels(name))))

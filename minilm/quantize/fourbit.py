@@ -73,10 +73,12 @@ class FourBit:
 
     def dequantize(self, dtype="float32"):
         """The numbers in self.shape: eq. (6) in float32, rounded once to dtype."""
-        k, size = bits_of(self.codebook), self.block_size
+        dtype = np.dtype(dtype)
         if _has_kernels(self.packed, self.codebook):
-            real = dtype if np.dtype(dtype) in cuda.COMPUTES else np.float32
-            return cuda.nf4_dequantize(self.on_card(), real).astype(dtype, copy=False)
+            if dtype in cuda.COMPUTES:
+                return cuda.nf4_dequantize(self.on_card(), dtype)
+            return cuda.nf4_dequantize(self.on_card(), "float32").astype(dtype, copy=False)
+        k, size = bits_of(self.codebook), self.block_size
         c2 = self.absmax  # eq. (6), the inner dequant
         xp, n = array_module(c2), math.prod(self.shape)
         x = xp.empty(len(self.packed) * 8 // k, np.float32)  # up to 7 more than n

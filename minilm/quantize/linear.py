@@ -68,7 +68,7 @@ def product_with_codes(x, W, h=None, B=None):  # (N, I), (O, I), (N, r), (O, r) 
 
 
 def _few_rows(x, W):
-    return (array_module(x) is not np and x.dtype == "bfloat16" and 0 < len(x) <= 16
+    return (0 < len(x) <= 16 and array_module(x) is not np and x.dtype == "bfloat16"
             and isinstance(W, FourBit) and bits_of(W.codebook) == 4 and W.block_size == 64
             and W.shape[1] % 64 == 0)
 

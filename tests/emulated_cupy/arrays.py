@@ -37,8 +37,9 @@ class ndarray:
     __array_ufunc__ = None  # NumPy's functions do not take it
     __hash__ = None
 
-    def __init__(self, host):
-        self._host = host
+    def __init__(self, shape, dtype=float):
+        self._host = memory.unwritten(np.empty(shape, dtype))
+        memory.adopt(self._host)
 
     dtype = property(lambda self: self._host.dtype)
     shape = property(lambda self: self._host.shape)
@@ -48,8 +49,8 @@ class ndarray:
     itemsize = property(lambda self: self._host.itemsize)
     nbytes = property(lambda self: self._host.nbytes)
     flags = property(lambda self: self._host.flags)
-    T = property(lambda self: ndarray(self._host.T))
-    mT = property(lambda self: ndarray(self._host.mT))
+    T = property(lambda self: _over(self._host.T))
+    mT = property(lambda self: _over(self._host.mT))
     data = property(lambda self: SimpleNamespace(ptr=self._host.ctypes.data))
     device = property(lambda self: DEVICE)
 
@@ -219,7 +220,14 @@ def array(obj, dtype=None, copy=True):
 def new(host: np.ndarray) -> ndarray:
     """An array of ours around memory that nobody else has."""
     memory.adopt(host)
-    return ndarray(host)
+    return _over(host)
+
+
+def _over(host: np.ndarray) -> ndarray:
+    """An array of ours around memory that the pool knows already."""
+    x = ndarray.__new__(ndarray)
+    x._host = host
+    return x
 
 
 def _index(index, given):
@@ -261,7 +269,7 @@ def _wrapped(x, given, fresh):
         if a._host is x:
             return a
     if any(memory.owner(a._host) is memory.owner(x) for a in given):
-        return ndarray(x)
+        return _over(x)
     fresh.append(new(x if x.flags.forc else x.copy()))
     return fresh[-1]
 
