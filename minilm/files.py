@@ -35,9 +35,12 @@ CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 
 class FormatError(ValueError):
-    """A file does not hold what it should; the text is "path: message"."""
+    """A file does not hold what it should; the text is "path: message", which is cut if it is long.
+    """
 
     def __init__(self, path: str | os.PathLike, message: str):
+        if len(message) > 1000:  # it may quote what the file holds
+            message = f"{message[:500]} ... {message[-400:]}"
         super().__init__(os.fspath(path), message)
 
     def __str__(self):

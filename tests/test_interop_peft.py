@@ -349,9 +349,18 @@ K = Q.replace("q_proj", "k_proj")
     (lambda t: t | {Q: t[Q].astype(np.int8)}, f"{Q} is int8"),
     (lambda t: t | {Q.replace("_A", "_B"): np.ones((8, 2), np.float32)}, "expected float (16, 2)"),
     (lambda t: {k.replace("base_model.model.", ""): a for k, a in t.items()}, "unexpected keys: "),
+    (lambda t: t | {Q: t[Q] * np.nan}, f"{Q} has numbers that are not finite in float32"),
+    (lambda t: t | {Q: t[Q].astype(np.float64) + 1e300}, f"{Q} has numbers that are not finite"),
 ])
 def test_refused_tensors(edit, tensors, text):
     expect("llama", edit("llama", tensors), TENSORS, text)
+
+
+def test_lists_and_tables_have_an_end(edit):
+    """Each entry is compared with each module: a million would take minutes."""
+    many = [f"m{i}" for i in range(10**4 + 1)]
+    expect("llama", edit("llama", target_modules=many), CONFIG, "target_modules is ['m0', ")
+    expect("llama", edit("llama", rank_pattern=dict.fromkeys(many, 2)), CONFIG, "rank_pattern is")
 
 
 def test_refused_folders(edit, tmp_path):

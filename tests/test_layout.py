@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"backend", "arrays", "blas", "cuda", "files"},
     {"graph", "tensor", "ops", "activations", "attention", "losses"},
-    {"nn", "transformer", "cache", "decode", "generate"},
+    {"nn", "transformer", "shapes", "cache", "decode", "generate"},
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure"},
     {"train", "loop", "run", "checkpoint", "picture", "results", "experiment", "command",
@@ -43,6 +43,7 @@ WITHIN = {  # the arrows inside a floor
     ("activations", "tensor"),
     ("attention", "tensor"),
     ("transformer", "nn"),
+    ("shapes", "transformer"),
     ("generate", "transformer"),
     ("generate", "decode"),
     ("generate", "cache"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
 from minilm.interop.families import GPT2
-from minilm.interop.huggingface import check, describe
+from minilm.interop.huggingface import check, describe, finite
 from minilm.interop.peft_formats import FORMATS, Format, names
 from minilm.peft.adapted import (
     adaptable_layers,
@@ -53,9 +53,10 @@ def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     check(file, arrays, shapes)
     if not arrays:
         raise FormatError(file, "holds no adapter")
-    adapters = {}
+    adapters, dtype = {}, placed(model, ()).dtype
     for module in wanted:
-        ours = {end: placed(model, a) for end, a in _tensors(method, module, arrays).items()}
+        ours = {end: placed(model, finite(file, _key(module, end), a, dtype))
+                for end, a in _tensors(method, module, arrays).items()}
         adapters |= zip(modules[module], method.split(config, module, sizes[module], ours))
     return insert_adapters(model, name, adapters)
 
