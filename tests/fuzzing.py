@@ -79,7 +79,7 @@ def fuzz(form: Format, folder: Path, inputs: int, seed: int) -> tuple[list[Escap
             why, loads = watched(form, folder, gone)
             loaded += loads
             if why:
-                escapes.setdefault(why.splitlines()[-1][:60], Escape(number, what, why))
+                escapes.setdefault(kind(why), Escape(number, what, why))
     return list(escapes.values()), loaded
 
 
@@ -127,6 +127,12 @@ def watched(form: Format, folder: Path, gone: bool) -> tuple[str, bool]:
     return "", True
 
 
+def kind(why: str) -> str:
+    """The same for all errors of one type from one place."""
+    first, _, last = why.partition("\n")
+    return first.partition(" <- ")[0] + last.partition(":")[0]
+
+
 def shown(error) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = " <- ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[:-5:-1])
@@ -164,7 +170,8 @@ def damage(rng, folder: Path, files: dict, mend) -> tuple[str, bool]:
             data = file.read_bytes()
             try:
                 file.write_bytes(change(rng, data, rng.choice([*files.values()])))
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError,
+                    OverflowError):
                 # An earlier mutation broke its form.
                 file.write_bytes(cut(rng, data, b""))
         done.append(f"{name}: {change.__name__}")

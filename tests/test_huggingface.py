@@ -404,7 +404,8 @@ def test_shapes_are_those_of_the_model(name):
 
 @pytest.mark.parametrize("dtype, value, ours", [
     (np.float32, np.nan, "float32"), (np.float32, -np.inf, "float32"),
-    (np.float64, 1e39, "float32"), (np.float32, 65520.0, "float16"), (ml_dtypes.bfloat16, np.inf, "float64"),
+    (np.float64, 1e39, "float32"), (np.float32, 65520.0, "float16"),
+    (ml_dtypes.bfloat16, np.inf, "float64"),
 ])
 def test_numbers_that_are_not_finite_are_refused(edit, dtype, value, ours):
     """Also those that would become infinite in the model's dtype."""

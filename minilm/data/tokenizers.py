@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from minilm.data.library import called, library, read
 from minilm.files import FormatError, read_json, write_atomically, write_json
 
 END, MASK = "<|endoftext|>", "<|mask|>"
@@ -114,13 +115,13 @@ class BPETokenizer:
             raise TypeError("documents must be a sequence of texts, got one str")
         if vocab_size < 258:
             raise ValueError(f"vocab_size must be at least 256 bytes + 2, got {vocab_size}")
-        library = _library()
-        tokenizer = library.Tokenizer(library.models.BPE())
-        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = library.decoders.ByteLevel()
-        trainer = library.trainers.BpeTrainer(
+        tokens = library()
+        tokenizer = tokens.Tokenizer(tokens.models.BPE())
+        tokenizer.pre_tokenizer = tokens.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokens.decoders.ByteLevel()
+        trainer = tokens.trainers.BpeTrainer(
             vocab_size=vocab_size - 2,
-            initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+            initial_alphabet=tokens.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         tokenizer.train_from_iterator(documents, trainer)
@@ -128,10 +129,8 @@ class BPETokenizer:
         return cls(tokenizer)
 
     def encode(self, text: str) -> np.ndarray:
-        try:
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"the tokenizer cannot encode the text: {error}") from error
+        ids = called("the tokenizer cannot encode the text", self.tokenizer.encode, text,
+                     add_special_tokens=False).ids
         ids = np.array(ids, np.int32)
         # Unigram and WordLevel can have a special token in their ordinary vocabulary as well.
         if ((ids == self.end) | (ids == self.mask)).any():
@@ -140,10 +139,12 @@ class BPETokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = _valid(ids, self.vocab_size)
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        return called("the tokenizer cannot decode the ids", self.tokenizer.decode, ids.tolist(),
+                      skip_special_tokens=True)
 
     def save(self, path: str | os.PathLike) -> None:
-        write_atomically(path, self.tokenizer.to_str(pretty=True).encode())
+        text = called("the tokenizer cannot be saved", self.tokenizer.to_str, pretty=True)
+        write_atomically(path, text.encode())
 
 
 Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
@@ -170,27 +171,9 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
                 return CharTokenizer(alphabet)
             case {"minilm_tokenizer": kind}:
                 raise ValueError(f"minilm_tokenizer: {kind!r:.80} with fields {list(fields)!r:.80}")
-        return BPETokenizer(_read_huggingface(path))
+        return BPETokenizer(read(path, fields))
     except ValueError as error:
         raise FormatError(path, str(error)) from error
-
-
-def _read_huggingface(path):
-    library = _library()
-    try:
-        return library.Tokenizer.from_file(os.fspath(path))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library's panics are no Exception, only BaseException
-        raise ValueError(f"not a Hugging Face tokenizer: {error}") from error
-
-
-def _library():
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError('BPE needs the tokenizers library: pip install "minilm[hf]"') from error
-    return tokenizers
 
 
 def _code_points(text):
