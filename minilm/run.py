@@ -109,8 +109,8 @@ class RunDirectory:
         try:
             run = read_json(file)
         except FileNotFoundError:
-            said = "holds no run.json, so there is no run to go on with"
-            raise FileNotFoundError(errno.ENOENT, said, str(self.path)) from None
+            said = "is missing, so there is no run to go on with"
+            raise FileNotFoundError(errno.ENOENT, said, str(file)) from None
         if not isinstance(run, dict):
             raise FormatError(file, "must hold an object")
         for field, kind in (("settings", dict), ("corpora", list), ("base", list)):

@@ -43,12 +43,13 @@ def put_back(tensors: dict, model: Module, optimizer: AdamW, path: Path):
     wanted = {f"model.{name}": array for name, array in model.state_dict().items()} | places
     if missing := sorted(places.keys() - tensors.keys()):
         raise FormatError(path, f"the checkpoint has no {missing[0]}")
-    for name, array in tensors.items():
-        found = wanted.get(name)
-        if found is None or (found.shape, found.dtype) != (array.shape, array.dtype):
-            expected = "no such tensor" if found is None else f"{found.dtype} {found.shape}"
-            raise FormatError(path, f"the checkpoint's {name} is {array.dtype} {array.shape}, "
-                              f"expected {expected}")
+    if unknown := sorted(tensors.keys() - wanted.keys()):
+        raise FormatError(path, f"the checkpoint's {unknown[0]} is of another model")
+    wrong = [f"{name} is {found}, expected {expected}" for name, array in tensors.items()
+             for found, expected in [(array.shape, wanted[name].shape),
+                                     (array.dtype, wanted[name].dtype)] if found != expected]
+    if wrong:
+        raise FormatError(path, f"the checkpoint is of another model: {', '.join(wrong)}")
     state = {n.removeprefix("model."): t for n, t in tensors.items() if n not in own}
     model.load_state_dict(model.state_dict() | state)
     for name, place in places.items():

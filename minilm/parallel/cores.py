@@ -153,9 +153,9 @@ class Workers:
             self.failed.set()
             self.children[rank - 1].join(1)
             code = self.children[rank - 1].exitcode
-            how = f"was killed by signal {-code}" if code and code < 0 else f"ended with {code}"
-            raise RuntimeError(f"worker process {rank} {how}; if memory ran out, fewer workers "
-                               "need less") from None
+            how = f"killed by signal {-code}" if code and code < 0 else f"exit code {code}"
+            raise RuntimeError(f"worker process {rank} died: {how}; if memory ran out, fewer "
+                               "workers need less") from None
         if error:
             raise RuntimeError(f"worker process {rank} failed:\n{error}")
         return result
