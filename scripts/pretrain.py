@@ -107,10 +107,11 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
                                         masked=s.family == "bert")
     model = make_model(s, tokenizer.vocab_size).astype(s.dtype)
     if run is None:
-        run = RunDirectory.create(out, "pretrain", asdict(s), described)
-        tokenizer.save(run.path / "tokenizer.json")
+        run = RunDirectory.create(out, "pretrain", asdict(s), described,
+                                  fill=lambda folder: tokenizer.save(folder / "tokenizer.json"))
     size = sum(len(text.encode()) for _, held in parts for text in held)
-    pretrain(run, s, model, batches, held_out, tokenizer, size)
+    with run.going_on():
+        pretrain(run, s, model, batches, held_out, tokenizer, size)
 
 
 def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer, size: int):
@@ -150,8 +151,9 @@ def evaluate(trainer, step: int, steps: int, held_out, size: int) -> dict:
 
 def finish(run, model, tokenizer, step, steps):
     """Save the model and the curves, and say where they are."""
+    (run.path / "model").mkdir(exist_ok=True)
+    tokenizer.save(run.path / "model" / "tokenizer.json")  # a model is never without one
     huggingface.save_model(model, run.path / "model")
-    tokenizer.save(run.path / "model" / "tokenizer.json")
     drawn = run.plot()
     if step < steps:
         print(f"stopped after step {step}; go on with: --resume {run.path}")

@@ -44,6 +44,7 @@ from minilm.nn import Linear
 from minilm.quantize.codebooks import dynamic_map, levels
 from minilm.quantize.fourbit import BLOCK_SIZES, GROUP, FourBit
 from minilm.quantize.linear import QuantizedLinear
+from minilm.together import settle
 from minilm.transformer import Transformer
 
 KINDS = ("nf4", "fp4")
@@ -118,7 +119,7 @@ def load_model(
     Its layers multiply in the folder's compute dtype. Loading takes as much memory as the model in
     float32. Raises what huggingface.load_model raises, and FormatError for other quantizations.
     """
-    path = Path(path)
+    settle(path := Path(path))
     raw = read_json(path / "config.json")
     compute_dtype = _compute_dtype(path / "config.json", raw)
     family, config = parse(path, raw | {"quantization_config": None})

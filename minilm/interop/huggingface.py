@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from minilm.backend import to_device
-from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from minilm.files import FormatError, json_bytes, read_json, read_tensors, tensor_parts
 from minilm.interop.families import BERT, DISTILBERT, FAMILIES, GPT2, LLAMA, Family
 from minilm.shapes import tensor_shapes
+from minilm.together import settle, write_together
 from minilm.transformer import Config, Transformer
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
@@ -36,7 +37,7 @@ def load_model(
     FormatError, naming the field or the keys, if a file is damaged or Transformer cannot express
     what it says.
     """
-    path = Path(path)
+    settle(path := Path(path))
     family, config = parse(path, read_json(path / "config.json"))
     return build(family, replace(config, dropout=dropout), *read_arrays(path), dtype)
 
@@ -44,8 +45,9 @@ def load_model(
 def save_model(model: Transformer, path: str | os.PathLike) -> None:
     """Write a folder that transformers and `load_model` read, in the model's own dtype.
 
-    config.json is written last, so a part of a folder does not load. ValueError, before anything is
-    written, if no family expresses the model, or if its modules are not those of its Config.
+    A model that is there is replaced as a whole or, after an error, not at all. ValueError, before
+    anything is written, if no family expresses the model, or if its modules are not those of its
+    Config.
     """
     family, raw = describe(model)
     require_parts(model, Transformer(model.config))
@@ -116,12 +118,9 @@ def arrays_of(model, family: Family) -> dict:
 
 
 def write_folder(path, raw, arrays):
-    """config.json and model.safetensors."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").unlink(missing_ok=True)
-    write_tensors(path / "model.safetensors", arrays, {"format": "pt"})
-    write_json(path / "config.json", raw)
+    """config.json and model.safetensors, as one."""
+    write_together(path, {"model.safetensors": tensor_parts(arrays, {"format": "pt"}),
+                          "config.json": [json_bytes(raw)]})
 
 
 def _parse(raw) -> tuple[Family, Config]:
