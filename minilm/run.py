@@ -227,11 +227,13 @@ class RunDirectory:
             return None
         axes = (figure := Figure(figsize=(6, 3.6), layout="constrained")).subplots()
         for name in ("loss", "validation_loss"):
-            points = [(r["step"], r[name]) for r in self.records() if fits(r.get(name), float)]
+            points = [(r["step"], r[name]) for r in self.records()
+                      if fits(r.get(name), float) and abs(r[name]) < 1e100]
             if points:
                 axes.plot(*zip(*points), label=name.replace("_", " "), linewidth=1)
         axes.set(xlabel="step", ylabel="loss (nats a token)")
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
         return save_png(figure, self.path / "loss.png")
 
 

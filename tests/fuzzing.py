@@ -40,7 +40,8 @@ VALUES = [  # JSON texts
     "[" * 10**5 + "]" * 10**5, '{"a":' * 400 + "1" + "}" * 400,
 ]
 PATCHES = [b"", b"null", b"-1", b"4294967295", b"1e999", b"NaN", b'"', b"[[", b"{", b"}", b",",
-           b"\n", b"\0", b"\xff", b"\xef\xbb\xbf", b"\\ud800", b"\r\n", b"0", b"9" * 40]
+           b"\n", b"\0", b"<a>", b"<script/>", b"</g>", b"&a;", b' onload="x"', b"utf-7", b"cp037",
+           b"\xff", b"\xef\xbb\xbf", b"\\ud800", b"\r\n", b"0", b"9" * 40]
 
 
 class Format(NamedTuple):

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 from fuzzing import Format, fuzz
+from report import picture
 
 from minilm import checkpoint, data
 from minilm.data.instructions import load_records, save_records
@@ -238,12 +239,16 @@ def run_of(hashes: bool) -> Format:
 
     def read(folder):
         run, model, scaler = RunDirectory(folder), Small(), LossScaler()
-        run.describe()
-        settings = run.settings(Settings())
-        run.check([{"name": "a"}], "the corpora")
+        try:
+            settings = run.settings(Settings())
+            run.check([{"name": "a"}], "other corpora than")
+        except ValueError as error:  # as they say, if the run is another than is asked for
+            if "keeps its settings" in str(error) or "other corpora than" in str(error):
+                return None
+            raise
         step = run.restore(model, AdamW(model.parameters()), scaler)
         scaler.update(True)
-        if len(run.records()) % 2:  # it takes long
+        if len(run.records()) != 1:  # it takes long
             run.plot()
         return settings, step, bits(model), scaler.state(), run.records()
 
@@ -260,6 +265,23 @@ def result_of() -> Format:
                   lambda folder: Result.load(folder / "result.json"),
                   lambda found: (repr(found), table(found), verdicts(found)),
                   lambda found, folder: found.save(folder / "result.json"))
+
+
+SVG = """<?xml version="1.0" encoding="utf-8"?>
+<!DOCTYPE svg [<!ENTITY a "b">]>
+<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"><defs>
+<clipPath id="p"><rect x="1"/></clipPath></defs><g clip-path="url(#p)"><use xlink:href="#m"/>
+<text style="fill: red">é &a;&lt;</text></g></svg>"""
+
+
+def picture_of() -> Format:
+    """The drawing beside a result, as the page of results takes it in."""
+    def read(folder):
+        assert "<script" not in (found := picture(folder / "result.svg", "x-") or "").lower()
+        return found
+
+    return Format(lambda folder: (folder / "result.svg").write_text(SVG, encoding="utf-8"), read,
+                  lambda found: found)
 
 
 def records_of() -> Format:
@@ -301,6 +323,7 @@ FORMATS = {
     "run": run_of(hashes=False),
     "checkpoint": run_of(hashes=True),
     "result": result_of(),
+    "picture": picture_of(),
     "records": records_of(),
     "corpus": corpus_of(),
 }
