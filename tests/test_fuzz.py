@@ -277,7 +277,8 @@ SVG = """<?xml version="1.0" encoding="utf-8"?>
 def picture_of() -> Format:
     """The drawing beside a result, as the page of results takes it in."""
     def read(folder):
-        assert "<script" not in (found := picture(folder / "result.svg", "x-") or "").lower()
+        found = picture(folder / "result.svg", "x-") or ""
+        assert "<script" not in found.lower()
         return found
 
     return Format(lambda folder: (folder / "result.svg").write_text(SVG, encoding="utf-8"), read,
