@@ -41,6 +41,7 @@ DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+DEEPEST = 100  # levels of JSON
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 
@@ -246,11 +247,26 @@ def _parse_json(path, data):
         text = data.decode()
         value = json.loads(text, object_pairs_hook=_without_repeats, parse_float=_finite,
                            parse_constant=_refuse_constant)
+        _require_shallow(value)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()  # refuses half of a pair
         return value
     except (ValueError, RecursionError) as error:
         raise FormatError(path, f"not valid JSON: {error}") from error
+
+
+def _require_shallow(value):
+    """ValueError for lists and objects in each other DEEPEST times and more.
+
+    What goes through a value recursively, such as repr, would fail, and nothing of use is so deep.
+    """
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [child for parent in level if isinstance(parent, (dict, list))
+                 for child in (parent.values() if isinstance(parent, dict) else parent)]
+        if not level:
+            return
+    raise ValueError(f"lists or objects are nested {DEEPEST} times or more")
 
 
 def _without_repeats(pairs):

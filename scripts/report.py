@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from minilm.command import command
-from minilm.files import FormatError, write_atomically
+from minilm.files import FormatError, read_bytes, write_atomically
 from minilm.measure.verdict import FAILS, HOLDS, OPEN
 from minilm.results import Result, claimed, found, number
 
@@ -87,10 +87,9 @@ def picture(path: Path, prefix: str) -> str | None:
     """
     if not path.exists():
         return None
+    data = read_bytes(path)
     try:
-        root = ET.fromstring(path.read_bytes())
-    except OSError as error:
-        raise FormatError(path, f"cannot be read: {error.strerror}") from error
+        root = ET.fromstring(data)
     except (ET.ParseError, LookupError, ValueError) as error:  # also of an unknown encoding
         raise FormatError(path, f"not SVG: {error}") from error
     for element in root.iter():

@@ -11,6 +11,7 @@ and must be the same.
 
 import faulthandler
 import json
+import os
 import random
 import resource
 import time
@@ -25,7 +26,7 @@ import numpy as np
 from minilm.files import DTYPES, FormatError
 
 SECONDS, BYTES = 2, 1 << 30
-HANGS = 300  # seconds on the clock for a hundred inputs, then the process ends
+HANGS = 60  # seconds on the clock for a hundred inputs, then the process ends
 PLACE = "@@place@@"  # stands for a value that json.dumps could not write
 
 VALUES = [  # JSON texts
@@ -144,10 +145,10 @@ def restored(folder: Path, files: dict) -> Path:
     """The good folder again."""
     for name, data in files.items():
         file = folder / name
-        if file.is_symlink():
-            file.unlink()
-        elif file.is_dir():
+        if file.is_dir():
             file.rmdir()
+        elif not file.is_file() or file.is_symlink():
+            file.unlink(missing_ok=True)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
     return folder
@@ -196,7 +197,12 @@ def dangling(file):
     file.symlink_to("nowhere")
 
 
-TO_FILES = [taken_away, emptied, a_folder, dangling]
+def a_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+TO_FILES = [taken_away, emptied, a_folder, dangling, a_pipe]
 
 
 def flip(rng, data, other):

@@ -253,6 +253,17 @@ def test_malformed_json_is_refused(tmp_path, text):
         read_json(tmp_path / "j")
 
 
+def test_json_has_a_depth(tmp_path):
+    """Deeper, a message that quotes the value would be a RecursionError."""
+    for depth in (1, 99):
+        (tmp_path / "j").write_text("[" * depth + "]" * depth)
+        assert str(read_json(tmp_path / "j")) == "[" * depth + "]" * depth
+    for opening, closing in ("[]", ('{"a":[', "]}")):
+        (tmp_path / "j").write_text(opening * 100 + "1" + closing * 100)
+        with pytest.raises(FormatError, match="nested 100 times or more"):
+            read_json(tmp_path / "j")
+
+
 @given(text=st.binary(max_size=40))
 def test_any_bytes_are_json_or_refused(folder, text):
     (folder / "j").write_bytes(text)
