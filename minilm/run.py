@@ -10,6 +10,7 @@
 import json
 import math
 import platform
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -170,12 +171,19 @@ class RunDirectory:
 
 
 def newest_model(runs: Path, run: str = "*") -> Path:
-    """The model that was saved last, among the folders of `runs` whose names match `run`."""
+    """The model that was saved last, among the folders of `runs` whose names match `run`.
+
+    ValueError if there is none, or if one of several has a date that is still to come.
+    """
     # save_model writes config.json last, so only whole models are found.
     found = runs.glob(f"{run}/model/config.json")
     configs = sorted(found, key=lambda path: path.stat().st_mtime)
     if not configs:
         raise ValueError(f"no model in {runs}/{run}/model: run pretrain.py first, or give --model")
+    date = configs[-1].stat().st_mtime
+    if len(configs) > 1 and date > time.time() + 60:  # a minute: a server's clock may be ahead
+        raise ValueError(f"{configs[-1].parent} is dated {time.ctime(date)}, which is still to "
+                         "come, so the newest model cannot be told: give --model")
     return configs[-1].parent
 
 

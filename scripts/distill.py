@@ -239,8 +239,7 @@ def train(run, s: Settings, name: str, model, texts, steps: int, loss=None) -> l
 
 def save(run, name: str, model, tokenizer):
     """A Hugging Face folder with its tokenizer."""
-    huggingface.save_model(model, run.path / name)
-    tokenizer.save(run.path / name / "tokenizer.json")
+    huggingface.save_model(model, run.path / name, tokenizer)
 
 
 def size(model) -> int:

@@ -176,11 +176,10 @@ def examined(model, tokenizer, test, asked, known, trainer, step: int) -> dict:
 def finish(run, model, tokenizer, s: Settings, step: int, record):
     """Save what was learned, print the scores before and after, and say where everything is."""
     if s.method == "full":
-        huggingface.save_model(model, run.path / "model")
-        tokenizer.save(run.path / "model" / "tokenizer.json")
+        huggingface.save_model(model, run.path / "model", tokenizer)
         use = f"--model {run.path / 'model'}"
     else:
-        peft.save_adapter(model, run.path / "adapter")
+        peft.save_adapter(model, run.path / "adapter", base=s.model)
         use = f"--model {s.model} --adapter {run.path / 'adapter'}"
     if step < s.steps:
         print(f"stopped after step {step}; go on with: --resume {run.path}")

@@ -88,7 +88,7 @@ def encode(
         raise ValueError("there is no record to encode")
     # Prompt and output are encoded apart, so no token spans both. When the model is asked, the
     # prompt then has the same tokens as in training.
-    prompts = [tokenizer.encode(prompt(record)) for record in records]
+    prompts = [tokenizer.prompt(prompt(record)) for record in records]
     outputs = [[*tokenizer.encode(record.output), tokenizer.end] for record in records]
     taken = [len(asked) + len(answer) - 1 for asked, answer in zip(prompts, outputs)]
     longest = max(taken)

@@ -1,9 +1,9 @@
-"""Models in Hugging Face folders: config.json and model.safetensors.
+"""Models in Hugging Face folders: config.json, generation_config.json and model.safetensors.
 
 The tables of families.py say what each architecture calls its parts. The loader reads them one way,
 the saver the other. What Transformer cannot express is refused, never ignored. Two things are
 neither read nor written: dropout, which belongs to a training run and not to the weights, and
-settings that only matter for generation, initialisation or other tasks.
+settings that only matter for sampling, initialisation or other tasks.
 """
 
 import os
@@ -15,6 +15,7 @@ import numpy as np
 
 from minilm.backend import to_device
 from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from minilm.interop.ends import FIELDS, describe_ends, ends_of, read_ends, write_tokenizer
 from minilm.interop.families import BERT, DISTILBERT, FAMILIES, GPT2, LLAMA, Family
 from minilm.transformer import Config, Transformer
 
@@ -39,14 +40,21 @@ def load_model(
     return build(family, replace(config, dropout=dropout), *read_arrays(path), dtype)
 
 
-def save_model(model: Transformer, path: str | os.PathLike) -> None:
+def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> None:
     """Write a folder that transformers and `load_model` read, in the model's own dtype.
 
-    config.json is written last, so a part of a folder does not load. ValueError, before anything is
-    written, if no family expresses the model, or if its modules are not those of its Config.
+    tokenizer: written into the folder too, for AutoTokenizer and `data.load_tokenizer`; a model
+    that knows no end of a text gets the tokenizer's. config.json is written last, so a part of a
+    folder does not load. ValueError, before anything is written, if no family expresses the model,
+    or if its modules are not those of its Config.
     """
     family, raw = describe(model)
     require_parts(model, Transformer(model.config))
+    if tokenizer:
+        ends = ends_of(model, tokenizer)
+        raw |= describe_ends(ends)
+        Path(path).mkdir(parents=True, exist_ok=True)
+        write_tokenizer(tokenizer, Path(path), ends)
     write_folder(path, raw, arrays_of(model, family))
 
 
@@ -68,6 +76,7 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
         raise FormatError(file.with_name("config.json"), "describes a model of at least "
                           f"{numbers} numbers, but {file.name} holds {held}")
     model = Transformer(config)
+    model.ends = read_ends(file.parent)
     places = _places(model, family)
     check(file, arrays, _shapes(places))
     for key, tensors in places.items():
@@ -85,7 +94,7 @@ def describe(model: Transformer) -> tuple[Family, dict]:
     raw = _describe(family, c)
     _, first = next(model.named_tensors())
     raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # torch_dtype before version 5
-    return family, raw
+    return family, raw | describe_ends(model.ends)
 
 
 def require_parts(model, expected):
@@ -105,11 +114,12 @@ def arrays_of(model, family: Family) -> dict:
 
 
 def write_folder(path, raw, arrays):
-    """config.json and model.safetensors."""
+    """config.json, generation_config.json and model.safetensors."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").unlink(missing_ok=True)
     write_tensors(path / "model.safetensors", arrays, {"format": "pt"})
+    write_json(path / "generation_config.json", {field: raw[field] for field in FIELDS.values()})
     write_json(path / "config.json", raw)
 
 
