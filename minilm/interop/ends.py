@@ -2,8 +2,7 @@
 
 bos_token_id begins a text, eos_token_id ends it (a number or a list), and pad_token_id fills up the
 shorter rows of a batch. transformers looks for them in generation_config.json first, and in
-config.json if that file is absent. Both are written, because a file that was left from an older
-model would win.
+config.json if that file is absent.
 
 tokenizer_config.json makes AutoTokenizer take tokenizer.json as it is. Without it, the class that
 belongs to the architecture would build another tokenizer, or none.

@@ -119,7 +119,9 @@ def write_folder(path, raw, arrays):
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").unlink(missing_ok=True)
     write_tensors(path / "model.safetensors", arrays, {"format": "pt"})
-    write_json(path / "generation_config.json", {field: raw[field] for field in FIELDS.values()})
+    (path / "generation_config.json").unlink(missing_ok=True)  # an older model's would win
+    if ids := {field: raw[field] for field in FIELDS.values() if raw[field] is not None}:
+        write_json(path / "generation_config.json", ids)
     write_json(path / "config.json", raw)
 
 
