@@ -213,7 +213,14 @@ def test_characters_are_numbered_in_order():
 def test_an_unknown_character_is_named(stranger):
     with pytest.raises(ValueError) as error:
         CharTokenizer("ac").encode("ca" + stranger + "a" + stranger)
-    assert str(error.value) == f"character {stranger!r} at position 2 is not in the alphabet"
+    assert str(error.value) == (f"character {stranger!r} at position 2 is not in the alphabet; the "
+                                f"text there is {'ca' + stranger + 'a' + stranger!r}")
+
+
+def test_an_unknown_character_is_shown_in_its_text():
+    """Of a corpus's many texts, one can then be found."""
+    with pytest.raises(ValueError, match=r"'€' at position 60 .* is 'a{20}€b{19}'$"):
+        CharTokenizer("ab").encode("a" * 60 + "€" + "b" * 60)
 
 
 @pytest.mark.parametrize("alphabet", ["", "ba", "aa", "\ud800"])
@@ -252,10 +259,16 @@ def test_special_ids_decode_to_nothing(tokenizer):
     assert tokenizer.decode([]) == ""
 
 
-def test_ids_out_of_range_are_refused(tokenizer):
-    for stranger in (-1, tokenizer.vocab_size):
-        with pytest.raises(ValueError, match=str(stranger)):
-            tokenizer.decode([1, stranger])
+def test_ids_that_name_no_token_decode_to_nothing(tokenizer):
+    """As in transformers: a model's table may have more rows than there are tokens."""
+    known = tokenizer.encode("the cat").tolist()
+    for stranger in (tokenizer.vocab_size, tokenizer.vocab_size + 1, 2**40):
+        assert tokenizer.decode([stranger, *known, stranger]) == "the cat"
+
+
+def test_what_is_no_id_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="-1"):
+        tokenizer.decode([1, -1])
     with pytest.raises(TypeError, match="float64"):
         tokenizer.decode([1.0])
     with pytest.raises(ValueError, match=r"\(1, 1\)"):
