@@ -14,15 +14,17 @@ All three have the same attributes and methods:
     prompt      encode, for a text that a model shall go on from: see BPETokenizer
     decode      (N,) ids -> str; leaves out special ids, and ids that name no token, because a
                 model's table may have more rows than there are tokens. ValueError for negative ids
-    save        writes what load_tokenizer, `tokenizers` and transformers read
+    fields      what tokenizer.json holds
+    save        writes that, for load_tokenizer, the library `tokenizers`, and transformers
 """
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from minilm.files import FormatError, read_json, write_atomically, write_json
+from minilm.files import FormatError, read_json, write_json
 
 END, MASK = "<|endoftext|>", "<|mask|>"
 
@@ -182,8 +184,12 @@ class BPETokenizer:
         ids = _named(ids, self.vocab_size)
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
+    def fields(self) -> dict:
+        """This tokenizer in Hugging Face's format."""
+        return json.loads(self.tokenizer.to_str())
+
     def save(self, path: str | os.PathLike) -> None:
-        write_atomically(path, self.tokenizer.to_str(pretty=True).encode())
+        write_json(path, self.fields())
 
 
 Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer

@@ -10,7 +10,7 @@ belongs to the architecture would build another tokenizer, or none.
 
 from pathlib import Path
 
-from minilm.files import FormatError, read_json, write_json
+from minilm.files import FormatError, read_json
 from minilm.transformer import Ends
 
 FIELDS = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "pad_token_id"}
@@ -45,16 +45,26 @@ def ends_of(model, tokenizer) -> Ends:
     return model.ends if model.ends.eos else model.ends._replace(eos=(tokenizer.end,))
 
 
-def write_tokenizer(tokenizer, folder: Path, ends: Ends) -> None:
-    """tokenizer.json and tokenizer_config.json, for load_tokenizer and AutoTokenizer."""
-    tokenizer.save(folder / "tokenizer.json")
+def generation_config(folder: Path, raw: dict) -> dict[str, dict]:
+    """{file: fields} for a folder whose config.json gets the fields `raw`.
+
+    Without ids there is no such file, unless an older model left one: its ids would win.
+    """
+    ids = {field: raw[field] for field in FIELDS.values() if raw[field] is not None}
+    file = "generation_config.json"
+    return {file: ids} if ids or (folder / file).exists() else {}
+
+
+def tokenizer_files(tokenizer, ends: Ends) -> dict[str, dict]:
+    """{file: fields} of a tokenizer, for load_tokenizer and AutoTokenizer."""
     named = {id: name for name, id in tokenizer.special.items()}
-    eos = tokenizer.end if tokenizer.end in ends.eos or not named.keys() & {*ends.eos} else (
-        next(id for id in ends.eos if id in named))
+    eos = tokenizer.end
+    if eos not in ends.eos:
+        eos = next((id for id in ends.eos if id in named), eos)
     roles = {"bos": ends.bos, "eos": eos, "pad": ends.pad, "mask": tokenizer.mask}
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-        **{f"{role}_token": named[id] for role, id in roles.items() if id in named}})
+    names = {f"{role}_token": named[id] for role, id in roles.items() if id in named}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    return {"tokenizer.json": tokenizer.fields(), "tokenizer_config.json": config | names}
 
 
 def _ids(file, field, value, several) -> tuple[int, ...]:

@@ -15,7 +15,13 @@ import numpy as np
 
 from minilm.backend import to_device
 from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
-from minilm.interop.ends import FIELDS, describe_ends, ends_of, read_ends, write_tokenizer
+from minilm.interop.ends import (
+    describe_ends,
+    ends_of,
+    generation_config,
+    read_ends,
+    tokenizer_files,
+)
 from minilm.interop.families import BERT, DISTILBERT, FAMILIES, GPT2, LLAMA, Family
 from minilm.transformer import Config, Transformer
 
@@ -50,12 +56,11 @@ def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> N
     """
     family, raw = describe(model)
     require_parts(model, Transformer(model.config))
+    beside = {}
     if tokenizer:
         ends = ends_of(model, tokenizer)
-        raw |= describe_ends(ends)
-        Path(path).mkdir(parents=True, exist_ok=True)
-        write_tokenizer(tokenizer, Path(path), ends)
-    write_folder(path, raw, arrays_of(model, family))
+        raw, beside = raw | describe_ends(ends), tokenizer_files(tokenizer, ends)
+    write_folder(path, raw, arrays_of(model, family), beside)
 
 
 def parse(folder: Path, raw) -> tuple[Family, Config]:
@@ -113,15 +118,15 @@ def arrays_of(model, family: Family) -> dict:
     return arrays | {copy: arrays[key] for copy, key in family.copies.items()}
 
 
-def write_folder(path, raw, arrays):
-    """config.json, generation_config.json and model.safetensors."""
+def write_folder(path, raw, arrays, beside=None):
+    """config.json with the fields `raw`, model.safetensors, and what is beside: {file: fields}."""
     path = Path(path)
+    beside = (beside or {}) | generation_config(path, raw)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").unlink(missing_ok=True)
     write_tensors(path / "model.safetensors", arrays, {"format": "pt"})
-    (path / "generation_config.json").unlink(missing_ok=True)  # an older model's would win
-    if ids := {field: raw[field] for field in FIELDS.values() if raw[field] is not None}:
-        write_json(path / "generation_config.json", ids)
+    for file, values in beside.items():
+        write_json(path / file, values)
     write_json(path / "config.json", raw)
 
 
