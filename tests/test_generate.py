@@ -608,9 +608,12 @@ def test_an_empty_prompt_starts_a_new_document(tmp_path, capsys):
     assert capsys.readouterr().out == printable(ByteTokenizer().decode(ids)) + "\n"
 
 
+@pytest.mark.parametrize("ends", [Ends(), Ends(50256, (50256,))], ids=["none", "out of reach"])
 @pytest.mark.parametrize("prompt", ["The ", ""])
-def test_the_script_stops_where_the_document_ends(tmp_path, capsys, prompt):
+def test_the_script_stops_where_the_document_ends(tmp_path, capsys, prompt, ends):
+    """As the tokenizer says, if the folder names no end, or only one that the table has not."""
     model = save(tmp_path, ByteTokenizer(), tied=False)
+    model.ends = ends
     model.norm.weight.data[:], model.norm.bias.data[:] = 0, 1
     model.head.weight.data[:] = 0
     model.head.weight.data[ByteTokenizer.end] = 1
