@@ -104,19 +104,19 @@ def sample(logits, rng, temperature, top_k, top_p):  # (B, V) -> (B,)
     A logit of -inf forbids its token. ValueError if a row has NaN or +inf, or forbids all tokens.
     """
     logits = logits.astype(np.float64)
-    largest = logits.max(-1, keepdims=True)  # NaN if there is one
-    if not np.isfinite(largest).all():
+    most = logits.max(-1, keepdims=True)  # NaN if there is one
+    if not np.isfinite(most).all():
         raise ValueError("the model's logits are not finite: some are NaN or infinite, so that no "
                          "token can be drawn")
     if temperature == 0:
         return logits.argmax(-1)
     with np.errstate(over="ignore"):
-        z = logits / temperature
-        if not np.isfinite(z.max(-1)).all():  # a tiny temperature: only differences matter
-            z = (logits - largest) / temperature
+        z, top = logits / temperature, most / temperature
+        if not np.isfinite(top).all():  # a tiny temperature: only differences matter
+            z, top = (logits - most) / temperature, 0.0
     if top_k is not None and top_k < z.shape[-1]:
         z[z < np.partition(z, -top_k, axis=-1)[:, -top_k, None]] = -np.inf
-    p = np.exp(z - z.max(-1, keepdims=True))
+    p = np.exp(z - top)
     if top_p is not None:
         order = np.argsort(-p, axis=-1, kind="stable")
         falling = np.take_along_axis(p, order, -1)

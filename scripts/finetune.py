@@ -124,6 +124,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     base = huggingface.load_model(folder)
     if not base.config.causal:
         raise ValueError(f"{folder} fills in masked tokens; only a causal model gives answers")
+    data.adopt_end(tokenizer, base.ends.eos)
     model = METHODS[s.method].prepare(base, s).astype(s.dtype)
     batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed)
     asked, context = data.encode(records[1], tokenizer), model.config.context

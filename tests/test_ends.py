@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 
+import finetune
 import generate as script
 import numpy as np
 import pytest
@@ -214,6 +215,22 @@ def test_instructions_are_learned_and_asked_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.import_module("minilm.measure.answers"), "stream", stream)
     assert answers(None, [record], tokenizer) == [""]
     assert np.array_equal(prompts, [asked])
+
+
+def test_a_model_learns_to_end_as_its_folder_says(tmp_path, monkeypatch):
+    """A chat model's answers end with another token than its documents."""
+    tokenizer = framed(tmp_path)
+    end, mask = tokenizer.special["<|end|>"], tokenizer.mask
+    model = Transformer(Config.llama(tokenizer.vocab_size, 64, 1, 2, 16, hidden=32))
+    for eos, expected in (((end, 70), end), ((tokenizer.end, end), tokenizer.end),
+                          ((50256, mask), tokenizer.end), ((), tokenizer.end)):
+        model.ends, learned = Ends(eos=eos), []
+        huggingface.save_model(model, tmp_path, tokenizer)
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "finetune", lambda *args: learned.append(args[4][0][1]))
+            finetune.main(finetune.Settings(model=str(tmp_path), known=(), train=4, test=1, batch=2,
+                                            data=("reverse",)), tmp_path / "runs")
+        assert all(row[row >= 0][-1] == expected for row in learned[0])
 
 
 @given(text=st.text(), extra=st.lists(st.integers(300, 2**40), max_size=3))

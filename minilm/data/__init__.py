@@ -25,6 +25,7 @@ from minilm.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
+    adopt_end,
     load_tokenizer,
     printable,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "MaskedBatches",
     "Record",
     "Tokenizer",
+    "adopt_end",
     "batches_of",
     "corrupt",
     "cut",

@@ -20,7 +20,7 @@ All three have the same attributes and methods:
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -193,6 +193,17 @@ class BPETokenizer:
 
 
 Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
+
+
+def adopt_end(tokenizer: Tokenizer, eos: Collection[int]) -> None:
+    """Make the tokenizer's end one of eos, the ids that end a model's texts (see model.ends).
+
+    Nothing changes if its end is one of them already, or if none of them is a special token. What
+    the model learns to end with is then what generation stops at.
+    """
+    known = [id for id in eos if id in tokenizer.special.values() and id != tokenizer.mask]
+    if known and tokenizer.end not in known:
+        tokenizer.end = known[0]
 
 
 def printable(text: str) -> str:
