@@ -100,7 +100,10 @@ def _read(folder):
         stated = manifest.get(name) if isinstance(manifest, dict) else None
         if stated != found:
             raise FormatError(folder / name, f"is {found}, but manifest.json has {stated}")
-    return read_tensors(folder / "tensors.safetensors"), read_json(folder / "state.json")
+    state = read_json(folder / "state.json")
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+        raise FormatError(folder / "state.json", f"step is {state!r:.100}, expected an int >= 0")
+    return read_tensors(folder / "tensors.safetensors"), state
 
 
 def _fingerprint(file):

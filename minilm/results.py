@@ -8,6 +8,7 @@ import numpy as np
 
 from minilm.files import FormatError, read_json, write_json
 from minilm.measure.verdict import Verdict
+from minilm.stored import fits, revive
 
 
 class Spread(NamedTuple):
@@ -37,16 +38,15 @@ class Result:
     @classmethod
     def load(cls, path: str | Path):
         """Read what `save` wrote. Raises FormatError, FileNotFoundError."""
-        stored, fields = read_json(path), set(cls.__dataclass_fields__)
-        if not isinstance(stored, dict) or set(stored) != fields:
-            raise FormatError(path, f"must hold an object with the fields {sorted(fields)}")
-        result = cls(**stored | {field: tuple(stored[field]) for field in ("rows", "claims")})
-        needed = {"rows": {"arm", "seed", *result.measures},
-                  "claims": {"claim", *Verdict.__dataclass_fields__}}
-        for field, names in needed.items():
-            for item in stored[field]:
-                if missing := names - set(item):
-                    raise FormatError(path, f"{field}: {sorted(missing)} missing in {item!r:.200}")
+        result = revive(cls, read_json(path), path)
+        for name, decimals in result.measures.items():
+            if not 0 <= decimals < 20:
+                raise FormatError(path, f"measures: {name} has {decimals} decimals")
+        numbers = dict.fromkeys(result.measures, float)
+        for i, row in enumerate(result.rows):
+            _check(path, f"rows: {i}", row, {"arm": str, "seed": int, **numbers})
+        for i, claim in enumerate(result.claims):
+            _check_claim(path, f"claims: {i}", claim)
         return result
 
     def save(self, path: str | Path):
@@ -65,6 +65,27 @@ class Result:
         """A measure of an arm over its seeds."""
         values = [row[measure] for row in self.rows if row["arm"] == arm]
         return Spread(float(np.mean(values)), min(values), max(values))
+
+
+def _check(path, where, item, kinds):
+    """FormatError unless the fields of item are of these kinds."""
+    if missing := kinds.keys() - item.keys():
+        raise FormatError(path, f"{where}: {sorted(missing)} missing")
+    for name, kind in kinds.items():
+        if not fits(item[name], kind):
+            raise FormatError(path, f"{where}: {name} is {item[name]!r:.100}, expected "
+                              f"{kind.__name__}")
+
+
+def _check_claim(path, where, item):
+    """FormatError unless item has a claim's text, and a Verdict's fields as `verdict` makes them.
+    """
+    _check(path, where, item, {"claim": str})
+    v = revive(Verdict, {name: x for name, x in item.items() if name != "claim"}, path, where)
+    if v.at_least is None and v.at_most is None:
+        raise FormatError(path, f"{where}: at_least and at_most are both null")
+    if v.low is not None and (v.high is None or v.mean is None):
+        raise FormatError(path, f"{where}: low is {v.low}, but high or mean is null")
 
 
 def number(x: float, decimals: int) -> str:

@@ -108,10 +108,11 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
                                         masked=s.family == "bert")
     model = make_model(s, tokenizer.vocab_size).astype(s.dtype)
     if run is None:
-        run = RunDirectory.create(out, "pretrain", asdict(s), described)
-        tokenizer.save(run.path / "tokenizer.json")
+        run = RunDirectory.create(out, "pretrain", asdict(s), described,
+                                  fill=lambda folder: tokenizer.save(folder / "tokenizer.json"))
     size = sum(len(text.encode()) for _, held in parts for text in held)
-    pretrain(run, s, model, batches, held_out, tokenizer, size)
+    with run.going_on():
+        pretrain(run, s, model, batches, held_out, tokenizer, size)
 
 
 def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer, size: int):

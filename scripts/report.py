@@ -88,8 +88,10 @@ def picture(path: Path, prefix: str) -> str | None:
     if not path.exists():
         return None
     try:
-        root = ET.parse(path).getroot()
-    except ET.ParseError as error:
+        root = ET.fromstring(path.read_bytes())
+    except OSError as error:
+        raise FormatError(path, f"cannot be read: {error.strerror}") from error
+    except (ET.ParseError, LookupError, ValueError) as error:  # also of an unknown encoding
         raise FormatError(path, f"not SVG: {error}") from error
     for element in root.iter():
         tag = str(element.tag).removeprefix(f"{{{SVG}}}")
@@ -101,7 +103,10 @@ def picture(path: Path, prefix: str) -> str | None:
                 raise FormatError(path, f"a picture may not hold {name}={value!r:.99}")
             own = prefix + value if name == "id" else re.sub(r"^#|(?<=url\()#", f"#{prefix}", value)
             element.set(name, own)
-    return ET.tostring(root, encoding="unicode")
+    try:
+        return ET.tostring(root, encoding="unicode")
+    except RecursionError:
+        raise FormatError(path, "is nested too deeply") from None
 
 
 if __name__ == "__main__":

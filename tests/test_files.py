@@ -209,6 +209,13 @@ def test_format_error_is_path_and_message_and_can_cross_processes(tmp_path):
     assert str(copy.copy(error)) == str(error)  # rebuilt from its args, as in another process
 
 
+def test_a_long_message_is_cut():
+    error = FormatError("x.json", f"field is {'a' * 10**6!r}, expected text")
+    assert str(error).startswith("x.json: field is 'aaa")
+    assert str(error).endswith("aaa', expected text")
+    assert len(str(error)) < 1000
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),

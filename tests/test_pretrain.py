@@ -124,7 +124,8 @@ def test_a_run_leaves_all_that_it_promises(tmp_path, text, capsys, family, token
         {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     )
     loaded = huggingface.load_model(run / "model")
-    assert loaded.config == trained.config and state == {"step": 6}
+    assert loaded.config == trained.config and state == {
+        "step": 6, "samples": (run / "samples.txt").stat().st_size}
     tokens = kept.encode("The cat ")[None, :8]
     assert np.array_equal(loaded.eval()(tokens).data, trained.eval()(tokens).data)
 

@@ -24,6 +24,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
+from minilm.data.library import called, library, read
 from minilm.files import FormatError, read_json, write_json
 
 END, MASK = "<|endoftext|>", "<|mask|>"
@@ -150,13 +151,13 @@ class BPETokenizer:
             raise TypeError("documents must be a sequence of texts, got one str")
         if vocab_size < 258:
             raise ValueError(f"vocab_size must be at least 256 bytes + 2, got {vocab_size}")
-        library = _library()
-        tokenizer = library.Tokenizer(library.models.BPE())
-        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = library.decoders.ByteLevel()
-        trainer = library.trainers.BpeTrainer(
+        tokens = library()
+        tokenizer = tokens.Tokenizer(tokens.models.BPE())
+        tokenizer.pre_tokenizer = tokens.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokens.decoders.ByteLevel()
+        trainer = tokens.trainers.BpeTrainer(
             vocab_size=vocab_size - 2,
-            initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+            initial_alphabet=tokens.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         tokenizer.train_from_iterator(documents, trainer)
@@ -167,26 +168,27 @@ class BPETokenizer:
         return np.array(self._encoded(text).ids, np.int32)
 
     def prompt(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer.post_process(self._encoded(text)).ids, np.int32)
+        framed = called("the tokenizer cannot frame the text", self.tokenizer.post_process,
+                        self._encoded(text))
+        return np.array(framed.ids, np.int32)
 
     def _encoded(self, text):
-        try:
-            encoded = self.tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"the tokenizer cannot encode {text!r:.80}: {error}") from error
+        encoded = called(f"the tokenizer cannot encode the text {str(text)[:60]!r}",
+                         self.tokenizer.encode, text, add_special_tokens=False)
         # Unigram and WordLevel can have a special token in their ordinary vocabulary as well.
         if not {self.end, self.mask}.isdisjoint(encoded.ids):
             raise ValueError("the text spells a special token that this tokenizer cannot escape: "
-                             f"{text!r:.80}")
+                             f"{text[:60]!r}")
         return encoded
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = _named(ids, self.vocab_size)
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        return called("the tokenizer cannot decode the ids", self.tokenizer.decode, ids.tolist(),
+                      skip_special_tokens=True)
 
     def fields(self) -> dict:
         """This tokenizer in Hugging Face's format."""
-        return json.loads(self.tokenizer.to_str())
+        return json.loads(called("the tokenizer cannot be saved", self.tokenizer.to_str))
 
     def save(self, path: str | os.PathLike) -> None:
         write_json(path, self.fields())
@@ -230,7 +232,7 @@ def load_tokenizer(path: str | os.PathLike, framed: bool = True) -> Tokenizer:
                 return CharTokenizer(alphabet)
             case {"minilm_tokenizer": kind}:
                 raise ValueError(f"minilm_tokenizer: {kind!r:.80} with fields {list(fields)!r:.80}")
-        return BPETokenizer(_read_huggingface(path), framed)
+        return BPETokenizer(read(path, fields), framed)
     except ValueError as error:
         raise FormatError(path, str(error)) from error
 
@@ -255,24 +257,6 @@ def _own(fields) -> ByteTokenizer | CharTokenizer | None:
         return None
     tokenizer = CharTokenizer("".join(alphabet))
     return tokenizer if fields == tokenizer.fields() else None
-
-
-def _read_huggingface(path):
-    library = _library()
-    try:
-        return library.Tokenizer.from_file(os.fspath(path))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library's panics are no Exception, only BaseException
-        raise ValueError(f"not a Hugging Face tokenizer: {error}") from error
-
-
-def _library():
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError('BPE needs the tokenizers library: pip install "minilm[hf]"') from error
-    return tokenizers
 
 
 def _code_points(text):
