@@ -37,16 +37,19 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path):
-        """Read what `save` wrote. Raises FormatError, FileNotFoundError."""
+        """Read what `save` wrote. Raises FormatError, naming the field, and FileNotFoundError."""
         result = revive(cls, read_json(path), path)
-        for name, decimals in result.measures.items():
-            if not 0 <= decimals < 20:
-                raise FormatError(path, f"measures: {name} has {decimals} decimals")
-        numbers = dict.fromkeys(result.measures, float)
+        kinds = {"arm": str, "seed": int} | dict.fromkeys(result.measures, float)
         for i, row in enumerate(result.rows):
-            _check(path, f"rows: {i}", row, {"arm": str, "seed": int, **numbers})
+            for name, kind in kinds.items():
+                if not fits(row.get(name), kind):
+                    raise FormatError(path, f"rows[{i}]: {name} is {row.get(name)!r:.100}, "
+                                      f"expected {kind.__name__}")
+        for measure, decimals in result.measures.items():
+            if not 0 <= decimals <= 20:
+                raise FormatError(path, f"measures: {measure} is {decimals}, expected 0 to 20")
         for i, claim in enumerate(result.claims):
-            _check_claim(path, f"claims: {i}", claim)
+            _check_claim(claim, path, f"claims[{i}]")
         return result
 
     def save(self, path: str | Path):
@@ -67,25 +70,15 @@ class Result:
         return Spread(float(np.mean(values)), min(values), max(values))
 
 
-def _check(path, where, item, kinds):
-    """FormatError unless the fields of item are of these kinds."""
-    if missing := kinds.keys() - item.keys():
-        raise FormatError(path, f"{where}: {sorted(missing)} missing")
-    for name, kind in kinds.items():
-        if not fits(item[name], kind):
-            raise FormatError(path, f"{where}: {name} is {item[name]!r:.100}, expected "
-                              f"{kind.__name__}")
-
-
-def _check_claim(path, where, item):
-    """FormatError unless item has a claim's text, and a Verdict's fields as `verdict` makes them.
-    """
-    _check(path, where, item, {"claim": str})
-    v = revive(Verdict, {name: x for name, x in item.items() if name != "claim"}, path, where)
-    if v.at_least is None and v.at_most is None:
-        raise FormatError(path, f"{where}: at_least and at_most are both null")
-    if v.low is not None and (v.high is None or v.mean is None):
-        raise FormatError(path, f"{where}: low is {v.low}, but high or mean is null")
+def _check_claim(claim: dict, path, where: str):
+    if not fits(claim.get("claim"), str):
+        raise FormatError(path, f"{where}: claim is {claim.get('claim')!r:.100}, expected str")
+    verdict = {name: value for name, value in claim.items() if name != "claim"}
+    said = revive(Verdict, verdict, path, where)
+    if said.at_least is said.at_most is None:
+        raise FormatError(path, f"{where}: at_least and at_most are null, expected a bound")
+    if said.low is not None and None in (said.mean, said.high):
+        raise FormatError(path, f"{where}: mean or high is null, but low is not")
 
 
 def number(x: float, decimals: int) -> str:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from minilm import experiment as module
 from minilm import loop
 from minilm.experiment import QUICK, Experiment, conduct
-from minilm.files import FormatError, read_json, write_json
+from minilm.files import FormatError
 from minilm.measure.verdict import (
     FAILS,
     HOLDS,
@@ -167,8 +167,8 @@ def test_a_result_goes_through_json_unchanged(tmp_path_factory, values):
 
 
 @pytest.mark.parametrize("text, complaint", [
-    ("[]", "expected an object"),
-    ('{"name": "x"}', r"'claims', .* missing"),
+    ("[]", r"is \[\], expected an object"),
+    ('{"name": "x"}', r"\['claims', .*\] missing"),
     ("{", "not valid JSON"),
 ])
 def test_what_is_no_result_is_refused(tmp_path, text, complaint):
@@ -177,29 +177,10 @@ def test_what_is_no_result_is_refused(tmp_path, text, complaint):
         Result.load(tmp_path / "result.json")
 
 
-CLAIM = {"claim": "a is above 0", "verdict": "holds", "about": "a", "at_least": 0, "at_most": None,
-         "seeds": 2, "mean": 2.0, "low": 1.0, "high": 3.0}
-
-
-@pytest.mark.parametrize("changes, complaint", [
-    ({"rows": [{"arm": "a", "seed": 0}]}, r"rows: 0: \['x'\] missing"),
-    ({"rows": [{"arm": ["a"], "seed": 0, "x": 1}]}, r"rows: 0: arm is \['a'\], expected str"),
-    ({"rows": [{"arm": "a", "seed": "0", "x": 1}]}, "rows: 0: seed is '0', expected int"),
-    ({"rows": [{"arm": "a", "seed": 0, "x": None}]}, "rows: 0: x is None, expected float"),
-    ({"rows": 3}, "rows is 3"), ({"slide": {"s": [1]}}, "slide is"), ({"slide": 1}, "slide is 1"),
-    ({"measures": {"x": -1}}, "measures: x has -1 decimals"), ({"measures": []}, "measures is"),
-    ({"claims": [CLAIM | {"low": {}}]}, "claims: 0: low is {}"),
-    ({"claims": [CLAIM | {"mean": None}]}, "claims: 0: low is 1.0, but high or mean is null"),
-    ({"claims": [CLAIM | {"at_least": None}]}, "claims: 0: at_least and at_most are both null"),
-    ({"claims": [CLAIM | {"claim": 1}]}, "claims: 0: claim is 1, expected str"),
-])
-def test_a_result_with_a_wrong_field_is_refused(tmp_path, changes, complaint):
-    path, row = tmp_path / "result.json", {"arm": "a", "seed": 0, "x": 1.0}
-    Result("n", "q", "c", False, {}, {"x": 1}, rows=(row,), claims=(CLAIM,)).save(path)
-    Result.load(path)
-    write_json(path, read_json(path) | changes)
-    with pytest.raises(FormatError, match=complaint):
-        Result.load(path)
+def test_a_row_without_a_measure_is_refused(tmp_path):
+    Result("n", "q", "c", False, {}, {"x": 1}, rows=({"arm": "a", "seed": 0},)).save(tmp_path / "r")
+    with pytest.raises(FormatError, match=r"rows\[0\]: x is None, expected float"):
+        Result.load(tmp_path / "r")
 
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, capsys):
