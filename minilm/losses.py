@@ -52,9 +52,8 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):
 
     logits (..., V), targets integers (...) -> (), in nats, at least float32. total: divide by this
     number of targets instead, so that the parts of a split batch add up to the whole batch's loss.
-    ValueError if a target is out of range or none is left to average, TypeError if targets are no
-    integers. If the logits are on a GPU, targets may stay NumPy's: checking them on the CPU does
-    not wait for the card.
+    ValueError if a target is out of range or none is left to average. If the logits are on a GPU,
+    targets may stay NumPy's: checking them on the CPU does not wait for the card.
 
     What differs from the plain form: the largest logit is subtracted first, or exp would overflow.
     -log p is log(sum(exp(logits))) - logit, which is exact even if p underflows. p is kept, and
@@ -66,8 +65,6 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):
     V = logits.shape[-1]
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"cross_entropy: logits {logits.shape} do not go with {targets.shape}")
-    if targets.dtype.kind not in "iu":
-        raise TypeError(f"cross_entropy: targets must be integers, got dtype {targets.dtype}")
     lead, z, t = logits.shape, rows(logits), targets.reshape(-1)
     counted = t != ignore_index
     n = int(counted.sum()) if total is None else total

@@ -152,8 +152,6 @@ BAD = {
     "cross_entropy: class": (lambda: ops.cross_entropy(f(2, 4), i(3, 5)), ValueError,
                              "3 to 4, but V is 4"),
     "cross_entropy: negative": (lambda: ops.cross_entropy(f(2, 4), i(-1, 1)), ValueError, "-1 to"),
-    "cross_entropy: floats": (lambda: ops.cross_entropy(f(2, 4), f(2)), TypeError, "integers, got"),
-    "cross_entropy: booleans": (lambda: ops.cross_entropy(f(2, 4), f(2) > 0), TypeError, "bool"),
     "cross_entropy: none": (lambda: ops.cross_entropy(f(1, 4), i(1) - 100), ValueError, "nothing"),
     "kl_divergence": (lambda: ops.kl_divergence(f(2, 3), f(2, 4)), ValueError, r"\(2, 4\)"),
     "cosine_embedding": (lambda: ops.cosine_embedding(f(2, 3), f(1, 3)), ValueError, r"\(1, 3\)"),

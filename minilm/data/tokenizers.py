@@ -91,9 +91,10 @@ class CharTokenizer:
         ids = self.id_of[np.minimum(_code_points(text), len(self.id_of) - 1)]
         if (ids < 0).any():
             position = int(np.argmax(ids < 0))
-            around = text[max(position - 20, 0) : position + 20]
-            raise ValueError(f"character {text[position]!r} at position {position} is not in the "
-                             f"alphabet; the text there is {around!r}")
+            raise ValueError(
+                f"character {text[position]!r} at position {position} is not in the alphabet of "
+                f"{len(self.alphabet)} characters: {text[max(0, position - 20) : position + 20]!r}"
+            )
         return ids
 
     prompt = encode
