@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import shlex
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -238,7 +239,10 @@ class RunDirectory:
 
 
 def newest_model(runs: Path, run: str = "*") -> Path:
-    """The model that was saved last, among the folders of `runs` whose names match `run`."""
+    """The model that was saved last, among the folders of `runs` whose names match `run`.
+
+    ValueError if there is none, or if one of several has a date that is still to come.
+    """
     for folder in runs.glob(f"{run}/model"):
         settle(folder)
     # config.json comes last, so only whole models are found.
@@ -246,6 +250,10 @@ def newest_model(runs: Path, run: str = "*") -> Path:
     configs = sorted(found, key=lambda path: path.stat().st_mtime)
     if not configs:
         raise ValueError(f"no model in {runs}/{run}/model: run pretrain.py first, or give --model")
+    date = configs[-1].stat().st_mtime
+    if len(configs) > 1 and date > time.time() + 60:  # a minute: a server's clock may be ahead
+        raise ValueError(f"{configs[-1].parent} is dated {time.ctime(date)}, which is still to "
+                         "come, so the newest model cannot be told: give --model")
     return configs[-1].parent
 
 

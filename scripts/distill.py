@@ -245,9 +245,7 @@ def train(run, s: Settings, name: str, model, texts, steps: int, loss=None) -> l
 
 def save(run, name: str, model, tokenizer):
     """A Hugging Face folder with its tokenizer."""
-    (run.path / name).mkdir(exist_ok=True)
-    tokenizer.save(run.path / name / "tokenizer.json")  # a model is never without one
-    huggingface.save_model(model, run.path / name)
+    huggingface.save_model(model, run.path / name, tokenizer)
 
 
 def size(model) -> int:

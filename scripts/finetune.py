@@ -127,6 +127,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     base = huggingface.load_model(folder)
     if not base.config.causal:
         raise ValueError(f"{folder} fills in masked tokens; only a causal model gives answers")
+    data.adopt_end(tokenizer, base.ends.eos)
     model = METHODS[s.method].prepare(base, s).astype(s.dtype)
     context = model.config.context
     batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed, context)
@@ -179,12 +180,10 @@ def examined(model, tokenizer, test, asked, known, trainer, step: int) -> dict:
 def finish(run, model, tokenizer, s: Settings, step: int, record):
     """Save what was learned, print the scores before and after, and say where everything is."""
     if s.method == "full":
-        (run.path / "model").mkdir(exist_ok=True)
-        tokenizer.save(run.path / "model" / "tokenizer.json")  # a model is never without one
-        huggingface.save_model(model, run.path / "model")
+        huggingface.save_model(model, run.path / "model", tokenizer)
         use = f"--model {run.path / 'model'}"
     else:
-        peft.save_adapter(model, run.path / "adapter")
+        peft.save_adapter(model, run.path / "adapter", base=s.model)
         use = f"--model {s.model} --adapter {run.path / 'adapter'}"
     if step < s.steps:
         print(f"stopped after step {step}; go on with: --resume {run.path}")

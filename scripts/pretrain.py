@@ -20,6 +20,7 @@ from tqdm import tqdm
 from minilm import data
 from minilm.command import command
 from minilm.generate import generate
+from minilm.graph import no_dropout
 from minilm.interop import huggingface
 from minilm.loop import Training, fit, resumed, validation
 from minilm.measure.losses import bits_per_byte
@@ -99,7 +100,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if run:
         run.check(described, "the text is not the one that")
     parts = [data.split(corpus, s.validation) for corpus in corpora]
-    stored = run and data.load_tokenizer(run.path / "tokenizer.json")
+    stored = run and data.load_tokenizer(run.path / "tokenizer.json", framed=False)
     tokenizer = stored or make_tokenizer(s, parts)
     shown = [(progress(training, "tokens of the text", "document"), held)
              for training, held in parts]
@@ -153,9 +154,7 @@ def evaluate(trainer, step: int, steps: int, held_out, size: int) -> dict:
 
 def finish(run, model, tokenizer, step, steps):
     """Save the model and the curves, and say where they are."""
-    (run.path / "model").mkdir(exist_ok=True)
-    tokenizer.save(run.path / "model" / "tokenizer.json")  # a model is never without one
-    huggingface.save_model(model, run.path / "model")
+    huggingface.save_model(model, run.path / "model", tokenizer)
     drawn = run.plot()
     if step < steps:
         print(f"stopped after step {step}; go on with: --resume {run.path}")
@@ -180,8 +179,8 @@ def show_sample(run, model, tokenizer, s: Settings, step: int):
 def fill_in(model, tokens, tokenizer, seed):
     """The tokens, 15 % of them masked and guessed by the model."""
     masked, targets = data.corrupt(tokens, np.random.default_rng(seed), tokenizer)
-    with no_grad():
-        guesses = model.eval()(masked).data.argmax(-1)
+    with no_grad(), no_dropout():
+        guesses = model(masked).data.argmax(-1)
     return np.where(targets == data.IGNORED, tokens, guesses)
 
 
@@ -195,7 +194,7 @@ def make_tokenizer(s: Settings, parts):
     if s.tokenizer == "bpe":
         documents = progress(training, "words for the tokenizer", "document")
         return data.BPETokenizer.train(documents, s.vocab_size)
-    return data.load_tokenizer(s.tokenizer)
+    return data.load_tokenizer(s.tokenizer, framed=False)
 
 
 def progress(items, title: str, unit: str) -> Iterable:

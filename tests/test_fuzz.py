@@ -27,7 +27,7 @@ from minilm.peft import add_ia3, add_lora, unload_lora
 from minilm.quantize import quantize_int8, quantize_model
 from minilm.results import Result, table, verdicts
 from minilm.run import RunDirectory
-from minilm.transformer import Config, Transformer
+from minilm.transformer import Config, Ends, Transformer
 
 INPUTS, SEED = int(os.environ.get("FUZZ", 60)), int(os.environ.get("FUZZ_SEED", 0))
 TINY = dict(vocab_size=11, context=5, layers=2, heads=2, width=8)
@@ -43,13 +43,15 @@ WIDE = {name: replace(CONFIGS[name], width=32, layers=1) for name in ("gpt2", "l
 def bits(model: Module):
     """All that a model holds."""
     facts = {name: (str(a.dtype), a.shape, a.tobytes()) for name, a in model.state_dict().items()}
-    return getattr(model, "config", None), facts
+    return getattr(model, "config", None), getattr(model, "ends", None), facts
 
 
 def folder_of(config: Config, **changes) -> Format:
-    """A model in one file. changes: of config.json."""
+    """A model in one file, and the ends of its texts in two. changes: of config.json."""
     def write(folder):
-        huggingface.save_model(Transformer(config), folder)
+        model = Transformer(config)
+        model.ends = Ends(5, (6, 7), 8)
+        huggingface.save_model(model, folder)
         raw = json.loads((folder / "config.json").read_text()) | changes
         write_json(folder / "config.json", raw)
 
@@ -124,8 +126,8 @@ def tokenizer_of(make) -> Format:
         found = [tokenizer.vocab_size, tokenizer.end, tokenizer.mask]
         for text in ("", "ab ba", "A b\n  c é <|endoftext|>", "a" * 300):
             try:
-                ids = tokenizer.encode(text)
-                found.append((ids.tolist(), tokenizer.decode(ids)))
+                ids, asked = tokenizer.encode(text), tokenizer.prompt(text)
+                found.append((ids.tolist(), asked.tolist(), tokenizer.decode(asked)))
             except ValueError:
                 found.append("cannot")
         try:

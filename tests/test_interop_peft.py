@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
 from minilm.interop.huggingface import save_model
-from minilm.interop.peft import FIELDS, load_adapter, save_adapter
+from minilm.interop.peft import FIELDS, base_of, load_adapter, save_adapter
 from minilm.interop.peft_formats import FORMATS
 from minilm.nn import Module
 from minilm.peft import (
@@ -270,6 +270,24 @@ PEFT = {  # all that PEFT 0.21.2 writes beside what save_adapter writes
 def test_fields_that_change_no_number(edit, changes):
     loaded = load_adapter(base("llama"), edit("llama", **changes))
     assert adapters(loaded) == adapters(adapted("llama"))
+
+
+def test_the_base_is_named(edit, tmp_path):
+    model = adapted("llama")
+    for base, expected in ((None, None), ("runs/a/model", "runs/a/model"),
+                           (tmp_path / "m", str(tmp_path / "m"))):
+        save_adapter(model, tmp_path / "a", base=base)
+        assert read_json(tmp_path / "a" / CONFIG)["base_model_name_or_path"] == expected
+        assert base_of(tmp_path / "a") == expected
+    assert base_of(edit("llama", base_model_name_or_path="")) is None
+    assert base_of(edit("llama", drop=["base_model_name_or_path"])) is None
+    for wrong in (7, ["m"], False):
+        folder = edit("llama", base_model_name_or_path=wrong)
+        expect("llama", folder, CONFIG, "base_model_name_or_path is")
+        with pytest.raises(FormatError, match="base_model_name_or_path"):
+            base_of(folder)
+    with pytest.raises(FileNotFoundError):
+        base_of(tmp_path / "nowhere")
 
 
 def test_absent_fields(edit):

@@ -1,9 +1,9 @@
-"""Models in Hugging Face folders: config.json and model.safetensors.
+"""Models in Hugging Face folders: config.json, generation_config.json and model.safetensors.
 
 The tables of families.py say what each architecture calls its parts. The loader reads them one way,
 the saver the other. What Transformer cannot express is refused, never ignored. Two things are
 neither read nor written: dropout, which belongs to a training run and not to the weights, and
-settings that only matter for generation, initialisation or other tasks.
+settings that only matter for sampling, initialisation or other tasks.
 """
 
 import os
@@ -15,6 +15,13 @@ import numpy as np
 
 from minilm.backend import to_device
 from minilm.files import FormatError, json_bytes, read_json, read_tensors, tensor_parts
+from minilm.interop.ends import (
+    describe_ends,
+    ends_of,
+    generation_config,
+    read_ends,
+    tokenizer_files,
+)
 from minilm.interop.families import BERT, DISTILBERT, FAMILIES, GPT2, LLAMA, Family
 from minilm.shapes import tensor_shapes
 from minilm.together import settle, write_together
@@ -42,16 +49,21 @@ def load_model(
     return build(family, replace(config, dropout=dropout), *read_arrays(path), dtype)
 
 
-def save_model(model: Transformer, path: str | os.PathLike) -> None:
+def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> None:
     """Write a folder that transformers and `load_model` read, in the model's own dtype.
 
-    A model that is there is replaced as a whole or, after an error, not at all. ValueError, before
-    anything is written, if no family expresses the model, or if its modules are not those of its
-    Config.
+    tokenizer: written into the folder too, for AutoTokenizer and `data.load_tokenizer`; a model
+    that knows no end of a text gets the tokenizer's. A model that is there is replaced as a whole
+    or, after an error, not at all. ValueError, before anything is written, if no family expresses
+    the model, or if its modules are not those of its Config.
     """
     family, raw = describe(model)
     require_parts(model, Transformer(model.config))
-    write_folder(path, raw, arrays_of(model, family))
+    beside = {}
+    if tokenizer:
+        ends = ends_of(model, tokenizer)
+        raw, beside = raw | describe_ends(ends), tokenizer_files(tokenizer, ends)
+    write_folder(path, raw, arrays_of(model, family), beside)
 
 
 def parse(folder: Path, raw) -> tuple[Family, Config]:
@@ -74,6 +86,7 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
     arrays = _normalised(file, arrays, family, config)
     check(file, arrays, _shapes(config, family))
     model = Transformer(config)
+    model.ends = read_ends(file.parent)
     for key, tensors in _places(family, config, dict(model.named_tensors())).items():
         ends = np.cumsum([len(t) for t in tensors])
         for tensor, part in zip(tensors, np.split(turned(key, arrays[key]), ends[:-1])):
@@ -98,7 +111,7 @@ def describe(model: Transformer) -> tuple[Family, dict]:
     raw = _describe(family, c)
     _, first = next(model.named_tensors())
     raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # torch_dtype before version 5
-    return family, raw
+    return family, raw | describe_ends(model.ends)
 
 
 def require_parts(model, expected):
@@ -117,10 +130,12 @@ def arrays_of(model, family: Family) -> dict:
     return arrays | {copy: arrays[key] for copy, key in family.copies.items()}
 
 
-def write_folder(path, raw, arrays):
-    """config.json and model.safetensors, as one."""
+def write_folder(path, raw, arrays, beside=None):
+    """config.json with the fields `raw`, model.safetensors, and what is beside, {file: fields}: all
+    as one."""
+    fields = (beside or {}) | generation_config(Path(path), raw) | {"config.json": raw}
     write_together(path, {"model.safetensors": tensor_parts(arrays, {"format": "pt"}),
-                          "config.json": [json_bytes(raw)]})
+                          **{file: [json_bytes(values)] for file, values in fields.items()}})
 
 
 def _parse(raw) -> tuple[Family, Config]:

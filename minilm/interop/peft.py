@@ -28,10 +28,11 @@ from minilm.transformer import Transformer
 FIELDS = {  # of all methods: (default, test of a value, the values that pass, in words)
     "target_modules": (None, lambda v: v is None or type(v) is str or names(v), "names"),
     "exclude_modules": (None, lambda v: not v or names(v), "names"),
+    "base_model_name_or_path": (None, lambda v: v is None or type(v) is str, "a name or null"),
 }
-INERT = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
-         "revision", "inference_mode", "fan_in_fan_out", "layers_pattern", "megatron_core",
-         "qalora_group_size", "init_ia3_weights")  # fields that change no number
+INERT = ("peft_type", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode",
+         "fan_in_fan_out", "layers_pattern", "megatron_core", "qalora_group_size",
+         "init_ia3_weights")  # fields that change no number
 
 
 def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "default") -> Transformer:
@@ -63,10 +64,21 @@ def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     return insert_adapters(model, name, adapters)
 
 
-def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "default") -> None:
+def base_of(path: str | os.PathLike) -> str | None:
+    """The folder or name of the model that the folder's adapter is for, if the folder says it.
+
+    Raises FileNotFoundError and FormatError.
+    """
+    settle(path)
+    return _config(Path(path) / "adapter_config.json")[1]["base_model_name_or_path"] or None
+
+
+def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "default",
+                 base: str | os.PathLike | None = None) -> None:
     """Write the model's adapter of this name as a folder for PEFT and `load_adapter`.
 
-    An adapter that is there is replaced as a whole or, after an error, not at all. ValueError,
+    base: the folder of the model that the adapter is for, which `base_of` tells. PEFT looks there
+    too. An adapter that is there is replaced as a whole or, after an error, not at all. ValueError,
     before anything is written, if there is no such adapter, or if PEFT's format cannot express it.
     """
     (family, _), layers = describe(model), adaptable_layers(model)
@@ -85,7 +97,8 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
         sizes = [layers[ours].weight.shape for ours in paths]
         tensors, forms[module] = method.join(module, sizes, parts)
         arrays |= {_key(module, end): array for end, array in tensors.items()}
-    raw = {"peft_type": kind, "base_model_name_or_path": None, "inference_mode": True,
+    raw = {"peft_type": kind, "base_model_name_or_path": base and os.fspath(base),
+           "inference_mode": True,
            "modules_to_save": None, "fan_in_fan_out": family is GPT2,
            "task_type": "CAUSAL_LM" if model.config.causal else None}
     raw |= method.describe(forms, others, adapters.values())
