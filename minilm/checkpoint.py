@@ -110,8 +110,9 @@ def _read(folder):
         if stated != found:
             raise FormatError(folder / name, f"is {found}, but manifest.json has {stated}")
     state = read_json(folder / "state.json")
-    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
-        raise FormatError(folder / "state.json", f"step is {state!r:.100}, expected an int >= 0")
+    step = state.get("step") if isinstance(state, dict) else None
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise FormatError(folder / "state.json", f"step is {step!r:.100}, expected an int >= 0")
     return read_tensors(folder / "tensors.safetensors"), state
 
 
