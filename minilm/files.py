@@ -8,6 +8,7 @@ here, for two reasons: the library's own writer puts metadata in a random order,
 tensors go to the file without a copy. The library does the reading; tests try hostile files.
 """
 
+import errno
 import glob
 import hashlib
 import itertools
@@ -60,7 +61,8 @@ class FormatError(ValueError):
 
 def write_atomically(path: str | os.PathLike, *parts: bytes) -> None:
     """Write the parts (bytes or contiguous uint8 arrays) one after another as one whole file."""
-    path = Path(path)
+    if (path := Path(path)).is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file", str(path))
     with temporary(path) as new:
         write_synced(new, parts)
         os.replace(new, path)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minilm.files import FormatError, read_json, write_json
-from minilm.measure.verdict import Verdict
+from minilm.measure.verdict import FAILS, HOLDS, OPEN, Verdict
 from minilm.stored import fits, revive
 
 
@@ -75,6 +75,8 @@ def _check_claim(claim: dict, path, where: str):
         raise FormatError(path, f"{where}: claim is {claim.get('claim')!r:.100}, expected str")
     verdict = {name: value for name, value in claim.items() if name != "claim"}
     said = revive(Verdict, verdict, path, where)
+    if said.verdict not in (known := (HOLDS, FAILS, OPEN)):
+        raise FormatError(path, f"{where}: verdict is {said.verdict!r:.100}, expected of {known}")
     if said.at_least is said.at_most is None:
         raise FormatError(path, f"{where}: at_least and at_most are null, expected a bound")
     if said.low is not None and None in (said.mean, said.high):

@@ -208,6 +208,7 @@ class RunDirectory:
         else:
             check(state, scaler, self.path)
             put_back(tensors, model, optimizer, self.path)
+            checkpoint.remove_older(self.path / "checkpoints", state["step"])
             optimizer.steps = state["step"]
             if scaler:
                 scaler.restore(state["scaler"])

@@ -167,13 +167,13 @@ def test_a_result_goes_through_json_unchanged(tmp_path_factory, values):
 
 
 @pytest.mark.parametrize("text, complaint", [
-    ("[]", r"is \[\], expected an object"),
-    ('{"name": "x"}', r"\['claims', .*\] missing"),
+    ("[]", "is [], expected an object"),
+    ('{"name": "x"}', "'question', 'quick', 'rows', 'slide'] missing"),
     ("{", "not valid JSON"),
 ])
 def test_what_is_no_result_is_refused(tmp_path, text, complaint):
     (tmp_path / "result.json").write_text(text)
-    with pytest.raises(FormatError, match=complaint):
+    with pytest.raises(FormatError, match=re.escape(complaint)):
         Result.load(tmp_path / "result.json")
 
 

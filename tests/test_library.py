@@ -92,6 +92,20 @@ def test_templates_that_repeat_the_text_are_refused(load):
         load(post_processor={"type": "Sequence", "processors": [template] * 2})
 
 
+def test_a_frame_of_ids_without_a_token_is_refused(load):
+    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+
+    def frame(id):
+        tokens = {"</s>": {"id": "</s>", "ids": [id], "tokens": ["</s>"]}}
+        return {"type": "TemplateProcessing", "single": [end, text], "pair": [text],
+                "special_tokens": tokens}
+
+    assert load(post_processor=frame(4)).prompt("ab").tolist() == [4, 2]
+    with pytest.raises(FormatError, match="gives the id 4294967295, which no token has"):
+        load(post_processor=frame(2**32 - 1))
+
+
 def test_encoding_is_never_random(load, tmp_path):
     tokenizer = load(model=BPE | {"dropout": 0.5})
     assert {tuple(tokenizer.encode("abab")) for _ in range(20)} == {(2, 2)}

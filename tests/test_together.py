@@ -186,6 +186,12 @@ def test_a_name_may_be_as_long_as_the_disk_allows(tmp_path):
     assert os.listdir(tmp_path) == ["ä" * 127]
 
 
+def test_a_folder_is_not_written_over(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder, expected a file") as caught:
+        write_atomically(tmp_path, b"x")
+    assert caught.value.filename == str(tmp_path)
+
+
 def test_four_loaders_at_once_settle_a_killed_save(tmp_path):
     """None removes the config that another has just put in its place."""
     write_together(tmp_path / "m", OLD)

@@ -53,6 +53,9 @@ def read(path: str | os.PathLike, fields: dict):
         raise ValueError(f"the tokens {token!r} and {owner[id]!r} have the same id {id}")
     if (largest := max(owner, default=0)) > 2 * len(vocab) + GAPS and largest < 2**31:
         raise ValueError(f"{len(vocab)} tokens have ids up to {largest}: too many ids have none")
+    for id in called(what, tokenizer.encode, "").ids:  # with what stands around each text
+        if id not in owner:
+            raise ValueError(f"its post-processor gives the id {id}, which no token has")
     if getattr(tokenizer.model, "dropout", None) is not None:
         tokenizer.model.dropout = None
     return tokenizer
