@@ -13,7 +13,6 @@ import glob
 import hashlib
 import itertools
 import json
-import math
 import os
 import shutil
 import stat
@@ -26,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 
 from minilm.locks import hold
+from minilm.strict import parse
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -42,7 +42,6 @@ DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-DEEPEST = 100  # levels of JSON
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 
@@ -246,48 +245,9 @@ def _kind(mode):
 
 def _parse_json(path, data):
     try:
-        text = data.decode()
-        value = json.loads(text, object_pairs_hook=_without_repeats, parse_float=_finite,
-                           parse_constant=_refuse_constant)
-        _require_shallow(value)
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # refuses half of a pair
-        return value
+        return parse(data)
     except (ValueError, RecursionError) as error:
         raise FormatError(path, f"not valid JSON: {error}") from error
-
-
-def _require_shallow(value):
-    """ValueError for lists and objects in each other DEEPEST times and more.
-
-    What goes through a value recursively, such as repr, would fail, and nothing of use is so deep.
-    """
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [child for parent in level if isinstance(parent, (dict, list))
-                 for child in (parent.values() if isinstance(parent, dict) else parent)]
-        if not level:
-            return
-    raise ValueError(f"lists or objects are nested {DEEPEST} times or more")
-
-
-def _without_repeats(pairs):
-    obj = {}
-    for key, value in pairs:
-        if key in obj:
-            raise ValueError(f"key {key!r} appears twice")
-        obj[key] = value
-    return obj
-
-
-def _finite(number):
-    if not math.isfinite(value := float(number)):
-        raise ValueError(f"{number} is too large")
-    return value
-
-
-def _refuse_constant(name):
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _checked(metadata):

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
-    {"backend", "arrays", "blas", "cuda", "locks", "files", "together", "stored"},
+    {"backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together", "stored"},
     {"graph", "tensor", "ops", "activations", "attention", "losses"},
     {"nn", "transformer", "shapes", "cache", "decode", "generate"},
     {"quantize", "peft", "distill", "optim", "parallel"},
@@ -29,6 +29,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
     ("arrays", "backend"),
     ("files", "locks"),
+    ("files", "strict"),
     ("stored", "files"),
     ("together", "files"),
     ("together", "locks"),

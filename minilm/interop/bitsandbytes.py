@@ -44,6 +44,7 @@ from minilm.nn import Linear
 from minilm.quantize.codebooks import dynamic_map, levels
 from minilm.quantize.fourbit import BLOCK_SIZES, GROUP, FourBit
 from minilm.quantize.linear import QuantizedLinear
+from minilm.strict import parse as parse_json
 from minilm.together import settle
 from minilm.transformer import Transformer
 
@@ -170,7 +171,7 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
 def _state(name, array, kind, nested) -> dict:
     """The fields of a quant_state, checked."""
     try:
-        state = json.loads(array.tobytes())
+        state = parse_json(array.tobytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from None
     if not isinstance(state, dict):
