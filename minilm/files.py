@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -134,7 +135,7 @@ def read_json(path: str | os.PathLike) -> object:
 
     Raises FormatError, FileNotFoundError.
     """
-    return _parse_json(path, _read(path))
+    return _parse_json(path, read_bytes(path))
 
 
 def read_json_lines(path: str | os.PathLike) -> list:
@@ -142,7 +143,7 @@ def read_json_lines(path: str | os.PathLike) -> list:
 
     Raises FormatError, naming the line, and FileNotFoundError.
     """
-    lines, values = _read(path).split(b"\n"), []
+    lines, values = read_bytes(path).split(b"\n"), []
     if not lines[-1]:
         lines.pop()
     for i, line in enumerate(lines, 1):
@@ -190,7 +191,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
     Its peak memory is twice the file's size. Raises FormatError, FileNotFoundError.
     """
-    data = _read(path)
+    data = read_bytes(path)
     try:
         views = deserialize(data)
     except SafetensorError as error:
@@ -201,18 +202,42 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file, in hex. Raises FormatError, FileNotFoundError."""
+    return _of_file(path, lambda file: hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _read(path):
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """All bytes of a file. FormatError for what is no file or cannot be read, FileNotFoundError.
+
+    A pipe would wait for its writer for ever, and a device may have no end.
+    """
+    return _of_file(path, lambda file: file.read())
+
+
+def _of_file(path, read):
     try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise FormatError(path, f"cannot be read: it is a {_kind(mode)}, a file was expected")
+        with open(path, "rb") as file:
+            return read(file)
+    except FormatError:
+        raise
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise FormatError(path, "cannot be read: it is a link to nothing") from error
         raise
     except OSError as error:
         raise FormatError(path, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:  # no path, such as one with a zero byte
+        raise FormatError(path, f"cannot be read: {error}") from error
+    except MemoryError as error:
+        raise FormatError(path, "cannot be read: it does not fit in memory") from error
+
+
+def _kind(mode):
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
 
 
 def _parse_json(path, data):

@@ -111,19 +111,22 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     """
     run, s = resumed(settings, resume)
     check(s)
-    corpora = [data.load_corpus(name) for name in s.corpus]
+    corpora = data.load_corpora(s.corpus)
     described = [{"name": c.name, "sha256": c.sha256} for c in corpora] + [
         {"name": file.name, "sha256": sha256(file)} for file in files_of_teacher(s)]
     if run:
         run.check(described, "the text or the teacher are not those")
     teacher, tokenizer = load_teacher(s) if s.teacher else new_teacher(s)
-    texts = data.batches_of([data.split(corpus, s.validation) for corpus in corpora], tokenizer,
-                            s.batch, s.context, s.seed, masked=s.objective == "masked")
+    parts = [data.split(corpus, s.validation) for corpus in corpora]
+    texts = data.batches_of(parts, tokenizer, s.batch, s.context, s.seed,
+                            masked=s.objective == "masked")
     make_students(s, teacher)  # these two lines fail now, if at all, not after the training
     likeliest(teacher, tokenizer, s.prompt, TEMPERATURES)
     if run is None:
         s = replace(s, lr=s.lr or LR[s.objective])
         run = RunDirectory.create(out, "distill", asdict(s), described)
+    for corpus, part in zip(corpora, parts):
+        print(data.account(corpus, *part))
     try:
         with run.going_on():
             distill(run, s, teacher, tokenizer, texts)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from minilm import data, versions
 from minilm.command import command
-from minilm.files import sha256
+from minilm.files import FormatError, sha256
 from minilm.interop import huggingface, peft
 from minilm.loop import Training, fit, resumed
 from minilm.measure.answers import answers
@@ -48,7 +48,7 @@ class Settings(Training):
     train: int = 2000
     """records of each task to train on"""
     test: int = 100
-    """records to hold out, of each task or of the file"""
+    """records to hold out, of each task or of the file; those with the same prompt stay together"""
     known: tuple[str, ...] = ("python-reference",)
     """corpora whose held-out tenth shows what the model still knows"""
     r: int = 8
@@ -128,14 +128,13 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if not base.config.causal:
         raise ValueError(f"{folder} fills in masked tokens; only a causal model gives answers")
     model = METHODS[s.method].prepare(base, s).astype(s.dtype)
-    batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed)
-    asked, context = data.encode(records[1], tokenizer), model.config.context
-    longest = max(batches.tokens.shape[1], asked[0].shape[1])
-    if longest > context:
-        raise ValueError(f"a record takes {longest} tokens, but the model's context is {context}")
+    context = model.config.context
+    batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed, context)
+    asked = data.encode(records[1], tokenizer, context=context)
     known = held_out_text(corpora, tokenizer, context)
     if run is None:
         run = RunDirectory.create(out, f"finetune-{s.method}", asdict(s), described, decisive)
+    print(f"{len(records[0]):,} records to train on, {len(records[1]):,} held out")
     with run.going_on():
         finetune(run, s, model, tokenizer, batches, records[1], asked, known)
 
@@ -216,12 +215,19 @@ def print_scores(before: dict, after: dict):
 
 
 def load_data(s: Settings):
-    """(records to train on, records held out). Of a file, the first records are held out."""
+    """(records to train on, records held out)."""
     if len(s.data) == 1 and s.data[0] not in data.TASKS:
-        records = data.load_records(s.data[0])
+        (path,) = s.data
+        records = data.load_records(path)
         if len(records) <= s.test:
-            raise ValueError(f"{s.data[0]} has {len(records)} records, but {s.test} are held out")
-        return records[s.test :], records[: s.test]
+            raise ValueError(f"{path} has {len(records)} records, but {s.test} are held out")
+        train, test = data.split_records(records, s.test)
+        try:
+            for record in test:
+                data.score(record, record.output)  # what cannot be scored is refused now
+        except ValueError as error:
+            raise FormatError(path, str(error)) from error
+        return train, test
     return data.make_tasks(s.data, s.train, s.test, s.seed)
 
 

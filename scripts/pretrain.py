@@ -94,7 +94,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         raise ValueError(f"accumulate must be 1 to the batch's {settings.batch} rows, got "
                          f"{settings.accumulate}")
     run, s = resumed(settings, resume)
-    corpora = [data.load_corpus(name) for name in progress(s.corpus, "reading", "corpus")]
+    corpora = data.load_corpora(progress(s.corpus, "reading", "corpus"))
     described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
     if run:
         run.check(described, "the text is not the one that")
@@ -109,6 +109,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if run is None:
         run = RunDirectory.create(out, "pretrain", asdict(s), described,
                                   fill=lambda folder: tokenizer.save(folder / "tokenizer.json"))
+    for corpus, part in zip(corpora, parts):
+        print(data.account(corpus, *part))
     size = sum(len(text.encode()) for _, held in parts for text in held)
     with run.going_on():
         pretrain(run, s, model, batches, held_out, tokenizer, size)

@@ -109,6 +109,8 @@ def test_a_run_leaves_and_says_what_it_promises(tmp_path, text, capsys, changes)
                                                "distill.png"}
     assert (run / "distill.png").read_bytes()[:4] == b"\x89PNG" and str(run / "distill.png") in said
     assert f"{run}/teacher, {run}/student" in said
+    corpus = data.load_corpus(text)
+    assert data.account(corpus, *data.split(corpus, s.validation)) in said.splitlines()
     models = {name: huggingface.load_model(run / name) for name in ("teacher", "student")}
     assert [type(data.load_tokenizer(run / name / "tokenizer.json")) for name in models] == [
         data.ByteTokenizer] * 2

@@ -2,6 +2,7 @@
 damaged file raises FormatError and nothing else."""
 
 import copy
+import io
 import json
 import os
 import random
@@ -260,6 +261,33 @@ def test_a_missing_file_is_not_a_damaged_one(tmp_path, read):
         read(tmp_path / "none")
     with pytest.raises(FormatError, match="cannot be read"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_json, read_tensors, files.read_bytes, files.sha256])
+def test_what_is_no_file_is_refused_at_once(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("none", tmp_path / "dangling")
+    os.symlink("loop", tmp_path / "loop")
+    (tmp_path / "folder").mkdir()
+    for name, said in [("pipe", "it is a pipe, a file was expected"), ("folder", "it is a folder"),
+                       ("dangling", "it is a link to nothing"), ("loop", "symbolic links"),
+                       ("x" * 300, "name too long"), ("a\0b", "null"), ("\ud800", "surrog"),
+                       ("/dev/zero", "it is a device")]:
+        path = tmp_path / name
+        with pytest.raises(FormatError, match=f"(?i)cannot be read: .*{said}") as error:
+            read(path)
+        assert str(error.value).startswith(f"{path}: ")
+
+
+def test_a_file_larger_than_memory_is_refused(tmp_path, monkeypatch):
+    class Endless(io.BytesIO):
+        def read(self):
+            raise MemoryError
+
+    (tmp_path / "f").write_bytes(b"f")
+    monkeypatch.setattr(files, "open", lambda *_: Endless(), raising=False)
+    with pytest.raises(FormatError, match="f: cannot be read: it does not fit in memory"):
+        files.read_bytes(tmp_path / "f")
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

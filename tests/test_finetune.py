@@ -16,8 +16,10 @@ import pytest
 from finetune import METHODS, Settings, answers, main
 
 from minilm import checkpoint, data
+from minilm.files import FormatError
 from minilm.generate import generate
 from minilm.interop import huggingface, peft
+from minilm.measure.losses import loss_of
 from minilm.peft.adapted import adapted_layers
 from minilm.quantize import QuantizedLinear
 from minilm.run import RunDirectory
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 ROOT = Path(__file__).parents[1]
 METHOD_NAMES = tuple(METHODS)
+GOOD = '{"instruction": "Say", "context": "2", "output": "b"}'
 
 
 @pytest.fixture
@@ -150,9 +153,24 @@ def test_a_file_of_records_is_split_and_learned(tmp_path, base, capsys):
     data.save_records(tmp_path / "mine.jsonl", records)
     s = settings(base, data=(str(tmp_path / "mine.jsonl"),), steps=2)
     training, test = finetune.load_data(s)
-    assert test == records[:3] and training == records[3:]
+    assert (training, test) == data.split_records(records, 3) and len(test) == 3
     main(s, tmp_path)
-    assert "records: right" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "27 records to train on, 3 held out" in said and "records: right" in said
+
+
+def test_a_long_record_does_not_fill_up_the_others(tmp_path, base):
+    """As many targets, and the same losses as rows of one length give."""
+    records = [data.Record("Say", f"{i}", "ab") for i in range(23)]
+    records.append(data.Record("Say", "", "x" * 30))
+    batches = data.InstructionBatches(records, data.ByteTokenizer(), 8, None, seed=0)
+    assert sorted(batches[step][0].shape[1] for step in range(3)) == [12, 12, 37]
+    model = huggingface.load_model(base)
+    for step in range(3):
+        tokens, targets = batches[step]
+        wide = [np.pad(a, ((0, 0), (0, 40 - a.shape[1])), constant_values=fill)
+                for a, fill in ((tokens, 0), (targets, data.IGNORED))]
+        assert loss_of(model, tokens, targets) == pytest.approx(loss_of(model, *wide), abs=1e-6)
 
 
 # Answers
@@ -263,6 +281,34 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path):
 def test_bad_settings_are_refused_before_a_run_is_made(tmp_path, base, change, words):
     with pytest.raises(ValueError, match=words):
         main(settings(base, **change), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("lines, change, words", [
+    (['{"instruction": "a", "output": "b"}'] * 9, {}, "comes more than 3 times"),
+    (['{"instruction": "a", "output": "b"}'] * 3, {}, "has 3 records, but 3 are held out"),
+    (['{"instruction": "a", "output": "b", "task": "sql"}', GOOD], dict(test=1),
+     r"r\.jsonl: .*must be a query"),
+    (['{"instruction": "a", "output": 1}'], {}, r"r\.jsonl: line 1: output: expected str"),
+    ([GOOD] + [GOOD.replace("2", f"3{i}") for i in range(6)] + [GOOD.replace("2", "x" * 50)], {},
+     "a record takes .. tokens, but the model's context is 40"),
+])
+def test_bad_records_are_refused_before_a_run_is_made(tmp_path, base, lines, change, words):
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=words):
+        main(settings(base, data=(str(tmp_path / "r.jsonl"),), **change), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_pipe_as_data_is_refused_at_once(tmp_path, base):
+    os.mkfifo(tmp_path / "pipe")
+    for change in (dict(data=(str(tmp_path / "pipe"),)), dict(known=(str(tmp_path / "pipe"),))):
+        with pytest.raises(FormatError, match="pipe: cannot be read: it is a pipe"):
+            main(settings(base, **change), tmp_path / "runs")
+    (base / "model.safetensors").unlink()
+    os.mkfifo(base / "model.safetensors")
+    with pytest.raises(FormatError, match=r"model\.safetensors: cannot be read: it is a pipe"):
+        main(settings(base), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

@@ -5,11 +5,12 @@ test share no prompt. Files are mutated and may raise FormatError only; queries 
 never end are wrong answers, and quickly.
 """
 
+import os
 import re
 import sqlite3
 import time
 from collections import Counter
-from itertools import chain, islice
+from itertools import chain, combinations, islice
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from minilm.data import (
     prompt,
     save_records,
     score,
+    split_records,
 )
 from minilm.data.tasks import CITIES
 from minilm.files import FormatError
@@ -174,6 +176,56 @@ def test_mutated_files_raise_format_errors_only(tmp_path_factory, data):
     assert load_records(path) == found
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "dangling"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, kind):
+    path = tmp_path / "r.jsonl"
+    {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda p: os.symlink("/dev/zero", p),
+     "dangling": lambda p: os.symlink("none", p)}[kind](path)
+    with pytest.raises(FormatError, match=r"r\.jsonl: cannot be read"):
+        load_records(path)
+
+
+# What is held out
+
+
+@given(
+    asked=st.lists(st.integers(0, 12), min_size=2, max_size=30), held=st.integers(1, 29),
+    random=st.randoms(),
+)
+def test_records_are_held_out_by_their_prompts(asked, held, random):
+    found = [Record("I", f"{number}", f"{i}") for i, number in enumerate(asked)]
+    copies = Counter(map(prompt, found))
+    if held >= len(found) or min(copies.values()) > held:
+        with pytest.raises(ValueError, match="held out"):
+            split_records(found, held)
+        return
+    train, test = split_records(found, held)
+    assert train and test and len(test) <= held
+    assert Counter(train + test) == Counter(found)
+    assert not set(map(prompt, train)) & set(map(prompt, test))
+    assert all([r for r in found if r in part] == part for part in (train, test))
+    # fewer only if no other prompt would fit
+    assert all(copies[prompt(r)] > held - len(test) for r in train)
+    random.shuffle(found)
+    again = split_records(found, held)
+    assert [set(part) for part in again] == [set(train), set(test)]
+
+
+def test_a_sorted_file_gives_both_classes_to_both_parts():
+    found = [Record("Good or bad?", f"{i}", "good" if i < 500 else "bad") for i in range(1000)]
+    _, test = split_records(found, 100)
+    counts = Counter(record.output for record in test)
+    assert len(test) == 100 and min(counts["good"], counts["bad"]) >= 35  # 50 +- 3 deviations
+    few, same = split_records(found, 100, train=100)
+    counts = Counter(record.output for record in few)
+    assert same == test and len(few) == 100 and min(counts["good"], counts["bad"]) >= 35
+    more, _ = split_records(found, 100, train=500)
+    assert few == [record for record in more if record in few]
+    assert split_records(found, 100, train=10**6) == split_records(found, 100)
+    with pytest.raises(ValueError, match="train must be at least 1, got 0"):
+        split_records(found, 100, train=0)
+
+
 # Rows and batches
 
 
@@ -226,6 +278,12 @@ def test_a_record_that_does_not_fit_is_named():
         encode(found, BYTES, 8)
     with pytest.raises(ValueError, match="record 1 takes 9 tokens, the length is 0"):
         InstructionBatches(found, BYTES, 2, 0, seed=0)
+    with pytest.raises(ValueError, match=r"takes 9 tokens, .* context is 8: record 1, .*'abcd'"):
+        encode(found, BYTES, context=8)
+    with pytest.raises(ValueError, match=r"takes 9 tokens, .* context is 8: record 1, .*'abcd'"):
+        InstructionBatches(found, BYTES, 2, None, seed=0, context=8)
+    with pytest.raises(ValueError, match=r"record 0, .*'abcd'.*: character 'b' at position 1"):
+        encode(found[1:], CharTokenizer("\n ->Iacd"))
     with pytest.raises(ValueError, match="no record"):
         encode([], BYTES)
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
@@ -251,6 +309,76 @@ def test_an_epoch_has_each_record_once(size, batch, seed):
     order = list(chain.from_iterable(drawn(tokens) for tokens, _ in steps))
     for epoch in range(3):
         assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+def of_lengths(lengths):
+    """Records of so many letters, numbered by their first one."""
+    return [Record("I", "", chr(33 + i).ljust(n, "x")) for i, n in enumerate(lengths)]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6) | st.integers(1, 200), min_size=1, max_size=60),
+    batch=st.integers(1, 9), seed=seeds,
+)
+def test_records_share_batches_with_their_like_in_every_epoch(lengths, batch, seed):
+    batches, size = InstructionBatches(of_lengths(lengths), BYTES, batch, None, seed), len(lengths)
+    taken = np.array(lengths) + 5  # b"I\n-> ", the output without its last letter, and the end
+    groups = np.maximum(np.ceil(np.log2(taken / (2 * np.median(taken)))), 0)
+    steps = list(islice(batches, -(-3 * size // batch)))
+    order = list(chain.from_iterable(drawn(tokens) for tokens, _ in steps))
+    for epoch in range(3):
+        assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
+    mixed = Counter()
+    for step, (tokens, targets) in enumerate(steps):
+        rows, row_groups = drawn(tokens), groups[drawn(tokens)]
+        expected = encode([of_lengths(lengths)[i] for i in rows], BYTES, tokens.shape[1])
+        np.testing.assert_array_equal((tokens, targets), expected)
+        assert tokens.shape[1] == taken[groups == row_groups.max()].max()
+        first, last = step * batch // size, (step * batch + batch - 1) // size
+        if first == last:  # other batches end one epoch and begin the next
+            mixed[first] += len(set(row_groups)) - 1
+    assert max(mixed.values(), default=0) <= len(set(groups)) - 1  # where two groups meet
+
+
+def test_one_long_record_costs_its_own_batch_only():
+    batches = InstructionBatches(of_lengths([8] * 63 + [500]), BYTES, 8, None, seed=0)
+    for epoch in range(5):
+        widths = [batches[8 * epoch + step][0].shape[1] for step in range(8)]
+        assert sorted(widths) == [13] * 7 + [505]
+
+
+def test_batches_do_not_mix_when_epochs_begin_inside_one():
+    batches, inside = InstructionBatches(of_lengths([8] * 70 + [60] * 31), BYTES, 8, None, 0), 0
+    for step in range(101):  # eight epochs of 101 records
+        long = [number >= 70 for number in drawn(batches[step][0])]
+        if 8 * step // 101 == (8 * step + 7) // 101:
+            inside += len(set(long)) > 1
+    assert inside <= 8
+
+
+def test_long_records_come_at_any_time_and_with_any_others():
+    batches = InstructionBatches(of_lengths([8] * 56 + [500] * 8), BYTES, 4, None, seed=0)
+    times, pairs = Counter(), set()
+    for epoch in range(200):
+        for step in range(16):
+            tokens, _ = batches[16 * epoch + step]
+            if tokens.shape[1] > 100:
+                times[step] += 1
+                pairs |= set(combinations(sorted(drawn(tokens)), 2))
+    assert sum(times.values()) == 400 and len(pairs) == 28
+    assert 10 <= min(times[step] for step in range(16)) and max(times.values()) <= 45  # 25 each
+
+
+def test_rows_of_like_lengths_come_as_they_are_drawn():
+    """Up to twice the median there is one group, and the draw is the plain permutation."""
+    lengths = np.random.default_rng(0).integers(1, 16, 50)
+    batches = InstructionBatches(of_lengths(lengths), BYTES, 10, None, seed=4)
+    assert lengths.max() + 5 <= 2 * np.median(lengths + 5)
+    for epoch in range(3):
+        order = np.random.default_rng([4, epoch, 3]).permutation(50)
+        found = [drawn(batches[5 * epoch + step][0]) for step in range(5)]
+        np.testing.assert_array_equal(np.concatenate(found), order)
+    assert {batches[step][0].shape[1] for step in range(15)} == {lengths.max() + 5}
 
 
 def test_every_epoch_and_seed_has_an_order_of_its_own():

@@ -345,6 +345,27 @@ def test_resuming_from_damaged_files_is_an_error(stopped):
         main(Settings(), resume=stopped)
 
 
+def test_a_run_inside_its_own_corpus_goes_on_and_learns_nothing_from_it(
+        tmp_path, text, plain, monkeypatch, capsys):
+    """Runs, models and their samples lie below the folder that is the corpus."""
+    s = settings(tmp_path)
+    before = data.load_corpus(tmp_path).sha256
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        main(s, tmp_path / "runs")
+    first = tmp_path / "runs" / "pretrain-1"
+    assert (first / "samples.txt").stat().st_size
+    capsys.readouterr()
+    main(Settings(), resume=first)
+    said = capsys.readouterr().out
+    assert f"{tmp_path}: skipped: {first}: holds a run, not text\n" in said
+    held = sum(map(len, data.split(data.load_corpus(tmp_path))[1]))
+    assert f"characters to train on, {held:,} held out" in said
+    main(s, tmp_path / "runs")
+    assert weights(first) == weights(tmp_path / "runs" / "pretrain-2")
+    assert data.load_corpus(tmp_path).sha256 == before
+
+
 # What is wrong
 
 

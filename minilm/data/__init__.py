@@ -10,7 +10,8 @@ from minilm.data.batches import (
     mask_tokens,
     pack,
 )
-from minilm.data.corpora import Corpus, load_corpus, split
+from minilm.data.corpora import Corpus, load_corpora, load_corpus
+from minilm.data.heldout import account, split, split_records
 from minilm.data.instructions import (
     InstructionBatches,
     Record,
@@ -41,10 +42,12 @@ __all__ = [
     "MaskedBatches",
     "Record",
     "Tokenizer",
+    "account",
     "batches_of",
     "corrupt",
     "cut",
     "encode",
+    "load_corpora",
     "load_corpus",
     "load_records",
     "load_tokenizer",
@@ -56,4 +59,5 @@ __all__ = [
     "save_records",
     "score",
     "split",
+    "split_records",
 ]

@@ -17,8 +17,12 @@ def pack(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     """All documents as one stream (N,) int32, each followed by the tokenizer's end."""
     if isinstance(documents, str):
         raise TypeError("documents must be a sequence of texts, got one str")
-    end = np.array([tokenizer.end], np.int32)
-    parts = [part for document in documents for part in (tokenizer.encode(document), end)]
+    end, parts = np.array([tokenizer.end], np.int32), []
+    for number, document in enumerate(documents):
+        try:
+            parts += [tokenizer.encode(document), end]
+        except ValueError as error:
+            raise ValueError(f"document {number}, {document!r:.80}: {error}") from error
     if not parts:
         raise ValueError("there is no document to pack")
     return np.concatenate(parts)

@@ -10,12 +10,12 @@ import hashlib
 import os
 import sysconfig
 import warnings
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
-from minilm.files import FormatError
+from minilm.files import FormatError, read_bytes
 
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
 
@@ -30,12 +30,19 @@ class Corpus:
 
     name: str
     documents: tuple[str, ...]
+    skipped: tuple[str, ...] = ()  # what was not read, each with the reason
 
     def __post_init__(self):
         if not self.documents:
-            raise ValueError(f"corpus {self.name!r} holds no text")
+            said = f"; skipped: {self.told()}" if self.skipped else ""
+            raise ValueError(f"corpus {self.name!r} holds no text{said}")
         if "" in self.documents:
             raise ValueError(f"corpus {self.name!r}: document {self.documents.index('')} is empty")
+
+    def told(self) -> str:
+        """What was skipped, in one line, or an empty one."""
+        more = f", and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
+        return ", ".join(self.skipped[:5]) + more
 
     @property
     def characters(self) -> int:
@@ -62,54 +69,40 @@ def load_corpus(name_or_path: str | os.PathLike) -> Corpus:
     python-source      source of the standard library, one document a module (11 MB)
 
     A file is one document. Of a folder all files with a suffix in TEXT_SUFFIXES are read, sorted by
-    path; hidden files and files that are not UTF-8 are skipped. Blank documents are dropped. If a
-    name is also a path, the name counts. ValueError for an unknown name or if no text is left;
-    FormatError for a single file that is not UTF-8.
+    path; blank ones and hidden ones are left out. Linked folders are followed, each once. What else
+    is not read stands in `skipped`: what cannot be read or is not UTF-8, and folders below it that
+    hold a run or a model. So a run does not learn from what it wrote itself.
+
+    If a name is also a path, the name counts. ValueError for an unknown name or if no text is left;
+    FormatError for a single file that is no file, cannot be read or is not UTF-8.
     """
-    name = os.fspath(name_or_path)
+    name, skipped = os.fspath(name_or_path), ()
     if name in PYTHON_CORPORA:
         documents = PYTHON_CORPORA[name]()
     elif os.path.isdir(name):
-        documents = _texts(Path(name), TEXT_SUFFIXES)
-    elif os.path.exists(name):
-        documents = [_text(Path(name))]
+        documents, skipped = _texts(Path(name), TEXT_SUFFIXES)
+    elif os.path.lexists(name):
+        documents = [_text(name)]
     else:
         raise ValueError(f"{name!r} is neither a path nor one of {', '.join(PYTHON_CORPORA)}")
-    return Corpus(name, tuple(document for document in documents if document.strip()))
+    return Corpus(name, tuple(text for text in documents if text.strip()), tuple(skipped))
 
 
-def split(corpus: Corpus, validation: float = 0.1) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Split the documents into (train, validation). `validation` is a share of the characters.
+def load_corpora(names: Iterable[str | os.PathLike]) -> list[Corpus]:
+    """Load several. A document that one of them has is left out of all that come after it.
 
-    Whole documents go to validation, in the order of their SHA-256, until it has its share. So the
-    split does not depend on the order of the documents, and equal documents stay together. At least
-    one text stays in train. A single document is cut: its end is validation. ValueError if a part
-    would be empty.
+    Otherwise a text could be held out of one corpus and learned from another.
     """
-    if not 0 < validation < 1:
-        raise ValueError(f"validation must lie between 0 and 1, got {validation}")
-    if len(corpus.documents) == 1:
-        return _cut(corpus, validation)
-    copies = Counter(corpus.documents)
-    if len(copies) == 1:
-        raise ValueError(f"corpus {corpus.name!r} repeats one document: nothing to hold out")
-    wanted, characters, held_out = validation * corpus.characters, 0, set()
-    by_hash = sorted(copies, key=lambda document: hashlib.sha256(document.encode()).digest())
-    for document in by_hash[:-1]:
-        held_out.add(document)
-        characters += len(document) * copies[document]
-        if characters >= wanted:
-            break
-    train = tuple(document for document in corpus.documents if document not in held_out)
-    return train, tuple(document for document in corpus.documents if document in held_out)
-
-
-def _cut(corpus, validation):
-    (text,) = corpus.documents
-    border = int(len(text) * (1 - validation))
-    if not 0 < border < len(text):
-        raise ValueError(f"corpus {corpus.name!r}: {len(text)} characters are too few to split")
-    return (text[:border],), (text[border:],)
+    seen, corpora = set(), []
+    for name in names:
+        corpus = load_corpus(name)
+        new = tuple(document for document in corpus.documents if document not in seen)
+        if again := len(corpus.documents) - len(new):
+            said = f"{again} documents that an earlier corpus has"
+            corpus = replace(corpus, documents=new, skipped=(*corpus.skipped, said))
+        seen.update(new)
+        corpora.append(corpus)
+    return corpora
 
 
 def _reference() -> list[str]:
@@ -136,32 +129,71 @@ def _docstrings_in(node: ast.AST) -> Iterator[str]:
             yield from _docstrings_in(child)
 
 
-def _source() -> Iterator[str]:
-    return _texts(Path(sysconfig.get_path("stdlib")), (".py",), skip=NOT_LIBRARY)
+def _source() -> list[str]:
+    return _texts(Path(sysconfig.get_path("stdlib")), (".py",), skip=NOT_LIBRARY)[0]
 
 
-def _texts(root: Path, suffixes: tuple[str, ...], skip: set[str] = frozenset()) -> Iterator[str]:
-    """The UTF-8 texts under a folder, sorted by path, without hidden names and folders in skip."""
-    paths = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        paths += [
-            Path(folder, name)
-            for name in names
-            if name.endswith(suffixes) and not name.startswith(".")
-        ]
+def _texts(root: Path, suffixes: tuple[str, ...], skip=frozenset()) -> tuple[list[str], list[str]]:
+    """(the UTF-8 texts under a folder, sorted by path; what was skipped, each with the reason).
+
+    Hidden names and folders in `skip` are left out.
+    """
+    texts, skipped, paths = [], [], []
+    for folder, names in _folders(root, skip, skipped):
+        paths += [Path(folder, name) for name in names
+                  if name.endswith(suffixes) and not name.startswith(".")]
     for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
         try:
-            yield _text(path)
-        except FormatError:
-            continue
+            texts.append(_text(path))
+        except FormatError as error:
+            skipped.append(str(error))
+        except FileNotFoundError:
+            skipped.append(f"{path}: is gone")
+    return texts, skipped
 
 
-def _text(path: Path) -> str:
+def _folders(root: Path, skip, skipped: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) for all folders under root that may hold text, each once.
+
+    Linked folders come last, so that what lies under root is read under its own name.
+    """
+    def failed(error): skipped.append(f"{error.filename}: cannot be read: {error.strerror}")
+    tops, seen, home = [os.fspath(root)], set(), os.path.realpath(root)
+    while tops:
+        links = []
+        for folder, folders, names in chain.from_iterable(os.walk(t, onerror=failed) for t in tops):
+            real = os.path.realpath(folder)
+            reason = None if real == home else _no_text(real, home, names)
+            if reason:
+                skipped.append(f"{folder}: {reason}")
+            if reason or real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
+            links += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
+            yield folder, names
+        tops = sorted(links)
+
+
+def _no_text(real: str, home: str, names: list[str]) -> str | None:
+    """Why a folder other than the corpus's home, with files of these names, is not read."""
+    if Path(home).is_relative_to(real):
+        return "is a link to a folder that the corpus lies in"
+    if "run.json" in names:
+        return "holds a run, not text"
+    weights = any(name.endswith((".safetensors", "_model.bin")) for name in names)
+    if weights and ("config.json" in names or "adapter_config.json" in names):
+        return "holds a model, not text"
+    return None
+
+
+def _text(path: str | os.PathLike) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode()
     except UnicodeDecodeError as error:
         raise FormatError(path, f"not UTF-8 text: {error}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 PYTHON_CORPORA = {

@@ -9,13 +9,12 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import numpy as np
 
 from minilm.data.batches import IGNORED
 from minilm.data.tokenizers import Tokenizer
-from minilm.files import FormatError, write_atomically
+from minilm.files import FormatError, read_bytes, write_atomically
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def prompt(record: Record) -> str:
 def load_records(path: str | os.PathLike) -> list[Record]:
     """The records of a JSONL file. Raises FormatError with line and field, FileNotFoundError."""
     records = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
         try:
             records.append(_record(line))
         except (TypeError, ValueError, RecursionError) as error:
@@ -76,35 +75,20 @@ def save_records(path: str | os.PathLike, records: Sequence[Record]) -> None:
 
 
 def encode(
-    records: Sequence[Record], tokenizer: Tokenizer, length: int | None = None
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    length: int | None = None,
+    context: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each record as a row: tokens (R, T) and targets (R, T), int32, for a causal model.
 
     Targets are the tokens one place later, from the output's first token to the end; all others are
     -100. Rows are filled up with tokens 0. T is `length`, or else what the longest record takes:
-    all its tokens but the end. ValueError if a record takes more; none is cut.
+    all its tokens but the end. ValueError if a record takes more, or more than the model's
+    `context`; none is cut.
     """
-    if not records:
-        raise ValueError("there is no record to encode")
-    # Prompt and output are encoded apart, so no token spans both. When the model is asked, the
-    # prompt then has the same tokens as in training.
-    prompts = [tokenizer.encode(prompt(record)) for record in records]
-    outputs = [[*tokenizer.encode(record.output), tokenizer.end] for record in records]
-    taken = [len(asked) + len(answer) - 1 for asked, answer in zip(prompts, outputs)]
-    longest = max(taken)
-    if length is None:
-        length = longest
-    if longest > length:
-        which = taken.index(longest)
-        raise ValueError(
-            f"record {which} takes {longest} tokens, the length is {length}: {records[which]!r:.99}"
-        )
-    tokens = np.zeros((len(records), length), np.int32)
-    targets = np.full_like(tokens, IGNORED)
-    for row, (asked, answer) in enumerate(zip(prompts, outputs)):
-        tokens[row, : taken[row]] = [*asked, *answer[:-1]]
-        targets[row, len(asked) - 1 : taken[row]] = answer
-    return tokens, targets
+    rows = _rows(records, tokenizer, length, context)
+    return _filled(rows, length or max(len(tokens) for tokens, _ in rows))
 
 
 class InstructionBatches:
@@ -113,6 +97,11 @@ class InstructionBatches:
     Rows are drawn in epochs: all records once in random order, then all again in another order. A
     batch may span two epochs. It depends on (seed, step) alone, so a resumed run needs no stored
     position. Iterating never ends.
+
+    Records share batches with their like, so that a long one does not fill up all others: those of
+    up to twice the median length, of up to twice that, and so on. T is `length`, or else what the
+    longest record of the batch's longest group takes. A batch comes when that one of its
+    records is drawn which stands first in `records`: at any time of the epoch with equal chance.
     """
 
     def __init__(
@@ -122,22 +111,91 @@ class InstructionBatches:
         batch: int,
         length: int | None,
         seed: int,
+        context: int | None = None,
     ):
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        self.tokens, self.targets = encode(records, tokenizer, length)
+        self.rows = _rows(records, tokenizer, length, context)
+        taken = np.array([len(tokens) for tokens, _ in self.rows])
+        self.groups, longest = _groups(taken)
+        self.widths = np.full_like(longest, length) if length else longest
         self.batch, self.seed = batch, seed
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        size = len(self.tokens)
+        size = len(self.rows)
         epochs, places = np.divmod(step * self.batch + np.arange(self.batch), size)
+        orders = [self._order(epoch) for epoch in range(epochs[0], epochs[-1] + 1)]
+        drawn = np.stack(orders)[epochs - epochs[0], places]
+        return _filled([self.rows[row] for row in drawn], self.widths[self.groups[drawn].max()])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """All rows (R,) in the order of an epoch."""
+        size, batch = len(self.rows), self.batch
         # The 3 keeps this stream apart from those of (seed, step).
-        orders = [
-            np.random.default_rng([self.seed, epoch, 3]).permutation(size)
-            for epoch in range(epochs[0], epochs[-1] + 1)
-        ]
-        rows = np.stack(orders)[epochs - epochs[0], places]
-        return self.tokens[rows], self.targets[rows]
+        order = np.random.default_rng([self.seed, epoch, 3]).permutation(size)
+        # Only whole batches are sorted: the first rows may end a batch of the epoch before, and the
+        # last ones begin one that goes on in the next.
+        first = -epoch * size % batch
+        whole = order[first : first + max(0, size - first) // batch * batch]
+        batches = np.argsort(self.groups[whole], kind="stable").reshape(-1, batch)
+        rows = whole[batches]
+        drawn = batches[np.arange(len(rows)), rows.argmin(axis=1)]
+        whole[:] = rows[np.argsort(drawn)].ravel()
+        return order
+
+
+def _rows(records, tokenizer, length, context) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and targets, both (T,) int32, of each record, with a T of its own."""
+    if not records:
+        raise ValueError("there is no record to encode")
+    rows = []
+    for number, record in enumerate(records):
+        # Prompt and output are encoded apart, so no token spans both. When the model is asked, the
+        # prompt then has the same tokens as in training.
+        try:
+            asked, answer = tokenizer.encode(prompt(record)), tokenizer.encode(record.output)
+        except ValueError as error:
+            raise ValueError(f"record {number}, {record!r:.99}: {error}") from error
+        tokens = np.concatenate([asked, answer, [tokenizer.end]], dtype=np.int32)
+        targets = tokens[1:].copy()
+        targets[: len(asked) - 1] = IGNORED
+        rows.append((tokens[:-1], targets))
+    taken = [len(tokens) for tokens, _ in rows]
+    which = int(np.argmax(taken))
+    if length is not None and taken[which] > length:
+        raise ValueError(
+            f"record {which} takes {taken[which]} tokens, the length is {length}: "
+            f"{records[which]!r:.99}"
+        )
+    if context is not None and taken[which] > context:
+        raise ValueError(
+            f"a record takes {taken[which]} tokens, but the model's context is {context}: record "
+            f"{which}, {records[which]!r:.99}"
+        )
+    return rows
+
+
+def _filled(rows, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (R, T) and targets (R, T) of rows that take at most `length`."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    targets = np.full_like(tokens, IGNORED)
+    for row, (asked, wanted) in enumerate(rows):
+        tokens[row, : len(asked)], targets[row, : len(wanted)] = asked, wanted
+    return tokens, targets
+
+
+def _groups(taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The group of each row (R,) uint8, and the longest row of each group (G,).
+
+    Half of the rows take the median or more, so at least a quarter of what is filled up is rows.
+    """
+    limits = [2 * np.median(taken)]
+    while limits[-1] < taken.max():
+        limits.append(2 * limits[-1])
+    groups = np.searchsorted(limits, taken).astype(np.uint8)  # bytes are sorted fastest
+    longest = np.zeros(len(limits), taken.dtype)
+    np.maximum.at(longest, groups, taken)
+    return groups, longest
 
 
 def _record(line):
