@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import os
 import socket
+from collections import Counter
 
 import pytest
 from hypothesis import settings
@@ -29,6 +30,20 @@ def close(actual, expected, dtype, scale=0.0):
     """Assert that the arrays agree as well as computing in `dtype` allows."""
     found, allowed = error(actual, expected, scale), TOLERANCE[str(dtype)]
     assert found <= allowed, f"error {found:.1e}, allowed in {dtype}: {allowed:.0e}"
+
+
+@contextlib.contextmanager
+def counted_launches():
+    """Inside, a Counter of how often each of our kernels is launched, on a card or without one."""
+    count, launch = Counter(), cuda.Kernel.__call__
+
+    def counted(kernel, *args, **settings):
+        count[kernel.name] += 1
+        launch(kernel, *args, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda.Kernel, "__call__", counted)
+        yield count
 
 
 @pytest.fixture(autouse=True, scope="session")

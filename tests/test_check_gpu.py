@@ -114,7 +114,8 @@ def test_rows_of_the_steps_that_ran(tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 2 + 3 and all(text.count("|") == 8 for text in table)
     assert "30.00 ms (20.00 - 40.00)" in table[0] and "1.00 GiB" in table[1]
-    assert "PyTorch: 30.00 ms" in table[2] and table[2].endswith("at least 1.0 x as fast: met |")
+    assert f"{gpu_step.PEER}: 30.00 ms" in table[2]
+    assert table[2].endswith("at least 1.0 x as fast: met |")
 
 
 def test_no_step_takes_a_name_that_is_not_there():

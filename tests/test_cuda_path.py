@@ -4,12 +4,11 @@ Where no GPU is, CuPy is the stand-in of tests/emulated_cupy: what runs there us
 has, and mixes no NumPy array in. Values are compared with the same work on the CPU.
 """
 
-from collections import Counter
 
 import emulated_cupy
 import numpy as np
 import pytest
-from conftest import close
+from conftest import close, counted_launches
 
 from minilm import cuda, ops
 from minilm.backend import array_module, memory_limit, peak_memory, to_device
@@ -195,16 +194,10 @@ def test_quantized_on_the_cpu_and_moved(cupy):
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def launched():
     """How often each kernel was launched."""
-    count, launch = Counter(), cuda.Kernel.__call__
-
-    def counted(kernel, *args, **settings):
-        count[kernel.name] += 1
-        launch(kernel, *args, **settings)
-
-    monkeypatch.setattr(cuda.Kernel, "__call__", counted)
-    return count
+    with counted_launches() as count:
+        yield count
 
 
 def test_qlora_launches_the_kernels_and_nothing_in_their_place(cupy, launched):

@@ -296,7 +296,12 @@ def test_a_pass(monkeypatch, begun):
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("dtype, apart", [("float32", 1e-4), ("bfloat16", 0.03)])
-def test_pytorchs_step_is_ours(monkeypatch, dtype, apart, checkpoint):
+@pytest.mark.parametrize("made_by", [
+    "table", pytest.param("bitsandbytes", marks=pytest.mark.peers)])
+def test_pytorchs_step_is_ours(monkeypatch, made_by, dtype, apart, checkpoint):
+    if made_by == "bitsandbytes":
+        pytest.importorskip(made_by)
+    monkeypatch.setattr(gpu_step, "torch_weight", getattr(gpu_step, f"weight_of_{made_by}"))
     monkeypatch.setattr(gpu_step, "LR", 1e-2)
     model, rng = gpu_step.our_model(TINY, 4, "cpu").astype(dtype), np.random.default_rng(1)
     model.checkpoint_every = int(checkpoint)
@@ -517,7 +522,8 @@ def test_the_table_from_end_to_end(cupy, monkeypatch, capsys):
     assert "nf4_dequantize" in table[4] and "nf4_matmul" in table[5]
     for time, speed, memory in (table[6:9], table[9:]):
         assert "as fast: " in time and ": tokens a second" in speed
-        assert "PyTorch: 1.00 GiB" in memory and memory.endswith("at most PyTorch's: met |")
+        assert f"{gpu_step.PEER}: 1.00 GiB" in memory
+        assert memory.endswith("at most PyTorch's: met |")
 
 
 def test_without_a_gpu_it_says_so():

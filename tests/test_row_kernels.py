@@ -9,7 +9,7 @@ kernel, and wrong input, refused before a launch.
 import emulator
 import numpy as np
 import pytest
-from conftest import close
+from conftest import close, counted_launches
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -132,9 +132,10 @@ def test_rotary(cupy, dtype, B, T, H, D, apart, seed, order):
     lie apart will do too."""
     x, = draw(seed, dtype, (B, H, T, D) if apart else (B, T, H * D))
     dy, = draw(seed + 1, dtype, (B, H, T, D))
-    given, before = tables(seed, dtype, T, D // 2), emulator.launches["rotary"]
-    found = run(cupy, turned(given, cupy, apart), (x,), dy, order)
-    assert emulator.launches["rotary"] - before == 2
+    given = tables(seed, dtype, T, D // 2)
+    with counted_launches() as launched:
+        found = run(cupy, turned(given, cupy, apart), (x,), dy, order)
+    assert launched == {"rotary": 2}
     x = Tensor(x, requires_grad=True)
     y = turned(given, np, apart)(x)
     y.backward(dy)

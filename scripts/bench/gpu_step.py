@@ -2,14 +2,16 @@
 
 Both train in bfloat16: adapters of rank 16 on all linear layers but the head, over weights in NF4
 with double quantization. The loss is computed in float32. The adapters are rounded from float32
-masters, which AdamW changes; its states are float32 too. PyTorch (eager) looks the codes up in a
-table, forward and backward, and uses its fused AdamW and attention. It gets our model's weights.
+masters, which AdamW changes; its states are float32 too. PyTorch (eager) gets our model's codes and
+uses its fused AdamW and attention. Its weights are made by bitsandbytes' kernels or, without that
+library, looked up in a table, forward and again backward.
 Each side runs in a process of its own, with no gradient checkpoints or with one a block.
 """
 
 import math
 import statistics
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 from contenders import timed
@@ -170,42 +172,66 @@ def torch_linear(layer, device: str):
     import torch
     from torch.nn import functional as F
 
-    W, adapter, byte = layer.base.weight, layer.adapters[layer.active], np.arange(256)
+    adapter = layer.adapters[layer.active]
     dtype = on_torch(adapter.A.data, "cpu").dtype
-    arrays = {"packed": W.packed, "c2": W.c2, "c1": W.c1, "offset": W.offset, "map": dynamic_map(),
-              "pairs": levels(W.codebook)[np.stack([byte >> 4, byte & 15], -1)]}
+    dequantize = torch_weight(layer.base.weight, dtype, device)
 
     class Product(torch.autograd.Function):
         """x W^T. W is made when it is used: forward, and again backward."""
 
         @staticmethod
-        def forward(ctx, x, dequantize):
-            ctx.dequantize = dequantize
+        def forward(ctx, x):
             return x @ dequantize().T
 
         @staticmethod
         def backward(ctx, dy):
-            return dy @ ctx.dequantize(), None
+            return dy @ dequantize()
 
     class TorchLinear(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            for name, array in arrays.items():
-                self.register_buffer(name, on_torch(array, device))
             self.A, self.B = (torch.nn.Parameter(on_torch(t.data, device).float())  # masters
                               for t in (adapter.A, adapter.B))
 
-        def dequantize(self):
-            c1 = self.c1.repeat_interleave(256)[: len(self.c2)]
-            c2 = self.map[self.c2.int()] * c1 + self.offset
-            numbers = F.embedding(self.packed.int(), self.pairs).view(-1, W.block_size)
-            return numbers.mul_(c2[:, None]).to(dtype).view(W.shape)
-
         def forward(self, x):
             h = F.linear(x, self.A.to(dtype)) * adapter.scale
-            return Product.apply(x, self.dequantize) + F.linear(h, self.B.to(dtype))
+            return Product.apply(x) + F.linear(h, self.B.to(dtype))
 
     return TorchLinear()
+
+
+def weight_of_bitsandbytes(W, dtype, device: str):
+    """A function that makes the weight from its codes by bitsandbytes' kernel."""
+    import torch
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    packed, c2, c1, offset, code, table = (on_torch(x, device) for x in (
+        W.packed, W.c2, W.c1, W.offset, levels(W.codebook), dynamic_map()))
+    constants = QuantState(c1, code=table, blocksize=256, dtype=torch.float32)
+    state = QuantState(c2, torch.Size(W.shape), code, W.block_size, W.codebook, dtype,
+                       offset.reshape(()), constants)
+    return lambda: dequantize_4bit(packed.view(-1, 1), state)
+
+
+def weight_of_table(W, dtype, device: str):
+    """The same by PyTorch alone: a byte is looked up as two numbers."""
+    from torch.nn import functional as F
+
+    byte = np.arange(256)
+    packed, c2, c1, offset, pairs, table = (on_torch(x, device) for x in (
+        W.packed, W.c2, W.c1, W.offset, levels(W.codebook)[np.stack([byte >> 4, byte & 15], -1)],
+        dynamic_map()))
+
+    def dequantize():
+        constants = table[c2.int()] * c1.repeat_interleave(256)[: len(c2)] + offset
+        numbers = F.embedding(packed.int(), pairs).view(-1, W.block_size)
+        return numbers.mul_(constants[:, None]).to(dtype).view(W.shape)
+
+    return dequantize
+
+
+torch_weight = weight_of_bitsandbytes if find_spec("bitsandbytes") else weight_of_table
+PEER = "PyTorch with bitsandbytes" if find_spec("bitsandbytes") else "PyTorch"
 
 
 def on_torch(array, device: str):
@@ -234,7 +260,7 @@ def step_row(config: Config, batch: int, checkpoint: bool) -> Row:
     kind = "a checkpoint a block" if checkpoint else "no checkpoints"
     title = (f"QLoRA step of a Llama of {c.layers} x {c.width}, {batch} x {c.context} tokens, "
              f"r = {RANK}, bfloat16, {kind}")
-    return Row(title, ((made * (times_forward + 1), 0), (0, flops)), None, "PyTorch", speed=1.0)
+    return Row(title, ((made * (times_forward + 1), 0), (0, flops)), None, PEER, speed=1.0)
 
 
 def step_lines(config: Config, batch: int, checkpoint: bool, ceilings: Ceilings,
@@ -245,7 +271,7 @@ def step_lines(config: Config, batch: int, checkpoint: bool, ceilings: Ceilings,
     floor = tokens / ceilings.seconds(row.work)
     speed, memory = f"{row.title}: tokens a second", f"{row.title}: peak memory"
     if not ours:
-        none, beside = "not yet measured", "PyTorch: not yet measured"
+        none, beside = "not yet measured", f"{PEER}: not yet measured"
         return [line(row, ceilings), cells(speed, f"{floor:,.0f}", none, "", beside, "", ""),
                 cells(memory, "", none, "", beside, "", goal)]
     (their_peak, *their_times), (our_peak, *our_times) = theirs, ours
@@ -253,7 +279,7 @@ def step_lines(config: Config, batch: int, checkpoint: bool, ceilings: Ceilings,
     return [
         line(row, ceilings, our_times, their_times),
         cells(speed, f"{floor:,.0f}", f"{our_speed:,.0f}", f"{our_speed / floor:.0%}",
-              f"PyTorch: {their_speed:,.0f}", "", ""),
+              f"{PEER}: {their_speed:,.0f}", "", ""),
         cells(memory, "", f"{our_peak / 2**30:.2f} GiB", "",
-              f"PyTorch: {their_peak / 2**30:.2f} GiB", f"{their_peak / our_peak:.2f}",
+              f"{PEER}: {their_peak / 2**30:.2f} GiB", f"{their_peak / our_peak:.2f}",
               f"{goal}: {'met' if our_peak <= their_peak else 'missed'}")]

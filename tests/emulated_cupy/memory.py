@@ -30,21 +30,22 @@ class OutOfMemoryError(MemoryError):
 class MemoryPool:
     """The numbers of cupy.get_default_memory_pool(): what it takes of the card, and gives back.
 
-    An array gets the smallest free chunk of its stream that holds it, and the rest of that chunk
-    stays free. If there is no such chunk, the card is asked for one. A chunk that was split goes
-    back to the card when all of its pieces are free.
+    An array gets the smallest free chunk of its stream that holds it, of equal ones the one that
+    has been free for longest: the numbers are the same in each process. The rest of the chunk stays
+    free. If there is no such chunk, the card is asked for one. A chunk that was split goes back to
+    the card when all of its pieces are free.
     """
 
     def __init__(self):
         self._limit = self._used = self._total = 0
-        self._free, self._dropped = set(), deque()  # free chunks; those a finalizer dropped
+        self._free, self._dropped = {}, deque()  # free chunks, in order; those a finalizer dropped
         self._lock = threading.RLock()
         self._sizes = {}  # address -> bytes, of every live block
 
     def _forget(self):
         """Begin as a new process does: what was allocated before is nobody's."""
         self._limit = self._used = self._total = 0
-        self._free, self._dropped = set(), deque()  # older pointers know the old ones
+        self._free, self._dropped = {}, deque()  # older pointers know the old ones
 
     def set_limit(self, size=None, fraction=None):
         if fraction is not None:
@@ -70,7 +71,7 @@ class MemoryPool:
         with self._lock:
             self._collect()
             for chunk in [c for c in self._free if c.whole() and stream in (None, c.stream)]:
-                self._free.remove(chunk)
+                self._free.pop(chunk)
                 self._total -= chunk.size
 
     def malloc(self, size):
@@ -88,9 +89,9 @@ class MemoryPool:
         if not fits:
             return None
         chunk = min(fits, key=lambda c: c.size)
-        self._free.remove(chunk)
+        self._free.pop(chunk)
         if chunk.size > size:
-            self._free.add(chunk.split(size))
+            self._free[chunk.split(size)] = True
         return chunk
 
     def _new_chunk(self, size, rounded):
@@ -111,13 +112,13 @@ class MemoryPool:
             chunk = self._dropped.popleft()
             self._used -= chunk.size
             if chunk.after in self._free:
-                self._free.remove(chunk.after)
+                self._free.pop(chunk.after)
                 chunk.join()
             if chunk.before in self._free:
                 chunk = chunk.before
-                self._free.remove(chunk)
+                self._free.pop(chunk)
                 chunk.join()
-            self._free.add(chunk)
+            self._free[chunk] = True
 
 
 class Chunk:
