@@ -3,12 +3,12 @@
 Importing it loads nothing: import its modules. `python -m minilm` prints what this machine has.
 The floors, in reading order. A module imports only from its own line and the lines before it:
 
-    backend, arrays, blas, cuda, files                    arrays on a CPU or a GPU
+    backend, arrays, blas, cuda, locks, strict, files, stored, together     arrays, whole files
     graph, tensor, activations, attention, losses, ops    functions, each with its gradient
-    nn, transformer, cache, decode, generate              one model, three families
+    nn, transformer, shapes, cache, decode, generate      one model, three families
     quantize, peft, optim, parallel, distill              the methods
     data, interop, measure                                text, others' formats, numbers
-    checkpoint, train, picture, results, run, loop, command, experiment        steps and runs
+    checkpoint, records, state, versions, train, picture, results, run, loop, command, experiment
 """
 
 __version__ = "0.1.0"

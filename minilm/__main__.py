@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from minilm import backend
 from minilm.parallel.cores import default_workers
-from minilm.run import versions
+from minilm.versions import versions
 
 EXTRAS = {"hf": ("tokenizers",), "plots": ("matplotlib",), "report": ("jinja2",),
           "test": ("torch", "pytest"),

@@ -56,7 +56,16 @@ def save(
     _write(_temporary(folder), tensors, state)
     os.replace(_temporary(folder), folder)
     sync_folder(path)
-    replaced = [other for s, _, other in found if s == step]
+    remove_older(path, step, keep)
+
+
+def remove_older(path: str | os.PathLike, step: int, keep: int = 2) -> None:
+    """Remove what a save of this step replaces: all but `keep` checkpoints up to this step.
+
+    A save does it at its end; after one that was killed before, whoever goes on may do it.
+    """
+    found = _checkpoints(Path(path))
+    _, *replaced = [other for s, _, other in found if s == step] or [None]
     older = [other for s, _, other in found if s < step]
     for other in replaced + older[keep - 1 :]:
         # Rename first: a folder that is half removed must not look like a checkpoint.
@@ -100,7 +109,11 @@ def _read(folder):
         stated = manifest.get(name) if isinstance(manifest, dict) else None
         if stated != found:
             raise FormatError(folder / name, f"is {found}, but manifest.json has {stated}")
-    return read_tensors(folder / "tensors.safetensors"), read_json(folder / "state.json")
+    state = read_json(folder / "state.json")
+    step = state.get("step") if isinstance(state, dict) else None
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise FormatError(folder / "state.json", f"step is {step!r:.100}, expected an int >= 0")
+    return read_tensors(folder / "tensors.safetensors"), state
 
 
 def _fingerprint(file):

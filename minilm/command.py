@@ -19,7 +19,10 @@ def command(main, stopped: str = "stopped"):
         tyro.cli(main)
     except WRONG as error:
         if isinstance(error, OSError) and error.filename:
-            error = f"{error.filename}: {error.strerror}"
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+            said = f"{error.filename}: {error.strerror}"
+        else:
+            said = str(error)
+        notes = getattr(error, "__notes__", [])  # how to go on
+        sys.exit("\n".join([f"{Path(sys.argv[0]).name}: {said}", *notes]))
     except KeyboardInterrupt:
         sys.exit(f"\n{stopped}")

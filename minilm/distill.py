@@ -255,6 +255,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     tied = out.plain().weight is embedding  # not if the head is adapted or quantized
     config = replace(teacher.config, layers=len(layers), tied=tied)
     student = Transformer(config).astype(embedding.dtype)
+    student.ends = teacher.ends
     theirs, state = dict(teacher.named_modules()), {}
     for path, _ in student.named_tensors():
         owner, _, name = path.rpartition(".")

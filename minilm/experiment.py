@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minilm.files import write_atomically
+from minilm.files import remove, write_atomically
 from minilm.measure.verdict import Verdict
 from minilm.parallel.cores import default_workers
 from minilm.picture import draw_svg
@@ -70,19 +70,21 @@ def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory],
                     experiment.measures)
     settings = settings | {"quick": quick}
     if resume:
-        folder = Path(resume)
-        stored = RunDirectory(folder).describe()["settings"]
-        result = continued(Result.load(folder / "result.json"), result, stored, settings)
+        run = RunDirectory(resume)
+        stored = run.describe()["settings"]
+        result = continued(Result.load(run.path / "result.json"), result, stored, settings)
     else:
-        folder = RunDirectory.create(out, experiment.name, settings, []).path
-    print(f"{folder}: {experiment.question}" + f"\n{QUICK}" * quick, flush=True)
-    result = run_arms(experiment, result, measured, seeds, folder)
-    judged = [{"claim": claim, **asdict(judge(result.rows))}
-              for claim, judge in experiment.claims.items()]
-    result = replace(result, claims=tuple(judged))
-    result.save(folder / "result.json")
-    print(f"\n{table(result)}\n\n{verdicts(result)}\n" + f"{QUICK}\n" * quick)
-    leave(experiment, result, folder, keep)
+        run = RunDirectory.create(out, experiment.name, settings, [],
+                                  fill=lambda folder: result.save(folder / "result.json"))
+    with run.going_on():
+        print(f"{run.path}: {experiment.question}" + f"\n{QUICK}" * quick, flush=True)
+        result = run_arms(experiment, result, measured, seeds, run.path)
+        judged = [{"claim": claim, **asdict(judge(result.rows))}
+                  for claim, judge in experiment.claims.items()]
+        result = replace(result, claims=tuple(judged))
+        result.save(run.path / "result.json")
+        print(f"\n{table(result)}\n\n{verdicts(result)}\n" + f"{QUICK}\n" * quick)
+        leave(experiment, result, run.path, keep)
     return result
 
 
@@ -105,11 +107,13 @@ def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Pa
     All arms of a seed come before the next seed: a run that is cut short still has pairs to judge.
     """
     done = {(row["arm"], row["seed"]) for row in result.rows}
+    def place(arm, seed): return folder / f"{arm}-{seed}".replace("/", "_")
+    for pair in done:  # what a kill after the arm's row has left
+        remove(place(*pair))
     result.save(folder / "result.json")
     commit, machine = commit_of(Path(experiment.file).parent), describe_machine()
     for arm, seed in [(a, s) for s in seeds for a in experiment.arms if (a, s) not in done]:
-        own = folder / f"{arm}-{seed}".replace("/", "_")
-        own.mkdir(exist_ok=True)
+        (own := place(arm, seed)).mkdir(exist_ok=True)
         try:
             row = {"arm": arm, "seed": seed, **measured(arm, seed, RunDirectory(own))}
         except KeyboardInterrupt:

@@ -1,21 +1,31 @@
 """Files that are whole or absent, and errors that name the path and the field.
 
 A write goes to a temporary file in the same folder, is forced to the disk, and is then renamed over
-the target. So a crash leaves the old file or the new one, never a part. A read accepts only what is
-well formed and raises FormatError for anything else. Tensors are stored as safetensors. The header
-is written here, for two reasons: the library's own writer puts metadata in a random order, and this
-way tensors go to the file without a copy. The library does the reading; tests try hostile files.
+the target. So a crash leaves the old file or the new one, never a part. What a kill leaves of a
+temporary file is removed by the next write to its target. A read accepts only what is well formed
+and raises FormatError for anything else. Tensors are stored as safetensors. The header is written
+here, for two reasons: the library's own writer puts metadata in a random order, and this way
+tensors go to the file without a copy. The library does the reading; tests try hostile files.
 """
 
+import errno
+import glob
 import hashlib
+import itertools
 import json
 import os
+import shutil
 import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, deserialize
+
+from minilm.locks import hold
+from minilm.strict import parse
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -36,9 +46,12 @@ CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 
 class FormatError(ValueError):
-    """A file does not hold what it should; the text is "path: message"."""
+    """A file does not hold what it should; the text is "path: message", which is cut if it is long.
+    """
 
     def __init__(self, path: str | os.PathLike, message: str):
+        if len(message) > 1000:  # it may quote what the file holds
+            message = f"{message[:500]} ... {message[-400:]}"
         super().__init__(os.fspath(path), message)
 
     def __str__(self):
@@ -47,19 +60,56 @@ class FormatError(ValueError):
 
 def write_atomically(path: str | os.PathLike, *parts: bytes) -> None:
     """Write the parts (bytes or contiguous uint8 arrays) one after another as one whole file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    if (path := Path(path)).is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file", str(path))
+    with temporary(path) as new:
+        write_synced(new, parts)
+        os.replace(new, path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def temporary(path: str | os.PathLike, folder: bool = False) -> Iterator[Path]:
+    """A new empty file or folder beside `path`, to be filled and renamed to it.
+
+    It is removed at the end if it is still there. Those of processes that were killed are removed
+    before: nobody holds them.
+    """
+    path = Path(path)
+    name = f".{path.name[:50]}"  # names have at most 255 bytes
+    for other in path.parent.glob(f"{glob.escape(name)}.*.tmp"):
+        with hold(other, wait=False) as dead:
+            if dead:
+                remove(other)
+    held = False
+    while not held:
+        new = path.with_name(f"{name}.{os.urandom(8).hex()}.tmp")
+        new.mkdir() if folder else new.touch(exist_ok=False)
+        with hold(new) as held:
+            held = held or new.exists()  # no: another process took it for dead
+            if held:
+                try:
+                    yield new
+                finally:
+                    remove(new)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def write_synced(path: Path, parts: Iterable[bytes]) -> None:
+    """Write the parts to a file that is not anybody's yet, and force it to the disk."""
+    with open(path, "wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: str | os.PathLike) -> None:
@@ -75,13 +125,37 @@ def sync_folder(path: str | os.PathLike) -> None:
 
 def write_json(path: str | os.PathLike, obj: object) -> None:
     """Write obj as indented JSON. ValueError for NaN and infinity: JSON has no name for them."""
-    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, text.encode() + b"\n")
+    write_atomically(path, json_bytes(obj))
+
+
+def json_bytes(obj: object) -> bytes:
+    """What `write_json` writes."""
+    return json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def read_json(path: str | os.PathLike) -> object:
-    """Read strict JSON: UTF-8, no repeated key, no NaN. Raises FormatError, FileNotFoundError."""
+    """Read strict JSON: UTF-8, no repeated key, no NaN or infinity, no half of a surrogate pair.
+
+    Raises FormatError, FileNotFoundError.
+    """
     return _parse_json(path, read_bytes(path))
+
+
+def read_json_lines(path: str | os.PathLike) -> list:
+    """Read strict JSON, a value a line, without a last line that a crash has cut short.
+
+    Raises FormatError, naming the line, and FileNotFoundError.
+    """
+    lines, values = read_bytes(path).split(b"\n"), []
+    if not lines[-1]:
+        lines.pop()
+    for i, line in enumerate(lines, 1):
+        try:
+            values.append(_parse_json(path, line))
+        except FormatError as error:
+            if i < len(lines):
+                raise FormatError(path, f"line {i}: {error.args[1]}") from None
+    return values
 
 
 def write_tensors(
@@ -93,6 +167,13 @@ def write_tensors(
 
     TypeError for a dtype that is not in DTYPES. Only arrays that are not C-contiguous are copied.
     """
+    write_atomically(path, *tensor_parts(tensors, metadata))
+
+
+def tensor_parts(
+    tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> Iterator[bytes]:
+    """What `write_tensors` writes, part by part; an array is copied only when its turn comes."""
     codes = {name: _code(name, array) for name, array in tensors.items()}
     # Large items first: every tensor then starts at a multiple of its item size.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
@@ -105,7 +186,7 @@ def write_tensors(
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     bodies = (_bytes_of(tensors[name], DTYPES[codes[name]]) for name in names)
-    write_atomically(path, len(text).to_bytes(8, "little"), text, *bodies)
+    return itertools.chain([len(text).to_bytes(8, "little"), text], bodies)
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -164,24 +245,9 @@ def _kind(mode):
 
 def _parse_json(path, data):
     try:
-        return json.loads(
-            data.decode(), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
-        )
+        return parse(data)
     except (ValueError, RecursionError) as error:
         raise FormatError(path, f"not valid JSON: {error}") from error
-
-
-def _without_repeats(pairs):
-    obj = {}
-    for key, value in pairs:
-        if key in obj:
-            raise ValueError(f"key {key!r} appears twice")
-        obj[key] = value
-    return obj
-
-
-def _refuse_constant(name):
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _checked(metadata):

@@ -3,7 +3,8 @@
 Shapes: B batch, T tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -16,21 +17,31 @@ from minilm.transformer import Transformer
 
 
 def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float = 1.0,
-             top_k: int | None = None, top_p: float | None = None,
-             seed: int = 0) -> np.ndarray:
+             top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+             eos: Collection[int] | int | None = None) -> np.ndarray:
     """tokens (B, T) and max_new_tokens sampled after them: int64 (B, T + max_new_tokens).
 
-    Settings and errors are those of `stream`. The same seed draws the same tokens.
+    eos: ids that end a row, by default the model's own (model.ends, which a loaded model has). An
+    ended row is filled up with the model's pad, or else with the first of eos. If all rows have
+    ended, fewer than max_new_tokens are returned. Other settings and errors are those of `stream`.
+    The same seed draws the same tokens.
 
     >>> from minilm.transformer import Config
     >>> model = Transformer(Config.gpt2(vocab_size=256, context=8, layers=2, heads=4, width=64))
     >>> generate(model, [[72, 105]], 3, temperature=0)  # untrained, with a tied head: an echo
     array([[ 72, 105, 105, 105, 105]])
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    _require(_whole(max_new_tokens, 0), max_new_tokens=max_new_tokens, expected="0, 1, 2, ...")
     drawn = stream(model, tokens, temperature, top_k, top_p, seed)
-    new = [next(drawn)[:, None] for _ in range(max_new_tokens)]
+    eos = model.ends.eos if eos is None else [eos] if _whole(eos, 0) else eos
+    _require(isinstance(eos, Collection) and all(_whole(id, 0) for id in eos), eos=eos,
+             expected="ids, or None for the model's own")
+    pad = next(id for id in (model.ends.pad, *eos, 0) if id is not None)
+    ended, new = np.zeros(len(tokens), bool), []
+    while len(new) < max_new_tokens and not ended.all():
+        ids = np.where(ended, pad, next(drawn))
+        ended |= np.isin(ids, [*eos])
+        new.append(ids[:, None])
     return np.concatenate([np.asarray(tokens), *new], axis=1, dtype=np.int64)
 
 
@@ -43,8 +54,8 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
     arXiv:1904.09751). Past the model's context the window slides: the last `context` tokens are run
     again for each token, because their positions change. A model that cannot use a cache (see
     decode.caches) does so for every token; this is decided once, when the stream begins. Dropout is
-    off, in this thread only. ValueError for bad settings or tokens, and for a model that is not
-    causal.
+    off, in this thread only. ValueError for bad settings or tokens, for a model that is not causal,
+    and, as it is drawn, for a token whose logits are not finite.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
@@ -54,10 +65,16 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
                          f"{model.config.vocab_size} rows")
     if not model.config.causal:
         raise ValueError("only a causal model generates; this one sees later tokens too")
-    k_fits, p_fits = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1
-    if not (temperature >= 0 and k_fits and p_fits):
-        raise ValueError(f"bad settings: {temperature=}, {top_k=}, {top_p=}")
-    return _drawn(model, tokens, np.random.default_rng(seed), temperature, top_k, top_p)
+    _require(_number(temperature) and 0 <= temperature < math.inf, temperature=temperature,
+             expected="a number from 0 up, which is finite; 0 takes the likeliest token")
+    _require(top_k is None or _whole(top_k, 1), top_k=top_k, expected="1, 2, 3, ... or None")
+    _require(top_p is None or (_number(top_p) and 0 < top_p <= 1), top_p=top_p,
+             expected="a number above 0, up to 1, or None")
+    try:
+        rng = np.random.default_rng(seed)
+    except (ValueError, TypeError):
+        _require(False, seed=seed, expected="0, 1, 2, ...")
+    return _drawn(model, tokens, rng, temperature, top_k, top_p)
 
 
 def _drawn(model, tokens, rng, *settings):
@@ -82,13 +99,24 @@ def _drawn(model, tokens, rng, *settings):
 
 
 def sample(logits, rng, temperature, top_k, top_p):  # (B, V) -> (B,)
-    """One token per row, as `stream` describes."""
+    """One token per row, as `stream` describes.
+
+    A logit of -inf forbids its token. ValueError if a row has NaN or +inf, or forbids all tokens.
+    """
+    logits = logits.astype(np.float64)
+    most = logits.max(-1, keepdims=True)  # NaN if there is one
+    if not np.isfinite(most).all():
+        raise ValueError("the model's logits are not finite: some are NaN or infinite, so that no "
+                         "token can be drawn")
     if temperature == 0:
         return logits.argmax(-1)
-    z = logits.astype(np.float64) / temperature
+    with np.errstate(over="ignore"):
+        z, top = logits / temperature, most / temperature
+        if not np.isfinite(top).all():  # a tiny temperature: only differences matter
+            z, top = (logits - most) / temperature, 0.0
     if top_k is not None and top_k < z.shape[-1]:
         z[z < np.partition(z, -top_k, axis=-1)[:, -top_k, None]] = -np.inf
-    p = np.exp(z - z.max(-1, keepdims=True))
+    p = np.exp(z - top)
     if top_p is not None:
         order = np.argsort(-p, axis=-1, kind="stable")
         falling = np.take_along_axis(p, order, -1)
@@ -97,3 +125,17 @@ def sample(logits, rng, temperature, top_k, top_p):  # (B, V) -> (B,)
         np.put_along_axis(p, order, falling, -1)
     upto = np.cumsum(p, -1)
     return (upto <= rng.random((len(p), 1)) * upto[:, -1:]).sum(-1)
+
+
+def _require(fits, expected, **setting):
+    if not fits:
+        (name, value), = setting.items()
+        raise ValueError(f"bad setting {name}={value!r}: expected {expected}")
+
+
+def _number(value):
+    return isinstance(value, (int, float, np.integer, np.floating)) and type(value) is not bool
+
+
+def _whole(value, least):
+    return isinstance(value, (int, np.integer)) and type(value) is not bool and value >= least

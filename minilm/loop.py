@@ -74,7 +74,10 @@ def resumed(settings, resume: Path | None):
     """
     run = RunDirectory(resume) if resume else None
     own = run.settings(settings) if run else settings
-    return run, replace(own, workers=own.workers or default_workers()[0])
+    own = replace(own, workers=own.workers or default_workers()[0])
+    if run:
+        run.warn_of_other_bits(own.workers)
+    return run, own
 
 
 def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None, *, optimizer,
@@ -91,14 +94,14 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
 
     After a first Ctrl-C the current step is finished and saved, and training stops; a second one
     interrupts at once. If the first comes during the last step, it is raised after everything is
-    saved.
+    saved. RuntimeError if another process trains this run.
     """
     s, saved, (cores, processes) = settings, saved or model, default_workers()
     scaler = LossScaler() if s.dtype == "float16" else None
-    step = run.restore(saved, optimizer, scaler)
     schedule = partial(cosine_schedule, steps=s.steps, lr=s.lr, min_lr=min_lr, warmup=s.warmup)
-    with Trainer(model, optimizer, s.workers or cores, processes and not s.threads, s.seed, scaler,
-                 loss) as trainer:
+    with run.alone(), Trainer(model, optimizer, s.workers or cores, processes and not s.threads,
+                              s.seed, scaler, loss) as trainer:
+        step = run.restore(saved, optimizer, scaler)
         yield trainer, Step(step, math.nan, math.nan, 0.0, targets=0, seconds=0.0)
         last = step >= s.steps
         with finish_on_interrupt() as interrupted, tqdm(

@@ -1,7 +1,7 @@
-"""Pictures of results: SVG that takes the colour of its text from the page around it.
+"""Pictures of results: PNG, and SVG that takes the colour of its text from the page around it.
 
-Needs matplotlib (extra `plots`). Text stays text, and the background is the page's, so one picture
-serves light and dark pages, screens and paper. The same numbers give the same bytes.
+Needs matplotlib (extra `plots`). In an SVG text stays text, and the background is the page's, so
+one picture serves light and dark pages, screens and paper. The same numbers give the same bytes.
 """
 
 import io
@@ -27,6 +27,15 @@ PLAIN = {  # what matplotlib writes -> what a page can hold
         r'\1 stroke-linejoin="round" stroke-linecap="butt" font-family="sans-serif">',
     r"font-family: [^;]*; ": "",
 }
+
+
+def save_png(figure, path: Path) -> Path:
+    """Save a figure of matplotlib as a whole file, in a folder that is made if need be."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, file.getvalue())
+    return path
 
 
 def draw_svg(path: Path, draw: Callable, size: tuple[float, float] = (4.6, 3.2)) -> Path | None:

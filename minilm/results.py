@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minilm.files import FormatError, read_json, write_json
-from minilm.measure.verdict import Verdict
+from minilm.measure.verdict import FAILS, HOLDS, OPEN, Verdict
+from minilm.stored import fits, revive
 
 
 class Spread(NamedTuple):
@@ -36,17 +37,19 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path):
-        """Read what `save` wrote. Raises FormatError, FileNotFoundError."""
-        stored, fields = read_json(path), set(cls.__dataclass_fields__)
-        if not isinstance(stored, dict) or set(stored) != fields:
-            raise FormatError(path, f"must hold an object with the fields {sorted(fields)}")
-        result = cls(**stored | {field: tuple(stored[field]) for field in ("rows", "claims")})
-        needed = {"rows": {"arm", "seed", *result.measures},
-                  "claims": {"claim", *Verdict.__dataclass_fields__}}
-        for field, names in needed.items():
-            for item in stored[field]:
-                if missing := names - set(item):
-                    raise FormatError(path, f"{field}: {sorted(missing)} missing in {item!r:.200}")
+        """Read what `save` wrote. Raises FormatError, naming the field, and FileNotFoundError."""
+        result = revive(cls, read_json(path), path)
+        kinds = {"arm": str, "seed": int} | dict.fromkeys(result.measures, float)
+        for i, row in enumerate(result.rows):
+            for name, kind in kinds.items():
+                if not fits(row.get(name), kind):
+                    raise FormatError(path, f"rows[{i}]: {name} is {row.get(name)!r:.100}, "
+                                      f"expected {kind.__name__}")
+        for measure, decimals in result.measures.items():
+            if not 0 <= decimals <= 20:
+                raise FormatError(path, f"measures: {measure} is {decimals}, expected 0 to 20")
+        for i, claim in enumerate(result.claims):
+            _check_claim(claim, path, f"claims[{i}]")
         return result
 
     def save(self, path: str | Path):
@@ -65,6 +68,19 @@ class Result:
         """A measure of an arm over its seeds."""
         values = [row[measure] for row in self.rows if row["arm"] == arm]
         return Spread(float(np.mean(values)), min(values), max(values))
+
+
+def _check_claim(claim: dict, path, where: str):
+    if not fits(claim.get("claim"), str):
+        raise FormatError(path, f"{where}: claim is {claim.get('claim')!r:.100}, expected str")
+    verdict = {name: value for name, value in claim.items() if name != "claim"}
+    said = revive(Verdict, verdict, path, where)
+    if said.verdict not in (known := (HOLDS, FAILS, OPEN)):
+        raise FormatError(path, f"{where}: verdict is {said.verdict!r:.100}, expected of {known}")
+    if said.at_least is said.at_most is None:
+        raise FormatError(path, f"{where}: at_least and at_most are null, expected a bound")
+    if said.low is not None and None in (said.mean, said.high):
+        raise FormatError(path, f"{where}: mean or high is null, but low is not")
 
 
 def number(x: float, decimals: int) -> str:

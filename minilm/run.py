@@ -1,58 +1,124 @@
 """Run directories: everything that a training run leaves behind, and what resuming it needs.
 
-    run.json          settings, corpora with their SHA-256, versions, threads
+    run.json          settings, corpora and the base's files with their SHA-256, versions, threads
     metrics.jsonl     one line a record
     samples.txt       what the model wrote
     loss.png          the curves (needs the extra `plots`)
     checkpoints/      the last two, see checkpoint.py
+    .lock             while a process writes here
+
+A run has one writer at a time. What lies behind the last checkpoint is cut off when the run goes
+on, and made again. So a run that was killed, at any moment and any number of times, ends with the
+files of one that was not.
 """
 
+import errno
+import itertools
 import json
-import math
-import platform
+import os
+import shlex
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
-from threadpoolctl import threadpool_info
-
-import minilm
 from minilm import checkpoint
-from minilm.backend import array_module, to_device
-from minilm.files import FormatError, read_json, write_atomically, write_json
+from minilm.backend import to_device
+from minilm.files import (
+    FormatError,
+    read_json,
+    remove,
+    sync_folder,
+    temporary,
+    write_atomically,
+    write_json,
+)
+from minilm.locks import alone
 from minilm.nn import Module
 from minilm.optim import AdamW, LossScaler
+from minilm.picture import save_png
+from minilm.records import append_record, read_records, with_nan
+from minilm.state import by_name, check, put_back
+from minilm.stored import fits, revive
+from minilm.together import settle
+from minilm.versions import differing, versions
 
 
 class RunDirectory:
     """The folder of one run. `settings` and `corpora` decide the run, and are stored as JSON."""
 
     def __init__(self, path: Path):
-        self.path = Path(path)
+        self.path, self.mine = Path(path), False
 
     @classmethod
-    def create(cls, parent: Path, name: str, settings: dict, corpora: list[dict]):
-        """Make a new folder parent/name-1, or with the first number that is free."""
-        number = 1
-        while True:
-            path = Path(parent) / f"{name}-{number}"
-            try:
-                path.mkdir(parents=True)
-                break
-            except FileExistsError:
-                number += 1
-        write_json(path / "run.json", {"settings": settings, "corpora": corpora, **versions()})
+    def create(cls, parent: Path, name: str, settings: dict, corpora: list[dict],
+               base: list[dict] = (), fill: Callable[[Path], None] = lambda folder: None):
+        """Make a new folder parent/name-1, or with the first number that is free.
+
+        base: what else decides the run, as `fingerprints` of a model give it. fill(folder) writes
+        what else a new run has. The folder appears when all of it is written, so any run that is
+        there can go on.
+        """
+        parent = Path(parent)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            said = f"cannot be a folder for runs: {error.strerror}"
+            raise OSError(error.errno, said, str(parent)) from None
+        with temporary(parent / name, folder=True) as new:
+            write_json(new / "run.json", {"settings": settings, "corpora": corpora,
+                                          "base": list(base), **versions()})
+            fill(new)
+            path = _named(new, parent / name)
+        sync_folder(parent)
         return cls(path)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be the run's only writer. What killed processes left half-written is removed first.
+
+        RuntimeError if another process is the writer.
+        """
+        if self.mine:
+            yield
+            return
+        with alone(self.path):
+            for pattern in (".*.tmp", "step-*.tmp"):
+                for dead in sorted(self.path.rglob(pattern)):
+                    remove(dead)
+            self.mine = True
+            try:
+                yield
+            finally:
+                self.mine = False
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """alone(), for a program: an error that is not the run's own says how to go on after it."""
+        with self.alone():
+            try:
+                yield
+            except (OSError, RuntimeError) as error:
+                error.add_note(f"go on with: --resume {shlex.quote(str(self.path))}")
+                raise
+
     def describe(self) -> dict:
-        """What run.json says. FormatError if a field is missing."""
-        run = read_json(self.path / "run.json")
+        """What run.json says. FormatError if a field is missing, FileNotFoundError if all is."""
+        file = self.path / "run.json"
+        try:
+            run = read_json(file)
+        except FileNotFoundError:
+            said = "is missing, so there is no run to go on with"
+            raise FileNotFoundError(errno.ENOENT, said, str(file)) from None
         if not isinstance(run, dict):
-            raise FormatError(self.path / "run.json", "must hold an object")
-        for field in ("settings", "corpora"):
-            if field not in run:
-                raise FormatError(self.path / "run.json", f"the field {field!r} is missing")
+            raise FormatError(file, "must hold an object")
+        for field, kind in (("settings", dict), ("corpora", list), ("base", list)):
+            if field not in run and field != "base":  # runs of 0.1.0 have no base
+                raise FormatError(file, f"the field {field!r} is missing")
+            if not isinstance(run.get(field, []), kind) and field in run:
+                raise FormatError(file, f"{field} is {run[field]!r:.100}, expected {kind.__name__}")
         return run
 
     def settings(self, given):
@@ -65,38 +131,49 @@ class RunDirectory:
             missing, unknown = sorted(defaults.keys() - stored), sorted(stored.keys() - defaults)
             raise FormatError(self.path / "run.json", "the run is of another program or version: "
                               f"settings missing: {missing}, unknown: {unknown}")
-        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        own = revive(type(given), stored, self.path / "run.json", "settings")
+        kept = asdict(own)
         changed = [f"{k} {asked[k]} (it has {kept[k]})" for k in kept
                    if asked[k] not in (defaults[k], kept[k])]
         if changed:
             raise ValueError(f"{self.path} keeps its settings, but others are given: "
                              + ", ".join(changed))
-        return type(given)(**kept)
+        return own
 
-    def check(self, corpora: list[dict], words: str):
-        """ValueError, with these words, if the run was started on other corpora."""
-        if self.describe()["corpora"] != corpora:
+    def check(self, corpora: list[dict], words: str, base: list[dict] = ()):
+        """ValueError, with these words, if the run was started on other corpora or another base.
+
+        Runs of earlier versions say nothing of their base; then nothing of it is compared.
+        """
+        run, base = self.describe(), list(base)
+        if run["corpora"] != corpora:
             raise ValueError(f"{self.path}: {words} this run was started on")
+        if (then := run.get("base", base)) != base:
+            changed = [file["name"] for file in base if file not in then]
+            raise ValueError(f"{self.path}: {words} this run was started on: "
+                             + (f"{', '.join(changed)} changed" if changed else "files are gone"))
+
+    def warn_of_other_bits(self, workers: int):
+        """Warn if this machine or its libraries give other bits than those the run began with."""
+        if changed := differing(self.describe(), versions(), workers):
+            warnings.warn(f"{self.path} cannot go on bit for bit: {changed}", stacklevel=3)
 
     def log(self, **record):
         """Add a line to metrics.jsonl; a number that is not finite becomes null."""
-        record = {name: None if type(x) is float and not math.isfinite(x) else x
-                  for name, x in record.items()}
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_record(self.path / "metrics.jsonl", record)
 
     def records(self) -> list[dict]:
         """The lines of metrics.jsonl, without a last line that a crash has cut short."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        records = []
-        for i, line in enumerate(lines):
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                if i + 1 < len(lines):
-                    raise FormatError(file, f"line {i + 1} is not JSON") from None
-        return records
+        return read_records(self.path / "metrics.jsonl")
+
+    def require(self, record: dict, **kinds: type) -> dict:
+        """The record, with nan for null. FormatError if a field is missing or of another kind."""
+        full = with_nan(record)
+        for name, kind in kinds.items():
+            if not fits(full.get(name), kind):
+                raise FormatError(self.path / "metrics.jsonl", f"step {record.get('step')}: {name} "
+                                  f"is {record.get(name)!r:.100}, expected {kind.__name__}")
+        return full
 
     def write_sample(self, step: int, text: str):
         """Add a sample to samples.txt."""
@@ -106,51 +183,43 @@ class RunDirectory:
     def save(self, step: int, model: Module, optimizer: AdamW, scaler: LossScaler | None = None):
         """Save a checkpoint: the parameters that train and the optimizer's moments, by name.
 
-        16-bit parameters are saved as the float32 masters from which they are rounded.
+        16-bit parameters are saved as the float32 masters from which they are rounded. What was
+        logged and sampled before is forced to the disk first.
         """
-        tensors = _by_name(model, optimizer, optimizer.states())
+        tensors = by_name(model, optimizer, optimizer.states())
         tensors = {name: to_device(array, "cpu") for name, array in tensors.items()}
         state = {"step": step} | ({"scaler": scaler.state()} if scaler else {})
+        _sync(self.path / "metrics.jsonl")
+        if (samples := self.path / "samples.txt").exists():
+            _sync(samples)
+            state["samples"] = samples.stat().st_size
         checkpoint.save(self.path / "checkpoints", tensors, state)
 
     def restore(self, model: Module, optimizer: AdamW, scaler: LossScaler | None = None) -> int:
-        """Restore the last whole checkpoint, and cut the metrics to it; returns its step.
+        """Restore the last whole checkpoint, cut metrics and samples to it, and return its step.
 
         Frozen tensors stay as they are. If there is no checkpoint yet, everything does, and the
-        step is 0.
+        step is 0. FormatError, before anything is changed, if the checkpoint does not fit.
         """
         try:
             tensors, state = checkpoint.load(self.path / "checkpoints")
         except FileNotFoundError:
-            step = 0
+            tensors, state = {}, {"step": 0, "samples": 0}
         else:
-            if (scaler is None) == ("scaler" in state):
-                raise FormatError(self.path, "the checkpoint is of a run "
-                                  f"{'with' if scaler is None else 'without'} a loss scaler")
-            self._put_back(tensors, model, optimizer)
-            step = optimizer.steps = state["step"]
+            check(state, scaler, self.path)
+            put_back(tensors, model, optimizer, self.path)
+            checkpoint.remove_older(self.path / "checkpoints", state["step"])
+            optimizer.steps = state["step"]
             if scaler:
                 scaler.restore(state["scaler"])
                 optimizer.steps -= scaler.skipped
-        kept = [r for r in self.records() if r["step"] <= step]
+        kept = [r for r in self.records() if r["step"] <= state["step"]]
         write_atomically(self.path / "metrics.jsonl",
                          "".join(json.dumps(r) + "\n" for r in kept).encode())
-        return step
-
-    def _put_back(self, tensors, model, optimizer):
-        states = optimizer.states()
-        places = _by_name(model, optimizer, states)
-        own = {name for name in places if not name.startswith("model.")}
-        stored = {name for name in tensors if not name.startswith("model.")}
-        if own != stored:
-            differ = sorted(own ^ stored)
-            raise FormatError(self.path, f"the checkpoint's moments are of another model: {differ}")
-        state = {n.removeprefix("model."): t for n, t in tensors.items() if n not in own}
-        model.load_state_dict(model.state_dict() | state)
-        for name, place in places.items():
-            device = "cpu" if array_module(place) is np else "cuda"
-            place[...] = to_device(tensors[name], device)
-        optimizer.put_back(states)
+        samples = self.path / "samples.txt"
+        if "samples" in state and samples.exists():  # 0.1.0 did not write down how many there were
+            write_atomically(samples, samples.read_bytes()[: state["samples"]])
+        return state["step"]
 
     def plot(self) -> Path | None:
         """Draw loss.png; None if matplotlib is missing."""
@@ -160,44 +229,50 @@ class RunDirectory:
             return None
         axes = (figure := Figure(figsize=(6, 3.6), layout="constrained")).subplots()
         for name in ("loss", "validation_loss"):
-            points = [(r["step"], r[name]) for r in self.records() if r.get(name) is not None]
+            points = [(r["step"], r[name]) for r in self.records()
+                      if fits(r.get(name), float) and abs(r[name]) < 1e100]
             if points:
                 axes.plot(*zip(*points), label=name.replace("_", " "), linewidth=1)
         axes.set(xlabel="step", ylabel="loss (nats a token)")
-        axes.legend(frameon=False)
-        figure.savefig(self.path / "loss.png", dpi=110)
-        return self.path / "loss.png"
+        if axes.lines:
+            axes.legend(frameon=False)
+        return save_png(figure, self.path / "loss.png")
 
 
 def newest_model(runs: Path, run: str = "*") -> Path:
-    """The model that was saved last, among the folders of `runs` whose names match `run`."""
-    # save_model writes config.json last, so only whole models are found.
+    """The model that was saved last, among the folders of `runs` whose names match `run`.
+
+    ValueError if there is none, or if one of several has a date that is still to come.
+    """
+    for folder in runs.glob(f"{run}/model"):
+        settle(folder)
+    # config.json comes last, so only whole models are found.
     found = runs.glob(f"{run}/model/config.json")
     configs = sorted(found, key=lambda path: path.stat().st_mtime)
     if not configs:
         raise ValueError(f"no model in {runs}/{run}/model: run pretrain.py first, or give --model")
+    date = configs[-1].stat().st_mtime
+    if len(configs) > 1 and date > time.time() + 60:  # a minute: a server's clock may be ahead
+        raise ValueError(f"{configs[-1].parent} is dated {time.ctime(date)}, which is still to "
+                         "come, so the newest model cannot be told: give --model")
     return configs[-1].parent
 
 
-def versions() -> dict:
-    """Versions and libraries, which also decide the bits of a run."""
-    told = ("internal_api", "version", "architecture", "num_threads")
-    blas = [{key: library.get(key) for key in told}
-            for library in threadpool_info() if library["user_api"] == "blas"]
-    return {"minilm": minilm.__version__, "python": platform.python_version(),
-            "numpy": np.__version__, "ml_dtypes": ml_dtypes.__version__,
-            "platform": platform.platform(), "blas": blas}
-
-
-def _by_name(model, optimizer, states):
-    """Masters and states by parameter, as views of flat buffers. A state that has one number a
-    block, not one a parameter, is kept whole."""
-    flat, named = optimizer.flat, {}
-    place = {id(p): i for i, p in enumerate(flat.params)}
-    for kind, buffer in ({"model": flat.data} | states).items():
-        if buffer.size != flat.size:
-            named[kind] = buffer
+def _named(new: Path, wanted: Path) -> Path:
+    """Rename a folder to wanted-1, or with the first number that is free."""
+    for number in itertools.count(1):
+        path = wanted.with_name(f"{wanted.name}-{number}")
+        if os.path.lexists(path):  # also a link to nowhere
             continue
-        views = flat.views(buffer)
-        named |= {f"{kind}.{name}": views[place[id(p)]] for name, p in model.named_parameters()}
-    return named
+        try:
+            os.rename(new, path)
+            return path
+        except OSError:
+            if not os.path.lexists(path):
+                raise
+
+
+def _sync(file: Path):
+    if file.exists():
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())

@@ -14,6 +14,7 @@ Shapes: B batch, T tokens, C width, H heads, K key/value heads, D head width, V 
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -95,6 +96,14 @@ class Config:
                           width=width, hidden=hidden, kv_heads=heads, norm_first=False,
                           norm_eps=1e-12, activation="gelu", causal=False, head="masked",
                           segments=segments) | changes)
+
+
+class Ends(NamedTuple):
+    """The ids that begin, end and fill up a text. An id outside of the vocabulary never comes."""
+
+    bos: int | None = None
+    eos: tuple[int, ...] = ()  # each of them ends a text
+    pad: int | None = None
 
 
 class Attention(Module):
@@ -181,6 +190,7 @@ class Transformer(Module):
     or masks. The weights are drawn from `seed` as GPT-2's: N(0, 0.02^2), but output projections of
     the residual branches are divided by sqrt(2 layers).
     checkpoint_every = k runs every k blocks under `checkpoint`; 0 keeps all activations.
+    ends: what the folder names that the model was loaded from; a new model has none.
 
     >>> model = Transformer(Config.gpt2(vocab_size=256, context=8, layers=2, heads=4, width=32))
     >>> model(np.array([[72, 105, 33]])).shape
@@ -191,7 +201,7 @@ class Transformer(Module):
 
     def __init__(self, config: Config, seed: int = 0):
         c, rng = config, np.random.default_rng(seed)
-        self.config, self.checkpoint_every = c, 0
+        self.config, self.checkpoint_every, self.ends = c, 0, Ends()
         self.embed = Embedding(c.vocab_size, c.width, rng)
         self.position = Embedding(c.context, c.width, rng) if c.positions == "learned" else None
         self.segment = Embedding(c.segments, c.width, rng) if c.segments else None

@@ -31,6 +31,7 @@ from minilm.measure.guesses import likeliest
 from minilm.measure.speed import speeds
 from minilm.nn import Module
 from minilm.optim import AdamW
+from minilm.picture import save_png
 from minilm.run import RunDirectory
 from minilm.transformer import Config, Transformer
 
@@ -127,7 +128,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     for corpus, part in zip(corpora, parts):
         print(data.account(corpus, *part))
     try:
-        distill(run, s, teacher, tokenizer, texts)
+        with run.going_on():
+            distill(run, s, teacher, tokenizer, texts)
     except KeyboardInterrupt:
         sys.exit(f"stopped; go on with: --resume {run.path}")
 
@@ -237,13 +239,13 @@ def train(run, s: Settings, name: str, model, texts, steps: int, loss=None) -> l
             arm.log(step=done.step, **validation(trainer, held_out, every=1 if last else 4))
     if done.step < steps:
         raise KeyboardInterrupt
-    return arm.records()
+    return [arm.require(record, validation_loss=float, validation_accuracy=float)
+            for record in arm.records()]
 
 
 def save(run, name: str, model, tokenizer):
     """A Hugging Face folder with its tokenizer."""
-    huggingface.save_model(model, run.path / name)
-    tokenizer.save(run.path / name / "tokenizer.json")
+    huggingface.save_model(model, run.path / name, tokenizer)
 
 
 def size(model) -> int:
@@ -299,8 +301,7 @@ def draw(path: Path, arms: dict[str, Arm], prompt: str, tokens, p) -> Path | Non
     right.legend(frameon=False)
     right.set_title(f"the teacher after {prompt!r}", parse_math=False)
     right.set(xlabel="next token", ylabel="probability")
-    figure.savefig(path, dpi=110)
-    return path
+    return save_png(figure, path)
 
 
 def points(arm: Arm, what: str):

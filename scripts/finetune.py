@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from minilm import data
+from minilm import data, versions
 from minilm.command import command
 from minilm.files import FormatError, sha256
 from minilm.interop import huggingface, peft
@@ -119,20 +119,25 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     records = load_data(s)
     described = [{"name": name, "sha256": digest} for name, digest in fingerprints(s, records)]
+    corpora = [data.load_corpus(name) for name in s.known]
+    decisive = versions.fingerprints(folder) + [{"name": c.name, "sha256": c.sha256}
+                                                for c in corpora]
     if run:
-        run.check(described, "the model or the data are not those")
+        run.check(described, "the model or the data are not those", decisive)
     base = huggingface.load_model(folder)
     if not base.config.causal:
         raise ValueError(f"{folder} fills in masked tokens; only a causal model gives answers")
+    data.adopt_end(tokenizer, base.ends.eos)
     model = METHODS[s.method].prepare(base, s).astype(s.dtype)
     context = model.config.context
     batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed, context)
     asked = data.encode(records[1], tokenizer, context=context)
-    known = held_out_text(s, tokenizer, context)
+    known = held_out_text(corpora, tokenizer, context)
     if run is None:
-        run = RunDirectory.create(out, f"finetune-{s.method}", asdict(s), described)
+        run = RunDirectory.create(out, f"finetune-{s.method}", asdict(s), described, decisive)
     print(f"{len(records[0]):,} records to train on, {len(records[1]):,} held out")
-    finetune(run, s, model, tokenizer, batches, records[1], asked, known)
+    with run.going_on():
+        finetune(run, s, model, tokenizer, batches, records[1], asked, known)
 
 
 def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
@@ -175,16 +180,20 @@ def examined(model, tokenizer, test, asked, known, trainer, step: int) -> dict:
 def finish(run, model, tokenizer, s: Settings, step: int, record):
     """Save what was learned, print the scores before and after, and say where everything is."""
     if s.method == "full":
-        huggingface.save_model(model, run.path / "model")
-        tokenizer.save(run.path / "model" / "tokenizer.json")
+        huggingface.save_model(model, run.path / "model", tokenizer)
         use = f"--model {run.path / 'model'}"
     else:
-        peft.save_adapter(model, run.path / "adapter")
+        peft.save_adapter(model, run.path / "adapter", base=s.model)
         use = f"--model {s.model} --adapter {run.path / 'adapter'}"
     if step < s.steps:
         print(f"stopped after step {step}; go on with: --resume {run.path}")
         return
-    print_scores(run.records()[0], run.records()[-1])
+    records = run.records() or [{}]
+    before, after = (run.require(record, right=dict, loss_held_out=float, loss_known=dict)
+                     for record in (records[0], records[-1]))
+    for name in ("right", "loss_known"):
+        run.require(before[name], **dict.fromkeys(after[name], float))
+    print_scores(before, after)
     print(f"ask it: python scripts/generate.py {use} --temperature 0 "
           f"--prompt ${data.prompt(record)!r}")
 
@@ -221,9 +230,9 @@ def load_data(s: Settings):
     return data.make_tasks(s.data, s.train, s.test, s.seed)
 
 
-def held_out_text(s: Settings, tokenizer, context: int) -> dict:
+def held_out_text(corpora, tokenizer, context: int) -> dict:
     """Rows of each known corpus's held-out tenth, as in pretrain.py: name -> (tokens, targets)."""
-    parts = {name: data.split(data.load_corpus(name), 0.1)[1] for name in s.known}
+    parts = {corpus.name: data.split(corpus, 0.1)[1] for corpus in corpora}
     return {name: data.cut(data.pack(part, tokenizer), context) for name, part in parts.items()}
 
 

@@ -6,7 +6,8 @@
         --adapter runs/finetune-lora-1/adapter --temperature 0 --prompt $'Reverse\\nminilm\\n-> '
 
 Prints the prompt and what the model writes after it, as it is sampled, then the speed. The model is
-the Hugging Face folder of a causal model, with its tokenizer.json.
+the Hugging Face folder of a causal model, with its tokenizer.json. It stops at the ends that the
+folder names (eos_token_id), or else at the tokenizer's.
 """
 
 import sys
@@ -30,7 +31,8 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
     """Let a trained model write.
 
     Args:
-        model: Hugging Face folder with a tokenizer.json; by default the newest runs/*/model.
+        model: Hugging Face folder with a tokenizer.json; by default the one that the adapter names,
+            or without an adapter the newest runs/*/model.
         prompt: the text to go on from; an empty one starts a new document.
         tokens: how many to sample; fewer if the model ends the document.
         temperature: 1 samples as the model was trained, less gives likelier text, 0 the likeliest.
@@ -42,21 +44,37 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
     if tokens < 0:
         raise ValueError(f"tokens must not be negative, got {tokens}")
     tune_allocator()
-    folder = model or newest_model(Path("runs"))
+    folder = model or (base_folder(adapter) if adapter else newest_model(Path("runs")))
     if not model:
         print(f"{folder}:", file=sys.stderr)
+    elif adapter and Path(peft.base_of(adapter) or model).absolute() != model.absolute():
+        print(f"{adapter} was made for {peft.base_of(adapter)}", file=sys.stderr)
     transformer = huggingface.load_model(folder).eval()
+    if not transformer.config.causal:
+        raise ValueError(f"{folder} fills in masked tokens; only a causal model writes on")
     if adapter:
         unload_lora(merge_lora(peft.load_adapter(transformer, adapter)))
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    before = tokenizer.encode(prompt).tolist() or [tokenizer.end]
+    tokenizer, V = load_tokenizer(folder / "tokenizer.json"), transformer.config.vocab_size
+    bos, eos, _ = transformer.ends
+    first = tokenizer.end if bos is None or bos >= V else bos
+    ends = [id for id in eos if id < V] or [tokenizer.end]
+    before = tokenizer.prompt(prompt).tolist() or [first]
     drawn = stream(transformer, [before], temperature, top_k, top_p, seed)
-    ids = takewhile(lambda id: id != tokenizer.end, (int(row[0]) for row in islice(drawn, tokens)))
+    ids = takewhile(lambda id: id not in ends, (int(row[0]) for row in islice(drawn, tokens)))
     print(prompt, end="", flush=True)
     start = time.perf_counter()
     count = write(ids, tokenizer, before)
     speed = count / (time.perf_counter() - start)
     print(f"{count} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
+
+
+def base_folder(adapter: Path) -> Path:
+    """The folder of the model that the adapter is for."""
+    base = peft.base_of(adapter)
+    if not base or not Path(base).is_dir():
+        named = f"names {base!r}, which is no folder here" if base else "does not name its model"
+        raise ValueError(f"{adapter} {named}: give --model")
+    return Path(base)
 
 
 def write(ids: Iterable[int], tokenizer: Tokenizer, before: list[int]) -> int:

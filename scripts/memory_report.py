@@ -33,6 +33,7 @@ from minilm.measure.plan import Step, parameters, plan
 from minilm.optim import AdamW, PagedAdamW
 from minilm.optim.pages import SLOTS
 from minilm.optim.streams import SimulatedDevice
+from minilm.picture import save_png
 from minilm.transformer import Config
 
 LR = 1e-3
@@ -276,8 +277,7 @@ def draw(table, moments, budget, failed, path: Path) -> bool:
     draw_spike(right, moments, budget, failed)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS),
                   frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_png(figure, path)
     return True
 
 

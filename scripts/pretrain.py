@@ -20,6 +20,7 @@ from tqdm import tqdm
 from minilm import data
 from minilm.command import command
 from minilm.generate import generate
+from minilm.graph import no_dropout
 from minilm.interop import huggingface
 from minilm.loop import Training, fit, resumed, validation
 from minilm.measure.losses import bits_per_byte
@@ -99,7 +100,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if run:
         run.check(described, "the text is not the one that")
     parts = [data.split(corpus, s.validation) for corpus in corpora]
-    stored = run and data.load_tokenizer(run.path / "tokenizer.json")
+    stored = run and data.load_tokenizer(run.path / "tokenizer.json", framed=False)
     tokenizer = stored or make_tokenizer(s, parts)
     shown = [(progress(training, "tokens of the text", "document"), held)
              for training, held in parts]
@@ -107,12 +108,13 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
                                         masked=s.family == "bert")
     model = make_model(s, tokenizer.vocab_size).astype(s.dtype)
     if run is None:
-        run = RunDirectory.create(out, "pretrain", asdict(s), described)
-        tokenizer.save(run.path / "tokenizer.json")
+        run = RunDirectory.create(out, "pretrain", asdict(s), described,
+                                  fill=lambda folder: tokenizer.save(folder / "tokenizer.json"))
     for corpus, part in zip(corpora, parts):
         print(data.account(corpus, *part))
     size = sum(len(text.encode()) for _, held in parts for text in held)
-    pretrain(run, s, model, batches, held_out, tokenizer, size)
+    with run.going_on():
+        pretrain(run, s, model, batches, held_out, tokenizer, size)
 
 
 def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer, size: int):
@@ -152,8 +154,7 @@ def evaluate(trainer, step: int, steps: int, held_out, size: int) -> dict:
 
 def finish(run, model, tokenizer, step, steps):
     """Save the model and the curves, and say where they are."""
-    huggingface.save_model(model, run.path / "model")
-    tokenizer.save(run.path / "model" / "tokenizer.json")
+    huggingface.save_model(model, run.path / "model", tokenizer)
     drawn = run.plot()
     if step < steps:
         print(f"stopped after step {step}; go on with: --resume {run.path}")
@@ -178,8 +179,8 @@ def show_sample(run, model, tokenizer, s: Settings, step: int):
 def fill_in(model, tokens, tokenizer, seed):
     """The tokens, 15 % of them masked and guessed by the model."""
     masked, targets = data.corrupt(tokens, np.random.default_rng(seed), tokenizer)
-    with no_grad():
-        guesses = model.eval()(masked).data.argmax(-1)
+    with no_grad(), no_dropout():
+        guesses = model(masked).data.argmax(-1)
     return np.where(targets == data.IGNORED, tokens, guesses)
 
 
@@ -193,7 +194,7 @@ def make_tokenizer(s: Settings, parts):
     if s.tokenizer == "bpe":
         documents = progress(training, "words for the tokenizer", "document")
         return data.BPETokenizer.train(documents, s.vocab_size)
-    return data.load_tokenizer(s.tokenizer)
+    return data.load_tokenizer(s.tokenizer, framed=False)
 
 
 def progress(items, title: str, unit: str) -> Iterable:

@@ -21,6 +21,7 @@ from minilm.command import command
 from minilm.interop import huggingface
 from minilm.measure.losses import loss_of
 from minilm.nn import Linear
+from minilm.picture import save_png
 from minilm.quantize import quantize_4bit, quantize_int8, quantize_model
 from minilm.quantize.fourbit import levels
 from minilm.run import newest_model
@@ -142,9 +143,7 @@ def draw_codebooks(weights, path: Path) -> Path | None:
         axis.vlines(levels(kind), 0, axis.get_ylim()[1], linewidth=1)
         axis.set(ylabel=kind, yticks=[])
     axes[-1].set_xlabel("weight / largest of its block")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    return save_png(figure, path)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from minilm.command import command
-from minilm.files import FormatError, write_atomically
+from minilm.files import FormatError, read_bytes, write_atomically
 from minilm.measure.verdict import FAILS, HOLDS, OPEN
 from minilm.results import Result, claimed, found, number
 
@@ -87,9 +87,10 @@ def picture(path: Path, prefix: str) -> str | None:
     """
     if not path.exists():
         return None
+    data = read_bytes(path)
     try:
-        root = ET.parse(path).getroot()
-    except ET.ParseError as error:
+        root = ET.fromstring(data)
+    except (ET.ParseError, LookupError, ValueError) as error:  # also of an unknown encoding
         raise FormatError(path, f"not SVG: {error}") from error
     for element in root.iter():
         tag = str(element.tag).removeprefix(f"{{{SVG}}}")
@@ -101,7 +102,10 @@ def picture(path: Path, prefix: str) -> str | None:
                 raise FormatError(path, f"a picture may not hold {name}={value!r:.99}")
             own = prefix + value if name == "id" else re.sub(r"^#|(?<=url\()#", f"#{prefix}", value)
             element.set(name, own)
-    return ET.tostring(root, encoding="unicode")
+    try:
+        return ET.tostring(root, encoding="unicode")
+    except RecursionError:
+        raise FormatError(path, "is nested too deeply") from None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 checkpoint to load and a next save that works; a damaged checkpoint is skipped with a warning."""
 
 import errno
-import io
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import warnings
 import ml_dtypes
 import numpy as np
 import pytest
+from disk import Disk, killed, no_space
 
 from minilm import checkpoint, files
 from minilm.files import FormatError
@@ -45,58 +45,6 @@ def load(path):
 
 def names(path):
     return sorted(os.listdir(path))
-
-
-class Disk:
-    """Counts the file operations of a save and calls `fail` at the k-th, or from the k-th on.
-
-    A write that fails has written half of its bytes. fsync only counts: the kernel outlives us.
-    """
-
-    def __init__(self, patch, k, fail, forever=False):
-        self.count, self.k, self.fail, self.forever = 0, k, fail, forever
-        for name in ("mkdir", "replace", "unlink", "rmdir"):
-            patch.setattr(os, name, self.counted(getattr(os, name)))
-        patch.setattr(os, "fsync", self.counted(lambda fd: None))
-        patch.setattr(files, "open", self.open, raising=False)
-
-    def due(self):
-        self.count += 1
-        return self.count == self.k or (self.forever and self.count > self.k)
-
-    def counted(self, operation):
-        def call(*args, **kwargs):
-            if self.due():
-                self.fail()
-            return operation(*args, **kwargs)
-
-        return call
-
-    def open(self, name, mode):
-        if "r" not in mode and self.due():
-            self.fail()
-        return open(name, mode) if "r" in mode else HalfWriter(io.FileIO(name, mode), self)
-
-
-class HalfWriter(io.BufferedWriter):
-    def __init__(self, raw, disk):
-        super().__init__(raw)
-        self.disk = disk
-
-    def write(self, part):
-        if self.disk.due():
-            super().write(bytes(part)[: len(part) // 2])
-            self.flush()
-            self.disk.fail()
-        return super().write(part)
-
-
-def no_space():
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def killed():
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def before(path):

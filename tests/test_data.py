@@ -337,7 +337,11 @@ def test_characters_are_numbered_in_order():
 def test_an_unknown_character_is_named(stranger):
     with pytest.raises(ValueError) as error:
         CharTokenizer("ac").encode("ca" + stranger + "a" + stranger)
-    assert str(error.value) == f"character {stranger!r} at position 2 is not in the alphabet"
+    text = f"ca{stranger}a{stranger}"
+    assert str(error.value) == (f"character {stranger!r} at position 2 is not in the alphabet of 2 "
+                                f"characters: {text!r}")
+    with pytest.raises(ValueError, match=f"at position 99 .*: 'c{'a' * 19}.{'a' * 19}'$"):
+        CharTokenizer("ac").encode("a" * 79 + "c" + "a" * 19 + "-" + "a" * 50)
 
 
 @pytest.mark.parametrize("alphabet", ["", "ba", "aa", "\ud800"])
@@ -376,10 +380,16 @@ def test_special_ids_decode_to_nothing(tokenizer):
     assert tokenizer.decode([]) == ""
 
 
-def test_ids_out_of_range_are_refused(tokenizer):
-    for stranger in (-1, tokenizer.vocab_size):
-        with pytest.raises(ValueError, match=str(stranger)):
-            tokenizer.decode([1, stranger])
+def test_ids_that_name_no_token_decode_to_nothing(tokenizer):
+    """As in transformers: a model's table may have more rows than there are tokens."""
+    known = tokenizer.encode("the cat").tolist()
+    for stranger in (tokenizer.vocab_size, tokenizer.vocab_size + 1, 2**40):
+        assert tokenizer.decode([stranger, *known, stranger]) == "the cat"
+
+
+def test_what_is_no_id_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="-1"):
+        tokenizer.decode([1, -1])
     with pytest.raises(TypeError, match="float64"):
         tokenizer.decode([1.0])
     with pytest.raises(ValueError, match=r"\(1, 1\)"):

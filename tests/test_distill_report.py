@@ -149,6 +149,7 @@ def test_a_prediction_is_the_teachers_at_each_temperature(tmp_path, family):
         exact = np.exp(logits / T) / np.exp(logits / T).sum()
         np.testing.assert_allclose(found, exact[first], rtol=1e-5)
     assert (np.diff(p[1]) < 0).all()
+    assert all(m.training for _, m in teacher.named_modules())  # as it was, but without dropout
     assert len(likeliest(teacher, data.ByteTokenizer(), PROMPT, count=3)[0]) == 3
 
 

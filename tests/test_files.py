@@ -210,6 +210,13 @@ def test_format_error_is_path_and_message_and_can_cross_processes(tmp_path):
     assert str(copy.copy(error)) == str(error)  # rebuilt from its args, as in another process
 
 
+def test_a_long_message_is_cut():
+    error = FormatError("x.json", f"field is {'a' * 10**6!r}, expected text")
+    assert str(error).startswith("x.json: field is 'aaa")
+    assert str(error).endswith("aaa', expected text")
+    assert len(str(error)) < 1000
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
@@ -244,6 +251,17 @@ def test_malformed_json_is_refused(tmp_path, text):
     (tmp_path / "j").write_bytes(text)
     with pytest.raises(FormatError, match=re.escape(f"{tmp_path / 'j'}: ")):
         read_json(tmp_path / "j")
+
+
+def test_json_has_a_depth(tmp_path):
+    """Deeper, a message that quotes the value would be a RecursionError."""
+    for depth in (1, 99):
+        (tmp_path / "j").write_text("[" * depth + "]" * depth)
+        assert str(read_json(tmp_path / "j")) == "[" * depth + "]" * depth
+    for opening, closing in ("[]", ('{"a":[', "]}")):
+        (tmp_path / "j").write_text(opening * 100 + "1" + closing * 100)
+        with pytest.raises(FormatError, match="nested 100 times or more"):
+            read_json(tmp_path / "j")
 
 
 @given(text=st.binary(max_size=40))

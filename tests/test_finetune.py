@@ -16,7 +16,7 @@ import pytest
 from finetune import METHODS, Settings, answers, main
 
 from minilm import checkpoint, data
-from minilm.files import FormatError
+from minilm.files import FormatError, read_json
 from minilm.generate import generate
 from minilm.interop import huggingface, peft
 from minilm.measure.losses import loss_of
@@ -24,7 +24,7 @@ from minilm.peft.adapted import adapted_layers
 from minilm.quantize import QuantizedLinear
 from minilm.run import RunDirectory
 from minilm.train import Trainer
-from minilm.transformer import Config, Transformer
+from minilm.transformer import Config, Ends, Transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
@@ -129,6 +129,26 @@ def test_the_seed_draws_the_adapters(base):
         return adapted_layers(model)["blocks.0.mlp.up"].adapters["default"].A.data
 
     assert (drawn(0) == drawn(0)).all() and (drawn(0) != drawn(1)).any()
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_what_was_learned_names_its_base_and_its_end(tmp_path, base, method):
+    main(settings(base, method=method, steps=1), tmp_path)
+    run = tmp_path / f"finetune-{method}-1"
+    if method != "full":
+        assert peft.base_of(run / "adapter") == str(base)
+        return
+    assert huggingface.load_model(run / "model").ends.eos == (data.ByteTokenizer.end,)
+    named = read_json(run / "model" / "tokenizer_config.json")
+    assert named["eos_token"] == "<|endoftext|>"
+
+
+def test_a_chat_models_ends_are_kept(tmp_path, base):
+    model = huggingface.load_model(base)
+    model.ends = Ends(50, (60, 70), 51)
+    huggingface.save_model(model, base)
+    main(settings(base, method="full", steps=1), tmp_path)
+    assert huggingface.load_model(tmp_path / "finetune-full-1" / "model").ends == model.ends
 
 
 def test_the_default_base_is_the_newest_pretrained_model(tmp_path, base, monkeypatch, capsys):

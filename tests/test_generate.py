@@ -6,12 +6,15 @@
 import dataclasses
 import functools
 import importlib
+import math
 import os
 import pkgutil
 import runpy
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import generate as script
 import ml_dtypes
@@ -21,15 +24,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilm
+from minilm import ops
 from minilm.cache import Cache
 from minilm.data import BPETokenizer, ByteTokenizer, CharTokenizer, printable
 from minilm.decode import caches, decode, decodes
+from minilm.files import read_json, write_json
 from minilm.generate import generate, sample, stream
 from minilm.interop import huggingface, peft
 from minilm.nn import Linear, Module
 from minilm.peft import add_lora, use_adapter
 from minilm.tensor import Tensor, no_grad, randomness
-from minilm.transformer import Attention, Block, Config, Transformer
+from minilm.transformer import Attention, Block, Config, Ends, Transformer
 
 V, CONTEXT = 13, 6
 CONFIGS = {
@@ -309,23 +314,29 @@ def test_every_module_says_whether_it_is_tokenwise():
 
 
 def test_threads_share_a_model_that_trains():
-    """Each generates without dropout, while another trains with it on the same model."""
+    """Each generates without dropout and without a graph, while another trains with both."""
     model, barrier = make("gpt2", dropout=0.5).train(), threading.Barrier(5)
     expected = generate(model, prompts(0, 1, 2), 40)
 
     def work(draws):
         barrier.wait()
         if draws:
-            return [generate(model, prompts(0, 1, 2), 40) for _ in range(5)]
+            return [generate(model, prompts(0, 1, 2), 40) for _ in range(2)]
         def run(seed):
             with randomness(np.random.default_rng(seed)):
-                return model(prompts(0, 2, 4)).data
-        return [(run(0), run(1)) for _ in range(50)]
+                ops.cross_entropy(y := model(prompts(0, 2, 4)), prompts(1, 2, 4)).backward()
+            gradient = model.blocks[0].mlp.up.weight.grad
+            for p in model.parameters():
+                p.grad = None
+            return y.data, gradient
+        return [(run(0), run(1)) for _ in range(20)]
 
     with ThreadPoolExecutor(5) as pool:
         *drawn, trained = pool.map(work, [True] * 4 + [False])
     assert all(np.array_equal(tokens, expected) for one in drawn for tokens in one)
-    assert all(not np.array_equal(*pair) for pair in trained)
+    for one, other in trained:
+        for found, again, drawn_anew in zip(one, trained[0][0], other):
+            assert np.array_equal(found, again) and not np.array_equal(found, drawn_anew)
     assert all(m.training for _, m in model.named_modules())
 
 
@@ -377,17 +388,112 @@ def test_no_graph_is_built_and_only_inside():
     ([1, 2], {}, "(2,)"),
     ([[]], {}, "(1, 0)"),
     ([[1.5]], {}, "float64"),
-    ([[1]], dict(max_new_tokens=-1), "-1"),
+    ([["a"]], {}, "<U1"),
+    ([[True]], {}, "bool"),
+    ([[V]], {}, "table has 13 rows"),
+    ([[1]], dict(max_new_tokens=-1), "max_new_tokens=-1"),
+    ([[1]], dict(max_new_tokens=2.5), "max_new_tokens=2.5"),
+    ([[1]], dict(max_new_tokens=None), "max_new_tokens=None"),
     ([[1]], dict(temperature=-0.5), "temperature=-0.5"),
     ([[1]], dict(temperature=float("nan")), "temperature=nan"),
+    ([[1]], dict(temperature=float("inf")), "temperature=inf"),
+    ([[1]], dict(temperature="1"), "temperature='1'"),
+    ([[1]], dict(temperature=None), "temperature=None"),
     ([[1]], dict(top_k=0), "top_k=0"),
+    ([[1]], dict(top_k=2.5), "top_k=2.5"),
+    ([[1]], dict(top_k=float("nan")), "top_k=nan"),
+    ([[1]], dict(top_k=True), "top_k=True"),
     ([[1]], dict(top_p=0.0), "top_p=0.0"),
     ([[1]], dict(top_p=1.5), "top_p=1.5"),
+    ([[1]], dict(top_p="1"), "top_p='1'"),
+    ([[1]], dict(seed=-1), "seed=-1"),
+    ([[1]], dict(seed=1.5), "seed=1.5"),
+    ([[1]], dict(eos=[1.5]), "eos=[1.5]"),
+    ([[1]], dict(eos="60"), "eos='60'"),
+    ([[1]], dict(eos=-1), "eos=-1"),
 ])
 def test_bad_settings(tokens, settings, given):
     with pytest.raises(ValueError) as error:
         generate(model_of("gpt2"), tokens, **dict(max_new_tokens=0) | settings)
     assert given in str(error.value)
+
+
+def test_settings_may_be_numpys():
+    model, tokens = model_of("gpt2"), prompts(0, 2, 3)
+    settings = dict(temperature=np.float64(0.5), top_k=np.int64(5), top_p=np.float64(0.75))
+    found = generate(model, tokens, np.int32(4), **settings, seed=np.random.default_rng(3))
+    settings = {name: value.item() for name, value in settings.items()}
+    assert np.array_equal(found, generate(model, tokens, 4, **settings, seed=3))
+
+
+NONE = [(math.nan, 1.0, 2.0), (1.0, 2.0, math.nan), (math.inf, 1.0, 2.0), (-math.inf,) * 3,
+        (math.nan, math.inf, -math.inf)]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", ml_dtypes.bfloat16], ids=str)
+@pytest.mark.parametrize("row", NONE)
+@pytest.mark.parametrize("settings", [(0, None, None), (1.0, None, None), (0.7, 2, None),
+                                      (1.0, None, 0.5), (1e-310, 1, 0.9)])
+def test_logits_that_are_none_are_an_error(dtype, row, settings):
+    """In any row, and not the first token for ever."""
+    z = np.array([(0.0, 1.0, 2.0), row, (0.0, 1.0, 2.0)]).astype(dtype)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        sample(z, np.random.default_rng(0), *settings)
+
+
+@pytest.mark.parametrize("settings", [(0, None, None), (1.0, None, None), (0.7, 2, None),
+                                      (1.0, None, 0.999), (1e-310, None, None)])
+def test_a_logit_of_minus_infinity_forbids_its_token(settings):
+    z = np.array([[-math.inf, 1.0, 1.5, -math.inf]] * 200)
+    drawn = set(sample(z, np.random.default_rng(0), *settings).tolist())
+    assert drawn == ({1, 2} if settings[0] > 0.1 else {2})
+
+
+@families
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_model_that_overflowed_does_not_write(family, settings):
+    model = make(family)
+    model.blocks[1].mlp.down.weight.data[0] = math.nan
+    for B in (1, 2):
+        with pytest.raises(ValueError, match="logits are not finite"):
+            generate(model, prompts(0, B, 2), 3, **settings)
+
+
+@given(z=logits_rows, seed=seeds, temperature=st.sampled_from([5e-324, 1e-310, 1e-307, 1e-200]),
+       k=st.none() | st.integers(1, 15), p=st.none() | st.floats(0.01, 1))
+def test_the_smallest_temperatures_take_the_likeliest(z, seed, temperature, k, p):
+    z = np.array([z] * 20)
+    drawn = sample(z, np.random.default_rng(seed), temperature, k, p)
+    assert (z[0, drawn] == z[0].max()).all()
+
+
+# Ends
+
+
+@given(seed=seeds, ends=st.lists(st.integers(0, V + 3), max_size=4), B=st.integers(1, 3),
+       pad=st.none() | st.integers(0, V), family=st.sampled_from([*CONFIGS]),
+       settings=st.sampled_from(SETTINGS))
+def test_each_row_stops_at_its_end(seed, ends, B, pad, family, settings):
+    """What comes before is what is drawn without ends."""
+    model, tokens, longest = make(family), prompts(seed, B, 2), 0
+    model.ends = Ends(eos=tuple(ends), pad=pad)
+    free = generate(model, tokens, 8, seed=seed, eos=(), **settings)
+    found = generate(model, tokens, 8, seed=seed, **settings)
+    for row, whole in zip(found, free):
+        ended = np.flatnonzero(np.isin(whole[2:], ends))
+        length = ended[0] + 1 if len(ended) else 8
+        assert np.array_equal(row[: 2 + length], whole[: 2 + length])
+        filling = pad if pad is not None else [*ends, 0][0]
+        assert (row[2 + length :] == filling).all()
+        longest = max(longest, length)
+    assert found.shape == (B, 2 + longest) and found.dtype == np.int64
+
+
+def test_an_end_in_the_prompt_ends_nothing():
+    model, tokens = model_of("gpt2"), prompts(0, 1, 3)
+    free = generate(model, tokens, 6, 0)
+    unseen = next(int(id) for id in tokens[0] if id not in free[0, 3:])
+    assert np.array_equal(generate(model, tokens, 6, 0, eos=unseen), free)
 
 
 def test_bert_does_not_generate():
@@ -502,9 +608,12 @@ def test_an_empty_prompt_starts_a_new_document(tmp_path, capsys):
     assert capsys.readouterr().out == printable(ByteTokenizer().decode(ids)) + "\n"
 
 
+@pytest.mark.parametrize("ends", [Ends(), Ends(50256, (50256,))], ids=["none", "out of reach"])
 @pytest.mark.parametrize("prompt", ["The ", ""])
-def test_the_script_stops_where_the_document_ends(tmp_path, capsys, prompt):
+def test_the_script_stops_where_the_document_ends(tmp_path, capsys, prompt, ends):
+    """As the tokenizer says, if the folder names no end, or only one that the table has not."""
     model = save(tmp_path, ByteTokenizer(), tied=False)
+    model.ends = ends
     model.norm.weight.data[:], model.norm.bias.data[:] = 0, 1
     model.head.weight.data[:] = 0
     model.head.weight.data[ByteTokenizer.end] = 1
@@ -512,6 +621,50 @@ def test_the_script_stops_where_the_document_ends(tmp_path, capsys, prompt):
     script.main(tmp_path, prompt, 20, temperature=0)
     printed = capsys.readouterr()
     assert printed.out == prompt + "\n" and printed.err.startswith("0 tokens, ")
+
+
+def writes(folder, letter):
+    """A model that writes this letter, in a folder, and an adapter for it beside the folder."""
+    model = save(folder, ByteTokenizer(), tied=False)
+    model.norm.weight.data[:], model.norm.bias.data[:] = 0, 1
+    model.head.weight.data[:] = 0
+    model.head.weight.data[ord(letter)] = 1
+    huggingface.save_model(model, folder)
+    peft.save_adapter(add_lora(model, 1, 1), folder.parent / "adapter", base=folder)
+
+
+def test_an_adapter_finds_its_base(tmp_path, monkeypatch, capsys):
+    """The one that it names, not the newest model."""
+    monkeypatch.chdir(tmp_path)
+    for run, age in (("a", 10), ("b", 20)):
+        writes(Path("runs") / run / "model", run)
+        os.utime(f"runs/{run}/model/config.json", (1e9 - age, 1e9 - age))
+    for run in "ab":
+        script.main(tokens=5, temperature=0, adapter=Path("runs") / run / "adapter")
+        printed = capsys.readouterr()
+        assert printed.out == f"The {run * 5}\n" and printed.err.startswith(f"runs/{run}/model:\n")
+    script.main(Path("runs/a/model"), tokens=0, adapter=Path("runs/b/adapter"))
+    assert capsys.readouterr().err.startswith("runs/b/adapter was made for runs/b/model\n")
+    for base, words in ((None, "does not name its model"), ("", "does not name its model"),
+                        ("someone/gpt2", "names 'someone/gpt2', which is no folder here")):
+        raw = read_json("runs/a/adapter/adapter_config.json") | {"base_model_name_or_path": base}
+        write_json("runs/a/adapter/adapter_config.json", raw)
+        line = run_script(monkeypatch, "--adapter", "runs/a/adapter")
+        assert line == f"generate.py: runs/a/adapter {words}: give --model"
+    assert run_script(monkeypatch, "--adapter", "nowhere").startswith("generate.py: nowhere")
+
+
+def test_a_date_that_is_still_to_come_is_no_newest(tmp_path, monkeypatch):
+    now = time.time()
+    for run, date in (("a", now - 10), ("b", now + 30), ("c", now - 5)):
+        save(tmp_path / run / "model", ByteTokenizer())
+        os.utime(tmp_path / run / "model" / "config.json", (date, date))
+    assert script.newest_model(tmp_path).parent.name == "b"  # a server's clock may be ahead
+    os.utime(tmp_path / "c" / "model" / "config.json", (now + 9e5, now + 9e5))
+    with pytest.raises(ValueError, match=r"c/model is dated .* still to come.*: give --model"):
+        script.newest_model(tmp_path)
+    assert script.newest_model(tmp_path, "[ab]").parent.name == "b"
+    assert script.newest_model(tmp_path, "c").parent.name == "c"  # no other can be meant
 
 
 def test_without_a_model_the_newest_is_taken(tmp_path, monkeypatch, capsys):
@@ -542,16 +695,18 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
     bert = Transformer(Config.bert(258, 16, 1, 2, 8, hidden=8))
     huggingface.save_model(bert, tmp_path / "bert")
     ByteTokenizer().save(tmp_path / "bert" / "tokenizer.json")
-    huggingface.save_model(bert, tmp_path / "bare")
+    save(tmp_path / "bare", ByteTokenizer())
+    (tmp_path / "bare" / "tokenizer.json").unlink()
     cases = {
         (): "no model in runs/*/model: run pretrain.py first, or give --model",
         ("--model", "nowhere"): "nowhere/config.json",
         ("--model", tmp_path / "bare"): "tokenizer.json",
-        ("--model", tmp_path / "bert"): "only a causal model",
-        (*model, "--temperature", "-1"): "temperature=-1.0",
+        ("--model", tmp_path / "bert"): "bert fills in masked tokens; only a causal model writes",
+        (*model, "--temperature", "-1"): "temperature=-1.0: expected a number from 0 up",
         (*model, "--top-k", "0"): "top_k=0",
         (*model, "--top-p", "2"): "top_p=2.0",
         (*model, "--tokens", "-1"): "tokens must not be negative, got -1",
+        (*model, "--seed", "-1"): "seed=-1: expected 0, 1, 2, ...",
     }
     for arguments, message in cases.items():
         line = run_script(monkeypatch, *arguments)

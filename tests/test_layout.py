@@ -17,17 +17,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
-    {"backend", "arrays", "blas", "cuda", "files"},
+    {"backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together", "stored"},
     {"graph", "tensor", "ops", "activations", "attention", "losses"},
-    {"nn", "transformer", "cache", "decode", "generate"},
+    {"nn", "transformer", "shapes", "cache", "decode", "generate"},
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure"},
-    {"train", "loop", "run", "checkpoint", "picture", "results", "experiment", "command",
-     "__main__"},
+    {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture", "results",
+     "experiment", "command", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
     ("arrays", "backend"),
+    ("files", "locks"),
+    ("files", "strict"),
+    ("stored", "files"),
+    ("together", "files"),
+    ("together", "locks"),
     ("blas", "backend"),
     ("blas", "arrays"),
     ("cuda", "backend"),
@@ -43,6 +48,7 @@ WITHIN = {  # the arrows inside a floor
     ("activations", "tensor"),
     ("attention", "tensor"),
     ("transformer", "nn"),
+    ("shapes", "transformer"),
     ("generate", "transformer"),
     ("generate", "decode"),
     ("generate", "cache"),
@@ -53,13 +59,17 @@ WITHIN = {  # the arrows inside a floor
     ("parallel", "optim"),
     ("measure", "data"),
     ("run", "checkpoint"),
+    ("run", "picture"),
+    ("run", "records"),
+    ("run", "state"),
+    ("run", "versions"),
     ("experiment", "picture"),
     ("experiment", "results"),
     ("experiment", "run"),
     ("loop", "run"),
     ("loop", "train"),
     ("command", "train"),
-    ("__main__", "run"),
+    ("__main__", "versions"),
 }
 NARROWER = {
     "data": {"files"},

@@ -263,6 +263,21 @@ def test_what_is_wrong_is_one_line(monkeypatch, error):
         command(main)
 
 
+def test_a_note_is_the_next_line(monkeypatch, tmp_path):
+    errors = {"x: No space left": OSError(28, "No space left", "x"),
+              "worker process 1 died": RuntimeError("worker process 1 died")}
+
+    def main():
+        with RunDirectory(tmp_path).going_on():
+            raise errors[said]
+
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    for said in errors:
+        with pytest.raises(SystemExit, match=f"^program.py: {said}\ngo on with: --resume "
+                                             f"{re.escape(str(tmp_path))}$"):
+            command(main)
+
+
 def test_ctrl_c_is_a_line_and_a_bug_stays_one(monkeypatch):
     def main(number: int):
         raise {1: KeyboardInterrupt, 2: ZeroDivisionError}[number]

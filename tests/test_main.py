@@ -48,12 +48,12 @@ def test_the_command():
 def test_blas_is_numpys(lines, monkeypatch):
     library = {"user_api": "blas", "internal_api": "openblas", "version": "0.3.31",
                "architecture": "Haswell", "num_threads": 4, "prefix": "lib"}
-    monkeypatch.setattr(minilm.run, "threadpool_info",
+    monkeypatch.setattr(minilm.versions, "threadpool_info",
                         lambda: [library, library | {"user_api": "openmp"}])
     (line,) = [line for line in lines() if line.startswith("BLAS")]
     assert line == ("BLAS: internal_api openblas, version 0.3.31, architecture Haswell, "
                     "num_threads 4")
-    monkeypatch.setattr(minilm.run, "threadpool_info", list)
+    monkeypatch.setattr(minilm.versions, "threadpool_info", list)
     assert "BLAS: internal_api unknown" in lines()
 
 

@@ -124,7 +124,8 @@ def test_a_run_leaves_all_that_it_promises(tmp_path, text, capsys, family, token
         {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     )
     loaded = huggingface.load_model(run / "model")
-    assert loaded.config == trained.config and state == {"step": 6}
+    assert loaded.config == trained.config and state == {
+        "step": 6, "samples": (run / "samples.txt").stat().st_size}
     tokens = kept.encode("The cat ")[None, :8]
     assert np.array_equal(loaded.eval()(tokens).data, trained.eval()(tokens).data)
 
@@ -315,6 +316,23 @@ def test_resuming_on_other_text_is_refused(stopped, text, new):
     with pytest.raises(ValueError, match="the text is not the one that this run was started on"):
         main(Settings(), resume=stopped)
     assert contents(stopped) == before
+
+
+def test_a_tokenizer_of_others_frames_no_prompt_of_a_model_that_learned_from_bare_text(
+    tmp_path, text, plain
+):
+    """No document has the <s> that its post-processor puts in front of prompts."""
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = data.BPETokenizer.train([text.read_text()], 270).tokenizer
+    theirs.add_special_tokens(["<s>"])
+    theirs.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 270)])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    main(settings(text, tokenizer=str(tmp_path / "tokenizer.json")), tmp_path)
+    for folder in ("pretrain-1", "pretrain-1/model"):
+        kept = data.load_tokenizer(tmp_path / folder / "tokenizer.json")
+        assert np.array_equal(kept.prompt("The"), kept.encode("The")) and kept.vocab_size == 271
+    assert huggingface.load_model(tmp_path / "pretrain-1" / "model").ends.eos == (kept.end,)
 
 
 def test_resuming_keeps_the_tokenizer_when_its_file_has_changed(tmp_path, text, plain, monkeypatch):

@@ -119,12 +119,28 @@ def test_what_results_say_is_escaped(tmp_path):
     ("<image/>", "may not hold <image>"),
     ('<g xmlns="http://www.w3.org/1999/xhtml"/>', "may not hold <{http"),
     ("<g>", "not SVG"),
+    ("<g>" * 2000 + "</g>" * 2000, "nested too deeply"),
 ])
 def test_a_picture_that_does_more_than_draw_is_refused(folder, inside, complaint):
     svg = f'<svg xmlns="http://www.w3.org/2000/svg">{inside}</svg>'
     (folder / "first.svg").write_text(svg)
     with pytest.raises(FormatError, match=complaint):
         page(folder / "first.json")
+
+
+def test_a_picture_that_is_none_is_refused(folder):
+    """ElementTree raises LookupError for an encoding, and would wait for a pipe's writer."""
+    file = folder / "first.svg"
+    file.write_text('<?xml version="1.0" encoding="utf-0"?><svg/>')
+    with pytest.raises(FormatError, match="not SVG: unknown encoding"):
+        page(folder / "first.json")
+    file.unlink()
+    for make in (file.mkdir, lambda: os.mkfifo(file)):
+        make()
+        with pytest.raises(FormatError, match=r"first\.svg: cannot be read: it is a "):
+            page(folder / "first.json")
+        if file.is_dir():
+            file.rmdir()
 
 
 def test_a_comment_before_the_picture_is_left_out(folder):

@@ -138,8 +138,10 @@ class Task:
             raise ValueError(f"no luck with {number}")
         if verb == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if verb == "die while it answers":  # half of the answer is in the pipe by then
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
         (self.x * 1.0).sum().backward()
-        return number
+        return bytes(number) if verb == "die while it answers" else number
 
     def workers(self, count, processes):
         return Workers(self.flat, self, count, processes)
@@ -194,6 +196,40 @@ def test_a_worker_that_is_killed_is_named_and_the_rest_refuse(rank):
             workers.run(Task.do, parts)
         with pytest.raises(RuntimeError, match="failed before"):
             workers.run(Task.do, [OK])
+
+
+def test_a_worker_that_is_killed_amid_its_answer_is_named():
+    with within(5), Task().workers(2, True) as workers:
+        with pytest.raises(RuntimeError, match="worker process 1 died: killed by signal 9; if mem"):
+            workers.run(Task.do, [("sleep", 0.5), ("die while it answers", 10**7)])
+
+
+def test_a_worker_that_is_killed_takes_no_lock_with_it(monkeypatch):
+    """No child holds a lock that the parent wants: here it would be killed as soon as it does."""
+    parent, enter = os.getpid(), multiprocessing.synchronize.SemLock.__enter__
+
+    def enter_and_die(lock):
+        entered = enter(lock)
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return entered
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__enter__", enter_and_die)
+    with within(5), Task().workers(2, True) as workers:
+        assert workers.run(Task.do, [("sleep", 0.5), OK]) == [0.5, 1]  # the child has to wait
+
+
+def test_a_worker_that_does_not_hear_is_killed_in_the_end(monkeypatch):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what a child inherits
+    try:
+        with within(5), pytest.raises(ValueError, match="no luck"):
+            with Task().workers(2, True) as workers:
+                child, join = workers.children[0], workers.children[0].join
+                monkeypatch.setattr(child, "join", lambda timeout=None: join(timeout and 0.1))
+                workers.run(Task.do, [("fail", 0), ("sleep", 60)])
+        assert child.exitcode == -signal.SIGKILL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_worker_that_dies_between_two_runs_is_named():

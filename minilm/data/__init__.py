@@ -26,6 +26,7 @@ from minilm.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
+    adopt_end,
     load_tokenizer,
     printable,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Record",
     "Tokenizer",
     "account",
+    "adopt_end",
     "batches_of",
     "corrupt",
     "cut",

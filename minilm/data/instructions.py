@@ -153,7 +153,7 @@ def _rows(records, tokenizer, length, context) -> list[tuple[np.ndarray, np.ndar
         # Prompt and output are encoded apart, so no token spans both. When the model is asked, the
         # prompt then has the same tokens as in training.
         try:
-            asked, answer = tokenizer.encode(prompt(record)), tokenizer.encode(record.output)
+            asked, answer = tokenizer.prompt(prompt(record)), tokenizer.encode(record.output)
         except ValueError as error:
             raise ValueError(f"record {number}, {record!r:.99}: {error}") from error
         tokens = np.concatenate([asked, answer, [tokenizer.end]], dtype=np.int32)

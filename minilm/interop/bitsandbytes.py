@@ -44,6 +44,8 @@ from minilm.nn import Linear
 from minilm.quantize.codebooks import dynamic_map, levels
 from minilm.quantize.fourbit import BLOCK_SIZES, GROUP, FourBit
 from minilm.quantize.linear import QuantizedLinear
+from minilm.strict import parse as parse_json
+from minilm.together import settle
 from minilm.transformer import Transformer
 
 KINDS = ("nf4", "fp4")
@@ -57,7 +59,7 @@ def load_4bit(tensors: dict[str, np.ndarray], name: str) -> FourBit:
     """The weight of this name, such as "model.layers.0.mlp.up_proj.weight".
 
     ValueError naming the tensor that is missing, unexpected, of another size or dtype, not finite,
-    or a map that is not bitsandbytes'.
+    or a map that is not bitsandbytes', or naming the field of the state that does not fit.
     """
     parts = {part: tensors[name + part] for part in PARTS if name + part in tensors}
     states = [kind for kind in KINDS if STATE + kind in parts]
@@ -85,8 +87,12 @@ def load_4bit(tensors: dict[str, np.ndarray], name: str) -> FourBit:
         if part in parts and np.abs(parts[part] - known).max() > 1e-6:
             raise ValueError(f"{name}{part} is not bitsandbytes' map")
     offset = np.array(state["nested_offset"], np.float32) if nested else None
-    return FourBit(parts[""], parts[".absmax"], tuple(state["shape"]), kind, size,
-                   parts.get(".nested_absmax"), offset)
+    weight = FourBit(parts[""], parts[".absmax"], tuple(state["shape"]), kind, size,
+                     parts.get(".nested_absmax"), offset)
+    with np.errstate(over="ignore"):
+        if not np.isfinite(weight.absmax).all():
+            raise ValueError(f"{name}.absmax stands for numbers that are not finite")
+    return weight
 
 
 def save_4bit(x: FourBit, name: str, dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -114,7 +120,7 @@ def load_model(
     Its layers multiply in the folder's compute dtype. Loading takes as much memory as the model in
     float32. Raises what huggingface.load_model raises, and FormatError for other quantizations.
     """
-    path = Path(path)
+    settle(path := Path(path))
     raw = read_json(path / "config.json")
     compute_dtype = _compute_dtype(path / "config.json", raw)
     family, config = parse(path, raw | {"quantization_config": None})
@@ -165,7 +171,7 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
 def _state(name, array, kind, nested) -> dict:
     """The fields of a quant_state, checked."""
     try:
-        state = json.loads(array.tobytes())
+        state = parse_json(array.tobytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from None
     if not isinstance(state, dict):
@@ -174,7 +180,7 @@ def _state(name, array, kind, nested) -> dict:
     size = state.get("blocksize")
     fits = {"quant_type": state.get("quant_type") == kind, "dtype": state.get("dtype") in DTYPES,
             "blocksize": type(size) is int and size in BLOCK_SIZES,
-            "shape": type(shape) is list and all(type(s) is int and s >= 0 for s in shape)}
+            "shape": _possible(shape)}
     if nested:
         fits |= {"nested_blocksize": state.get("nested_blocksize") == GROUP,
                  "nested_dtype": state.get("nested_dtype") == "float32",
@@ -183,6 +189,13 @@ def _state(name, array, kind, nested) -> dict:
         if not fits.get(field):
             raise ValueError(f"{name} has {field} {state.get(field)!r}, which is not supported")
     return state
+
+
+def _possible(shape) -> bool:
+    """Can an array have this shape? If a size is 0, the others still have a limit."""
+    return (type(shape) is list and len(shape) <= 32
+            and all(type(s) is int and s >= 0 for s in shape)
+            and math.prod(s or 1 for s in shape) < 2**60)
 
 
 def _compute_dtype(path, raw):
@@ -207,7 +220,7 @@ def _take_weights(file, arrays) -> dict[str, FourBit]:
             weights[name] = load_4bit(arrays, name)
         except ValueError as error:
             raise FormatError(file, str(error)) from None
-        if len(shape := weights[name].shape) != 2:
+        if len(shape := weights[name].shape) != 2 or 0 in shape:
             raise FormatError(file, f"{name} has shape {shape}, expected (O, I)")
         for part in PARTS:
             arrays.pop(name + part, None)

@@ -1,9 +1,9 @@
-"""Models in Hugging Face folders: config.json and model.safetensors.
+"""Models in Hugging Face folders: config.json, generation_config.json and model.safetensors.
 
 The tables of families.py say what each architecture calls its parts. The loader reads them one way,
 the saver the other. What Transformer cannot express is refused, never ignored. Two things are
 neither read nor written: dropout, which belongs to a training run and not to the weights, and
-settings that only matter for generation, initialisation or other tasks.
+settings that only matter for sampling, initialisation or other tasks.
 """
 
 import os
@@ -14,12 +14,22 @@ from pathlib import Path
 import numpy as np
 
 from minilm.backend import to_device
-from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from minilm.files import FormatError, json_bytes, read_json, read_tensors, tensor_parts
+from minilm.interop.ends import (
+    describe_ends,
+    ends_of,
+    generation_config,
+    read_ends,
+    tokenizer_files,
+)
 from minilm.interop.families import BERT, DISTILBERT, FAMILIES, GPT2, LLAMA, Family
+from minilm.shapes import tensor_shapes
+from minilm.together import settle, write_together
 from minilm.transformer import Config, Transformer
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 OPTIONAL = ("n_inner", "num_key_value_heads")  # sizes that may be null or absent
+LAYERS = 10**5  # more are damage; measure.plan goes through them without asking for the tensors
 # Beside its tensors, these decide a module's results. A Config has one value for all its blocks.
 FACTS = ("heads", "kv_heads", "causal", "activation", "norm_first", "eps")
 ONLY = {"add_cross_attention": False, "is_encoder_decoder": False}
@@ -34,20 +44,26 @@ def load_model(
     FormatError, naming the field or the keys, if a file is damaged or Transformer cannot express
     what it says.
     """
-    path = Path(path)
+    settle(path := Path(path))
     family, config = parse(path, read_json(path / "config.json"))
     return build(family, replace(config, dropout=dropout), *read_arrays(path), dtype)
 
 
-def save_model(model: Transformer, path: str | os.PathLike) -> None:
+def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> None:
     """Write a folder that transformers and `load_model` read, in the model's own dtype.
 
-    config.json is written last, so a part of a folder does not load. ValueError, before anything is
-    written, if no family expresses the model, or if its modules are not those of its Config.
+    tokenizer: written into the folder too, for AutoTokenizer and `data.load_tokenizer`; a model
+    that knows no end of a text gets the tokenizer's. A model that is there is replaced as a whole
+    or, after an error, not at all. ValueError, before anything is written, if no family expresses
+    the model, or if its modules are not those of its Config.
     """
     family, raw = describe(model)
     require_parts(model, Transformer(model.config))
-    write_folder(path, raw, arrays_of(model, family))
+    beside = {}
+    if tokenizer:
+        ends = ends_of(model, tokenizer)
+        raw, beside = raw | describe_ends(ends), tokenizer_files(tokenizer, ends)
+    write_folder(path, raw, arrays_of(model, family), beside)
 
 
 def parse(folder: Path, raw) -> tuple[Family, Config]:
@@ -62,19 +78,29 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
     """The model with the arrays that were read from file, each cast to dtype."""
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {FLOATS}, got {dtype!r}")
+    # A damaged size must not ask for all the memory and time there is: nothing is built before the
+    # arrays are known to be those that config describes. Each layer has some, so this comes first.
+    if config.layers > len(arrays):
+        raise FormatError(file.with_name("config.json"), f"{family.fields['layers']} is "
+                          f"{config.layers}, but {file.name} holds {len(arrays)} tensors")
     arrays = _normalised(file, arrays, family, config)
-    numbers, held = _fewest_numbers(config), sum(a.size for a in arrays.values())
-    if numbers > 2 * held + 10**6:  # a damaged size must not ask for all the memory there is
-        raise FormatError(file.with_name("config.json"), "describes a model of at least "
-                          f"{numbers} numbers, but {file.name} holds {held}")
+    check(file, arrays, _shapes(config, family))
     model = Transformer(config)
-    places = _places(model, family)
-    check(file, arrays, _shapes(places))
-    for key, tensors in places.items():
+    model.ends = read_ends(file.parent)
+    for key, tensors in _places(family, config, dict(model.named_tensors())).items():
         ends = np.cumsum([len(t) for t in tensors])
         for tensor, part in zip(tensors, np.split(turned(key, arrays[key]), ends[:-1])):
-            tensor.become(part.astype(dtype, order="C"))  # keeps ties
+            tensor.become(finite(file, key, part, dtype))  # keeps ties
     return model
+
+
+def finite(file: Path, key: str, array, dtype):
+    """The array in dtype, copied; FormatError if a number is not finite there."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = array.astype(dtype, order="C")
+    if not np.isfinite(array).all():
+        raise FormatError(file, f"{key} has numbers that are not finite in {dtype}")
+    return array
 
 
 def describe(model: Transformer) -> tuple[Family, dict]:
@@ -85,7 +111,7 @@ def describe(model: Transformer) -> tuple[Family, dict]:
     raw = _describe(family, c)
     _, first = next(model.named_tensors())
     raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # torch_dtype before version 5
-    return family, raw
+    return family, raw | describe_ends(model.ends)
 
 
 def require_parts(model, expected):
@@ -98,19 +124,18 @@ def require_parts(model, expected):
 def arrays_of(model, family: Family) -> dict:
     """{their key: array} of the model's weights and biases."""
     arrays = {}
-    for key, tensors in _places(model, family).items():
+    for key, tensors in _places(family, model.config, dict(model.named_tensors())).items():
         if key.endswith((".weight", ".bias")):  # not the arrays inside a quantized weight
             arrays[key] = turned(key, np.concatenate([to_device(t.data, "cpu") for t in tensors]))
     return arrays | {copy: arrays[key] for copy, key in family.copies.items()}
 
 
-def write_folder(path, raw, arrays):
-    """config.json and model.safetensors."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").unlink(missing_ok=True)
-    write_tensors(path / "model.safetensors", arrays, {"format": "pt"})
-    write_json(path / "config.json", raw)
+def write_folder(path, raw, arrays, beside=None):
+    """config.json with the fields `raw`, model.safetensors, and what is beside, {file: fields}: all
+    as one."""
+    fields = (beside or {}) | generation_config(Path(path), raw) | {"config.json": raw}
+    write_together(path, {"model.safetensors": tensor_parts(arrays, {"format": "pt"}),
+                          **{file: [json_bytes(values)] for file, values in fields.items()}})
 
 
 def _parse(raw) -> tuple[Family, Config]:
@@ -134,6 +159,7 @@ def _parse(raw) -> tuple[Family, Config]:
         known, name = family.activations, values["activation"]
         _require(name in known, raw, family.fields["activation"], f"one of {list(known)}")
         values["activation"] = known[name]
+    _require(values["layers"] <= LAYERS, raw, family.fields["layers"], f"at most {LAYERS}")
     config = family.config(**values)
     return family, _rotary(raw, config) if config.positions == "rotary" else config
 
@@ -193,12 +219,6 @@ def _describe(family: Family, c: Config) -> dict:
     return raw
 
 
-def _fewest_numbers(c: Config) -> int:
-    """A lower bound of the model's size: its embeddings and the matrices of Q, O and the MLP."""
-    rows = c.vocab_size + c.segments + (c.context if c.positions == "learned" else 0)
-    return c.width * (rows + c.layers * 2 * (c.width + c.hidden))
-
-
 def _parts(model) -> set:
     """What describes a model: each module's type and FACTS, and each tensor's shape, by path."""
     modules = dict(model.named_modules())
@@ -208,10 +228,10 @@ def _parts(model) -> set:
             | {(name, type(module)) for name, module in modules.items()})
 
 
-def _places(model, family: Family) -> dict:
-    """{their key: [the Tensors that are joined there]}."""
-    names, places = family.names(model.config.layers), {}
-    for name, tensor in model.named_tensors():
+def _places(family: Family, c: Config, tensors: dict) -> dict:
+    """{their key: what `tensors` has, by our paths, for those that are joined there}."""
+    names, places = family.names(c.layers), {}
+    for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         places.setdefault(f"{names[module]}.{kind}", []).append(tensor)
     return places
@@ -234,9 +254,10 @@ def read_arrays(folder) -> tuple[Path, dict]:
     for shard in sorted(set(map(str, shards.values()))):
         if not re.fullmatch(r"[\w.-]+\.safetensors", shard, re.ASCII):
             raise FormatError(index, f"weight_map names {shard!r}, expected a .safetensors file")
-        if not (folder / shard).exists():
-            raise FormatError(index, f"weight_map names {shard!r}, which is not there")
-        part = read_tensors(folder / shard)
+        try:
+            part = read_tensors(folder / shard)
+        except FileNotFoundError:
+            raise FormatError(index, f"weight_map names {shard!r}, which is not there") from None
         if twice := part.keys() & arrays.keys():
             raise FormatError(folder / shard, f"has what another shard has: {_some(twice)}")
         arrays |= part
@@ -263,11 +284,11 @@ def _normalised(file, arrays, family: Family, c: Config) -> dict:
     return plain
 
 
-def _shapes(places) -> dict:
+def _shapes(c: Config, family: Family) -> dict:
     """{their key: the shape that it should have in the file}."""
     shapes = {}
-    for key, tensors in places.items():
-        shape = (sum(len(t) for t in tensors), *tensors[0].shape[1:])
+    for key, parts in _places(family, c, tensor_shapes(c)).items():
+        shape = (sum(O for O, *_ in parts), *parts[0][1:])
         shapes[key] = shape[::-1] if ".c_" in key else shape
     return shapes
 

@@ -11,9 +11,9 @@ import os
 from itertools import chain
 from pathlib import Path
 
-from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from minilm.files import FormatError, json_bytes, read_json, read_tensors, tensor_parts
 from minilm.interop.families import GPT2
-from minilm.interop.huggingface import check, describe
+from minilm.interop.huggingface import check, describe, finite
 from minilm.interop.peft_formats import FORMATS, Format, names
 from minilm.peft.adapted import (
     adaptable_layers,
@@ -22,15 +22,17 @@ from minilm.peft.adapted import (
     insert_adapters,
     placed,
 )
+from minilm.together import settle, write_together
 from minilm.transformer import Transformer
 
 FIELDS = {  # of all methods: (default, test of a value, the values that pass, in words)
     "target_modules": (None, lambda v: v is None or type(v) is str or names(v), "names"),
     "exclude_modules": (None, lambda v: not v or names(v), "names"),
+    "base_model_name_or_path": (None, lambda v: v is None or type(v) is str, "a name or null"),
 }
-INERT = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
-         "revision", "inference_mode", "fan_in_fan_out", "layers_pattern", "megatron_core",
-         "qalora_group_size", "init_ia3_weights")  # fields that change no number
+INERT = ("peft_type", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode",
+         "fan_in_fan_out", "layers_pattern", "megatron_core", "qalora_group_size",
+         "init_ia3_weights")  # fields that change no number
 
 
 def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "default") -> Transformer:
@@ -40,6 +42,7 @@ def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     if a file is damaged or not an adapter for this model. Raises ValueError if the name is taken or
     another adapter is merged. The model is then as it was.
     """
+    settle(path)
     path, file = Path(path) / "adapter_config.json", Path(path) / "adapter_model.safetensors"
     family, _ = describe(model)
     (method, config), arrays, layers = _config(path), read_tensors(file), adaptable_layers(model)
@@ -53,20 +56,32 @@ def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     check(file, arrays, shapes)
     if not arrays:
         raise FormatError(file, "holds no adapter")
-    adapters = {}
+    adapters, dtype = {}, placed(model, ()).dtype
     for module in wanted:
-        ours = {end: placed(model, a) for end, a in _tensors(method, module, arrays).items()}
+        ours = {end: placed(model, finite(file, _key(module, end), a, dtype))
+                for end, a in _tensors(method, module, arrays).items()}
         adapters |= zip(modules[module], method.split(config, module, sizes[module], ours))
     return insert_adapters(model, name, adapters)
 
 
-def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "default") -> None:
+def base_of(path: str | os.PathLike) -> str | None:
+    """The folder or name of the model that the folder's adapter is for, if the folder says it.
+
+    Raises FileNotFoundError and FormatError.
+    """
+    settle(path)
+    return _config(Path(path) / "adapter_config.json")[1]["base_model_name_or_path"] or None
+
+
+def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "default",
+                 base: str | os.PathLike | None = None) -> None:
     """Write the model's adapter of this name as a folder for PEFT and `load_adapter`.
 
-    adapter_config.json is written last, so a part of a folder does not load. ValueError, before
-    anything is written, if there is no such adapter, or if PEFT's format cannot express it.
+    base: the folder of the model that the adapter is for, which `base_of` tells. PEFT looks there
+    too. An adapter that is there is replaced as a whole or, after an error, not at all. ValueError,
+    before anything is written, if there is no such adapter, or if PEFT's format cannot express it.
     """
-    path, (family, _), layers = Path(path), describe(model), adaptable_layers(model)
+    (family, _), layers = describe(model), adaptable_layers(model)
     adapters = {p: m.adapters[name] for p, m in adapted_layers(model).items() if name in m.adapters}
     if not adapters:
         raise ValueError(f"this model has no adapter {name!r}")
@@ -82,14 +97,13 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
         sizes = [layers[ours].weight.shape for ours in paths]
         tensors, forms[module] = method.join(module, sizes, parts)
         arrays |= {_key(module, end): array for end, array in tensors.items()}
-    raw = {"peft_type": kind, "base_model_name_or_path": None, "inference_mode": True,
+    raw = {"peft_type": kind, "base_model_name_or_path": base and os.fspath(base),
+           "inference_mode": True,
            "modules_to_save": None, "fan_in_fan_out": family is GPT2,
            "task_type": "CAUSAL_LM" if model.config.causal else None}
     raw |= method.describe(forms, others, adapters.values())
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "adapter_config.json").unlink(missing_ok=True)
-    write_tensors(path / "adapter_model.safetensors", arrays, {"format": "pt"})
-    write_json(path / "adapter_config.json", raw)
+    write_together(path, {"adapter_model.safetensors": tensor_parts(arrays, {"format": "pt"}),
+                          "adapter_config.json": [json_bytes(raw)]})
 
 
 def _config(path) -> tuple[Format, dict]:

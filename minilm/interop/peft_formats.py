@@ -21,6 +21,7 @@ IA3's vectors for outputs are joined end to end; a layer without an adapter gets
 the input is shared by all three: q, k and v with different ones cannot be written.
 """
 
+import functools
 import math
 import re
 from collections import Counter
@@ -47,13 +48,20 @@ class Format(NamedTuple):
     describe: Callable  # ({module: form}, other modules, adapters) -> fields, with target_modules
 
 
-def names(value): return type(value) is list and all(type(name) is str for name in value)
+ENTRIES = 10**4  # of a list or table, each of which is compared with each module of the model
+
+
+def names(value):
+    return (type(value) is list and len(value) <= ENTRIES
+            and all(type(name) is str for name in value))
+
+
 def _number(value): return type(value) in (int, float) and abs(value) < 1e38
 def _rank(value): return type(value) is int and value > 0
 
 
 def _table(value, fits):  # keys must be plain names: other patterns could take forever to match
-    return value is None or (isinstance(value, dict) and all(
+    return value is None or (isinstance(value, dict) and len(value) <= ENTRIES and all(
         re.fullmatch(r"\^?[\w.-]+", key) and fits(entry) for key, entry in value.items()))
 
 
@@ -87,9 +95,13 @@ def _lora_form(config, module):
     """r and alpha of a module. A pattern that matches the end of its name replaces the default."""
     def look_up(patterns, default):
         found = (value for key, value in (config[patterns] or {}).items()
-                 if re.fullmatch(rf"(.*\.)?({key})", module))
+                 if _pattern(key).fullmatch(module))
         return next(found, default)
     return look_up("rank_pattern", config["r"]), look_up("alpha_pattern", config["lora_alpha"])
+
+
+@functools.lru_cache(ENTRIES)
+def _pattern(key): return re.compile(rf"(.*\.)?({key})")
 
 
 def _lora_join(module, sizes, adapters):

@@ -12,7 +12,7 @@ from minilm.generate import stream
 def answers(model, records, tokenizer) -> list[str]:
     """What the model writes after each prompt until it ends, taking the likeliest token each time.
     """
-    prompts = [tokenizer.encode(data.prompt(record)) for record in records]
+    prompts = [tokenizer.prompt(data.prompt(record)) for record in records]
     longest = max(len(tokenizer.encode(record.output)) for record in records) + 1
     found = {}
     sizes = sorted({len(prompt) for prompt in prompts})  # prompts of one length make a batch

@@ -3,6 +3,7 @@
 import numpy as np
 
 from minilm import ops
+from minilm.graph import no_dropout
 from minilm.tensor import no_grad
 
 
@@ -14,8 +15,8 @@ def likeliest(model, tokenizer, prompt: str, temperatures=(1,), count: int = 8):
     """
     ids = tokenizer.encode(prompt)[-model.config.context + 1 :]
     ids = ids if model.config.causal else np.append(ids, tokenizer.mask)
-    with no_grad():
-        logits = model.eval()(ids[None]).data[0, -1]
+    with no_grad(), no_dropout():
+        logits = model(ids[None]).data[0, -1]
     first = np.argsort(-logits[: tokenizer.vocab_size])[:count]  # later logits are unused
     def name(id): return "end" if id == tokenizer.end else repr(tokenizer.decode([id]))[1:-1]
     p = {T: ops.softmax(logits / T).data[first] for T in temperatures}

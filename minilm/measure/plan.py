@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from minilm.arrays import BLOCK
 from minilm.quantize.fourbit import GROUP
+from minilm.shapes import linear_layers
 from minilm.transformer import Config
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -117,14 +118,6 @@ class Step:
         if self.device == "cuda" or size <= 8 * BLOCK:
             return whole * size
         return blocks * 4 * BLOCK
-
-
-def linear_layers(c: Config) -> dict[str, tuple[int, int]]:
-    """The linear layers of a block: path -> (O, I)."""
-    C, K = c.width, c.width // c.heads * c.kv_heads
-    gate = {"mlp.gate": (c.hidden, C)} if c.activation == "swiglu" else {}
-    return {"attention.q": (C, C), "attention.k": (K, C), "attention.v": (K, C),
-            "attention.o": (C, C), **gate, "mlp.up": (c.hidden, C), "mlp.down": (C, c.hidden)}
 
 
 def parameters(c: Config) -> int:

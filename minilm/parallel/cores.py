@@ -10,6 +10,7 @@ Threads run everywhere. Processes need fork (Linux), but do not wait for the int
 which costs a third of the step on small models. FlatParameters lie in memory that a fork shares.
 """
 
+import mmap
 import multiprocessing
 import os
 import signal
@@ -45,7 +46,7 @@ class Workers:
         self.owner, self.count, self.processes = owner, count, processes
         self.open, self.pipes, self.children = False, [], []
         self.sync = multiprocessing.get_context("fork") if processes else threading
-        self.failed = self.sync.Event()
+        self.failed = Flag()
         self.turns = [self.sync.Semaphore(0) for _ in range(count - 1)]
         row = [None, *self.turns, None]
         self.queues = [GradientQueue(*row[w : w + 2], self._broken) for w in range(count)]
@@ -79,6 +80,8 @@ class Workers:
             for pipe, child in zip(self.pipes, self.children):
                 pipe.close()
                 child.terminate()
+                child.join(5)
+                child.kill()  # one that is stopped does not hear the first
                 child.join()
         else:
             self.pool.shutdown()
@@ -103,7 +106,7 @@ class Workers:
                        for w, part in enumerate(parts) if w]
             return [self._run(0, method, parts[0]), *(f.result() for f in futures)]
         for pipe, part in zip(self.pipes, parts[1:]):
-            with suppress(BrokenPipeError):  # _receive will find the dead child
+            with suppress(OSError):  # _receive will find the dead child
                 pipe.send((method, part))
         results = [self._run(0, method, parts[0])]
         return results + [self._receive(w) for w in range(1, len(parts))]
@@ -146,12 +149,29 @@ class Workers:
     def _receive(self, rank):
         try:
             result, error = self.pipes[rank - 1].recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # the end of the pipe, or of half an answer
             self.failed.set()
-            raise RuntimeError(f"worker process {rank} died") from None
+            self.children[rank - 1].join(1)
+            code = self.children[rank - 1].exitcode
+            how = f"killed by signal {-code}" if code and code < 0 else f"exit code {code}"
+            raise RuntimeError(f"worker process {rank} died: {how}; if memory ran out, fewer "
+                               "workers need less") from None
         if error:
             raise RuntimeError(f"worker process {rank} failed:\n{error}")
         return result
+
+
+class Flag:
+    """A flag that threads and forked processes share. No lock: its owner may be killed any time."""
+
+    def __init__(self):
+        self.byte = mmap.mmap(-1, 1)
+
+    def set(self):
+        self.byte[0] = 1
+
+    def is_set(self) -> bool:
+        return self.byte[0] == 1
 
 
 class GaveUp(Exception):

@@ -19,7 +19,6 @@ import numpy as np
 from minilm import data
 from minilm.command import command
 from minilm.experiment import Experiment, conduct
-from minilm.files import sha256
 from minilm.interop import huggingface
 from minilm.loop import Training, fit
 from minilm.measure.answers import answers
@@ -32,6 +31,7 @@ from minilm.picture import COLORS
 from minilm.quantize import quantize_model
 from minilm.run import newest_model
 from minilm.transformer import Config, Transformer
+from minilm.versions import fingerprints
 
 QUESTION = "Do adapters learn as much as full fine-tuning, and do they forget less?"
 TASKS = ("reverse", "upper", "sort", "last", "add")
@@ -91,9 +91,8 @@ def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Pa
     bases = [] if quick else list(model) or [newest_model(Path("runs"), "pretrain-*")]
     for folder in bases:
         load(folder)  # if it is damaged, fail before the run gets a folder
-    files = [file for folder in bases for file in sorted(folder.glob("*.safetensors"))]
     s = QUICK if quick else Settings(workers=default_workers()[0])
-    settings = {"bases": [sha256(file) for file in files], **asdict(s)}
+    settings = {"bases": [fingerprints(folder) for folder in bases], **asdict(s)}
     options = ["--model", *map(str, bases)] if bases else []
     conduct(EXPERIMENT, partial(measured, bases, s), seeds, settings, options, quick, out, resume,
             keep)

@@ -1,0 +1,77 @@
+"""Where a text begins and ends: what a model's folder says of it, beside its architecture.
+
+bos_token_id begins a text, eos_token_id ends it (a number or a list), and pad_token_id fills up the
+shorter rows of a batch. transformers looks for them in generation_config.json first, and in
+config.json if that file is absent.
+
+tokenizer_config.json makes AutoTokenizer take tokenizer.json as it is. Without it, the class that
+belongs to the architecture would build another tokenizer, or none.
+"""
+
+from pathlib import Path
+
+from minilm.files import FormatError, read_json
+from minilm.transformer import Ends
+
+FIELDS = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "pad_token_id"}
+
+
+def read_ends(folder: Path) -> Ends:
+    """The ids that the folder names. FormatError for one that is no id, with the file's name."""
+    found = {}
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        raw = read_json(file) if file.name == "config.json" or file.exists() else {}
+        if not isinstance(raw, dict):
+            raise FormatError(file, f"is {type(raw).__name__}, expected fields")
+        for ours, theirs in FIELDS.items():
+            ids = _ids(file, theirs, raw.get(theirs), several=ours == "eos")
+            found |= {ours: ids} if ids else {}
+    bos, pad = (found.get(name, (None,))[0] for name in ("bos", "pad"))
+    return Ends(bos, found.get("eos", ()), pad)
+
+
+def describe_ends(ends: Ends) -> dict:
+    """The fields of config.json and generation_config.json.
+
+    An id that is not known is null: left out, it would become the one of the architecture's first
+    model, such as GPT-2's 50256.
+    """
+    eos = ends.eos[0] if len(ends.eos) == 1 else list(ends.eos) or None
+    return {FIELDS["bos"]: ends.bos, FIELDS["eos"]: eos, FIELDS["pad"]: ends.pad}
+
+
+def ends_of(model, tokenizer) -> Ends:
+    """The model's own ends; a model that has none ends its texts as the tokenizer does."""
+    return model.ends if model.ends.eos else model.ends._replace(eos=(tokenizer.end,))
+
+
+def generation_config(folder: Path, raw: dict) -> dict[str, dict]:
+    """{file: fields} for a folder whose config.json gets the fields `raw`.
+
+    Without ids there is no such file, unless an older model left one: its ids would win.
+    """
+    ids = {field: raw[field] for field in FIELDS.values() if raw[field] is not None}
+    file = "generation_config.json"
+    return {file: ids} if ids or (folder / file).exists() else {}
+
+
+def tokenizer_files(tokenizer, ends: Ends) -> dict[str, dict]:
+    """{file: fields} of a tokenizer, for load_tokenizer and AutoTokenizer."""
+    named = {id: name for name, id in tokenizer.special.items()}
+    eos = tokenizer.end
+    if eos not in ends.eos:
+        eos = next((id for id in ends.eos if id in named), eos)
+    roles = {"bos": ends.bos, "eos": eos, "pad": ends.pad, "mask": tokenizer.mask}
+    names = {f"{role}_token": named[id] for role, id in roles.items() if id in named}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    return {"tokenizer.json": tokenizer.fields(), "tokenizer_config.json": config | names}
+
+
+def _ids(file, field, value, several) -> tuple[int, ...]:
+    """The field's ids; none for null and for negative ones, which older files have for it."""
+    ids = value if several and isinstance(value, list) else [] if value is None else [value]
+    for id in ids:
+        if type(id) is not int or abs(id) >= 2**31:
+            kinds = "an id, a list of them or null" if several else "an id or null"
+            raise FormatError(file, f"{field} is {value!r:.80}, expected {kinds}")
+    return tuple(id for id in ids if id >= 0)
