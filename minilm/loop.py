@@ -16,23 +16,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tqdm import tqdm
 
 from minilm.nn import Module
 from minilm.optim import LossScaler, cosine_schedule
 from minilm.parallel.cores import default_workers
+from minilm.ranges import AT_LEAST_0, LIMIT, check, one_of, whole
 from minilm.run import RunDirectory
-from minilm.train import Step, Trainer
+from minilm.train import Diverged, Step, Trainer
 
 
 @dataclass(frozen=True)
 class Training:
     """Settings that training programs share. A program's own settings extend them.
 
-    ValueError if eval_every or save_every is below 1, or workers below 0.
+    ValueError for a setting out of its range, TypeError for one of another type.
     """
+
+    RANGES: ClassVar = {
+        "batch": whole(1), "steps": whole(0), "lr": AT_LEAST_0, "warmup": whole(0), "clip": LIMIT,
+        "dtype": one_of("float32", "bfloat16", "float16"), "eval_every": whole(1),
+        "save_every": whole(1), "seed": whole(0), "workers": whole(0)}
 
     batch: int = 16
     """rows in a step"""
@@ -43,7 +49,7 @@ class Training:
     warmup: int = 60
     """steps of linear warmup"""
     clip: float = 1.0
-    """largest global norm of the gradient"""
+    """largest global norm of the gradient; inf for none"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """of weights and activations; 16 bits have float32 masters, float16 also has a loss scaler"""
     eval_every: int = 250
@@ -58,23 +64,35 @@ class Training:
     """use threads rather than processes as workers"""
 
     def __post_init__(self):
-        for name, least in dict(batch=1, steps=0, warmup=0, eval_every=1, save_every=1, seed=0,
-                                workers=0).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.clip > 0:
-            raise ValueError(f"clip must be positive, got {self.clip}")
+        check(self.RANGES, **vars(self))
 
 
-def resumed(settings, resume: Path | None):
+def resumed(settings, resume: Path | None, given=frozenset()):
     """(the run to go on with, or None; its own settings, or those given).
 
-    If workers is 0, it becomes the number of cores. It is stored, since another number of workers
-    gives other bits. ValueError if the given settings differ from the run's own.
+    given: the names of the options that were given, where that is known (see command.py); otherwise
+    a setting counts as given if it is not its default. If workers is 0, it becomes the number of
+    cores. It is stored, since another number of workers gives other bits. ValueError if what is
+    given differs from the run's own.
     """
-    run = RunDirectory(resume) if resume else None
-    own = run.settings(settings) if run else settings
-    return run, replace(own, workers=own.workers or default_workers()[0])
+    cores = default_workers()[0]
+    if resume is None:
+        return None, replace(settings, workers=settings.workers or cores)
+    if "out" in given:
+        raise ValueError("the run keeps its folder: give --resume or --out, not both")
+    if "workers" in given:
+        settings = replace(settings, workers=settings.workers or cores)
+    run = RunDirectory(resume)
+    own = run.settings(settings, given)
+    return run, replace(own, workers=own.workers or cores)
+
+
+def unused(settings, given, names, why: str):
+    """ValueError if one of these settings was given, though it decides nothing; why: the reason."""
+    default = type(settings)()
+    for name in names:
+        if name in given or getattr(settings, name) != getattr(default, name):
+            raise ValueError(f"{name} is given, but {why}")
 
 
 def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None, *, optimizer,
@@ -92,10 +110,15 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
     After a first Ctrl-C the current step is finished and saved, and training stops; a second one
     interrupts at once. If the first comes during the last step, it is raised after everything is
     saved.
+
+    ValueError if weights are not finite before the first step. Diverged if they are not when they
+    are to be saved, or if every step of the run had to be skipped; then nothing is saved.
     """
+    check({"min_lr": AT_LEAST_0, "accumulate": whole(1)}, min_lr=min_lr, accumulate=accumulate)
     s, saved, (cores, processes) = settings, saved or model, default_workers()
     scaler = LossScaler() if s.dtype == "float16" else None
     step = run.restore(saved, optimizer, scaler)
+    model.require_finite()
     schedule = partial(cosine_schedule, steps=s.steps, lr=s.lr, min_lr=min_lr, warmup=s.warmup)
     with Trainer(model, optimizer, s.workers or cores, processes and not s.threads, s.seed, scaler,
                  loss) as trainer:
@@ -111,9 +134,21 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
                 yield trainer, done
                 last = step == s.steps or interrupted()
                 if last or step % s.save_every == 0:
+                    require_good(step, step == s.steps, saved, optimizer)
                     run.save(step, saved, optimizer, scaler)
         if interrupted() and step == s.steps:
             raise KeyboardInterrupt
+
+
+def require_good(step: int, at_end: bool, model: Module, optimizer):
+    """Diverged if what was trained is not worth saving."""
+    if at_end and not optimizer.steps:
+        raise Diverged(f"each of the {step} steps overflowed and was skipped; nothing was learned "
+                       "and nothing is saved")
+    try:
+        model.require_finite()
+    except ValueError as error:
+        raise Diverged(f"after step {step}: {error}; nothing is saved") from None
 
 
 def validation(trainer: Trainer, held_out, every: int = 1) -> dict:

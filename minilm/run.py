@@ -42,6 +42,7 @@ class RunDirectory:
                 break
             except FileExistsError:
                 number += 1
+        settings = {k: "inf" if v == math.inf else v for k, v in settings.items()}  # for JSON
         write_json(path / "run.json", {"settings": settings, "corpora": corpora, **versions()})
         return cls(path)
 
@@ -55,23 +56,30 @@ class RunDirectory:
                 raise FormatError(self.path / "run.json", f"the field {field!r} is missing")
         return run
 
-    def settings(self, given):
+    def settings(self, given, names=frozenset()):
         """The run's own settings, a dataclass like `given`.
 
-        ValueError if a given one differs from its default and from the run's own.
+        names: those that were given; others count as given if they differ from their defaults.
+        ValueError if one that was given differs from the run's own.
         """
         stored, defaults, asked = self.describe()["settings"], asdict(type(given)()), asdict(given)
+        if not isinstance(stored, dict):
+            raise FormatError(self.path / "run.json", "settings must be an object")
         if defaults.keys() != stored.keys():
             missing, unknown = sorted(defaults.keys() - stored), sorted(stored.keys() - defaults)
             raise FormatError(self.path / "run.json", "the run is of another program or version: "
                               f"settings missing: {missing}, unknown: {unknown}")
         kept = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        kept |= {k: math.inf for k, v in kept.items() if v == "inf" and type(defaults[k]) is float}
         changed = [f"{k} {asked[k]} (it has {kept[k]})" for k in kept
-                   if asked[k] not in (defaults[k], kept[k])]
+                   if asked[k] != kept[k] and (k in names or asked[k] != defaults[k])]
         if changed:
             raise ValueError(f"{self.path} keeps its settings, but others are given: "
                              + ", ".join(changed))
-        return type(given)(**kept)
+        try:
+            return type(given)(**kept)
+        except (TypeError, ValueError) as error:
+            raise FormatError(self.path / "run.json", f"settings: {error}") from None
 
     def check(self, corpora: list[dict], words: str):
         """ValueError, with these words, if the run was started on other corpora."""

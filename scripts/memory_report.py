@@ -13,6 +13,7 @@ pass takes from it what it was measured to take. Draws both pictures (extra `plo
 import contextlib
 import gc
 import math
+import numbers
 import statistics
 import time
 from dataclasses import replace
@@ -33,9 +34,13 @@ from minilm.measure.plan import Step, parameters, plan
 from minilm.optim import AdamW, PagedAdamW
 from minilm.optim.pages import SLOTS
 from minilm.optim.streams import SimulatedDevice
+from minilm.ranges import Range, check, whole
 from minilm.transformer import Config
 
 LR = 1e-3
+RANGES = {"steps": whole(1), "rounds": whole(1),
+          "page_size": Range("a power of two from 4 up", lambda n: n >= 4 and not n & (n - 1),
+                             numbers.Integral)}
 PASSING = ("activations", "workspace")
 
 
@@ -65,9 +70,7 @@ def main(layers: int = 16, width: int = 128, context: int = 256, batch: int = 2,
         device: where everything runs.
         out: file for the picture.
     """
-    if min(steps, rounds, page_size) < 1:
-        raise ValueError("steps, rounds and page_size must be at least 1, got "
-                         f"{steps}, {rounds} and {page_size}")
+    check(RANGES, steps=steps, rounds=rounds, page_size=page_size)
     tune_allocator()
     config = Config.llama(1024, context, layers, width // 32, width, 8 * width // 3)
     full = Step(config, "full", batch, context, rank, "all-linear", device=device)

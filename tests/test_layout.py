@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
-    {"backend", "arrays", "blas", "cuda", "files"},
+    {"backend", "arrays", "blas", "cuda", "files", "ranges"},
     {"graph", "tensor", "ops", "activations", "attention", "losses"},
     {"nn", "transformer", "cache", "decode", "generate"},
     {"quantize", "peft", "distill", "optim", "parallel"},
@@ -63,7 +63,8 @@ WITHIN = {  # the arrows inside a floor
 }
 NARROWER = {
     "data": {"files"},
-    "optim": {"backend", "arrays", "blas", "cuda", "tensor", "attention", "ops", "quantize"},
+    "optim": {"backend", "arrays", "blas", "cuda", "tensor", "attention", "ops", "quantize",
+              "ranges"},
 }
 PEFT = {  # methods of peft/ that know another one; all others know adapted.py alone
     "adapted": set(),

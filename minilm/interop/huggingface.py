@@ -43,10 +43,12 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
     """Write a folder that transformers and `load_model` read, in the model's own dtype.
 
     config.json is written last, so a part of a folder does not load. ValueError, before anything is
-    written, if no family expresses the model, or if its modules are not those of its Config.
+    written, if no family expresses the model, if its modules are not those of its Config, or if a
+    weight is not finite.
     """
     family, raw = describe(model)
     require_parts(model, Transformer(model.config))
+    model.require_finite()
     write_folder(path, raw, arrays_of(model, family))
 
 

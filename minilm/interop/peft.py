@@ -64,12 +64,15 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     """Write the model's adapter of this name as a folder for PEFT and `load_adapter`.
 
     adapter_config.json is written last, so a part of a folder does not load. ValueError, before
-    anything is written, if there is no such adapter, or if PEFT's format cannot express it.
+    anything is written, if there is no such adapter, if PEFT's format cannot express it, or if a
+    number of it is not finite.
     """
     path, (family, _), layers = Path(path), describe(model), adaptable_layers(model)
     adapters = {p: m.adapters[name] for p, m in adapted_layers(model).items() if name in m.adapters}
     if not adapters:
         raise ValueError(f"this model has no adapter {name!r}")
+    for adapter in adapters.values():
+        adapter.require_finite()
     kind, method = _method(name, adapters)
     modules, arrays, forms, others = family.joined(model.config.layers, layers), {}, {}, []
     if lost := sorted(adapters.keys() - set(chain(*modules.values()))):
