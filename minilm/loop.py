@@ -87,12 +87,10 @@ def resumed(settings, resume: Path | None, given=frozenset()):
     return run, replace(own, workers=own.workers or cores)
 
 
-def unused(settings, given, names, why: str):
-    """ValueError if one of these settings was given, though it decides nothing; why: the reason."""
-    default = type(settings)()
-    for name in names:
-        if name in given or getattr(settings, name) != getattr(default, name):
-            raise ValueError(f"{name} is given, but {why}")
+def refuse_unused(given, names, why: str):
+    """ValueError if one of these options was given, though it decides nothing; why: the reason."""
+    if wrong := sorted({*names} & given):
+        raise ValueError(f"{wrong[0]} is given, but {why}")
 
 
 def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None, *, optimizer,

@@ -36,6 +36,12 @@ def whole(least: int, most: float = math.inf) -> Range:
     return Range(words, lambda x: least <= x <= most, numbers.Integral)
 
 
+def power_of_two(least: int) -> Range:
+    """Powers of two from least up."""
+    return Range(f"a power of two from {least} up", lambda n: n >= least and not n & (n - 1),
+                 numbers.Integral)
+
+
 def optional(wanted: Range) -> Range:
     """The range, or None."""
     return wanted._replace(optional=True)

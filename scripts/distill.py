@@ -26,7 +26,7 @@ from minilm.command import Given, command
 from minilm.distill import Distillation, student_from_teacher
 from minilm.files import sha256
 from minilm.interop import huggingface
-from minilm.loop import Training, fit, resumed, unused, validation
+from minilm.loop import Training, fit, refuse_unused, resumed, validation
 from minilm.measure.guesses import likeliest
 from minilm.measure.speed import speeds
 from minilm.nn import Module
@@ -123,10 +123,11 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if not s.prompt:
         raise ValueError("the prompt must not be empty")
     if s.teacher and not run:
-        unused(s, given, ("layers", "heads", "width", "teacher_steps"), "a teacher is given too")
+        refuse_unused(given, ("layers", "heads", "width", "teacher_steps"),
+                      "a teacher is given too")
     if not s.weights[0] and not run:
-        unused(s, given, ("temperature", "reverse", "masked_only", "top_k", "sweep"),
-               f"the soft loss has no weight in {s.weights}")
+        refuse_unused(given, ("temperature", "reverse", "masked_only", "top_k", "sweep"),
+                      f"the soft loss has no weight in {s.weights}")
     corpora = [data.load_corpus(name) for name in s.corpus]
     described = [{"name": c.name, "sha256": c.sha256} for c in corpora] + [
         {"name": file.name, "sha256": sha256(file)} for file in files_of_teacher(s)]

@@ -27,7 +27,7 @@ from minilm import data
 from minilm.command import Given, command
 from minilm.files import sha256
 from minilm.interop import huggingface, peft
-from minilm.loop import Training, fit, resumed, unused
+from minilm.loop import Training, fit, refuse_unused, resumed
 from minilm.measure.answers import answers
 from minilm.optim import AdamW
 from minilm.peft import add_ia3, add_lora, trainable_parameters
@@ -125,7 +125,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     """
     run, s = resumed(settings, resume, given)
     if not run:
-        unused(s, given, METHODS[s.method].without, f"the method is {s.method}")
+        refuse_unused(given, METHODS[s.method].without, f"the method is {s.method}")
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
     s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")

@@ -13,7 +13,6 @@ pass takes from it what it was measured to take. Draws both pictures (extra `plo
 import contextlib
 import gc
 import math
-import numbers
 import statistics
 import time
 from dataclasses import replace
@@ -34,13 +33,11 @@ from minilm.measure.plan import Step, parameters, plan
 from minilm.optim import AdamW, PagedAdamW
 from minilm.optim.pages import SLOTS
 from minilm.optim.streams import SimulatedDevice
-from minilm.ranges import Range, check, whole
+from minilm.ranges import check, power_of_two, whole
 from minilm.transformer import Config
 
 LR = 1e-3
-RANGES = {"steps": whole(1), "rounds": whole(1),
-          "page_size": Range("a power of two from 4 up", lambda n: n >= 4 and not n & (n - 1),
-                             numbers.Integral)}
+RANGES = {"steps": whole(1), "rounds": whole(1), "page_size": power_of_two(4)}
 PASSING = ("activations", "workspace")
 
 

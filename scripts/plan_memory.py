@@ -23,6 +23,7 @@ from tqdm import tqdm
 from minilm.command import Given, command
 from minilm.files import read_json
 from minilm.interop import huggingface
+from minilm.loop import refuse_unused
 from minilm.measure.lecture_numbers import print_lectures
 from minilm.measure.memory import measured
 from minilm.measure.plan import Plan, Step, parameters, plan, trainable
@@ -85,8 +86,8 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
         raise ValueError(f"card must be a positive number of GB, got {card}")
     if not method:
         raise ValueError("method must be some of full, lora and qlora, got none")
-    if set(method) == {"full"} and (wrong := given & {"rank", "targets"}):
-        raise ValueError(f"{min(wrong)} is given, but full training has no adapters")
+    if set(method) == {"full"}:
+        refuse_unused(given, ("rank", "targets"), "full training has no adapters")
     length = 1024 if context is None else context
     config = read_config(model, widths) if model else make_config(widths, length)
     chosen = "all-linear" if targets == ("all-linear",) else targets

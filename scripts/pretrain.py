@@ -21,7 +21,7 @@ from minilm import data
 from minilm.command import Given, command
 from minilm.generate import generate
 from minilm.interop import huggingface
-from minilm.loop import Training, fit, resumed, unused, validation
+from minilm.loop import Training, fit, refuse_unused, resumed, validation
 from minilm.measure.losses import bits_per_byte
 from minilm.optim import AdamW
 from minilm.ranges import AT_LEAST_0, BELOW_1, POSITIVE, one_of, whole
@@ -98,7 +98,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
                          f"{settings.accumulate}")
     run, s = resumed(settings, resume, given)
     if not run and s.tokenizer != "bpe":
-        unused(s, given, ["vocab_size"], f"the tokenizer {s.tokenizer} has its own vocabulary")
+        refuse_unused(given, ["vocab_size"], f"the tokenizer {s.tokenizer} has its own vocabulary")
     corpora = [data.load_corpus(name) for name in progress(s.corpus, "reading", "corpus")]
     described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
     if run:

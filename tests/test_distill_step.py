@@ -133,8 +133,8 @@ def test_vocabularies_must_be_one():
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(temperature=0.0), "temperature must be positive, got 0.0"),
-    (dict(weights=(0, 0, 0)), r"not all 0.*got \[0.0, 0.0, 0.0\]"),
+    (dict(temperature=0.0), "temperature must be positive and finite, got 0.0"),
+    (dict(weights=(0, 0, 0)), r"not all 0.*got \(0, 0, 0\)"),
 ])
 def test_bad_settings_are_refused_before_the_first_step(settings, message):
     model = make("gpt2")
@@ -143,8 +143,8 @@ def test_bad_settings_are_refused_before_the_first_step(settings, message):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(top_k=V + 1), f"top_k must be 1 to {V}, .*; got {V + 1}"),
-    (dict(top_k=0), f"top_k must be 1 to {V}, .*; got 0"),
+    (dict(top_k=V + 1), f"top_k must be 1 to {V}, got {V + 1}"),
+    (dict(top_k=0), f"top_k must be 1 to {V}, got 0"),
     (dict(top_k=3, reverse=True), "reverse KL needs all"),
 ])
 def test_bad_top_k_is_refused(settings, message):
@@ -178,8 +178,8 @@ def test_it_is_the_loss_of_both_models_outputs(family, settings):
     settings, answers = dict(settings), teacher.head(theirs)
     if k := settings.pop("top_k", None):
         answers = top_k(answers, k, settings["temperature"])
-    expected = distillation_loss(student.head(ours), answers, targets, hidden=(ours, theirs),
-                                 mask=mask, **settings)
+    expected = distillation_loss(student.head(ours), answers, np.where(mask, targets, -100),
+                                 hidden=(ours, theirs), mask=mask, **settings)
     assert equal(found.data, expected.data)
     assert not np.isclose(run(totals=(100, 50)).data, found.data)
     student.eval()

@@ -34,7 +34,7 @@ from minilm.optim.adamw import AdamW, adamw
 from minilm.optim.flat import squares
 from minilm.optim.pages import PageTable
 from minilm.optim.streams import CudaDevice, SimulatedDevice
-from minilm.ranges import check, optional, whole
+from minilm.ranges import check, optional, power_of_two, whole
 
 BROKEN = "parameters and states are of two steps: go back to a checkpoint"
 
@@ -83,11 +83,8 @@ class PagedAdamW(AdamW):
                  device_budget: int | None = None, device=None, state=None,
                  pageable: bool = False):
         self.state, self.table = state or Float32(), None
-        check({"page_size": whole(1), "device_budget": optional(whole(0))}, page_size=page_size,
-              device_budget=device_budget)
-        if page_size < self.state.block or page_size & (page_size - 1):
-            raise ValueError(f"page_size must be a power of two from {self.state.block} up, got "
-                             f"{page_size} elements, {8 * page_size:,} bytes in float32")
+        check({"page_size": power_of_two(self.state.block), "device_budget": optional(whole(0))},
+              page_size=page_size, device_budget=device_budget)
         self.page_size, self.budget, self.pageable = page_size, device_budget, pageable
         self.device, self.skipped, self.broken, self.process = device, 0, None, os.getpid()
         super().__init__(params, lr, betas, eps, weight_decay, undecayed)
