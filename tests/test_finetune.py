@@ -148,11 +148,27 @@ def test_a_run_repeats_with_its_seed(tmp_path, base):
 def test_a_file_of_records_is_split_and_learned(tmp_path, base, capsys):
     records = [data.Record("Say", f"{i}", "yes" if i % 2 else "no") for i in range(30)]
     data.save_records(tmp_path / "mine.jsonl", records)
-    s = settings(base, data=(str(tmp_path / "mine.jsonl"),), steps=2)
+    s = settings(base, data=(str(tmp_path / "mine.jsonl"),), steps=2, train=None)
     training, test = finetune.load_data(s)
     assert test == records[:3] and training == records[3:]
     main(s, tmp_path)
     assert "records: right" in capsys.readouterr().out
+    some = dataclasses.replace(s, train=5)
+    assert finetune.load_data(some) == (records[3:8], records[:3])
+    with pytest.raises(ValueError, match=r"mine\.jsonl: train is 28, but only 27 records are left"):
+        main(dataclasses.replace(s, train=28), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("targets, expected", [
+    ((), ["attention.k", "attention.v", "mlp.down"]),
+    (("q", "mlp.down"), ["attention.q", "mlp.down"]), (("up",), ["mlp.up"])])
+def test_ia3_is_put_where_it_was_asked_for(base, targets, expected):
+    s = settings(base, method="ia3", **dict(targets=targets) if targets else {})
+    layers = adapted_layers(METHODS["ia3"].prepare(huggingface.load_model(base), s))
+    assert sorted(layers) == [f"blocks.{i}.{path}" for i in (0, 1) for path in expected]
+    inner = {path for path, layer in layers.items() if layer.adapters["default"].feedforward}
+    assert inner == {path for path in layers if path.endswith("down")}
 
 
 # Answers
