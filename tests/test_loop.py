@@ -206,12 +206,12 @@ class Spoiled(LabelLoss):
         return loss * (math.nan if self.calls > self.after else 1.0)
 
 
-def fit_spoiled(run, loss, dtype="float16", model=None, **changes):
-    """Train, and spoil a weight after step 4."""
+def fit_spoiled(run, loss, dtype="float16", model=None, spoilt=None, **changes):
+    """Train; a weight is spoilt after that step."""
     model = model or make_model(0.0).astype(dtype)
     s = dataclasses.replace(SMALL, dtype=dtype, **changes)
     for _, done in fit(run, model, BATCHES, s, loss, optimizer=AdamW(model.parameters())):
-        if done.step == 4:
+        if done.step == spoilt:
             model.embed.weight.data[0, 0] = math.inf
 
 
@@ -235,7 +235,7 @@ def test_weights_that_are_not_finite_are_not_saved_over_good_ones(tmp_path, dtyp
     before = saved(run)
     said = r"after step 4: embed\.weight: 1 of its .* not finite; nothing is saved"
     with pytest.raises(Diverged, match=said):
-        fit_spoiled(run, None, dtype, steps=4)
+        fit_spoiled(run, None, dtype, steps=4, spoilt=4)
     assert saved(run) == before
 
 
