@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 
 from tqdm import tqdm
 
+from minilm.data import IGNORED
 from minilm.nn import Module
 from minilm.optim import LossScaler, cosine_schedule
 from minilm.parallel.cores import default_workers
@@ -150,7 +151,9 @@ def require_good(step: int, at_end: bool, model: Module, optimizer):
 
 
 def validation(trainer: Trainer, held_out, every: int = 1) -> dict:
-    """Loss and accuracy on each `every`-th row of the held-out data, for the log."""
+    """Loss and accuracy on each `every`-th row of the held-out data, for the log; on all rows if
+    those have no target."""
+    every = every if (held_out[1][::every] != IGNORED).any() else 1
     loss, accuracy = trainer.evaluate(*(rows[::every] for rows in held_out))
     return {"validation_loss": round(loss, 5), "validation_accuracy": round(accuracy, 5)}
 

@@ -38,8 +38,8 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
         corpus: the perplexity is measured on its held-out tenth; as for pretrain.py.
         out: file for the picture.
     """
-    if wrong := set(block_sizes) - set(BLOCK_SIZES):
-        raise ValueError(f"block_sizes must be among {BLOCK_SIZES}, got {min(wrong)}")
+    if not block_sizes or set(block_sizes) - set(BLOCK_SIZES):
+        raise ValueError(f"block_sizes must be among {BLOCK_SIZES}, got {block_sizes}")
     tune_allocator()
     folder = model or newest_model(Path("runs"), "pretrain-*")
     loaded = huggingface.load_model(folder)

@@ -314,6 +314,19 @@ def test_validation_is_of_each_every_th_row():
         assert found == {"validation_loss": round(loss, 5), "validation_accuracy": round(right, 5)}
 
 
+def test_a_masked_models_few_targets_are_found_wherever_they_are():
+    """Every fourth row may have none. If no row has one, that is said before the training."""
+    tokenizer, texts = data.ByteTokenizer(), ["and so on it goes, to the end of it", "ab"]
+    with pytest.raises(ValueError, match="held-out texts are too short: none of their 2 tokens is"):
+        for seed in range(20):  # chance decides, once in three seeds
+            data.batches_of([[[text] for text in texts]], tokenizer, 2, 8, seed, masked=True)
+    model = Transformer(Config.bert(258, 8, 1, 2, 8, 16))
+    tokens, targets = np.ones((5, 8), int), np.full((5, 8), -100)
+    targets[2, 3] = 7
+    trainer = Trainer(model, SGD(model.parameters()))
+    assert validation(trainer, (tokens, targets), 4) == validation(trainer, (tokens, targets))
+
+
 # Settings
 
 
