@@ -164,7 +164,11 @@ def test_parameters_and_gradients_are_views_of_flat_memory():
     params = leaves("float32")
     before = [p.data.copy() for p in params]
     give(params, seed=1)
+    gradients = [p.grad.copy() for p in params]
     flat = FlatParameters(params)
+    assert all(np.array_equal(p.grad, g) for p, g in zip(params, gradients))
+    assert all(np.shares_memory(p.grad, flat.grad) for p in params)
+    flat.zero_grad()
     assert all(p.grad is None for p in params)
     assert flat.data.size == flat.grad.size == flat.size
     give(params, seed=0)
@@ -295,6 +299,18 @@ def test_an_optimizer_made_before_add_lora_says_so():
         with pytest.raises(ValueError, match=r"parameter 0 .* make the optimizer after add_lora"):
             use()
     assert all(np.array_equal(a, before[name]) for name, a in model.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [AdamW, SGD])
+def test_a_gradient_from_before_the_optimizer_counts(make):
+    before, after = leaves(), make(others := leaves())
+    give(before, seed=0)
+    optimizer = make(before)
+    give(others, seed=0)
+    optimizer.step()
+    after.step()
+    assert np.array_equal(optimizer.flat.data, after.flat.data)
+    assert all((p.data != q.data).all() for p, q in zip(others, leaves()))
 
 
 @pytest.mark.parametrize("make", [AdamW, SGD])

@@ -31,7 +31,7 @@ class FlatParameters:
     grad: the gradients, in data's dtype
     rounded: what the parameters are views of: data itself, or 16-bit numbers
 
-    All must have one dtype and device. The first gradient of a step overwrites its place, and later
+    All must have one dtype and device. Gradients that are there already stay. The first gradient of a step overwrites its place, and later
     ones add to it. ValueError for an empty list, a parameter given twice, a frozen one, or several
     dtypes.
     """
@@ -63,7 +63,9 @@ class FlatParameters:
             data[...] = p.data
             p.data = data
             p.on_grad = self._receiver(p, grad, place.start)
-        self.zero_grad()
+            if p.grad is not None:  # of a backward pass before
+                grad[...] = p.grad
+                p.grad = grad
 
     def zeros(self, dtype=None):
         """A new buffer like .data. On a CPU it lies in memory that processes share after a fork."""
