@@ -31,9 +31,9 @@ class FlatParameters:
     grad: the gradients, in data's dtype
     rounded: what the parameters are views of: data itself, or 16-bit numbers
 
-    All must have one dtype and device. Gradients that are there already stay. The first gradient of a step overwrites its place, and later
-    ones add to it. ValueError for an empty list, a parameter given twice, a frozen one, or several
-    dtypes.
+    All must have one dtype and device. Gradients that are there already stay. Without one, the
+    first gradient of a step overwrites its place, and later ones add to it. ValueError for an empty
+    list, a parameter given twice, a frozen one, or several dtypes.
     """
 
     def __init__(self, params):
