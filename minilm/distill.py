@@ -35,10 +35,12 @@ from minilm import losses, ops
 from minilm.arrays import by_rows, row_dot, row_sum, rows, wide
 from minilm.backend import array_module
 from minilm.nn import Linear
+from minilm.ranges import AT_LEAST_0, POSITIVE, check, optional, whole
 from minilm.tensor import Tensor, no_grad, op
 from minilm.transformer import Transformer
 
 IGNORED = -100
+RANGES = {"temperature": POSITIVE, "weights": AT_LEAST_0}
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits, targets, temperature: float = 2.0,
@@ -50,7 +52,8 @@ def distillation_loss(student_logits: Tensor, teacher_logits, targets, temperatu
     student_logits: (B, T, V). teacher_logits: the same, as a Tensor or an array, or TopK of them;
     no gradient flows to the teacher. targets: integers (B, T), -100 where there is none. hidden:
     the student's and the teacher's last hidden states, (B, T, C) each; without them there is no
-    cosine loss. mask (B, T): 0 for padding. masked_only: take the KL only over tokens that have a
+    cosine loss. mask (B, T): 0 for padding; its targets should be
+    -100. masked_only: take the KL only over tokens that have a
     target. reverse: KL(student || teacher). totals: (tokens, targets) of the whole batch, if this
     is a part of one. ValueError if shapes differ, the temperature is not positive, a weight is
     negative, or no loss has a weight.
@@ -164,13 +167,16 @@ class Distillation:
 
     A batch is tokens (B, T), targets (B, T), and perhaps a mask (B, T), 0 for padding. The soft and
     the cosine loss count every token that is not padding. Without a mask, a causal model's padding
-    is what comes after the last target of a row, and a masked model has none.
+    is what comes after the last target of a row, and a masked model has none. So text without
+    targets, which the soft and the cosine loss can learn from, needs a mask.
 
     student, teacher: Transformers; the teacher may be adapted or quantized. It runs without dropout
     and without a graph. If their widths differ, the linear layer `project` takes the student's
     hidden states to the teacher's width; train its `parameters()` along with the student's.
     top_k: use only this many of the teacher's likeliest answers. Other arguments: as in
-    distillation_loss. ValueError if the vocabularies differ, and for settings that make no loss.
+    distillation_loss. ValueError if the vocabularies differ, if only one of the two models sees the
+    whole text (a causal student cannot learn what a masked teacher knows of what comes next), and
+    for settings that make no loss.
     """
 
     def __init__(self, student: Transformer, teacher: Transformer, temperature: float = 2.0,
@@ -180,10 +186,15 @@ class Distillation:
         if ours.vocab_size != theirs.vocab_size:
             raise ValueError(f"the student has a vocabulary of {ours.vocab_size} tokens, the "
                              f"teacher one of {theirs.vocab_size}")
+        if ours.causal != theirs.causal:
+            kinds = ["a causal model" if c.causal else "a masked model" for c in (ours, theirs)]
+            raise ValueError(f"the student is {kinds[0]}, the teacher {kinds[1]}: they must see "
+                             "the same of a text")
+        check({"top_k": optional(whole(1, ours.vocab_size)), "seed": whole(0)}, top_k=top_k,
+              seed=seed)
         _checked(temperature, weights)
-        if top_k is not None and (reverse or not 1 <= top_k <= ours.vocab_size):
-            raise ValueError(f"top_k must be 1 to {ours.vocab_size}, the number of tokens, and "
-                             f"the reverse KL needs all; got {top_k}")
+        if top_k is not None and reverse:
+            raise ValueError(f"the reverse KL needs all of the teacher's answers; got {top_k=}")
         self.teacher, self.temperature, self.weights = teacher, temperature, weights
         self.masked_only, self.reverse, self.top_k = masked_only, reverse, top_k
         self.project = None
@@ -196,10 +207,13 @@ class Distillation:
         return self.project.parameters() if self.project else []
 
     def totals(self, tokens, targets, mask=None) -> tuple[int, int]:
-        """(tokens that are not padding, targets that count)."""
+        """(tokens that are not padding, targets that count). If no loss needs targets, the tokens
+        stand for them."""
         counted = self._counted(targets, mask)
         n = targets.size if counted is None else int((counted != 0).sum())
-        return n, int((targets != IGNORED).sum())
+        soft, hard, _ = self.weights
+        labels = int((losses.of_text(targets, mask) != IGNORED).sum())
+        return n, labels if hard or (soft and self.masked_only) else n
 
     def __call__(self, student, tokens, targets, mask=None, totals=None) -> Tensor:
         """distillation_loss on tokens (B, T): integers, as are the targets.
@@ -208,14 +222,13 @@ class Distillation:
         """
         with no_grad():
             theirs = self.teacher.eval().hidden(tokens, mask)
-        ours, hidden = student.hidden(tokens, mask), None
+        ours, hidden, counted = student.hidden(tokens, mask), None, self._counted(targets, mask)
         if self.weights[2]:
             hidden = (self.project(ours) if self.project else ours), theirs
         # The logits get no names here, so that the loss can free them.
-        return distillation_loss(student.head(ours), self._answers(theirs), targets,
-                                 self.temperature, self.weights, hidden,
-                                 self._counted(targets, mask), self.masked_only, self.reverse,
-                                 totals)
+        return distillation_loss(student.head(ours), self._answers(theirs),
+                                 losses.of_text(targets, mask), self.temperature, self.weights,
+                                 hidden, counted, self.masked_only, self.reverse, totals)
 
     def _counted(self, targets, mask):
         """The tokens that the soft and the cosine loss count: (B, T), or None for all."""
@@ -276,10 +289,9 @@ def _constant(x):
 
 def _checked(temperature, weights) -> list[float]:
     """The weights; ValueError if they or the temperature make no loss."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"the temperature must be positive, got {temperature}")
-    weights = [float(w) for w in weights]
-    if len(weights) != 3 or not all(0 <= w < math.inf for w in weights) or not sum(weights):
-        raise ValueError("weights must be three numbers, none negative and not all 0: of KL, "
-                         f"cross-entropy and cosine loss; got {weights}")
-    return weights
+    weights = tuple(weights)
+    check(RANGES, temperature=temperature, weights=weights)
+    if len(weights) != 3 or not any(weights):
+        raise ValueError("weights must be three numbers, not all 0: of KL, cross-entropy and "
+                         f"cosine loss; got {weights}")
+    return [float(w) for w in weights]

@@ -16,23 +16,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tqdm import tqdm
 
+from minilm.data import IGNORED
 from minilm.nn import Module
 from minilm.optim import LossScaler, cosine_schedule
 from minilm.parallel.cores import default_workers
+from minilm.ranges import AT_LEAST_0, LIMIT, check, one_of, whole
 from minilm.run import RunDirectory
-from minilm.train import Step, Trainer
+from minilm.train import Diverged, Step, Trainer
 
 
 @dataclass(frozen=True)
 class Training:
     """Settings that training programs share. A program's own settings extend them.
 
-    ValueError if eval_every or save_every is below 1, or workers below 0.
+    ValueError for a setting out of its range, TypeError for one of another type.
     """
+
+    RANGES: ClassVar = {
+        "batch": whole(1), "steps": whole(0), "lr": AT_LEAST_0, "warmup": whole(0), "clip": LIMIT,
+        "dtype": one_of("float32", "bfloat16", "float16"), "eval_every": whole(1),
+        "save_every": whole(1), "seed": whole(0), "workers": whole(0)}
 
     batch: int = 16
     """rows in a step"""
@@ -43,7 +50,7 @@ class Training:
     warmup: int = 60
     """steps of linear warmup"""
     clip: float = 1.0
-    """largest global norm of the gradient"""
+    """largest global norm of the gradient; inf for none"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """of weights and activations; 16 bits have float32 masters, float16 also has a loss scaler"""
     eval_every: int = 250
@@ -58,26 +65,35 @@ class Training:
     """use threads rather than processes as workers"""
 
     def __post_init__(self):
-        for name, least in dict(batch=1, steps=0, warmup=0, eval_every=1, save_every=1, seed=0,
-                                workers=0).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.clip > 0:
-            raise ValueError(f"clip must be positive, got {self.clip}")
+        check(self.RANGES, **vars(self))
 
 
-def resumed(settings, resume: Path | None):
+def resumed(settings, resume: Path | None, given=frozenset()):
     """(the run to go on with, or None; its own settings, or those given).
 
-    If workers is 0, it becomes the number of cores. It is stored, since another number of workers
-    gives other bits. ValueError if the given settings differ from the run's own.
+    given: the names of the options that were given, where that is known (see command.py); otherwise
+    a setting counts as given if it is not its default. If workers is 0, it becomes the number of
+    cores. It is stored, since another number of workers gives other bits. ValueError if what is
+    given differs from the run's own.
     """
-    run = RunDirectory(resume) if resume else None
-    own = run.settings(settings) if run else settings
-    own = replace(own, workers=own.workers or default_workers()[0])
-    if run:
-        run.warn_of_other_bits(own.workers)
+    cores = default_workers()[0]
+    if resume is None:
+        return None, replace(settings, workers=settings.workers or cores)
+    if "out" in given:
+        raise ValueError("the run keeps its folder: give --resume or --out, not both")
+    if "workers" in given:
+        settings = replace(settings, workers=settings.workers or cores)
+    run = RunDirectory(resume)
+    own = run.settings(settings, given)
+    own = replace(own, workers=own.workers or cores)
+    run.warn_of_other_bits(own.workers)
     return run, own
+
+
+def refuse_unused(given, names, why: str):
+    """ValueError if one of these options was given, though it decides nothing; why: the reason."""
+    if wrong := sorted({*names} & given):
+        raise ValueError(f"{wrong[0]} is given, but {why}")
 
 
 def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None, *, optimizer,
@@ -95,13 +111,18 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
     After a first Ctrl-C the current step is finished and saved, and training stops; a second one
     interrupts at once. If the first comes during the last step, it is raised after everything is
     saved. RuntimeError if another process trains this run.
+
+    ValueError if weights are not finite before the first step. Diverged if they are not when they
+    are to be saved, or if every step of the run had to be skipped; then nothing is saved.
     """
+    check({"min_lr": AT_LEAST_0, "accumulate": whole(1)}, min_lr=min_lr, accumulate=accumulate)
     s, saved, (cores, processes) = settings, saved or model, default_workers()
     scaler = LossScaler() if s.dtype == "float16" else None
     schedule = partial(cosine_schedule, steps=s.steps, lr=s.lr, min_lr=min_lr, warmup=s.warmup)
     with run.alone(), Trainer(model, optimizer, s.workers or cores, processes and not s.threads,
                               s.seed, scaler, loss) as trainer:
         step = run.restore(saved, optimizer, scaler)
+        model.require_finite()
         yield trainer, Step(step, math.nan, math.nan, 0.0, targets=0, seconds=0.0)
         last = step >= s.steps
         with finish_on_interrupt() as interrupted, tqdm(
@@ -114,13 +135,27 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
                 yield trainer, done
                 last = step == s.steps or interrupted()
                 if last or step % s.save_every == 0:
+                    require_good(step, step == s.steps, saved, optimizer)
                     run.save(step, saved, optimizer, scaler)
         if interrupted() and step == s.steps:
             raise KeyboardInterrupt
 
 
+def require_good(step: int, at_end: bool, model: Module, optimizer):
+    """Diverged if what was trained is not worth saving."""
+    if at_end and not optimizer.steps:
+        raise Diverged(f"each of the {step} steps overflowed and was skipped; nothing was learned "
+                       "and nothing is saved")
+    try:
+        model.require_finite()
+    except ValueError as error:
+        raise Diverged(f"after step {step}: {error}; nothing is saved") from None
+
+
 def validation(trainer: Trainer, held_out, every: int = 1) -> dict:
-    """Loss and accuracy on each `every`-th row of the held-out data, for the log."""
+    """Loss and accuracy on each `every`-th row of the held-out data, for the log; on all rows if
+    those have no target."""
+    every = every if (held_out[1][::every] != IGNORED).any() else 1
     loss, accuracy = trainer.evaluate(*(rows[::every] for rows in held_out))
     return {"validation_loss": round(loss, 5), "validation_accuracy": round(accuracy, 5)}
 

@@ -11,6 +11,14 @@ from minilm.backend import array_module
 from minilm.tensor import op
 
 
+def of_text(targets, mask=None, ignore_index=-100):
+    """The targets (B, T) with ignore_index where mask (B, T) is 0: padding is never counted."""
+    if mask is None:
+        return targets
+    xp = array_module(targets)
+    return xp.where(xp.asarray(mask) != 0, targets, ignore_index)
+
+
 @op
 def softmax(x):
     """exp(x) / sum(exp(x)) over the last axis."""

@@ -7,9 +7,12 @@ list or dict of Modules. Adaptation methods swap modules with `replace` and neve
 import numpy as np
 
 from minilm import ops
-from minilm.backend import to_device
+from minilm.arrays import wide
+from minilm.backend import array_module, to_device
 from minilm.graph import current_rng, thread
 from minilm.tensor import Tensor
+
+PIECE = 1 << 24  # elements that are looked at together
 
 
 class Module:
@@ -90,6 +93,16 @@ class Module:
             raise ValueError(f"state does not fit: {missing=}, {unexpected=}, misshapen={wrong}")
         for name, t in own.items():
             t.data[...] = to_device(state[name], t.device)
+
+    def require_finite(self):
+        """ValueError if a tensor of this module or those below holds NaN or infinity."""
+        for name, t in self.named_tensors():
+            flat, bad = t.data.reshape(-1), 0
+            for i in range(0, flat.size, PIECE):
+                piece = wide(flat[i : i + PIECE])
+                bad += piece.size - int(array_module(piece).isfinite(piece).sum())
+            if bad:
+                raise ValueError(f"{name}: {bad:,} of its {t.size:,} numbers are not finite")
 
     def train(self, mode: bool = True):
         """Switch dropout on (or, with False, off) in this module and all below it."""

@@ -15,6 +15,7 @@ files of one that was not.
 import errno
 import itertools
 import json
+import math
 import os
 import shlex
 import time
@@ -67,6 +68,7 @@ class RunDirectory:
         except OSError as error:
             said = f"cannot be a folder for runs: {error.strerror}"
             raise OSError(error.errno, said, str(parent)) from None
+        settings = {k: "inf" if v == math.inf else v for k, v in settings.items()}  # for JSON
         with temporary(parent / name, folder=True) as new:
             write_json(new / "run.json", {"settings": settings, "corpora": corpora,
                                           "base": list(base), **versions()})
@@ -121,12 +123,15 @@ class RunDirectory:
                 raise FormatError(file, f"{field} is {run[field]!r:.100}, expected {kind.__name__}")
         return run
 
-    def settings(self, given):
+    def settings(self, given, names=frozenset()):
         """The run's own settings, a dataclass like `given`.
 
-        ValueError if a given one differs from its default and from the run's own.
+        names: those that were given; others count as given if they differ from their defaults.
+        ValueError if one that was given differs from the run's own.
         """
         stored, defaults, asked = self.describe()["settings"], asdict(type(given)()), asdict(given)
+        if not isinstance(stored, dict):
+            raise FormatError(self.path / "run.json", "settings must be an object")
         if defaults.keys() != stored.keys():
             missing, unknown = sorted(defaults.keys() - stored), sorted(stored.keys() - defaults)
             raise FormatError(self.path / "run.json", "the run is of another program or version: "
@@ -134,7 +139,7 @@ class RunDirectory:
         own = revive(type(given), stored, self.path / "run.json", "settings")
         kept = asdict(own)
         changed = [f"{k} {asked[k]} (it has {kept[k]})" for k in kept
-                   if asked[k] not in (defaults[k], kept[k])]
+                   if asked[k] != kept[k] and (k in names or asked[k] != defaults[k])]
         if changed:
             raise ValueError(f"{self.path} keeps its settings, but others are given: "
                              + ", ".join(changed))

@@ -3,9 +3,11 @@
     JSON     a list       an object       a whole number   a number   null
     field    tuple[...]   dict[str, ...]  int              float      None
 
-Numbers must fit 64 bits, so that nothing later overflows.
+Numbers must fit 64 bits, so that nothing later overflows. Infinity, for which JSON has no name, is
+the word "inf".
 """
 
+import math
 import os
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -30,13 +32,16 @@ def revive(kind: type, stored, path: str | os.PathLike, inside: str = ""):
         raise FormatError(path, f"{where}{missing} missing")
     if unknown := sorted(stored.keys() - names):
         raise FormatError(path, f"{where}{unknown} unknown")
+    fields = {}
     for name, value in stored.items():
-        if not fits(value, hints[name]):
+        infinite = value == "inf" and hints[name] is float
+        if not infinite and not fits(value, hints[name]):
             wanted = hints[name].__name__ if type(hints[name]) is type else hints[name]
             raise FormatError(path, f"{where}{name} is {_short(value)}, expected {wanted}")
+        fields[name] = math.inf if infinite else tuple(value) if type(value) is list else value
     try:
-        return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()})
-    except ValueError as error:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
         raise FormatError(path, f"{where}{error}") from None
 
 

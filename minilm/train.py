@@ -21,10 +21,13 @@ from minilm import ops
 from minilm.arrays import wide
 from minilm.backend import array_module, to_device, tune_allocator
 from minilm.data import IGNORED
+from minilm.losses import of_text
+from minilm.measure.losses import refuse_seen_answers
 from minilm.optim.flat import clip_scale, squares
 from minilm.optim.paged import PagedAdamW
 from minilm.optim.precision import LossScaler
 from minilm.parallel.cores import Workers
+from minilm.ranges import AT_LEAST_0, LIMIT, check, whole
 from minilm.tensor import Tensor, no_grad, randomness
 
 
@@ -51,16 +54,17 @@ class Step:
 class LabelLoss:
     """Cross-entropy of targets (B, T) under the model's logits for tokens (B, T).
 
-    Targets of -100 do not count. A third array may be a mask (B, T), 0 for padding; the targets of
-    padding should be -100.
+    Targets of -100 do not count. A third array may be a mask (B, T), 0 for padding, whose targets
+    do not count either. ValueError if a masked model is to predict tokens that it sees.
     """
 
     def totals(self, tokens, targets, *mask) -> tuple[int]:
         """The targets that count."""
-        return (int((targets != IGNORED).sum()),)
+        return (int((of_text(targets, *mask) != IGNORED).sum()),)
 
     def __call__(self, model, tokens, targets, *mask, totals=(None,)) -> Tensor:
-        return ops.cross_entropy(model(tokens, *mask), targets, total=totals[-1])
+        refuse_seen_answers(model, tokens, targets)
+        return ops.cross_entropy(model(tokens, *mask), of_text(targets, *mask), total=totals[-1])
 
 
 class Trainer:
@@ -74,8 +78,12 @@ class Trainer:
     the top of the file; by default LabelLoss().
     """
 
+    RANGES = {"workers": whole(1), "seed": whole(0)}
+    STEP = {"step": whole(0), "lr": AT_LEAST_0, "clip": LIMIT, "accumulate": whole(1)}
+
     def __init__(self, model, optimizer, workers: int = 1, processes: bool = False, seed: int = 0,
                  scaler: LossScaler | None = None, loss=None):
+        check(self.RANGES, workers=workers, seed=seed)
         on_gpu = array_module(optimizer.flat.data) is not np
         if processes and (on_gpu or isinstance(optimizer, PagedAdamW)):
             raise ValueError("processes cannot share a GPU's memory, nor PagedAdamW's pages: "
@@ -97,17 +105,20 @@ class Trainer:
         """One update from one batch, run as `accumulate` micro-batches one after another.
 
         step: its number from 0; dropout depends on it. lr: by default the optimizer's. clip: the
-        largest global gradient norm. ValueError if the loss counts nothing in the batch, Diverged
-        if the loss or the norm is not finite and no scaler can help.
+        largest global gradient norm. ValueError if the loss counts nothing in the batch, and if
+        the optimizer holds what no longer trains (see FlatParameters.check) or none of what the
+        loss depends on. Diverged if the loss or the norm is not finite and no scaler can help.
         """
         start, opt = time.perf_counter(), self.optimizer
+        lr = opt.lr if lr is None else lr
+        check(self.STEP, step=step, lr=lr, clip=clip, accumulate=accumulate)
+        opt.flat.check()
         size, totals = _length(batch), self.loss.totals(*batch)
         if not all(totals):
             raise ValueError(f"step {step}: the loss counts nothing in this batch; is every "
                              f"target {IGNORED}?")
         if not 1 <= accumulate <= size:
             raise ValueError(f"{accumulate} micro-batches cannot be made of {size} rows")
-        lr = opt.lr if lr is None else lr
         scale = self.scaler.scale if self.scaler else 1.0
         opt.zero_grad()
         loss = 0.0
@@ -117,6 +128,9 @@ class Trainer:
                      for w, r in enumerate(self._split(rows))]
             loss += sum(self.workers.run(Trainer._backward, parts))
         opt.flat.complete()
+        if not opt.flat.present.any():
+            raise ValueError(f"step {step}: no parameter of the optimizer has a gradient; is it "
+                             "the optimizer of another model?")
         norm = math.sqrt(sum(self._everywhere(Trainer._squares))) / scale
         good = self._is_good(step, loss, norm)
         if good:
@@ -129,17 +143,20 @@ class Trainer:
     def evaluate(self, tokens, targets, *mask, batch: int = 32) -> tuple[float, float]:
         """(mean loss, share of targets predicted rightly) over all rows, without dropout.
 
-        mask (B, T): 0 for padding, which the model must not see. batch: rows at a time.
+        mask (B, T): 0 for padding, which the model must not see and which does not count. batch:
+        rows at a time. ValueError if no target counts.
         """
-        totals, arrays = np.zeros(2), (tokens, targets, *mask)
-        size = _length(arrays)
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
+        size = _length((tokens, targets, *mask))
+        check({"batch": whole(1)}, batch=batch)
+        targets = of_text(targets, *mask)
+        totals, arrays, counted = np.zeros(2), (tokens, targets, *mask), (targets != IGNORED).sum()
+        if not counted:
+            raise ValueError(f"there is nothing to evaluate: every target is {IGNORED}")
         for i in range(0, size, batch):
             rows = np.arange(i, min(i + batch, size))
             parts = [tuple(a[r] for a in arrays) for r in self._split(rows)]
             totals += np.sum(self.workers.run(Trainer._evaluate, parts), axis=0)
-        loss, right = totals / max(1, (targets != IGNORED).sum())
+        loss, right = totals / counted
         return float(loss), float(right)
 
     def _is_good(self, step, loss, norm):
@@ -182,6 +199,7 @@ class Trainer:
         self.optimizer.update(part, t, lr, scale)
 
     def _evaluate(self, tokens, targets, *mask) -> tuple[float, int]:
+        refuse_seen_answers(self.model, tokens, targets)
         self.model.eval()
         with no_grad():
             logits = self.model(tokens, *mask)

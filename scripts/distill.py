@@ -16,22 +16,23 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import tyro
 
 from minilm import data
-from minilm.command import command
+from minilm.command import Given, command
 from minilm.distill import Distillation, student_from_teacher
 from minilm.files import sha256
 from minilm.interop import huggingface
-from minilm.loop import Training, fit, resumed, validation
+from minilm.loop import Training, fit, refuse_unused, resumed, validation
 from minilm.measure.guesses import likeliest
 from minilm.measure.speed import speeds
 from minilm.nn import Module
 from minilm.optim import AdamW
 from minilm.picture import save_png
+from minilm.ranges import AT_LEAST_0, POSITIVE, check, one_of, optional, whole
 from minilm.run import RunDirectory
 from minilm.transformer import Config, Transformer
 
@@ -92,6 +93,15 @@ class Settings:
     threads: bool = False
     """use threads rather than processes as workers"""
 
+    RANGES: ClassVar = {
+        "objective": one_of("causal", "masked"), "context": whole(2), "teacher_steps": whole(1),
+        "keep": whole(0), "student_width": whole(0), "steps": whole(1), "batch": whole(1),
+        "top_k": optional(whole(1)), "sweep": POSITIVE, "lr": AT_LEAST_0, "seed": whole(0),
+        "workers": whole(0)}  # temperature and weights are Distillation's
+
+    def __post_init__(self):
+        check(self.RANGES, **vars(self))
+
 
 class Arm(NamedTuple):
     """A model, and the records of its held-out loss and accuracy."""
@@ -101,16 +111,24 @@ class Arm(NamedTuple):
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
-         out: Path = Path("runs"), resume: Path | None = None):
+         out: Path = Path("runs"), resume: Path | None = None, given: Given = frozenset()):
     """Train a teacher, cut a student out of it, distil, and show what the student kept.
 
     Args:
         settings: what decides the run.
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
+        given: names of the options on the command line.
     """
-    run, s = resumed(settings, resume)
-    check(s)
+    run, s = resumed(settings, resume, given)
+    if not s.prompt:
+        raise ValueError("the prompt must not be empty")
+    if s.teacher and not run:
+        refuse_unused(given, ("layers", "heads", "width", "teacher_steps"),
+                      "a teacher is given too")
+    if not s.weights[0] and not run:
+        refuse_unused(given, ("temperature", "reverse", "masked_only", "top_k", "sweep"),
+                      f"the soft loss has no weight in {s.weights}")
     corpora = data.load_corpora(s.corpus)
     described = [{"name": c.name, "sha256": c.sha256} for c in corpora] + [
         {"name": file.name, "sha256": sha256(file)} for file in files_of_teacher(s)]
@@ -132,17 +150,6 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
             distill(run, s, teacher, tokenizer, texts)
     except KeyboardInterrupt:
         sys.exit(f"stopped; go on with: --resume {run.path}")
-
-
-def check(s: Settings):
-    """ValueError for bad settings that nothing else would refuse before the run has a folder."""
-    for name, least in dict(steps=1, teacher_steps=1, context=2, workers=0).items():
-        if getattr(s, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(s, name)}")
-    if not 0 <= s.lr < math.inf:
-        raise ValueError(f"lr must be positive, or 0 for the objective's own; got {s.lr}")
-    if not s.prompt:
-        raise ValueError("the prompt must not be empty")
 
 
 def distill(run, s: Settings, teacher, tokenizer, texts):

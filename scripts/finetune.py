@@ -17,21 +17,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from minilm import data, versions
-from minilm.command import command
+from minilm.command import Given, command
 from minilm.files import FormatError, sha256
 from minilm.interop import huggingface, peft
-from minilm.loop import Training, fit, resumed
+from minilm.loop import Training, fit, refuse_unused, resumed
 from minilm.measure.answers import answers
 from minilm.optim import AdamW
 from minilm.peft import add_ia3, add_lora, trainable_parameters
 from minilm.quantize import quantize_model
+from minilm.ranges import BELOW_1, POSITIVE, one_of, optional, whole
 from minilm.run import RunDirectory, newest_model
 
 
@@ -45,8 +46,8 @@ class Settings(Training):
     """Hugging Face folder with a tokenizer.json; by default the newest runs/pretrain-*/model"""
     data: tuple[str, ...] = ("reverse", "upper", "sort", "last", "add")
     """tasks (these, triangle, table, sql), or the path of a JSONL file"""
-    train: int = 2000
-    """records of each task to train on"""
+    train: int | None = None
+    """records to train on, of each task or of the file; by default 2000 of a task, all of a file"""
     test: int = 100
     """records to hold out, of each task or of the file; those with the same prompt stay together"""
     known: tuple[str, ...] = ("python-reference",)
@@ -58,7 +59,7 @@ class Settings(Training):
     rslora: bool = False
     """scale the update by alpha / sqrt(r) instead"""
     targets: tuple[str, ...] = ("all-linear",)
-    """layers that get an adapter, among q k v o gate up down"""
+    """layers that get an adapter, among q k v o gate up down; all-linear is k v down for ia3"""
     dropout: float = 0.0
     """share of an adapter's input that a training step leaves out"""
     kind: str = "nf4"
@@ -74,10 +75,15 @@ class Settings(Training):
     save_every: int = 1000
     """steps between checkpoints"""
 
+    RANGES: ClassVar = Training.RANGES | {
+        "method": one_of("full", "lora", "qlora", "ia3"), "steps": whole(1), "test": whole(1),
+        "train": optional(whole(1)), "r": whole(1), "alpha": POSITIVE, "dropout": BELOW_1}
+
 
 class Method(NamedTuple):
     lr: float
     prepare: Callable  # (model, settings) -> the model, ready to train
+    without: tuple[str, ...]  # the settings that mean nothing to it
 
 
 def everything(model, s: Settings):
@@ -93,31 +99,40 @@ def adapters_on_codes(model, s: Settings):
     return adapters(quantize_model(model, s.kind), s)
 
 
+def vectors(model, s: Settings):
+    targets = ("k", "v", "down") if s.targets == ("all-linear",) else s.targets
+    return add_ia3(model, targets, [t for t in targets if t.split(".")[-1] == "down"])
+
+
+LOW_RANK = ("r", "alpha", "rslora", "dropout")
 METHODS = {
-    "full": Method(1e-3, everything),
-    "lora": Method(3e-3, adapters),
-    "qlora": Method(3e-3, adapters_on_codes),
-    "ia3": Method(3e-2, lambda model, s: add_ia3(model)),
+    "full": Method(1e-3, everything, (*LOW_RANK, "targets", "kind")),
+    "lora": Method(3e-3, adapters, ("kind",)),
+    "qlora": Method(3e-3, adapters_on_codes, ()),
+    "ia3": Method(3e-2, vectors, (*LOW_RANK, "kind")),
 }
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
-         out: Path = Path("runs"), resume: Path | None = None):
+         out: Path = Path("runs"), resume: Path | None = None, given: Given = frozenset()):
     """Teach a trained model to follow instructions.
 
     Args:
         settings: what decides the run.
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
+        given: names of the options on the command line.
     """
-    for name in ("steps", "train", "test"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
-    run, s = resumed(settings, resume)
+    run, s = resumed(settings, resume, given)
+    if not run:
+        refuse_unused(given, METHODS[s.method].without, f"the method is {s.method}")
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
     s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     records = load_data(s)
+    if not run and s.train and len(records[0]) < s.train:
+        raise ValueError(f"{' '.join(s.data)}: train is {s.train}, but only {len(records[0])} "
+                         "records are left to train on")
     described = [{"name": name, "sha256": digest} for name, digest in fingerprints(s, records)]
     corpora = [data.load_corpus(name) for name in s.known]
     decisive = versions.fingerprints(folder) + [{"name": c.name, "sha256": c.sha256}
@@ -148,7 +163,8 @@ def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
     for trainer, done in fit(run, model, batches, s, optimizer=optimizer):
         if not done.targets:
             print(f"{run.path}: {s.method} on {s.model}, {sum(p.size for p in params):,} trainable "
-                  f"parameters, {s.workers} workers, from step {done.step}")
+                  f"parameters, {s.workers} workers, from step {done.step}"
+                  + ", its last" * (done.step == s.steps))
             last = (run.records() or [{}])[-1]
             # 0.1.0 may have stopped between the last step and its examination
             if not last or (done.step == s.steps and "right" not in last):
@@ -220,14 +236,14 @@ def load_data(s: Settings):
         records = data.load_records(path)
         if len(records) <= s.test:
             raise ValueError(f"{path} has {len(records)} records, but {s.test} are held out")
-        train, test = data.split_records(records, s.test)
+        train, test = data.split_records(records, s.test, s.train)
         try:
             for record in test:
                 data.score(record, record.output)  # what cannot be scored is refused now
         except ValueError as error:
             raise FormatError(path, str(error)) from error
         return train, test
-    return data.make_tasks(s.data, s.train, s.test, s.seed)
+    return data.make_tasks(s.data, s.train or 2000, s.test, s.seed)
 
 
 def held_out_text(corpora, tokenizer, context: int) -> dict:

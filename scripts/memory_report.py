@@ -34,9 +34,11 @@ from minilm.optim import AdamW, PagedAdamW
 from minilm.optim.pages import SLOTS
 from minilm.optim.streams import SimulatedDevice
 from minilm.picture import save_png
+from minilm.ranges import check, power_of_two, whole
 from minilm.transformer import Config
 
 LR = 1e-3
+RANGES = {"steps": whole(1), "rounds": whole(1), "page_size": power_of_two(4)}
 PASSING = ("activations", "workspace")
 
 
@@ -66,9 +68,7 @@ def main(layers: int = 16, width: int = 128, context: int = 256, batch: int = 2,
         device: where everything runs.
         out: file for the picture.
     """
-    if min(steps, rounds, page_size) < 1:
-        raise ValueError("steps, rounds and page_size must be at least 1, got "
-                         f"{steps}, {rounds} and {page_size}")
+    check(RANGES, steps=steps, rounds=rounds, page_size=page_size)
     tune_allocator()
     config = Config.llama(1024, context, layers, width // 32, width, 8 * width // 3)
     full = Step(config, "full", batch, context, rank, "all-linear", device=device)

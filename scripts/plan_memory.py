@@ -20,9 +20,10 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from minilm.command import command
+from minilm.command import Given, command
 from minilm.files import read_json
 from minilm.interop import huggingface
+from minilm.loop import refuse_unused
 from minilm.measure.lecture_numbers import print_lectures
 from minilm.measure.memory import measured
 from minilm.measure.plan import Plan, Step, parameters, plan, trainable
@@ -56,7 +57,7 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
          context: int | None = None, rank: int = 8, targets: tuple[str, ...] = ("q", "v"),
          dtype: Literal["float32", "bfloat16", "float16"] = "float32", checkpoint_every: int = 0,
          device: Literal["cpu", "cuda"] = "cpu", card: float | None = None, check: bool = False,
-         lectures: bool = False):
+         lectures: bool = False, given: Given = frozenset()):
     """Say how much memory a training run takes.
 
     Args:
@@ -73,14 +74,20 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
         card: memory in GB (10^9 bytes) that the run should fit in.
         check: measure a step of small models, and print how far off the prediction is.
         lectures: print the lectures' numbers from these formulas.
+        given: names of the options on the command line.
     """
     if check or lectures:
+        if len(given) > 1:
+            raise ValueError("check and lectures have their own models and take no other option; "
+                             f"got {', '.join(sorted(given))}")
         (print_check if check else print_lectures)()
         return
     if card is not None and not card > 0:
         raise ValueError(f"card must be a positive number of GB, got {card}")
     if not method:
         raise ValueError("method must be some of full, lora and qlora, got none")
+    if set(method) == {"full"}:
+        refuse_unused(given, ("rank", "targets"), "full training has no adapters")
     length = 1024 if context is None else context
     config = read_config(model, widths) if model else make_config(widths, length)
     chosen = "all-linear" if targets == ("all-linear",) else targets

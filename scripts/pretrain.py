@@ -11,20 +11,21 @@ their curves, checkpoints, and the model as a Hugging Face folder.
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from minilm import data
-from minilm.command import command
+from minilm.command import Given, command
 from minilm.generate import generate
 from minilm.graph import no_dropout
 from minilm.interop import huggingface
-from minilm.loop import Training, fit, resumed, validation
+from minilm.loop import Training, fit, refuse_unused, resumed, validation
 from minilm.measure.losses import bits_per_byte
 from minilm.optim import AdamW
+from minilm.ranges import AT_LEAST_0, BELOW_1, POSITIVE, one_of, whole
 from minilm.run import RunDirectory
 from minilm.tensor import no_grad
 from minilm.transformer import Config, Transformer
@@ -75,26 +76,30 @@ class Settings(Training):
     sample: int = 300
     """tokens in a sample"""
 
+    RANGES: ClassVar = Training.RANGES | {
+        "steps": whole(1), "lr": POSITIVE, "min_lr": AT_LEAST_0, "beta2": BELOW_1,
+        "weight_decay": AT_LEAST_0, "weights": AT_LEAST_0, "vocab_size": whole(1),
+        "dropout": BELOW_1, "sample": whole(0), "family": one_of("gpt2", "llama", "bert")}
+
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
-         out: Path = Path("runs"), resume: Path | None = None):
+         out: Path = Path("runs"), resume: Path | None = None, given: Given = frozenset()):
     """Train a small language model.
 
     Args:
         settings: what decides the run.
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
+        given: names of the options on the command line.
     """
-    if settings.steps < 1:
-        raise ValueError(f"steps must be at least 1, got {settings.steps}")
-    if settings.sample < 0:
-        raise ValueError(f"sample must not be negative, got {settings.sample}")
     if not settings.corpus or not settings.prompt:
         raise ValueError("corpus and prompt must not be empty")
     if not 1 <= settings.accumulate <= max(1, settings.batch):
         raise ValueError(f"accumulate must be 1 to the batch's {settings.batch} rows, got "
                          f"{settings.accumulate}")
-    run, s = resumed(settings, resume)
+    run, s = resumed(settings, resume, given)
+    if not run and s.tokenizer != "bpe":
+        refuse_unused(given, ["vocab_size"], f"the tokenizer {s.tokenizer} has its own vocabulary")
     corpora = data.load_corpora(progress(s.corpus, "reading", "corpus"))
     described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
     if run:
@@ -126,7 +131,7 @@ def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer
                              accumulate=s.accumulate):
         if not done.targets:
             print(f"{run.path}: {sum(p.size for p in params):,} parameters, {s.workers} workers, "
-                  f"from step {done.step}")
+                  f"from step {done.step}" + ", its last" * (done.step == s.steps))
             if done.step == 0:
                 show_sample(run, model, tokenizer, s, 0)
             continue

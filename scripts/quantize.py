@@ -23,7 +23,7 @@ from minilm.measure.losses import loss_of
 from minilm.nn import Linear
 from minilm.picture import save_png
 from minilm.quantize import quantize_4bit, quantize_int8, quantize_model
-from minilm.quantize.fourbit import levels
+from minilm.quantize.fourbit import BLOCK_SIZES, levels
 from minilm.run import newest_model
 
 KINDS = ("nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2")
@@ -39,6 +39,8 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
         corpus: the perplexity is measured on its held-out tenth; as for pretrain.py.
         out: file for the picture.
     """
+    if not block_sizes or set(block_sizes) - set(BLOCK_SIZES):
+        raise ValueError(f"block_sizes must be among {BLOCK_SIZES}, got {block_sizes}")
     tune_allocator()
     folder = model or newest_model(Path("runs"), "pretrain-*")
     loaded = huggingface.load_model(folder)

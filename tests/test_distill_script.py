@@ -308,11 +308,12 @@ def test_a_resumed_run_wants_its_own_settings_text_and_teacher(tmp_path, text, p
 @pytest.mark.parametrize("change, words", [
     (dict(keep=(0, 4)), r"from 0 to 3.*got \[0, 4\]"), (dict(keep=(2, 1)), "increasing"),
     (dict(steps=0), "steps must be at least 1, got 0"), (dict(teacher_steps=0), "teacher_steps"),
-    (dict(prompt=""), "prompt"), (dict(temperature=0.0), "temperature must be positive, got 0"),
-    (dict(sweep=(1.0, -1.0)), "positive, got -1"), (dict(weights=(0.0, 0.0, 0.0)), "not all 0"),
+    (dict(prompt=""), "prompt"), (dict(temperature=0.0), "temperature must be .*, got 0"),
+    (dict(sweep=(1.0, -1.0)), "sweep must be positive and finite, got -1"),
+    (dict(weights=(0.0, 0.0, 0.0)), "not all 0"),
     (dict(top_k=259), "top_k must be 1 to 258, .*259"), (dict(top_k=3, reverse=True), "needs all"),
     (dict(context=1), "context must be at least 2"), (dict(workers=-1), "workers"),
-    (dict(lr=-1.0), "lr must be positive"), (dict(lr=float("inf")), "got inf"),
+    (dict(lr=-1.0), "lr must be finite and at least 0, got -1"), (dict(lr=float("inf")), "got inf"),
     (dict(student_width=7), "multiple of heads"), (dict(batch=0), "batch"),
     (dict(validation=0.0), "validation"), (dict(corpus=("no",)), "'no' is neither a path")])
 def test_bad_settings_are_refused_before_a_folder_is_made(tmp_path, text, change, words):

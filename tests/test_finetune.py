@@ -171,12 +171,17 @@ def test_a_run_repeats_with_its_seed(tmp_path, base):
 def test_a_file_of_records_is_split_and_learned(tmp_path, base, capsys):
     records = [data.Record("Say", f"{i}", "yes" if i % 2 else "no") for i in range(30)]
     data.save_records(tmp_path / "mine.jsonl", records)
-    s = settings(base, data=(str(tmp_path / "mine.jsonl"),), steps=2)
+    s = settings(base, data=(str(tmp_path / "mine.jsonl"),), steps=2, train=None)
     training, test = finetune.load_data(s)
     assert (training, test) == data.split_records(records, 3) and len(test) == 3
     main(s, tmp_path)
     said = capsys.readouterr().out
     assert "27 records to train on, 3 held out" in said and "records: right" in said
+    some = dataclasses.replace(s, train=5)
+    assert finetune.load_data(some) == data.split_records(records, 3, 5)
+    with pytest.raises(ValueError, match=r"mine\.jsonl: train is 28, but only 27 records are left"):
+        main(dataclasses.replace(s, train=28), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_long_record_does_not_fill_up_the_others(tmp_path, base):
@@ -191,6 +196,17 @@ def test_a_long_record_does_not_fill_up_the_others(tmp_path, base):
         wide = [np.pad(a, ((0, 0), (0, 40 - a.shape[1])), constant_values=fill)
                 for a, fill in ((tokens, 0), (targets, data.IGNORED))]
         assert loss_of(model, tokens, targets) == pytest.approx(loss_of(model, *wide), abs=1e-6)
+
+
+@pytest.mark.parametrize("targets, expected", [
+    ((), ["attention.k", "attention.v", "mlp.down"]),
+    (("q", "mlp.down"), ["attention.q", "mlp.down"]), (("up",), ["mlp.up"])])
+def test_ia3_is_put_where_it_was_asked_for(base, targets, expected):
+    s = settings(base, method="ia3", **dict(targets=targets) if targets else {})
+    layers = adapted_layers(METHODS["ia3"].prepare(huggingface.load_model(base), s))
+    assert sorted(layers) == [f"blocks.{i}.{path}" for i in (0, 1) for path in expected]
+    inner = {path for path, layer in layers.items() if layer.adapters["default"].feedforward}
+    assert inner == {path for path in layers if path.endswith("down")}
 
 
 # Answers

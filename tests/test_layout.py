@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
-    {"backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together", "stored"},
+    {"backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together", "stored",
+     "ranges"},
     {"graph", "tensor", "ops", "activations", "attention", "losses"},
     {"nn", "transformer", "shapes", "cache", "decode", "generate"},
     {"quantize", "peft", "distill", "optim", "parallel"},
@@ -73,7 +74,8 @@ WITHIN = {  # the arrows inside a floor
 }
 NARROWER = {
     "data": {"files"},
-    "optim": {"backend", "arrays", "blas", "cuda", "tensor", "attention", "ops", "quantize"},
+    "optim": {"backend", "arrays", "blas", "cuda", "tensor", "attention", "ops", "quantize",
+              "ranges"},
 }
 PEFT = {  # methods of peft/ that know another one; all others know adapted.py alone
     "adapted": set(),

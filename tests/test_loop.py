@@ -3,6 +3,7 @@ stopping and resuming, Ctrl-C, the settings that are shared, and how every progr
 
 import dataclasses
 import json
+import math
 import re
 import signal
 import sys
@@ -17,10 +18,12 @@ import pytest
 from minilm import checkpoint, data
 from minilm.command import command
 from minilm.files import FormatError
+from minilm.interop import huggingface, peft
 from minilm.loop import Training, finish_on_interrupt, fit, resumed, validation
 from minilm.nn import Linear, Module
-from minilm.optim import AdamW, cosine_schedule
+from minilm.optim import SGD, AdamW, cosine_schedule
 from minilm.parallel.cores import default_workers
+from minilm.peft import add_lora
 from minilm.run import RunDirectory
 from minilm.train import Diverged, LabelLoss, Trainer
 from minilm.transformer import Config, Transformer
@@ -175,6 +178,132 @@ def test_float16_has_a_scaler(tmp_path, dtype, scaled):
     assert ("scaler" in checkpoint.load(run.path / "checkpoints")[1]) == scaled
 
 
+def test_sgd_is_saved_and_resumed(tmp_path):
+    runs = []
+    for stops in ((7,), (3, 7)):
+        run = new_run(tmp_path)
+        for steps in stops:
+            model = make_model()
+            optimizer, s = SGD(model.parameters(), 0.1), dataclasses.replace(SMALL, steps=steps)
+            for _ in fit(run, model, BATCHES, dataclasses.replace(s, warmup=9),
+                         optimizer=optimizer):
+                pass
+        runs.append(saved(run))
+    assert runs[0] == runs[1] and runs[0][1] == 7
+
+
+# Weights that are none
+
+
+class Spoiled(LabelLoss):
+    """A loss that is no number after so many steps."""
+
+    def __init__(self, after):
+        self.after, self.calls = after, 0
+
+    def __call__(self, model, *rows, totals):
+        loss, self.calls = super().__call__(model, *rows, totals=totals), self.calls + 1
+        return loss * (math.nan if self.calls > self.after else 1.0)
+
+
+def fit_spoiled(run, loss, dtype="float16", model=None, spoilt=None, **changes):
+    """Train; a weight is spoilt after that step."""
+    model = model or make_model(0.0).astype(dtype)
+    s = dataclasses.replace(SMALL, dtype=dtype, **changes)
+    for _, done in fit(run, model, BATCHES, s, loss, optimizer=AdamW(model.parameters())):
+        if done.step == spoilt:
+            model.embed.weight.data[0, 0] = math.inf
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_run_whose_every_step_overflows_saves_nothing(tmp_path):
+    run = new_run(tmp_path)
+    with pytest.raises(Diverged, match=r"each of the 2 steps overflowed and was skipped; "):
+        fit_spoiled(run, Spoiled(0), steps=2)
+    assert not (run.path / "checkpoints").exists()
+    fit_spoiled(run, Spoiled(1), steps=2)  # of one that learned something, the rest is kept
+    assert saved(run)[1] == 2
+    with pytest.raises(Diverged, match="loss scale down to"):
+        fit_spoiled(new_run(tmp_path), Spoiled(1), steps=99)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_that_are_not_finite_are_not_saved_over_good_ones(tmp_path, dtype):
+    run = new_run(tmp_path)
+    fit_spoiled(run, None, dtype, steps=3)
+    before = saved(run)
+    said = r"after step 4: embed\.weight: 1 of its .* not finite; nothing is saved"
+    with pytest.raises(Diverged, match=said):
+        fit_spoiled(run, None, dtype, steps=4, spoilt=4)
+    assert saved(run) == before
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_run_does_not_begin_with_weights_that_are_not_finite(tmp_path, factor):
+    model, run = make_model(), new_run(tmp_path)
+    model.blocks[0].mlp.up.weight.data[1, 2:4] = factor
+    with pytest.raises(ValueError, match=r"^blocks\.0\.mlp\.up\.weight: 2 of its 256 numb"):
+        fit_spoiled(run, None, "float32", model)
+    with pytest.raises(ValueError, match=r"not finite"):
+        huggingface.save_model(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists() and not (run.path / "checkpoints").exists()
+    add_lora(model := make_model(), 2, 4)
+    model.blocks[0].attention.q.adapters["default"].B.data[0] = factor
+    with pytest.raises(ValueError, match=r"B: 2 of its 16 numbers are not finite"):
+        peft.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    huggingface.save_model(make_model(), tmp_path / "model")
+
+
+# Trainer's own border
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (dict(lr=math.nan), "lr must be finite and at least 0, got nan"),
+    (dict(lr=-1.0), "lr must be finite and at least 0, got -1.0"),
+    (dict(clip=0.0), "clip must be positive, got 0.0"), (dict(clip=-1.0), "clip must be positive"),
+    (dict(accumulate=0), "accumulate must be at least 1, got 0"),
+    (dict(step=-1), "step must be at least 0, got -1")])
+def test_bad_steps_are_refused_and_change_nothing(wrong, said):
+    trainer = Trainer(model := make_model(0.0), AdamW(model.parameters()))
+    before = trainer.optimizer.flat.data.copy()
+    with pytest.raises(ValueError, match=f"^{said}"):
+        trainer.step(**dict(step=0, batch=BATCHES[0]) | wrong)
+    assert np.array_equal(trainer.optimizer.flat.data, before) and not trainer.optimizer.steps
+
+
+def test_bad_trainers_are_refused():
+    model = make_model()
+    for wrong, said in ((dict(workers=0), "workers must be at least 1, got 0"),
+                        (dict(seed=-1), "seed must be at least 0, got -1")):
+        with pytest.raises(ValueError, match=f"^{said}$"):
+            Trainer(model, AdamW(model.parameters()), **wrong)
+    for wrong in (dict(min_lr=-1.0), dict(accumulate=0)):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be"):
+            list(fit(None, model, BATCHES, SMALL, optimizer=AdamW(model.parameters()), **wrong))
+
+
+def test_an_optimizer_of_another_model_is_an_error():
+    model, other = make_model(0.0), make_model(0.0)
+    with Trainer(model, AdamW(other.parameters())) as trainer:
+        with pytest.raises(ValueError, match="no parameter of the optimizer has a gradient"):
+            trainer.step(0, BATCHES[0])
+
+
+@pytest.mark.parametrize("workers, processes", [(1, False), (2, False), (2, True)])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_parameter_without_a_gradient_stays_with_any_workers(workers, processes):
+    model = make_model(0.0)
+    extra = Linear(3, 5, np.random.default_rng(0))
+    params = [*extra.parameters(), *model.parameters()]
+    before = [p.data.copy() for p in params]
+    with Trainer(model, AdamW(params, 0.1, weight_decay=0.1), workers, processes) as trainer:
+        trainer.step(0, BATCHES[0])
+    changed = [not np.array_equal(p.data, old) for p, old in zip(params, before)]
+    assert changed == [False] * 2 + [True] * (len(params) - 2)
+
+
 def test_validation_is_of_each_every_th_row():
     model = make_model()
     rows = data.cut(STREAM, 6)
@@ -183,6 +312,19 @@ def test_validation_is_of_each_every_th_row():
         loss, right = trainer.evaluate(*(a[::every] for a in rows))
         found = validation(trainer, rows, every)
         assert found == {"validation_loss": round(loss, 5), "validation_accuracy": round(right, 5)}
+
+
+def test_a_masked_models_few_targets_are_found_wherever_they_are():
+    """Every fourth row may have none. If no row has one, that is said before the training."""
+    tokenizer, texts = data.ByteTokenizer(), ["and so on it goes, to the end of it", "ab"]
+    with pytest.raises(ValueError, match="held-out texts are too short: none of their 2 tokens is"):
+        for seed in range(20):  # chance decides, once in three seeds
+            data.batches_of([[[text] for text in texts]], tokenizer, 2, 8, seed, masked=True)
+    model = Transformer(Config.bert(258, 8, 1, 2, 8, 16))
+    tokens, targets = np.ones((5, 8), int), np.full((5, 8), -100)
+    targets[2, 3] = 7
+    trainer = Trainer(model, SGD(model.parameters()))
+    assert validation(trainer, (tokens, targets), 4) == validation(trainer, (tokens, targets))
 
 
 # Settings

@@ -5,13 +5,16 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from conftest import close
 from threadpoolctl import threadpool_limits
 
-from minilm import ops
+from minilm import data, ops
 from minilm.measure import KINDS, Ledger, held
+from minilm.measure.losses import bits_per_byte, loss_of
 from minilm.optim import SGD, AdamW
 from minilm.peft import add_lora, use_adapter
 from minilm.quantize import quantize_model
+from minilm.train import Trainer
 from minilm.transformer import Config, Transformer
 
 GPT2 = Config.gpt2(64, 32, layers=2, heads=2, width=32)
@@ -189,3 +192,55 @@ def test_on_a_gpu_the_pool_is_asked(cupy):
         ledger.forward_done()
         del kept
     assert (ledger.peak["activations"], ledger.peak["workspace"]) == (MB, 7 * MB)
+
+
+# Losses
+
+TOKENS, TARGETS = np.random.default_rng(3).integers(0, 64, (2, 5, 6))
+
+
+@pytest.mark.parametrize("config", [GPT2, Config.bert(64, 32, 2, 2, 32, 64)], ids=["gpt2", "bert"])
+@pytest.mark.parametrize("fill", [-100, 5])
+def test_the_loss_of_padded_rows_is_that_of_their_text(config, fill):
+    model = Transformer(config, seed=1).astype("float64")
+    alone = loss_of(model, TOKENS, TARGETS, batch=2)
+    tokens, targets, mask = (np.pad(a, ((0, 3), (0, 4)), constant_values=v) for a, v in (
+        (TOKENS, 7), (TARGETS, fill), (np.ones_like(TOKENS), 0)))
+    close(loss_of(model, tokens, targets, mask, batch=3), alone, "float64")
+    with Trainer(model, SGD(model.parameters())) as trainer:
+        close(trainer.evaluate(tokens, targets, mask, batch=3)[0], alone, "float64")
+
+
+def test_the_loss_of_nothing_is_an_error():
+    model, none = Transformer(GPT2), np.full_like(TARGETS, -100)
+    trainer = Trainer(model, SGD(model.parameters()))
+    for use in (loss_of, lambda model, *rows: trainer.evaluate(*rows)):
+        for rows in ((TOKENS, none), (TOKENS[:0], none[:0]), (TOKENS, TARGETS, np.zeros((5, 6)))):
+            with pytest.raises(ValueError, match=r"there is nothing to .*: every target is -100"):
+                use(model, *rows)
+    with pytest.raises(ValueError, match="batch must be at least 1, got -1"):
+        loss_of(model, TOKENS, TARGETS, batch=-1)
+    for wrong in (dict(targets=0, size=1), dict(targets=1, size=0)):
+        with pytest.raises(ValueError, match="must be at least 1, got 0"):
+            bits_per_byte(1.0, **wrong)
+
+
+@pytest.mark.parametrize("use", ["loss_of", "evaluate", "step"])
+def test_a_masked_model_is_not_asked_for_what_it_sees(use):
+    rows = data.cut(np.random.default_rng(0).integers(0, 64, 100), 32)
+    outputs = rows[0], np.where(np.arange(32) < 20, -100, rows[1])  # instructions and answers
+    text = np.full((4, 32), ord("a"))  # the hardest case of what is allowed
+    masked = data.corrupt(text, np.random.default_rng(1), data.ByteTokenizer())
+    for config, seen in ((Config.gpt2(258, 32, 1, 2, 8), False),
+                         (Config.bert(258, 32, 1, 2, 8, 16), True)):
+        model = Transformer(config)
+        trainer = Trainer(model, SGD(model.parameters(), lr=0.0))
+        run = {"loss_of": lambda *rows, model=model: loss_of(model, *rows),
+               "evaluate": trainer.evaluate, "step": lambda *rows, t=trainer: t.step(0, rows)}[use]
+        run(*masked)
+        for batch in (rows, outputs):
+            if seen:
+                with pytest.raises(ValueError, match="next tokens, which a masked model sees"):
+                    run(*batch)
+            else:
+                run(*batch)

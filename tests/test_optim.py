@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from math import inf, nan
 
 import numpy as np
 import pytest
@@ -11,8 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import ops
-from minilm.optim import SGD, AdamW, FlatParameters, adamw, clip_grad_norm, cosine_schedule
+from minilm.optim import (
+    SGD,
+    AdamW,
+    FlatParameters,
+    PagedAdamW,
+    adamw,
+    clip_grad_norm,
+    cosine_schedule,
+)
+from minilm.peft import add_lora
 from minilm.tensor import Tensor
+from minilm.train import Trainer
+from minilm.transformer import Config, Transformer
 
 SHAPES = [(5, 7), (7,), (2, 3, 4), (1,), (11, 2)]
 
@@ -152,7 +164,11 @@ def test_parameters_and_gradients_are_views_of_flat_memory():
     params = leaves("float32")
     before = [p.data.copy() for p in params]
     give(params, seed=1)
+    gradients = [p.grad.copy() for p in params]
     flat = FlatParameters(params)
+    assert all(np.array_equal(p.grad, g) for p, g in zip(params, gradients))
+    assert all(np.shares_memory(p.grad, flat.grad) for p in params)
+    flat.zero_grad()
     assert all(p.grad is None for p in params)
     assert flat.data.size == flat.grad.size == flat.size
     give(params, seed=0)
@@ -195,19 +211,119 @@ def test_the_first_gradient_overwrites_and_later_ones_add():
     assert x.grad.tolist() == flat.grad[:3].tolist() == [5, 5, 5]
 
 
+@pytest.mark.parametrize("make, other", [(AdamW, torch.optim.AdamW), (SGD, torch.optim.SGD),
+                                         (PagedAdamW, torch.optim.AdamW)])
+def test_a_parameter_without_a_gradient_stays_as_in_pytorch(make, other):
+    """No decay, no step of its moments: one parameter after the other gets no gradient any more."""
+    params = leaves("float32")
+    theirs, settings = twins(params), dict(lr=0.1, weight_decay=0.1)
+    ours, peer = make(params, **settings), other(theirs, **settings)
+    for step in range(5):
+        ours.zero_grad()
+        peer.zero_grad()
+        give(params[step:], seed=step)
+        copy_grads(params[step:], theirs[step:])
+        before = [p.data.copy() for p in params]
+        ours.step()
+        peer.step()
+        for i, (p, old) in enumerate(zip(params, before)):
+            assert np.array_equal(p.data, old) == (i < step)
+        assert largest_gap(params, theirs) < 2e-6
+    if make is not SGD:
+        for place, p, t in zip(ours.flat.places, params, theirs):
+            close(ours.m[place].reshape(p.shape), peer.state[t]["exp_avg"].numpy(), "float32")
+            close(ours.v[place].reshape(p.shape), peer.state[t]["exp_avg_sq"].numpy(), "float32")
+
+
+@given(present=st.lists(st.booleans(), min_size=5, max_size=5), cuts=st.sets(st.integers(1, 26)))
+def test_parts_of_a_step_leave_out_the_same_parameters(present, cuts):
+    whole, parts = (AdamW(leaves("float32"), weight_decay=0.1) for _ in range(2))
+    ends = [0, *sorted(4 * cut for cut in cuts if 4 * cut < whole.flat.size), whole.flat.size]
+    def everywhere(*step):
+        for part in itertools.pairwise(ends):
+            parts.update(slice(*part), *step)
+    for optimizer in (whole, parts):
+        give([p for p, here in zip(optimizer.flat.params, present) if here], seed=3)
+    whole.step()
+    parts.step(everywhere=everywhere)
+    for name in ("m", "v"):
+        assert np.array_equal(getattr(whole, name), getattr(parts, name))
+    both = zip(whole.flat.params, parts.flat.params, strict=True)
+    for (p, other), old, here in zip(both, leaves("float32"), present):
+        assert np.array_equal(p.data, other.data)
+        assert np.array_equal(p.data, old.data) != here
+
+
+def rest(params):
+    params[1].node = None
+
+
+def other_memory(params):
+    params[1].data = params[1].data.copy()
+
+
+def another_optimizer(params):
+    SGD(params[1:])
+
+
+def become(params):
+    params[1].become(params[1].data)
+
+
+@pytest.mark.parametrize("make", [AdamW, PagedAdamW, SGD])
+@pytest.mark.parametrize("change, said", [
+    (rest, "is frozen, or its adapter rests: make the optimizer after add_lora"),
+    (other_memory, "has been given other memory since"),
+    (another_optimizer, "has been given other memory since"),
+    (become, "has been given other memory since"),
+])
+def test_an_optimizer_of_what_no_longer_trains_says_so(make, change, said):
+    optimizer = make(params := leaves("float32"))
+    give(params, seed=0)
+    change(params)
+    before = [p.data.copy() for p in params]
+    with pytest.raises(ValueError, match=rf"^parameter 1 of the optimizer, \(7,\), {said}"):
+        optimizer.step()
+    assert optimizer.steps == 0
+    assert all(np.array_equal(p.data, old) for p, old in zip(params, before))
+
+
+def test_an_optimizer_made_before_add_lora_says_so():
+    model = Transformer(Config.gpt2(13, 6, layers=1, heads=2, width=8))
+    optimizer = AdamW(model.parameters(), weight_decay=0.1)
+    add_lora(model, 2, 4)
+    before = {name: a.copy() for name, a in model.state_dict().items()}
+    ops.cross_entropy(model(np.array([[1, 2]])), np.array([[2, 3]])).backward()
+    for use in (optimizer.step, lambda: Trainer(model, optimizer).step(
+            0, (np.array([[1, 2]]), np.array([[2, 3]])))):
+        with pytest.raises(ValueError, match=r"parameter 0 .* make the optimizer after add_lora"):
+            use()
+    assert all(np.array_equal(a, before[name]) for name, a in model.state_dict().items())
+
+
 @pytest.mark.parametrize("make", [AdamW, SGD])
-def test_a_parameter_without_gradient_counts_as_zero(make):
-    params = leaves()
-    absent, zero = make(params, weight_decay=0.1), make(others := leaves(), weight_decay=0.1)
-    for step in range(3):
-        for optimizer, both in ((absent, params), (zero, others)):
-            optimizer.zero_grad()
-            give(both[: 5 - step], seed=step)
-        for p in others[5 - step :]:
-            (p * 0.0).sum().backward()
-        absent.step()
-        zero.step()
-    assert np.array_equal(absent.flat.data, zero.flat.data)
+def test_a_gradient_from_before_the_optimizer_counts(make):
+    before, after = leaves(), make(others := leaves())
+    give(before, seed=0)
+    optimizer = make(before)
+    give(others, seed=0)
+    optimizer.step()
+    after.step()
+    assert np.array_equal(optimizer.flat.data, after.flat.data)
+    assert all((p.data != q.data).all() for p, q in zip(others, leaves()))
+
+
+@pytest.mark.parametrize("make", [AdamW, SGD])
+def test_a_gradient_that_the_user_put_in_its_place_counts(make):
+    one, other = make(leaves()), make(leaves())
+    for optimizer in (one, other):
+        give(optimizer.flat.params, seed=0)
+    for p, q in zip(one.flat.params, other.flat.params):
+        p.grad = p.grad / 4  # a new array
+        q.grad /= 4
+    one.step()
+    other.step()
+    assert np.array_equal(one.flat.data, other.flat.data)
 
 
 @given(st.floats(0.1, 10), st.sampled_from(["float32", "float64"]))
@@ -250,7 +366,7 @@ def test_clipping_takes_no_gradients_and_zero_ones():
     params = leaves()
     assert clip_grad_norm(params, 1.0) == 0
     give(params, seed=0, scale=0.0)
-    assert clip_grad_norm(params, 0.0) == 0
+    assert clip_grad_norm(params, 1e-300) == 0
 
 
 @given(st.integers(0, 20), st.integers(1, 80), st.floats(1e-6, 1), st.floats(0, 1))
@@ -296,20 +412,46 @@ def test_what_flat_memory_refuses():
 
 @pytest.mark.parametrize(
     "bad",
-    [dict(lr=-1.0), dict(betas=(1.0, 0.9)), dict(betas=(0.9, -0.1)), dict(eps=-1e-8),
-     dict(weight_decay=-0.1)],
+    [dict(lr=-1.0), dict(lr=nan), dict(lr=inf), dict(betas=(1.0, 0.9)), dict(betas=(0.9, -0.1)),
+     dict(betas=(nan, 0.9)), dict(betas=(0.9,)), dict(eps=-1e-8), dict(eps=nan), dict(eps=inf),
+     dict(weight_decay=-0.1), dict(weight_decay=nan), dict(weight_decay=inf)],
 )
-def test_adamw_refuses_bad_settings(bad):
+@pytest.mark.parametrize("make", [AdamW, PagedAdamW, SGD])
+def test_bad_settings_are_refused_by_their_names(make, bad):
     (name,) = bad
-    with pytest.raises(ValueError, match=f"bad settings.*{name}="):
-        AdamW(leaves(), **bad)
+    if make is SGD and name not in ("lr", "weight_decay"):
+        return
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got "):
+        make(leaves("float32"), **bad)
+    with pytest.raises(TypeError, match=f"^{name} must be a number, .*; got '1'$"):
+        make(leaves("float32"), **{name: ("1", "1") if name == "betas" else "1"})
 
 
-@pytest.mark.parametrize("bad", [dict(lr=-1.0), dict(weight_decay=-0.1)])
-def test_sgd_refuses_bad_settings(bad):
+@pytest.mark.parametrize("make", [AdamW, PagedAdamW, SGD])
+@pytest.mark.parametrize("lr", [-1.0, nan, inf])
+def test_a_rate_that_was_changed_to_none_is_refused(make, lr):
+    optimizer = make(leaves("float32"))
+    give(optimizer.flat.params, seed=0)
+    before, optimizer.lr = optimizer.flat.data.copy(), lr
+    with pytest.raises(ValueError, match=f"^lr must be finite and at least 0, got {lr}$"):
+        optimizer.step()
+    assert np.array_equal(optimizer.flat.data, before) and optimizer.steps == 0
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, nan])
+def test_a_norm_is_clipped_to_something_positive(bad):
+    with pytest.raises(ValueError, match=f"^max_norm must be positive, got {bad}$"):
+        clip_grad_norm(leaves(), bad)
+
+
+@pytest.mark.parametrize("bad", [dict(step=-1), dict(steps=-3), dict(warmup=-5), dict(lr=nan),
+                                 dict(lr=-1.0), dict(min_lr=-1.0), dict(min_lr=inf)])
+def test_bad_schedules_are_refused(bad):
     (name,) = bad
-    with pytest.raises(ValueError, match=f"bad settings.*{name}="):
-        SGD(leaves(), **bad)
+    with pytest.raises(ValueError, match=f"^{name} must be .*at least 0, got "):
+        cosine_schedule(**dict(step=0, steps=7, lr=1.0) | bad)
+    with pytest.raises(TypeError, match=r"^steps must be a whole number, at least 0; got 2\.5$"):
+        cosine_schedule(0, 2.5, 1.0)
 
 
 def test_settings_may_be_zero():

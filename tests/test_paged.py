@@ -148,6 +148,53 @@ def test_parts_that_are_together_the_whole(borders, page_size, seed, data):
     same(actual, expected)
 
 
+@given(st.lists(st.integers(0, 96), max_size=3), st.sampled_from(PAGES), seeds,
+       st.lists(st.sets(st.integers(0, len(SHAPES) - 1)), min_size=3, max_size=3), st.data())
+def test_parameters_without_a_gradient_are_left_out(borders, page_size, seed, absent, data):
+    expected = plain()
+    actual = make_paged(seed=seed, page_size=page_size, device_budget=data.draw(budgets(page_size)))
+    ends = [0, *sorted(borders), actual.flat.size]
+    def everywhere(*step):
+        for part in data.draw(st.permutations([slice(*cut) for cut in itertools.pairwise(ends)])):
+            actual.update(part, *step)
+    for t, without in enumerate(absent):
+        for optimizer in (expected, actual):
+            give(optimizer, t)
+            for i in without:
+                optimizer.flat.params[i].grad = None
+        before = expected.flat.data.copy()
+        actual.step(0.5, everywhere)
+        expected.step(0.5)
+        for i in without:
+            assert np.array_equal(actual.flat.params[i].data,
+                                  actual.flat.views(before)[i])
+    same(actual, expected)
+
+
+@pytest.mark.parametrize("budget", [None, 3 * 544])
+def test_states_in_8_bits_leave_out_whole_blocks(budget):
+    """A block that two parameters share is updated for both, the gradient that is missing as 0."""
+    shapes, absent = [(600,), (900,), (40,), (600,)], (1, 2)
+    found = []
+    for missing in (True, False):
+        optimizer = make_paged(shapes, (), page_size=256, state=EightBit(), device_budget=budget)
+        for t in range(3):
+            give(optimizer, t)
+            for i in absent if t == 2 else ():
+                optimizer.flat.params[i].grad[...] = 0
+                if missing:
+                    optimizer.flat.params[i].grad = None
+            before = optimizer.flat.data.copy()
+            optimizer.step()
+        found.append((optimizer, before))
+    (left, before), (zeros, _) = found
+    present = np.r_[0:600, 1540:2140]
+    assert np.array_equal(left.flat.data[present], zeros.flat.data[present])
+    assert (left.flat.data[present] != before[present]).all()
+    assert np.array_equal(left.flat.data[768:1536], before[768:1536])
+    assert (zeros.flat.data[768:1536] != before[768:1536]).all()
+
+
 class Paging(RuleBasedStateMachine):
     """Anything may happen to a paged optimizer between two steps, and one thing may fail."""
 
@@ -531,7 +578,7 @@ def test_slots_are_made_of_pages_where_there_is_no_other_room():
 
 @pytest.mark.parametrize("page_size", [0, -8, 1, 2, 3, 12, 1000])
 def test_page_sizes_that_are_no_power_of_two(page_size):
-    message = f"power of two from 4 up, got {page_size} elements, {8 * page_size:,} bytes"
+    message = f"^page_size must be a power of two from 4 up, got {page_size}$"
     with pytest.raises(ValueError, match=message):
         make_paged(page_size=page_size)
 

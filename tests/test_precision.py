@@ -303,7 +303,7 @@ def test_the_loop_in_the_docstring():
                                  dict(backoff=1.0), dict(backoff=0.0), dict(interval=0)])
 def test_a_scaler_refuses_bad_settings(bad):
     (name,) = bad
-    with pytest.raises(ValueError, match=f"bad settings.*{name}="):
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got {bad[name]}$"):
         LossScaler(**bad)
 
 

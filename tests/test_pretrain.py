@@ -3,6 +3,7 @@ one clear line for what is wrong."""
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 from pretrain import Settings, main
 
 from minilm import checkpoint, data, loop
+from minilm.command import command as program
+from minilm.files import FormatError
 from minilm.interop import huggingface
 from minilm.run import RunDirectory
 from minilm.train import Diverged, Trainer
@@ -302,6 +305,51 @@ def test_resuming_with_other_settings_is_refused(stopped, asked, said):
     with pytest.raises(ValueError, match=f"pretrain-1 keeps its settings, .*{said}"):
         main(Settings(**asked), resume=stopped)
     assert contents(stopped) == before
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--steps 2400", r"steps 2400 \(it has 6\)"), ("--steps=2400", "steps 2400"),
+    ("--family llama --tokenizer bytes", r"tokenizer bytes \(it has chars\)"),
+    ("--no-threads --seed 3", r"seed 3"), ("--workers 9", r"workers 9 \(it has 1\)"),
+    ("--out elsewhere", "give --resume or --out, not both"),
+    ("--out runs", "give --resume or --out, not both"),
+])
+def test_what_is_given_beside_resume_is_not_ignored(stopped, monkeypatch, words, said):
+    """Also if it is the default: the run has another."""
+    before = contents(stopped)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--resume", str(stopped), *words.split()])
+    with pytest.raises(SystemExit, match=said):
+        program(main)
+    assert contents(stopped) == before
+
+
+def test_what_is_given_beside_resume_may_be_what_the_run_has(stopped, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--resume", str(stopped), "--steps", "6"])
+    program(main)
+    assert saved(stopped)[1] == 6
+    program(main)
+    assert "from step 6, its last\n" in capsys.readouterr().out
+
+
+def test_a_run_without_a_clip_is_stored_and_resumed(tmp_path, text, plain, monkeypatch):
+    s = settings(text, tokenizer="chars", clip=math.inf)
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        main(s, tmp_path)
+    run = tmp_path / "pretrain-1"
+    assert json.loads((run / "run.json").read_text())["settings"]["clip"] == "inf"
+    main(s, resume=run)
+    main(dataclasses.replace(s, clip=1e30), tmp_path)
+    assert weights(run) == weights(tmp_path / "pretrain-2")
+
+
+def test_a_stored_setting_out_of_its_range_is_the_files_fault(stopped):
+    file = stopped / "run.json"
+    whole = json.loads(file.read_text())
+    for name, value in dict(clip=-1.0, batch="8", steps=2.5).items():
+        file.write_text(json.dumps(whole | {"settings": whole["settings"] | {name: value}}))
+        with pytest.raises(FormatError, match=rf"run\.json: settings: {name} must"):
+            main(Settings(), resume=stopped)
 
 
 def test_resuming_takes_the_settings_that_the_run_has(stopped, text):

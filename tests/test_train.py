@@ -476,7 +476,7 @@ def test_nothing_to_learn_from_is_an_error():
             trainer.step(3, (tokens, np.full_like(targets, IGNORED)))
         with pytest.raises(ValueError, match=r"8 micro-batches .* 7 rows"):
             trainer.step(3, (tokens, targets), accumulate=8)
-        with pytest.raises(ValueError, match="0 micro-batches"):
+        with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
             trainer.step(3, (tokens, targets), accumulate=0)
         assert trainer.optimizer.steps == 0
     assert np.array_equal(model.state_dict()["embed.weight"], before)

@@ -140,6 +140,9 @@ def batches_of(
     real = targets != IGNORED
     corrupted, targets = corrupt(tokens, np.random.default_rng(seed), tokenizer)
     corrupted, targets = np.where(real, corrupted, tokens), np.where(real, targets, IGNORED)
+    if (targets == IGNORED).all():
+        raise ValueError(f"the held-out texts are too short: none of their {real.sum()} tokens is "
+                         "masked")
     return MaskedBatches(batches, tokenizer, seed), (corrupted, targets, real.astype(np.int32))
 
 

@@ -155,6 +155,7 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
         if own and linear[p].weight.shape == m.weight.shape:
             plain.replace(p, QuantizedLinear(m.weight, linear[p].bias))
     require_parts(model, plain)
+    model.require_finite()
     arrays, left = arrays_of(model, family), []
     for module, paths in modules.items():
         weights = [layers[ours].weight for ours in paths if ours in layers]

@@ -55,10 +55,11 @@ def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> N
     tokenizer: written into the folder too, for AutoTokenizer and `data.load_tokenizer`; a model
     that knows no end of a text gets the tokenizer's. A model that is there is replaced as a whole
     or, after an error, not at all. ValueError, before anything is written, if no family expresses
-    the model, or if its modules are not those of its Config.
+    the model, if its modules are not those of its Config, or if a weight is not finite.
     """
     family, raw = describe(model)
     require_parts(model, Transformer(model.config))
+    model.require_finite()
     beside = {}
     if tokenizer:
         ends = ends_of(model, tokenizer)

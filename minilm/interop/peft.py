@@ -79,12 +79,15 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
 
     base: the folder of the model that the adapter is for, which `base_of` tells. PEFT looks there
     too. An adapter that is there is replaced as a whole or, after an error, not at all. ValueError,
-    before anything is written, if there is no such adapter, or if PEFT's format cannot express it.
+    before anything is written, if there is no such adapter, if PEFT's format cannot express it, or
+    if a number of it is not finite.
     """
     (family, _), layers = describe(model), adaptable_layers(model)
     adapters = {p: m.adapters[name] for p, m in adapted_layers(model).items() if name in m.adapters}
     if not adapters:
         raise ValueError(f"this model has no adapter {name!r}")
+    for adapter in adapters.values():
+        adapter.require_finite()
     kind, method = _method(name, adapters)
     modules, arrays, forms, others = family.joined(model.config.layers, layers), {}, {}, []
     if lost := sorted(adapters.keys() - set(chain(*modules.values()))):

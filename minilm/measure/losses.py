@@ -4,17 +4,45 @@ import math
 
 from minilm import data, ops
 from minilm.graph import no_dropout
+from minilm.losses import of_text
+from minilm.ranges import check, whole
 from minilm.tensor import no_grad
 
 
-def loss_of(model, tokens, targets, batch: int = 32) -> float:
-    """Mean loss over the targets that count, without dropout."""
-    total = 0.0
+def loss_of(model, tokens, targets, *mask, batch: int = 32) -> float:
+    """Mean loss over the targets (B, T) that count, without dropout.
+
+    mask (B, T): 0 for padding, which the model must not see and which does not count. batch: rows
+    at a time. ValueError if no target counts, or if the model sees its answers.
+    """
+    check({"batch": whole(1)}, batch=batch)
+    total, targets = 0.0, of_text(targets, *mask)
+    counted = int((targets != data.IGNORED).sum())
+    if not counted:
+        raise ValueError(f"there is nothing to measure: every target is {data.IGNORED}")
+    refuse_seen_answers(model, tokens, targets)
     with no_grad(), no_dropout():
         for i in range(0, len(tokens), batch):
-            logits = model(tokens[i : i + batch])
-            total += float(ops.cross_entropy(logits, targets[i : i + batch], total=1).data)
-    return total / int((targets != data.IGNORED).sum())
+            rows = slice(i, i + batch)
+            logits = model(tokens[rows], *(m[rows] for m in mask))
+            total += float(ops.cross_entropy(logits, targets[rows], total=1).data)
+    return total / counted
+
+
+def refuse_seen_answers(model, tokens, targets):
+    """ValueError if a masked model is asked for the next tokens, all of which it sees.
+
+    A masked model's task never looks like that: of eight neighbouring targets the corruption would
+    have left each one in sight, and it leaves one in ten.
+    """
+    config = getattr(model, "config", None)
+    if config is None or config.causal:
+        return
+    counted = targets != data.IGNORED
+    pairs = counted[:, :-1] & counted[:, 1:]
+    if pairs.sum() >= 8 and (targets[:, :-1] == tokens[:, 1:])[pairs].all():
+        raise ValueError("the targets are the next tokens, which a masked model sees: its loss on "
+                         "them says nothing; give it masked tokens (data.corrupt)")
 
 
 def bits_per_byte(loss: float, targets: int, size: int) -> float:
@@ -25,4 +53,5 @@ def bits_per_byte(loss: float, targets: int, size: int) -> float:
     >>> bits_per_byte(math.log(256), targets=10, size=10)
     8.0
     """
+    check({"targets": whole(1), "size": whole(1)}, targets=targets, size=size)
     return loss * targets / size / math.log(2)

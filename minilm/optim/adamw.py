@@ -20,26 +20,32 @@ from minilm import cuda
 from minilm.arrays import BLOCK
 from minilm.backend import array_module
 from minilm.optim.flat import FlatParameters
+from minilm.ranges import AT_LEAST_0, BELOW_1, FINITE, check
+
+STEP = {"lr": AT_LEAST_0, "scale": FINITE}  # of a step; lr may have been changed since the last
 
 
 class SGD:
     """p = p - lr (g + weight_decay p). `lr` may be changed between steps.
 
-    ValueError for negative settings, and whenever FlatParameters raises it.
+    ValueError for settings out of range, and whenever FlatParameters raises it.
     """
 
+    RANGES = {"lr": AT_LEAST_0, "weight_decay": AT_LEAST_0}
+
     def __init__(self, params, lr: float = 1e-2, weight_decay: float = 0.0):
-        if lr < 0 or weight_decay < 0:
-            raise ValueError(f"bad settings: {lr=}, {weight_decay=}")
+        check(self.RANGES, lr=lr, weight_decay=weight_decay)
         self.flat, self.lr, self.weight_decay = FlatParameters(params), lr, weight_decay
         self.steps = 0
 
     def step(self, scale: float = 1.0, everywhere=None):
-        """Update all parameters by their gradients times scale; a missing gradient counts as 0.
+        """Update all parameters by their gradients times scale. Those without one stay as they are.
 
         everywhere(t, lr, scale): calls `update` on parts that together cover everything, so that
-        workers can share the step; by default there is one part.
+        workers can share the step; by default there is one part. ValueError if a parameter no
+        longer trains (see FlatParameters.complete), or if lr is out of its range.
         """
+        check(STEP, lr=self.lr, scale=scale)
         self.flat.complete()
         self.steps += 1
         (everywhere or self.update_all)(self.steps, self.lr, scale)
@@ -54,9 +60,18 @@ class SGD:
 
     def update(self, part: slice, t: int, lr: float, scale: float = 1.0):
         """Step t of a part, with gradients multiplied by scale."""
-        p, g = self.flat.data[part], self.flat.grad[part]
-        p -= lr * (scale * g + self.weight_decay * p)
-        self.flat.round(part)
+        f = self.flat
+        for run in f.with_gradient(part):
+            p, g = f.data[run], f.grad[run]
+            p -= lr * (scale * g + self.weight_decay * p)
+            f.round(run)
+
+    def states(self) -> dict:
+        """What the optimizer remembers of the gradients: nothing."""
+        return {}
+
+    def put_back(self, states: dict):
+        """Go on from what states() gave."""
 
 
 class AdamW:
@@ -64,6 +79,8 @@ class AdamW:
 
     params: leaves, whose .data and .grad become views of flat buffers (see FlatParameters).
     undecayed: those of them that have no weight decay (usually norms and biases).
+    A parameter without a gradient stays as it is, and so do its m and v, as in PyTorch. But t
+    counts the optimizer's steps, PyTorch's the steps in which the parameter had a gradient.
     ValueError for settings out of range, and whenever FlatParameters raises it.
 
     The first step moves each coordinate by lr, however large its gradient is:
@@ -77,10 +94,14 @@ class AdamW:
     [0.5, -19.5]
     """
 
+    RANGES = {"lr": AT_LEAST_0, "betas": BELOW_1, "eps": AT_LEAST_0, "weight_decay": AT_LEAST_0}
+
     def __init__(self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.01, undecayed=()):
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
-            raise ValueError(f"bad settings: {lr=}, {betas=}, {eps=}, {weight_decay=}")
+        betas = tuple(betas)
+        if len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas}")
+        check(self.RANGES, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         params, without = list(params), {id(p) for p in undecayed}
         decayed = [p for p in params if id(p) not in without]
         self.flat = FlatParameters(decayed + [p for p in params if id(p) in without])
@@ -94,11 +115,13 @@ class AdamW:
         self.m, self.v = self.flat.zeros(), self.flat.zeros()
 
     def step(self, scale: float = 1.0, everywhere=None):
-        """Update all parameters by their gradients times scale; a missing gradient counts as 0.
+        """Update all parameters by their gradients times scale. Those without one stay as they are.
 
         everywhere(t, lr, scale): calls `update` on parts that together cover everything, so that
-        workers can share the step; by default there is one part.
+        workers can share the step; by default there is one part. ValueError if a parameter no
+        longer trains (see FlatParameters.complete), or if lr is out of its range.
         """
+        check(STEP, lr=self.lr, scale=scale)
         self.flat.complete()
         self.steps += 1
         (everywhere or self.update_all)(self.steps, self.lr, scale)
@@ -122,11 +145,12 @@ class AdamW:
     def update(self, part: slice, t: int, lr: float, scale: float = 1.0):
         """Step t of a part, with gradients multiplied by scale; in chunks that fit the cache."""
         f = self.flat
-        for chunk in _chunks(part, self.decayed, array_module(self.m)):
-            decay = self.weight_decay if chunk.stop <= self.decayed else 0.0
-            adamw(f.data[chunk], f.grad[chunk], self.m[chunk], self.v[chunk], t, lr, *self.betas,
-                  self.eps, decay, scale)
-            f.round(chunk)
+        for run in f.with_gradient(part):
+            for chunk in _chunks(run, self.decayed, array_module(self.m)):
+                decay = self.weight_decay if chunk.stop <= self.decayed else 0.0
+                adamw(f.data[chunk], f.grad[chunk], self.m[chunk], self.v[chunk], t, lr,
+                      *self.betas, self.eps, decay, scale)
+                f.round(chunk)
 
 
 def plain_adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):

@@ -18,6 +18,7 @@ from minilm import cuda
 from minilm.arrays import wide
 from minilm.backend import array_module
 from minilm.blas import dot
+from minilm.ranges import LIMIT, check
 from minilm.tensor import Tensor, after_backward
 
 PIECE = 1 << 24  # elements
@@ -30,9 +31,9 @@ class FlatParameters:
     grad: the gradients, in data's dtype
     rounded: what the parameters are views of: data itself, or 16-bit numbers
 
-    All must have one dtype and device. The first gradient of a step overwrites its place, and later
-    ones add to it. ValueError for an empty list, a parameter given twice, a frozen one, or several
-    dtypes.
+    All must have one dtype and device. Gradients that are there already stay. Without one, the
+    first gradient of a step overwrites its place, and later ones add to it. ValueError for an empty
+    list, a parameter given twice, a frozen one, or several dtypes.
     """
 
     def __init__(self, params):
@@ -51,13 +52,20 @@ class FlatParameters:
         self.data, self.grad = self.zeros(), self.zeros()
         self.rounded = self.data if self.data.dtype == dtype else self.zeros(dtype)
         self.waiting, self.lock = [], threading.Lock()  # (gradient, its place), for gather()
-        buffers = (self.views(flat) for flat in (self.data, self.rounded, self.grad))
-        for p, place, master, data, grad in zip(self.params, self.places, *buffers):
+        # Which parameters have a gradient in this step; in memory that processes share.
+        self.present = np.frombuffer(mmap.mmap(-1, len(self.params)), np.uint8)
+        self.present[...] = 1
+        self.nodes = [p.node for p in self.params]
+        self.own, self.grads = self.views(self.rounded), self.views(self.grad)
+        for p, place, master, data, grad in zip(self.params, self.places, self.views(self.data),
+                                                self.own, self.grads):
             master[...] = wide(p.data)
             data[...] = p.data
             p.data = data
             p.on_grad = self._receiver(p, grad, place.start)
-        self.zero_grad()
+            if p.grad is not None:  # of a backward pass before
+                grad[...] = p.grad
+                p.grad = grad
 
     def zeros(self, dtype=None):
         """A new buffer like .data. On a CPU it lies in memory that processes share after a fork."""
@@ -83,12 +91,43 @@ class FlatParameters:
             if p.node:  # an adapter that does not act has none
                 p.grad = None
 
+    def check(self):
+        """ValueError if a parameter no longer trains: it would stay as it is without a word."""
+        for i, (p, node, own) in enumerate(zip(self.params, self.nodes, self.own)):
+            if p.node is None:
+                raise ValueError(f"parameter {i} of the optimizer, {p.shape}, is frozen, or its "
+                                 "adapter rests: make the optimizer after add_lora and its like, "
+                                 "over what acts (use_adapter)")
+            if p.node is not node or p.data is not own:
+                raise ValueError(f"parameter {i} of the optimizer, {p.shape}, has been given other "
+                                 "memory since (another optimizer, astype or to): make the "
+                                 "optimizer after that")
+
     def complete(self):
-        """Write zeros where no gradient arrived, so that all of .grad counts."""
+        """Note which parameters have a gradient, and write zeros where none arrived, so that all
+        of .grad counts. ValueError as `check` says."""
+        self.check()
         self.gather()
-        for p, place in zip(self.params, self.places):
+        for i, (p, grad) in enumerate(zip(self.params, self.grads)):
+            self.present[i] = p.grad is not None
             if p.grad is None:
-                self.grad[place] = 0
+                grad[...] = 0
+            elif p.grad is not grad:  # a user's own
+                grad[...] = p.grad
+
+    def with_gradient(self, part: slice) -> list[slice]:
+        """The runs of a part whose parameters had a gradient at the last `complete`."""
+        if self.present.all():
+            return [part]
+        runs, stops = [], [place.start for place in self.places[1:]] + [self.size]
+        for here, place, stop in zip(self.present, self.places, stops):
+            start, stop = max(place.start, part.start), min(stop, part.stop)
+            if not here or start >= stop:
+                continue
+            if runs and runs[-1].stop == start:
+                start = runs.pop().start
+            runs.append(slice(start, stop))
+        return runs
 
     def gather(self):
         """Copy the waiting gradients to their places, all in one launch."""
@@ -148,13 +187,15 @@ def squares(x) -> float:
 def clip_grad_norm(params: list[Tensor], max_norm: float) -> float:
     """Scale the gradients to a global L2 norm of at most max_norm; returns the norm they had.
 
-    With max_norm=inf it only measures. Source: Pascanu et al. 2013, arXiv:1211.5063, algorithm 1.
+    With max_norm=inf it only measures. ValueError if max_norm is not positive.
+    Source: Pascanu et al. 2013, arXiv:1211.5063, algorithm 1.
 
     >>> p = Tensor([3.0, 4.0], requires_grad=True)
     >>> (p * p).sum().backward()
     >>> clip_grad_norm([p], max_norm=5.0), p.grad.tolist()
     (10.0, [3.0, 4.0])
     """
+    check({"max_norm": LIMIT}, max_norm=max_norm)
     grads = [p.grad.reshape(-1) for p in params if p.grad is not None]
     norm = math.sqrt(sum(squares(g) for g in grads))
     if (scale := clip_scale(norm, max_norm)) < 1:

@@ -34,6 +34,7 @@ from minilm.optim.adamw import AdamW, adamw
 from minilm.optim.flat import squares
 from minilm.optim.pages import PageTable
 from minilm.optim.streams import CudaDevice, SimulatedDevice
+from minilm.ranges import check, optional, power_of_two, whole
 
 BROKEN = "parameters and states are of two steps: go back to a checkpoint"
 
@@ -82,9 +83,8 @@ class PagedAdamW(AdamW):
                  device_budget: int | None = None, device=None, state=None,
                  pageable: bool = False):
         self.state, self.table = state or Float32(), None
-        if page_size < self.state.block or page_size & (page_size - 1):
-            raise ValueError(f"page_size must be a power of two from {self.state.block} up, got "
-                             f"{page_size} elements, {8 * page_size:,} bytes in float32")
+        check({"page_size": power_of_two(self.state.block), "device_budget": optional(whole(0))},
+              page_size=page_size, device_budget=device_budget)
         self.page_size, self.budget, self.pageable = page_size, device_budget, pageable
         self.device, self.skipped, self.broken, self.process = device, 0, None, os.getpid()
         super().__init__(params, lr, betas, eps, weight_decay, undecayed)
@@ -106,6 +106,7 @@ class PagedAdamW(AdamW):
 
     def step(self, scale: float = 1.0, everywhere=None):
         """A step of AdamW if all gradients are finite; otherwise nothing changes."""
+        self._check()
         self.flat.complete()
         if math.isfinite(squares(self.flat.grad)):
             super().step(scale, everywhere)
@@ -125,25 +126,34 @@ class PagedAdamW(AdamW):
             try:
                 self._run(left, t, lr, scale)
             except BaseException as error:
-                whole = sum(p.stop - p.start for _, p in pieces) == self.flat.size
-                if whole and len(left) == len(pieces) and not self.broken:
+                everything = (part.start, part.stop) == (0, self.flat.size)
+                if everything and len(left) == len(pieces) and not self.broken:
                     self.steps = t - 1
                     raise
                 self._finish(left, len(pieces), error, t, lr, scale)
             finally:
                 self.device.wait("main", self.device.record("update"))  # the parameters
-        if pieces and pieces[-1][1].stop == self.flat.size:
+        if part.stop == self.flat.size:
             self.prefetch()
 
     def _pieces(self, part):
-        """(page, slice of the flat space) for each page that a part reaches into."""
+        """(page, slice of the flat space) for each stretch of a page that a part is to update.
+
+        Parameters without a gradient are left out, but for the blocks of states that they share
+        with others; there their gradient counts as 0.
+        """
         pieces, block = [], self.state.block
+        runs = self.flat.with_gradient(slice(0, self.flat.size))
         for page in self.table.pages:
             first, end = page.part.start, page.part.stop
-            start, stop = (min(max(first + -(-(x - first) // block) * block, first), end)
-                           for x in (part.start, part.stop))
-            if start < stop:
-                pieces.append((page, slice(start, stop)))
+            def up(x): return min(max(first + -(-(x - first) // block) * block, first), end)
+            def down(x): return min(max(first + (x - first) // block * block, first), end)
+            at, last = up(part.start), up(part.stop)
+            for run in runs:
+                start, stop = max(at, down(run.start)), min(up(run.stop), last)
+                if start < stop:
+                    pieces.append((page, slice(start, stop)))
+                    at = stop
         return pieces
 
     def _run(self, left, *step):

@@ -17,6 +17,8 @@ and 3 do not happen in bfloat16: it needs masters and no scaler.
 
 import numpy as np
 
+from minilm.ranges import POSITIVE, Range, check, whole
+
 
 class LossScaler:
     """Dynamic loss scaling, step for step that of PyTorch's GradScaler.
@@ -38,12 +40,14 @@ class LossScaler:
     [(True, 1024.0), (True, 2048.0), (False, 1024.0)]
     """
 
+    RANGES = {"scale": POSITIVE, "interval": whole(1),
+              "growth": Range("finite and above 1", lambda x: 1 < x < np.inf),
+              "backoff": Range("above 0 and below 1", lambda x: 0 < x < 1)}
     SMALLEST = 2.0**-24  # float16's smallest number; a smaller scale would help nothing
 
     def __init__(self, scale: float = 2.0**16, growth: float = 2.0, backoff: float = 0.5,
                  interval: int = 2000):
-        if not (0 < scale < np.inf and growth > 1 and 0 < backoff < 1 and interval >= 1):
-            raise ValueError(f"bad settings: {scale=}, {growth=}, {backoff=}, {interval=}")
+        check(self.RANGES, scale=scale, growth=growth, backoff=backoff, interval=interval)
         self.scale, self.growth, self.backoff, self.interval = scale, growth, backoff, interval
         self.good = self.skipped = 0  # steps since the scale last changed; steps not made
 

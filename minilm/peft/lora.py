@@ -25,6 +25,7 @@ from minilm.nn import Dropout, Linear, Module
 from minilm.peft.adapted import Adapter, chosen, insert_adapters, placed
 from minilm.peft.qlora import quantized_lora
 from minilm.quantize.linear import QuantizedLinear
+from minilm.ranges import BELOW_1, FINITE, check
 from minilm.tensor import Tensor, op
 
 
@@ -53,8 +54,7 @@ class LoRA(Adapter):
     def __init__(self, A, B, alpha: float, dropout: float = 0.0, rslora: bool = False):
         if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or not len(A):
             raise ValueError(f"A must be (r, I) and B (O, r), got {A.shape} and {B.shape}")
-        if not math.isfinite(alpha) or not 0 <= dropout < 1:
-            raise ValueError(f"alpha must be finite, dropout in [0, 1); got {alpha=}, {dropout=}")
+        check({"alpha": FINITE, "dropout": BELOW_1}, alpha=alpha, dropout=dropout)
         self.A, self.B = Tensor(A, requires_grad=True), Tensor(B, requires_grad=True)
         self.r, self.alpha, self.rslora, self.drop = len(A), alpha, rslora, Dropout(dropout)
         self.scale = alpha / (math.sqrt(self.r) if rslora else self.r)

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from minilm import data
-from minilm.command import command
+from minilm.command import Given, command
 from minilm.experiment import Experiment, conduct
 from minilm.interop import huggingface
-from minilm.loop import Training, fit
+from minilm.loop import Training, fit, refuse_unused
 from minilm.measure.answers import answers
 from minilm.measure.losses import bits_per_byte, loss_of
 from minilm.measure.verdict import compared
@@ -75,7 +75,8 @@ QUICK = Settings(batch=4, steps=4, warmup=1, workers=1, train=16, test=2, docume
 
 
 def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Path("runs"),
-         model: tuple[Path, ...] = (), resume: Path | None = None, keep: bool = False):
+         model: tuple[Path, ...] = (), resume: Path | None = None, keep: bool = False,
+         given: Given = frozenset()):
     """Full fine-tuning, LoRA and QLoRA on five small tasks: what each learns and forgets.
 
     Args:
@@ -87,7 +88,12 @@ def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Pa
             about another base.
         resume: folder of a run to go on with; arms and seeds that are done are not run again.
         keep: leave the result beside this program, for the page that report.py makes.
+        given: names of the options on the command line.
     """
+    if resume:
+        refuse_unused(given, ("out",), "the run keeps its folder: give --resume or --out, not both")
+    if quick:
+        refuse_unused(given, ("model",), "a quick run makes a tiny model of its own")
     bases = [] if quick else list(model) or [newest_model(Path("runs"), "pretrain-*")]
     for folder in bases:
         load(folder)  # if it is damaged, fail before the run gets a folder
