@@ -12,6 +12,8 @@ import sys
 
 import numpy as np
 
+from minilm.extras import install
+
 
 def array_module(x):
     """numpy or cupy, whichever x belongs to."""
@@ -42,7 +44,8 @@ def cupy():
     try:
         import cupy as cp
     except ImportError as error:
-        message = f'device "cuda" needs CuPy: pip install "minilm[gpu]" ({error})'
+        why = " ".join(str(error).split())  # CuPy writes a page
+        message = f'device "cuda" needs CuPy: {install("gpu")} ({why})'
         raise RuntimeError(message) from None
     if not cp.is_available():
         raise RuntimeError('device "cuda" needs an NVIDIA GPU and its driver; CuPy finds none')

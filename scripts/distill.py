@@ -22,8 +22,9 @@ import numpy as np
 import tyro
 
 from minilm import data
-from minilm.command import command
+from minilm.command import command, typed, utf8
 from minilm.distill import Distillation, student_from_teacher
+from minilm.extras import told
 from minilm.files import sha256
 from minilm.interop import huggingface
 from minilm.loop import Training, fit, resumed, validation
@@ -108,6 +109,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
+    settings = replace(settings, prompt=utf8("prompt", settings.prompt))
     run, s = resumed(settings, resume)
     check(s)
     corpora = [data.load_corpus(name) for name in s.corpus]
@@ -126,7 +128,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     try:
         distill(run, s, teacher, tokenizer, texts)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; go on with: --resume {run.path}")
+        sys.exit(f"stopped; go on with: {typed(__file__, resume=run.path)}")
 
 
 def check(s: Settings):
@@ -156,8 +158,7 @@ def distill(run, s: Settings, teacher, tokenizer, texts):
     print_table(arms, speeds({name: arm.model for name, arm in arms.items()}, texts[1][0]), student)
     picture = draw(run.path / "distill.png", arms, s.prompt,
                    *likeliest(teacher, tokenizer, s.prompt, TEMPERATURES))
-    print(f"curves, and a prediction at three temperatures: {picture}" if picture
-          else 'for pictures: pip install "minilm[plots]"')
+    print(told("curves, and a prediction at three temperatures", picture))
     print(f"teacher and student, as Hugging Face folders: {run.path}/teacher, {run.path}/student")
 
 

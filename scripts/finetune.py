@@ -24,7 +24,7 @@ import tyro
 from tqdm import tqdm
 
 from minilm import data
-from minilm.command import command
+from minilm.command import command, typed
 from minilm.files import sha256
 from minilm.interop import huggingface, peft
 from minilm.loop import Training, fit, resumed
@@ -178,16 +178,17 @@ def finish(run, model, tokenizer, s: Settings, step: int, record):
     if s.method == "full":
         huggingface.save_model(model, run.path / "model")
         tokenizer.save(run.path / "model" / "tokenizer.json")
-        use = f"--model {run.path / 'model'}"
+        use = {"model": run.path / "model"}
     else:
         peft.save_adapter(model, run.path / "adapter")
-        use = f"--model {s.model} --adapter {run.path / 'adapter'}"
+        use = {"model": s.model, "adapter": run.path / "adapter"}
     if step < s.steps:
-        print(f"stopped after step {step}; go on with: --resume {run.path}")
+        print(f"stopped after step {step}; go on with: {typed(__file__, resume=run.path)}")
         return
     print_scores(run.records()[0], run.records()[-1])
-    print(f"ask it: python scripts/generate.py {use} --temperature 0 "
-          f"--prompt ${data.prompt(record)!r}")
+    ask = typed(Path(__file__).with_name("generate.py"), **use, temperature=0,
+                prompt=data.prompt(record))
+    print(f"ask it: {ask}")
 
 
 def print_scores(before: dict, after: dict):

@@ -9,7 +9,7 @@ their curves, checkpoints, and the model as a Hugging Face folder.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +18,8 @@ import tyro
 from tqdm import tqdm
 
 from minilm import data
-from minilm.command import command
+from minilm.command import command, typed, utf8
+from minilm.extras import told
 from minilm.generate import generate
 from minilm.interop import huggingface
 from minilm.loop import Training, fit, resumed, validation
@@ -84,6 +85,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
     """
+    settings = replace(settings, prompt=utf8("prompt", settings.prompt))
     if settings.steps < 1:
         raise ValueError(f"steps must be at least 1, got {settings.steps}")
     if settings.sample < 0:
@@ -154,11 +156,12 @@ def finish(run, model, tokenizer, step, steps):
     tokenizer.save(run.path / "model" / "tokenizer.json")
     drawn = run.plot()
     if step < steps:
-        print(f"stopped after step {step}; go on with: --resume {run.path}")
+        print(f"stopped after step {step}; go on with: {typed(__file__, resume=run.path)}")
         return
-    print(f"curves: {drawn}" if drawn else 'for curves: pip install "minilm[plots]"')
+    print(told("curves", drawn))
     if model.config.causal:
-        print(f"write more: python scripts/generate.py --model {run.path / 'model'}")
+        write = typed(Path(__file__).with_name("generate.py"), model=run.path / "model")
+        print(f"write more: {write}")
 
 
 def show_sample(run, model, tokenizer, s: Settings, step: int):

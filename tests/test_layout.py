@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
-    {"backend", "arrays", "blas", "cuda", "files"},
+    {"backend", "arrays", "blas", "cuda", "extras", "files"},
     {"graph", "tensor", "ops", "activations", "attention", "losses"},
     {"nn", "transformer", "cache", "decode", "generate"},
     {"quantize", "peft", "distill", "optim", "parallel"},
@@ -28,6 +28,7 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
     ("arrays", "backend"),
+    ("backend", "extras"),
     ("blas", "backend"),
     ("blas", "arrays"),
     ("cuda", "backend"),
@@ -53,16 +54,18 @@ WITHIN = {  # the arrows inside a floor
     ("parallel", "optim"),
     ("measure", "data"),
     ("run", "checkpoint"),
+    ("experiment", "command"),
     ("experiment", "picture"),
     ("experiment", "results"),
     ("experiment", "run"),
     ("loop", "run"),
     ("loop", "train"),
     ("command", "train"),
+    ("__main__", "command"),
     ("__main__", "run"),
 }
 NARROWER = {
-    "data": {"files"},
+    "data": {"extras", "files"},
     "optim": {"backend", "arrays", "blas", "cuda", "tensor", "attention", "ops", "quantize"},
 }
 PEFT = {  # methods of peft/ that know another one; all others know adapted.py alone

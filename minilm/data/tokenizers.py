@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from minilm.extras import install
 from minilm.files import FormatError, read_json, write_atomically, write_json
 
 END, MASK = "<|endoftext|>", "<|mask|>"
@@ -189,7 +190,7 @@ def _library():
     try:
         import tokenizers
     except ImportError as error:
-        raise ImportError('BPE needs the tokenizers library: pip install "minilm[hf]"') from error
+        raise ImportError(f"BPE needs the tokenizers library: {install('hf')}") from error
     return tokenizers
 
 
