@@ -71,7 +71,7 @@ def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, me
     adapters = 2 * 2 * (4 * (16 + 16) + 2 * (16 + 64))
     assert f"{trained.get(method, adapters):,} trainable parameters" in said
     tasks = ["reverse", "upper", "sort", "last", "add"]
-    assert said.rstrip().endswith(r"-> '") and r"--prompt $'Reverse\n" in said
+    assert said.endswith("\n-> '\n") and "--temperature 0 --prompt 'Reverse\n" in said
     rows = [line.split(":")[0] for line in said.split("before")[1].splitlines()[1:] if ":" in line]
     assert rows[:8] == [*tasks, "all", "held out", str(base.parent / "text.txt")]
 
@@ -232,7 +232,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, base):
         time.sleep(0.1)
     child.send_signal(signal.SIGINT)
     out, _ = child.communicate(timeout=60)
-    assert child.returncode == 0 and f"go on with: --resume {run}" in out
+    assert child.returncode == 0 and f"finetune.py --resume {run}\n" in out
     _, state = checkpoint.load(run / "checkpoints")
     assert state["step"] == metrics(run)[-1]["step"] and (run / "adapter").exists()
 
