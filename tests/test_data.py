@@ -213,7 +213,11 @@ def test_characters_are_numbered_in_order():
 def test_an_unknown_character_is_named(stranger):
     with pytest.raises(ValueError) as error:
         CharTokenizer("ac").encode("ca" + stranger + "a" + stranger)
-    assert str(error.value) == f"character {stranger!r} at position 2 is not in the alphabet"
+    text = f"ca{stranger}a{stranger}"
+    assert str(error.value) == (f"character {stranger!r} at position 2 is not in the alphabet of 2 "
+                                f"characters: {text!r}")
+    with pytest.raises(ValueError, match=f"at position 99 .*: 'c{'a' * 19}.{'a' * 19}'$"):
+        CharTokenizer("ac").encode("a" * 79 + "c" + "a" * 19 + "-" + "a" * 50)
 
 
 @pytest.mark.parametrize("alphabet", ["", "ba", "aa", "\ud800"])

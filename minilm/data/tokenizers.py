@@ -72,7 +72,8 @@ class CharTokenizer:
         if (ids < 0).any():
             position = int(np.argmax(ids < 0))
             raise ValueError(
-                f"character {text[position]!r} at position {position} is not in the alphabet"
+                f"character {text[position]!r} at position {position} is not in the alphabet of "
+                f"{len(self.alphabet)} characters: {text[max(0, position - 20) : position + 20]!r}"
             )
         return ids
 
