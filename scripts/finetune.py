@@ -166,7 +166,7 @@ def examined(model, tokenizer, test, asked, known, trainer, step: int) -> dict:
         right.setdefault(record.task or "records", []).append(data.score(record, answer))
     examples = {record.task: (record, answer) for record, answer in zip(test, said)}
     for record, answer in examples.values():
-        shown = data.prompt(record).replace("\n", " ") + data.printable(answer)
+        shown = data.printable(data.prompt(record).replace("\n", " ") + answer)
         tqdm.write(f"step {step}: {shown[:100]}")
     known = {name: trainer.evaluate(*rows)[0] for name, rows in known.items()}
     return {"step": step, "right": {task: float(np.mean(r)) for task, r in right.items()},
@@ -194,7 +194,7 @@ def finish(run, model, tokenizer, s: Settings, step: int, record):
 def print_scores(before: dict, after: dict):
     """Print what `examined` found, before and after."""
     print(f"\n{'':24}{'before':>8}{'after':>8}")
-    rows = [(f"{task}: right", before["right"][task], right)
+    rows = [(f"{data.printable(task)}: right", before["right"][task], right)
             for task, right in after["right"].items()]
     if len(rows) > 1:
         rows.append(("all: right", *(float(np.mean(list(r["right"].values())))
@@ -212,6 +212,8 @@ def load_data(s: Settings):
         records = data.load_records(s.data[0])
         if len(records) <= s.test:
             raise ValueError(f"{s.data[0]} has {len(records)} records, but {s.test} are held out")
+        for record in records[: s.test]:
+            data.score(record, record.output)  # a query that cannot be scored fails now
         return records[s.test :], records[: s.test]
     return data.make_tasks(s.data, s.train, s.test, s.seed)
 

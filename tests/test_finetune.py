@@ -16,7 +16,7 @@ import pytest
 from finetune import METHODS, Settings, answers, main
 
 from minilm import checkpoint, data
-from minilm.generate import generate
+from minilm.generate import generate, stream
 from minilm.interop import huggingface, peft
 from minilm.peft.adapted import adapted_layers
 from minilm.quantize import QuantizedLinear
@@ -180,6 +180,28 @@ def test_an_answer_stops_at_its_own_end_token(base, monkeypatch):
     assert answers(huggingface.load_model(base), records, tokenizer) == ["ab", "efgh"]
 
 
+def test_many_prompts_of_one_length_take_several_batches(base, monkeypatch):
+    """All their keys and values at once would not fit into memory."""
+    model, tokenizer, drawn = huggingface.load_model(base), data.ByteTokenizer(), []
+    records = [data.Record("Say", "", f"{i}") for i in range(5)]
+    whole = answers(model, records, tokenizer)
+    monkeypatch.setattr("minilm.measure.answers.ROWS", 2)
+    monkeypatch.setattr("minilm.measure.answers.stream",
+                        lambda model, rows, *a: drawn.append(len(rows)) or stream(model, rows, *a))
+    assert answers(model, records, tokenizer) == whole and drawn == [2, 2, 1]
+    with pytest.raises(ValueError, match="there is no record to answer"):
+        answers(model, [], tokenizer)
+
+
+def test_what_is_shown_of_a_record_cannot_rule_the_terminal(tmp_path, base, capsys):
+    records = [data.Record(f"\x1b[31mred {i}", "\a", "yes", task="\x1b[2Jtask") for i in range(3)]
+    data.save_records(tmp_path / "r.jsonl", records)
+    main(settings(base, data=(str(tmp_path / "r.jsonl"),), test=1, steps=1), tmp_path / "runs")
+    said = capsys.readouterr().out
+    assert "\ufffd[31mred 0 \ufffd -> " in said and "\ufffd[2Jtask: right" in said
+    assert not {"\x1b", "\a"} & set(said)
+
+
 # Stopping and resuming
 
 
@@ -263,6 +285,18 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path):
 def test_bad_settings_are_refused_before_a_run_is_made(tmp_path, base, change, words):
     with pytest.raises(ValueError, match=words):
         main(settings(base, **change), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_query_that_takes_all_memory_is_refused_before_a_run_is_made(tmp_path, base):
+    """Nested common tables, each read many times by the next."""
+    query = "WITH a(x) AS (VALUES (1))"
+    for before, name in zip("abcdefghijk", "bcdefghijkl"):
+        query += f",{name}(x)AS(VALUES({'+'.join([f'1 IN {before}'] * 4)}))"
+    hostile = data.Record("SQL", "q", f"{query}SELECT 1 IN l", task="sql")
+    data.save_records(tmp_path / "r.jsonl", [hostile, data.Record("Say", "", "yes")])
+    with pytest.raises(ValueError, match="the output must be a query on cities, got 'WITH a"):
+        main(settings(base, data=(str(tmp_path / "r.jsonl"),), test=1), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
