@@ -27,7 +27,8 @@ def explain(error: Exception, op: str, inputs, settings: dict):
     """
     given = [*map(described, inputs), *(f"{k}: {described(x)}" for k, x in settings.items())]
     known = [isinstance(getattr(x, "dtype", None), np.dtype) for x in (*inputs, *settings.values())]
-    if isinstance(error, (AttributeError, KeyError)) and not all(known):
+    bare = isinstance(error, (AttributeError, TypeError)) and not str(error).startswith(op)
+    if bare and not all(known):
         raise TypeError(f"{op} takes Tensors and arrays, got {', '.join(given)}") from error
     error.add_note(f"{op} was given {', '.join(given)}")
 

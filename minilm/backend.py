@@ -23,7 +23,12 @@ def array_module(x):
 @functools.cache  # asked thousands of times a step
 def module_of(kind: type):
     """numpy or cupy, whichever arrays of this type belong to."""
-    return np if issubclass(kind, (np.ndarray, np.generic)) else sys.modules["cupy"]
+    if issubclass(kind, (np.ndarray, np.generic)):
+        return np
+    cupy = sys.modules.get("cupy")
+    if cupy is None or not issubclass(kind, cupy.ndarray):
+        raise TypeError(f"expected an array of NumPy or CuPy, got {kind.__name__}")
+    return cupy
 
 
 def to_device(array, device: str):
