@@ -3,6 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from minilm import backend
+from minilm.command import command
+from minilm.extras import install
 from minilm.parallel.cores import default_workers
 from minilm.versions import versions
 
@@ -12,6 +14,7 @@ EXTRAS = {"hf": ("tokenizers",), "plots": ("matplotlib",), "report": ("jinja2",)
 
 
 def main():
+    """Print what this machine has for minilm."""
     told = versions()
     print(f"minilm {told['minilm']}, Python {told['python']}, {told['platform']}")
     print(f"numpy {told['numpy']}, ml_dtypes {told['ml_dtypes']}")
@@ -22,17 +25,17 @@ def main():
     print(f"GPU: {gpu()}")
     for extra, packages in EXTRAS.items():
         found = [installed(package) for package in packages]
-        print(f"{extra}: " + (", ".join(found) if all(found) else f'pip install "minilm[{extra}]"'))
+        print(f"{extra}: " + (", ".join(found) if all(found) else install(extra)))
 
 
 def gpu() -> str:
     """The GPU that minilm would use, or why there is none."""
     try:
         cp = backend.cupy()
-    except RuntimeError as error:
+        card = cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)
+        cuda = cp.cuda.runtime.runtimeGetVersion()
+    except (RuntimeError, OSError, AttributeError) as error:  # CuPy's are RuntimeErrors
         return f"none; {error}"
-    card = cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)
-    cuda = cp.cuda.runtime.runtimeGetVersion()
     return (f"{card['name'].decode()}, {card['totalGlobalMem'] / 2**30:.0f} GiB, sm_{card['major']}"
             f"{card['minor']}; CuPy {cp.__version__}, CUDA {cuda // 1000}.{cuda % 1000 // 10}")
 
@@ -46,4 +49,4 @@ def installed(package: str) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main, name="python -m minilm")

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from minilm import cuda
-from minilm.arrays import by_rows, erf, one_dtype, one_shape, wide
+from minilm.arrays import by_rows, erf, floating, one_dtype, one_shape, wide
 from minilm.backend import array_module
 from minilm.graph import once
 from minilm.tensor import op
@@ -24,6 +24,8 @@ def relu(x):
 @op
 def silu(x):
     """x sigmoid(x) (Elfwing et al. 2017, arXiv:1702.03118)."""
+    floating("silu", x=x)
+
     def formula(x):
         x = wide(x)
         s = 1 / (1 + array_module(x).exp(-x))
@@ -40,6 +42,7 @@ def swiglu(gate, up):
     For the backward pass it keeps only its inputs. ValueError if they differ in shape, TypeError if
     they differ in dtype. On a GPU kernels/swiglu.cu computes it, except in float64.
     """
+    floating("swiglu", gate=gate, up=up)
     one_shape("swiglu", gate=gate, up=up)
     one_dtype("swiglu", gate=gate, up=up)
     if array_module(gate) is not np and gate.dtype in cuda.COMPUTES:
@@ -100,6 +103,7 @@ def gelu(x, approximate="none"):
     computes the slope together with the value, because they share work, and keeps the slope instead
     of x. The tanh form works in place, with x^3 as x x^2.
     """
+    floating("gelu", x=x)
     if approximate not in ("none", "tanh"):
         raise ValueError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')
     k0, k1 = math.sqrt(2 / math.pi), 0.044715

@@ -14,6 +14,38 @@ from minilm.backend import array_module
 BLOCK = 1 << 18  # elements of a block: a few float32 temporaries of 1 MiB each
 
 
+def described(x) -> str:
+    """What x is, for a message: dtype and shape of an array, or else its type."""
+    if isinstance(getattr(x, "dtype", None), np.dtype):
+        return f"{x.dtype} {x.shape}"
+    kind = type(x)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def explain(error: Exception, op: str, inputs, settings: dict):
+    """Add to an op's error what it was given. TypeError if it failed at something that is no array.
+    """
+    given = [*map(described, inputs), *(f"{k}: {described(x)}" for k, x in settings.items())]
+    known = [isinstance(getattr(x, "dtype", None), np.dtype) for x in (*inputs, *settings.values())]
+    bare = isinstance(error, (AttributeError, TypeError)) and not str(error).startswith(op)
+    if bare and not all(known):
+        raise TypeError(f"{op} takes Tensors and arrays, got {', '.join(given)}") from error
+    error.add_note(f"{op} was given {', '.join(given)}")
+
+
+def floating(op: str, **arrays):
+    """TypeError for integers and the like, which would be rounded without a word."""
+    if any(a.dtype.kind not in "fV" for a in arrays.values()):  # V: bfloat16
+        found = ", ".join(f"{name} {described(a)}" for name, a in arrays.items())
+        raise TypeError(f"{op} needs floating-point numbers, got {found}")
+
+
+def is_basic(index) -> bool:
+    """Whether an index consists of slices and numbers, and so names no element twice."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is ... or type(part) in (int, slice) for part in parts)
+
+
 def one_dtype(op: str, **arrays):
     """TypeError if the arrays differ in dtype: NumPy would silently change the precision."""
     dtypes = [a.dtype for a in arrays.values()]

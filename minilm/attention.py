@@ -15,7 +15,7 @@ import math
 import numpy as np
 
 from minilm import cuda
-from minilm.arrays import BLOCK, one_dtype, row_dot, row_sum, wide
+from minilm.arrays import BLOCK, floating, one_dtype, row_dot, row_sum, wide
 from minilm.backend import array_module
 from minilm.graph import once
 from minilm.tensor import op
@@ -24,6 +24,8 @@ from minilm.tensor import op
 @op
 def split_heads(x, heads):
     """(B, T, H D) -> (B, H, T, D)."""
+    if x.ndim != 3 or heads < 1:
+        raise ValueError(f"split_heads needs x (B, T, H D) and heads >= 1, got {x.shape}, {heads}")
     B, T, C = x.shape
     if C % heads:
         raise ValueError(f"split_heads: width {C} is not a multiple of {heads} heads")
@@ -34,6 +36,8 @@ def split_heads(x, heads):
 @op
 def merge_heads(x):
     """(B, H, T, D) -> (B, T, H D)."""
+    if x.ndim != 4:
+        raise ValueError(f"merge_heads needs x (B, H, T, D), got {x.shape}")
     B, H, T, D = x.shape
     y = x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
     return y, lambda dy: dy.reshape(B, T, H, D).transpose(0, 2, 1, 3)
@@ -48,6 +52,9 @@ def rotary(x, cos, sin):
 
     On a GPU kernels/rotary.cu turns (B, H, T, D), except in float64.
     """
+    floating("rotary", x=x, cos=cos, sin=sin)
+    if x.ndim < 2:
+        raise ValueError(f"rotary needs x (..., T, D), got {x.shape}")
     half = x.shape[-1] // 2
     if x.shape[-1] % 2 or cos.shape != (x.shape[-2], half) or sin.shape != cos.shape:
         raise ValueError(f"rotary: x {x.shape} needs tables {(x.shape[-2], half)}, got {cos.shape}")
@@ -105,10 +112,8 @@ def attention(q, k, v, mask=None, causal=False):
 
     On a GPU kernels/attention.cu takes bfloat16 without a mask, if D is 16, 32 .. 128.
     """
+    _check(q, k, v, causal)
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    if k.shape != v.shape or k.shape != (B, K, S, D) or H % K or (causal and T > S):
-        raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
-    one_dtype("attention", q=q, k=k, v=v)
     xp, scale = array_module(q), 1 / math.sqrt(D)
     if xp is not np and q.dtype == "bfloat16" and mask is None and D % 16 == 0 and D <= 128:
         return _fused(q, k, v, causal)
@@ -145,6 +150,18 @@ def attention(q, k, v, mask=None, causal=False):
         return dq, dk, dv
 
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
+
+
+def _check(q, k, v, causal):
+    """ValueError or TypeError if the operands do not go together."""
+    floating("attention", q=q, k=k, v=v)
+    one_dtype("attention", q=q, k=k, v=v)
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError("attention needs q (B, H, T, D), k and v (B, K, S, D), got "
+                         f"{q.shape}, {k.shape} and {v.shape}")
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    if k.shape != v.shape or k.shape != (B, K, S, D) or H % K or (causal and T > S):
+        raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
 
 
 def _operands(q, k, v, scale, grouped):

@@ -12,6 +12,8 @@ import sys
 
 import numpy as np
 
+from minilm.extras import install
+
 
 def array_module(x):
     """numpy or cupy, whichever x belongs to."""
@@ -21,7 +23,12 @@ def array_module(x):
 @functools.cache  # asked thousands of times a step
 def module_of(kind: type):
     """numpy or cupy, whichever arrays of this type belong to."""
-    return np if issubclass(kind, (np.ndarray, np.generic)) else sys.modules["cupy"]
+    if issubclass(kind, (np.ndarray, np.generic)):
+        return np
+    cupy = sys.modules.get("cupy")
+    if cupy is None or not issubclass(kind, cupy.ndarray):
+        raise TypeError(f"expected an array of NumPy or CuPy, got {kind.__name__}")
+    return cupy
 
 
 def to_device(array, device: str):
@@ -42,7 +49,8 @@ def cupy():
     try:
         import cupy as cp
     except ImportError as error:
-        message = f'device "cuda" needs CuPy: pip install "minilm[gpu]" ({error})'
+        why = " ".join(str(error).split())  # CuPy writes a page
+        message = f'device "cuda" needs CuPy: {install("gpu")} ({why})'
         raise RuntimeError(message) from None
     if not cp.is_available():
         raise RuntimeError('device "cuda" needs an NVIDIA GPU and its driver; CuPy finds none')

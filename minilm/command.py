@@ -1,4 +1,7 @@
-"""How every program of scripts/ begins and ends: its options, and one line if something is wrong.
+"""How every program of scripts/ begins and ends, and what it tells its user to type.
+
+It begins with streams that take any text. It ends with one line if something is wrong, if nobody
+takes what it prints, or after Ctrl-C.
 
 A program with a parameter `given` gets the names of the options that stand on the command line. So
 `--steps 2400` is not the same as no word about steps, even if 2400 is the default.
@@ -6,6 +9,9 @@ A program with a parameter `given` gets the names of the options that stand on t
 
 import functools
 import inspect
+import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,29 +19,42 @@ import tyro
 
 from minilm.train import Diverged
 
-WRONG = (ValueError, OSError, ImportError, RuntimeError, Diverged)  # what a user can mend
+WRONG = (ValueError, OSError, ImportError, MemoryError, RuntimeError, Diverged)  # can be mended
 
 Given = tyro.conf.Suppress[frozenset[str]]  # the type of a program's parameter `given`
 
 
-def command(main, stopped: str = "stopped"):
+def command(main, stopped: str = "stopped", name: str | None = None):
     """Call main with the command line's options. If it fails, print a line and exit with 1.
 
-    stopped: what to say after Ctrl-C.
+    stopped: what to say after Ctrl-C, and if stdout takes no more. name: the program's, by default
+    its file's.
     """
+    ready_streams()
+    name, ended = name or Path(sys.argv[0]).name, None
+    if "given" in inspect.signature(main).parameters:
+        main = functools.partial(main, given=options(sys.argv[1:]))
     try:
-        if "given" in inspect.signature(main).parameters:
-            main = functools.partial(main, given=options(sys.argv[1:]))
-        tyro.cli(main)
-    except WRONG as error:
-        if isinstance(error, OSError) and error.filename:
-            said = f"{error.filename}: {error.strerror}"
-        else:
-            said = str(error)
-        notes = getattr(error, "__notes__", [])  # how to go on
-        sys.exit("\n".join([f"{Path(sys.argv[0]).name}: {said}", *notes]))
+        tyro.cli(main, prog=name)
+    except SystemExit as asked:
+        ended = asked.code
     except KeyboardInterrupt:
-        sys.exit(f"\n{stopped}")
+        ended = f"\n{stopped}"
+    except OSError as error:
+        where, why = error.filename, error.strerror  # stdout has no file's name
+        ended = f"{name}: " + (f"{where}: {why}" if where else f"{why}; {stopped}" if why else
+                               str(error)) + notes(error)
+    except WRONG as error:
+        ended = f"{name}: {error}{notes(error)}"
+    if (error := lost_output()) and not ended:
+        ended = f"{name}: {error.strerror}; {stopped}"
+    if ended:
+        sys.exit(ended)
+
+
+def notes(error) -> str:
+    """Lines that go with an error, such as how to go on after it."""
+    return "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
 
 
 def options(words: list[str]) -> frozenset[str]:
@@ -46,3 +65,72 @@ def options(words: list[str]) -> frozenset[str]:
     """
     names = (word[2:].partition("=")[0] for word in words if word.startswith("--"))
     return frozenset(name.replace("-", "_").removeprefix("no_") for name in names)
+
+
+def ready_streams():
+    """Make stdout and stderr take what is written: none is missing, no character is refused."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as by >&-; a file opened later must not take its place
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif stream.errors in ("strict", "surrogateescape"):  # or else the user has chosen
+            stream.reconfigure(errors="backslashreplace")
+
+
+def lost_output() -> OSError | None:
+    """Write what stdout holds back; the error if it takes no more, as a closed pipe or a full disk.
+
+    From then on what is printed goes nowhere, or the interpreter would fail once more as it ends.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return error
+    return None
+
+
+def utf8(name: str, text: str) -> str:
+    """A text of the command line, of bytes in UTF-8 whatever the locale. ValueError for others."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeDecodeError as error:
+        byte, before = error.object[error.start], error.object[: error.start].decode()
+        raise ValueError(f"{name} must be UTF-8, got the byte 0x{byte:02x} after "
+                         f"{before!r:.80}") from None
+
+
+def typed(program: str | Path, *words, **options) -> str:
+    """What to type to run a program with these words and options, from where the user is.
+
+    It is for a shell: every word is quoted if it needs to be.
+    """
+    python = near(sys.executable)
+    if shutil.which("python") == sys.executable:
+        python = "python"
+    words = [python, near(program), *map(str, words)]
+    for option, value in options.items():
+        option, value = "--" + option.replace("_", "-"), str(value)
+        words += [f"{option}={value}"] if value.startswith("-") else [option, value]
+    return " ".join(map(quoted, words))
+
+
+def near(path: str | Path) -> str:
+    """A path from the current folder if it lies there, else from the root."""
+    path = Path(os.path.abspath(path))  # not resolved: a virtual environment's python is a link
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def quoted(word: str) -> str:
+    r"""A word as a shell reads it. Bytes that a terminal would obey or cannot show are escaped.
+
+    >>> print(quoted("it's $HOME"), quoted("a\tb"))
+    'it'"'"'s $HOME' $'a\011b'
+    """
+    if word.replace("\n", "").isprintable():
+        return shlex.quote(word)
+    safe = set(range(32, 127)) - set(b"'\\")
+    return "$'" + "".join(chr(byte) if byte in safe else f"\\{byte:03o}"
+                          for byte in word.encode("utf-8", "surrogateescape")) + "'"

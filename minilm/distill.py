@@ -260,7 +260,8 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     """
     depth = teacher.config.layers
     layers = list(range(0, depth, 2) if layers is None else layers)
-    if not layers or layers != sorted({*layers} & {*range(depth)}):
+    whole = all(isinstance(layer, int | np.integer) for layer in layers)
+    if not layers or not whole or layers != sorted({*layers} & {*range(depth)}):
         raise ValueError(f"layers must be increasing numbers from 0 to {depth - 1}, the teacher's; "
                          f"got {layers}")
     embedding, head = teacher.embed.weight, teacher.head

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from minilm.command import typed
+from minilm.extras import told
 from minilm.files import remove, write_atomically
 from minilm.measure.verdict import Verdict
 from minilm.parallel.cores import default_workers
@@ -117,7 +119,8 @@ def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Pa
         try:
             row = {"arm": arm, "seed": seed, **measured(arm, seed, RunDirectory(own))}
         except KeyboardInterrupt:
-            print(f"\ngo on with: {result.command} --resume {folder}")
+            words = shlex.split(result.command)[2:]  # without python and the program
+            print(f"\ngo on with: {typed(experiment.file, *words, resume=folder)}")
             raise
         shown = [f"{measure} {number(row[measure], decimals)}"
                  for measure, decimals in experiment.measures.items()]
@@ -135,7 +138,7 @@ def leave(experiment: Experiment, result: Result, folder: Path, keep: bool):
     def draw(figure): experiment.draw(figure, result.rows)
     picture = draw_svg(folder / "result.svg", draw) if experiment.draw else None
     if experiment.draw:
-        print(f"picture: {picture}" if picture else 'for a picture: pip install "minilm[plots]"')
+        print(told("a picture", picture))
     print(f"result: {folder / 'result.json'}")
     if keep:
         kept = Path(experiment.file).with_suffix(".json")
@@ -156,9 +159,9 @@ def commit_of(folder: Path) -> str:
 
 def describe_machine() -> str:
     """Processor, cores and versions, in one line."""
-    processor, told = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if told.exists():
-        lines = told.read_text().splitlines()
+    processor, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
         processor = next((line.partition(": ")[2] for line in lines
                           if line.startswith("model name")), processor)
     return (f"{processor}, {default_workers()[0]} cores, {platform.system()}, "

@@ -6,7 +6,7 @@ float32.
 
 import numpy as np
 
-from minilm.arrays import by_rows, one_shape, row_dot, row_sum, rows, wide
+from minilm.arrays import by_rows, described, floating, one_shape, row_dot, row_sum, rows, wide
 from minilm.backend import array_module
 from minilm.tensor import op
 
@@ -21,7 +21,8 @@ def of_text(targets, mask=None, ignore_index=-100):
 
 @op
 def softmax(x):
-    """exp(x) / sum(exp(x)) over the last axis."""
+    """exp(x) / sum(exp(x)) over the last axis. TypeError for integers."""
+    floating("softmax", x=x)
     def formula(x):
         e = array_module(x).exp(wide(x) - x.max(-1, keepdims=True))
         return e / row_sum(e)
@@ -35,6 +36,7 @@ def softmax(x):
 @op
 def log_softmax(x):
     """log(softmax(x)) over the last axis, exact even if softmax(x) underflows."""
+    floating("log_softmax", x=x)
     y = by_rows(_log_softmax, x)
     def dx(dy): return dy - array_module(y).exp(y) * row_sum(wide(dy))
     return y.astype(x.dtype, copy=False), dx
@@ -60,7 +62,8 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):
 
     logits (..., V), targets integers (...) -> (), in nats, at least float32. total: divide by this
     number of targets instead, so that the parts of a split batch add up to the whole batch's loss.
-    ValueError if a target is out of range or none is left to average. If the logits are on a GPU,
+    TypeError for targets that are no integers. ValueError if a target is out of range or none is
+    left to average. If the logits are on a GPU,
     targets may stay NumPy's: checking them on the CPU does not wait for the card.
 
     What differs from the plain form: the largest logit is subtracted first, or exp would overflow.
@@ -70,10 +73,12 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):
     >>> float(cross_entropy(np.zeros((3, 4)), np.array([2, 0, -100])).data.round(4))  # log 4
     1.3863
     """
-    V = logits.shape[-1]
-    if logits.shape[:-1] != targets.shape:
+    floating("cross_entropy", logits=logits)
+    if targets.dtype.kind not in "iu":
+        raise TypeError(f"cross_entropy: targets must be integers, got {described(targets)}")
+    if logits.ndim == 0 or logits.shape[:-1] != targets.shape:
         raise ValueError(f"cross_entropy: logits {logits.shape} do not go with {targets.shape}")
-    lead, z, t = logits.shape, rows(logits), targets.reshape(-1)
+    V, lead, z, t = logits.shape[-1], logits.shape, rows(logits), targets.reshape(-1)
     counted = t != ignore_index
     n = int(counted.sum()) if total is None else total
     if n == 0:
@@ -109,7 +114,10 @@ def kl_divergence(student, teacher, temperature=1.0, mask=None, total=None):
     count, by default all. total: divide by this number of rows instead, as in cross_entropy.
     The gradient shrinks like 1/T^2, so Hinton et al. 2015, arXiv:1503.02531, multiply by T^2.
     """
+    floating("kl_divergence", student=student, teacher=teacher)
     one_shape("kl_divergence", student=student, teacher=teacher)
+    if not temperature > 0:
+        raise ValueError(f"kl_divergence: temperature must be positive, got {temperature}")
     share = row_shares("kl_divergence", student, mask, total)
 
     def formula(s, t):
@@ -142,6 +150,7 @@ def cosine_embedding(x, y, mask=None, total=None):
 
     1e-12 is added to squared lengths, as in PyTorch, so that a row of zeros has a gradient.
     """
+    floating("cosine_embedding", x=x, y=y)
     one_shape("cosine_embedding", x=x, y=y)
     share = row_shares("cosine_embedding", x, mask, total)
     x, y = wide(x), wide(y)

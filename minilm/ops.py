@@ -20,7 +20,17 @@ import numpy as np
 
 from minilm import cuda
 from minilm.activations import gelu, relu, silu, swiglu
-from minilm.arrays import by_rows, one_dtype, row_dot, row_sum, rows, scatter_add, wide
+from minilm.arrays import (
+    by_rows,
+    described,
+    floating,
+    one_dtype,
+    row_dot,
+    row_sum,
+    rows,
+    scatter_add,
+    wide,
+)
 from minilm.attention import attention, merge_heads, rotary, split_heads
 from minilm.backend import array_module
 from minilm.blas import matmul as product
@@ -37,6 +47,8 @@ __all__ = [
 @op
 def linear(x, W, b=None):
     """x W^T + b, with PyTorch's layout of W: (..., I), (O, I), (O,) -> (..., O)."""
+    if x.ndim == 0 or W.ndim != 2:
+        raise ValueError(f"linear needs x (..., I) and W (O, I), got {x.shape} and {W.shape}")
     if x.shape[-1] != W.shape[1]:
         raise ValueError(f"linear: x has {x.shape[-1]} features, W {W.shape} takes {W.shape[1]}")
     one_dtype("linear", x=x, W=W)
@@ -57,9 +69,11 @@ def embedding(ids, W):
 
     If W is on a GPU, ids may stay NumPy's: checking them on the CPU does not wait for the card.
     """
+    if W.ndim != 2:
+        raise ValueError(f"embedding: W must be (V, C), got {W.shape}")
     V, xp = len(W), array_module(W)
     if ids.dtype.kind not in "iu":
-        raise TypeError(f"embedding: ids must be integers, got dtype {ids.dtype}")
+        raise TypeError(f"embedding: ids must be integers, got {described(ids)}")
     if ids.size and (ids.min() < 0 or ids.max() >= V):
         raise ValueError(f"ids from {ids.min()} to {ids.max()}, but the table has {V} rows")
 
@@ -86,6 +100,7 @@ def layer_norm(x, g, b, eps=1e-5):
     up each row, and sums are in at least float32. dx needs xhat = (x - mean) rstd and
     rstd = 1 / sqrt(var + eps), so both are kept.
     """
+    check_norm("layer_norm", x, g=g, b=b)
     C, dtype = x.shape[-1], x.dtype
 
     def formula(x):
@@ -111,6 +126,14 @@ def layer_norm(x, g, b, eps=1e-5):
     return y, dx, dg, db
 
 
+def check_norm(name, x, **vectors):
+    """TypeError for integers, ValueError if a vector has not the width of x."""
+    floating(name, x=x, **vectors)
+    if x.ndim == 0 or any(vector.shape != x.shape[-1:] for vector in vectors.values()):
+        found = ", ".join(f"{key} {vector.shape}" for key, vector in vectors.items())
+        raise ValueError(f"{name}: x {x.shape} does not go with {found}")
+
+
 def plain_rms_norm(x, g, eps=1e-6):
     """x / RMS(x) g with RMS(x) = sqrt(mean(x^2) + eps); eq. (4) of Zhang & Sennrich 2019."""
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * g  # eq. (4)
@@ -123,6 +146,7 @@ def rms_norm(x, g, eps=1e-6):
     (..., C), (C,) -> (..., C). On a GPU kernels/rms_norm.cu computes it, except in float64. On a
     CPU it works on blocks of rows, as layer_norm does.
     """
+    check_norm("rms_norm", x, g=g)
     if array_module(x) is not np and x.dtype in cuda.COMPUTES and g.dtype == x.dtype:
         return _rms_norm_by_kernel(x, g, eps)
     C, dtype = x.shape[-1], x.dtype
@@ -164,10 +188,13 @@ def dropout(x, p, rng):
     Source: Srivastava et al. 2014, JMLR 15, in the variant that scales during training.
     On a GPU rng draws only a seed and kernels/dropout.cu does the rest, except in float64.
     """
+    floating("dropout", x=x)
     if not 0 <= p < 1:
         raise ValueError(f"dropout: p must be in [0, 1), got {p}")
     if p == 0:
         return x, lambda dy: dy
+    if not hasattr(rng, "random"):
+        raise TypeError(f"dropout: rng must be a NumPy Generator, got {described(rng)}")
     if array_module(x) is not np and x.dtype in cuda.COMPUTES:
         seed = int(rng.integers(2**63))
         def dx(dy): return cuda.dropout(cuda.aligned(dy), p, seed)

@@ -24,7 +24,7 @@ import itertools
 import numpy as np
 
 from minilm import cuda
-from minilm.arrays import one_dtype, wide
+from minilm.arrays import described, explain, is_basic, one_dtype, wide
 from minilm.backend import array_module
 from minilm.blas import matmul as product
 from minilm.graph import (
@@ -57,10 +57,10 @@ class Tensor:
     __array_ufunc__ = None  # array * tensor is tensor.__rmul__, not an array of objects
 
     def __init__(self, data, requires_grad: bool = False):
-        if not hasattr(data, "dtype"):
+        if not isinstance(getattr(data, "dtype", None), np.dtype):
             data = np.asarray(data)
             data = data.astype(np.float32) if data.dtype.kind == "f" else data
-        if requires_grad and data.dtype.kind in "iub":
+        if requires_grad and data.dtype.kind not in "fV":  # V: bfloat16
             raise TypeError(f"only floating-point tensors have gradients, got dtype {data.dtype}")
         self.data = data
         self.node = Node(data) if requires_grad else None
@@ -109,8 +109,8 @@ class Tensor:
             if self.size != 1:
                 raise ValueError(f"backward() without a gradient needs a scalar, got {self.shape}")
             dy = array_module(self.data).ones_like(self.data)
-        elif dy.shape != self.shape:
-            raise ValueError(f"the gradient has shape {dy.shape}, the tensor {self.shape}")
+        elif getattr(dy, "shape", None) != self.shape:
+            raise ValueError(f"the gradient is {described(dy)}, the tensor {described(self.data)}")
         backward(self.node, dy)
 
     def __repr__(self):
@@ -153,7 +153,11 @@ def op(fn):
     def apply(*inputs, **settings):
         arrays = [x.data if type(x) is Tensor else x for x in inputs]
         out = Tensor.__new__(Tensor)
-        out.data, *vjps = fn(*arrays, **settings)
+        try:
+            out.data, *vjps = fn(*arrays, **settings)
+        except Exception as error:
+            explain(error, fn.__name__, arrays, settings)
+            raise
         out.node = None
         if thread.graph or thread.marks:
             kept = [(x.node, vjp) for x, vjp in zip(inputs, vjps) if type(x) is Tensor and x.node]
@@ -261,7 +265,7 @@ def getitem(x, index):
         xp = array_module(dy)
         dy = wide(dy)
         whole = xp.zeros(shape, dy.dtype)
-        if xp is not np and _is_basic(index):
+        if xp is not np and is_basic(index):
             whole[index] = dy
         elif xp is not np and dy.dtype in cuda.COMPUTES:  # in a fixed order, unlike add.at
             places = xp.arange(whole.size).reshape(shape)[index].reshape(-1)
@@ -270,12 +274,6 @@ def getitem(x, index):
             xp.add.at(whole, index, dy)  # an index may name an element twice
         return whole
     return x[index], dx
-
-
-def _is_basic(index):
-    """Whether the index consists of slices and numbers, and so names no element twice."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(part is None or part is ... or type(part) in (int, slice) for part in parts)
 
 
 @op

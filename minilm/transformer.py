@@ -64,6 +64,8 @@ class Config:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         sizes = ("vocab_size", "context", "layers", "heads", "width", "hidden", "kv_heads")
         for name in sizes:
+            if not isinstance(getattr(self, name), int | np.integer):
+                raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:

@@ -22,8 +22,9 @@ import numpy as np
 import tyro
 
 from minilm import data
-from minilm.command import Given, command
+from minilm.command import Given, command, typed, utf8
 from minilm.distill import Distillation, student_from_teacher
+from minilm.extras import told
 from minilm.files import sha256
 from minilm.interop import huggingface
 from minilm.loop import Training, fit, refuse_unused, resumed, validation
@@ -120,6 +121,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         resume: folder of a run to go on with, bit for bit, under its own settings.
         given: names of the options on the command line.
     """
+    settings = replace(settings, prompt=utf8("prompt", settings.prompt))
     run, s = resumed(settings, resume, given)
     if not s.prompt:
         raise ValueError("the prompt must not be empty")
@@ -149,7 +151,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         with run.going_on():
             distill(run, s, teacher, tokenizer, texts)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; go on with: --resume {run.path}")
+        sys.exit(f"stopped; go on with: {typed(__file__, resume=run.path)}")
 
 
 def distill(run, s: Settings, teacher, tokenizer, texts):
@@ -168,8 +170,7 @@ def distill(run, s: Settings, teacher, tokenizer, texts):
     print_table(arms, speeds({name: arm.model for name, arm in arms.items()}, texts[1][0]), student)
     picture = draw(run.path / "distill.png", arms, s.prompt,
                    *likeliest(teacher, tokenizer, s.prompt, TEMPERATURES))
-    print(f"curves, and a prediction at three temperatures: {picture}" if picture
-          else 'for pictures: pip install "minilm[plots]"')
+    print(told("curves, and a prediction at three temperatures", picture))
     print(f"teacher and student, as Hugging Face folders: {run.path}/teacher, {run.path}/student")
 
 

@@ -24,7 +24,7 @@ import tyro
 from tqdm import tqdm
 
 from minilm import data, versions
-from minilm.command import Given, command
+from minilm.command import Given, command, typed
 from minilm.files import FormatError, sha256
 from minilm.interop import huggingface, peft
 from minilm.loop import Training, fit, refuse_unused, resumed
@@ -186,7 +186,7 @@ def examined(model, tokenizer, test, asked, known, trainer, step: int) -> dict:
         right.setdefault(record.task or "records", []).append(data.score(record, answer))
     examples = {record.task: (record, answer) for record, answer in zip(test, said)}
     for record, answer in examples.values():
-        shown = data.prompt(record).replace("\n", " ") + data.printable(answer)
+        shown = data.printable(data.prompt(record).replace("\n", " ") + answer)
         tqdm.write(f"step {step}: {shown[:100]}")
     known = {name: trainer.evaluate(*rows)[0] for name, rows in known.items()}
     return {"step": step, "right": {task: float(np.mean(r)) for task, r in right.items()},
@@ -197,12 +197,12 @@ def finish(run, model, tokenizer, s: Settings, step: int, record):
     """Save what was learned, print the scores before and after, and say where everything is."""
     if s.method == "full":
         huggingface.save_model(model, run.path / "model", tokenizer)
-        use = f"--model {run.path / 'model'}"
+        use = {"model": run.path / "model"}
     else:
         peft.save_adapter(model, run.path / "adapter", base=s.model)
-        use = f"--model {s.model} --adapter {run.path / 'adapter'}"
+        use = {"model": s.model, "adapter": run.path / "adapter"}
     if step < s.steps:
-        print(f"stopped after step {step}; go on with: --resume {run.path}")
+        print(f"stopped after step {step}; go on with: {typed(__file__, resume=run.path)}")
         return
     records = run.records() or [{}]
     before, after = (run.require(record, right=dict, loss_held_out=float, loss_known=dict)
@@ -210,14 +210,15 @@ def finish(run, model, tokenizer, s: Settings, step: int, record):
     for name in ("right", "loss_known"):
         run.require(before[name], **dict.fromkeys(after[name], float))
     print_scores(before, after)
-    print(f"ask it: python scripts/generate.py {use} --temperature 0 "
-          f"--prompt ${data.prompt(record)!r}")
+    ask = typed(Path(__file__).with_name("generate.py"), **use, temperature=0,
+                prompt=data.prompt(record))
+    print(f"ask it: {ask}")
 
 
 def print_scores(before: dict, after: dict):
     """Print what `examined` found, before and after."""
     print(f"\n{'':24}{'before':>8}{'after':>8}")
-    rows = [(f"{task}: right", before["right"][task], right)
+    rows = [(f"{data.printable(task)}: right", before["right"][task], right)
             for task, right in after["right"].items()]
     if len(rows) > 1:
         rows.append(("all: right", *(float(np.mean(list(r["right"].values())))

@@ -17,7 +17,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 
 from minilm.backend import tune_allocator
-from minilm.command import command
+from minilm.command import command, utf8
 from minilm.data import Tokenizer, load_tokenizer, printable
 from minilm.generate import stream
 from minilm.interop import huggingface, peft
@@ -43,6 +43,7 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
     """
     if tokens < 0:
         raise ValueError(f"tokens must not be negative, got {tokens}")
+    prompt = utf8("prompt", prompt)
     tune_allocator()
     folder = model or (base_folder(adapter) if adapter else newest_model(Path("runs")))
     if not model:

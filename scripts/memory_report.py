@@ -27,6 +27,7 @@ from tqdm import tqdm
 from minilm import ops
 from minilm.backend import memory_limit, pool_bytes, tune_allocator
 from minilm.command import command
+from minilm.extras import told
 from minilm.measure import KINDS, Ledger, held
 from minilm.measure.memory import make_model, measured
 from minilm.measure.plan import Step, parameters, plan
@@ -78,8 +79,8 @@ def main(layers: int = 16, width: int = 128, context: int = 256, batch: int = 2,
     print_checkpoints(full, table, rounds)
     moments, budget, failed = print_spike(replace(
         full, method="qlora", checkpoint_every=math.isqrt(layers)), steps, page_size)
-    if draw(table, moments, budget, failed, out):
-        print(f"\nboth as a picture: {out}")
+    drawn = draw(table, moments, budget, failed, out)
+    print("\n" + told("both as a picture", out if drawn else None))
 
 
 def methods(full: Step, page_size: int):
@@ -265,11 +266,10 @@ COLORS = dict(zip(KINDS, ("#4c566a", "#5e81ac", "#88c0d0", "#d08770", "#a3be8c",
 
 
 def draw(table, moments, budget, failed, path: Path) -> bool:
-    """Draw bytes by kind and method, and the spike step by step."""
+    """Draw bytes by kind and method, and the spike step by step; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print('\nfor a picture: pip install "minilm[plots]"')
         return False
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)

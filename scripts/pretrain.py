@@ -9,7 +9,7 @@ their curves, checkpoints, and the model as a Hugging Face folder.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -18,7 +18,8 @@ import tyro
 from tqdm import tqdm
 
 from minilm import data
-from minilm.command import Given, command
+from minilm.command import Given, command, typed, utf8
+from minilm.extras import told
 from minilm.generate import generate
 from minilm.graph import no_dropout
 from minilm.interop import huggingface
@@ -92,6 +93,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         resume: folder of a run to go on with, bit for bit, under its own settings.
         given: names of the options on the command line.
     """
+    settings = replace(settings, prompt=utf8("prompt", settings.prompt))
     if not settings.corpus or not settings.prompt:
         raise ValueError("corpus and prompt must not be empty")
     if not 1 <= settings.accumulate <= max(1, settings.batch):
@@ -162,11 +164,12 @@ def finish(run, model, tokenizer, step, steps):
     huggingface.save_model(model, run.path / "model", tokenizer)
     drawn = run.plot()
     if step < steps:
-        print(f"stopped after step {step}; go on with: --resume {run.path}")
+        print(f"stopped after step {step}; go on with: {typed(__file__, resume=run.path)}")
         return
-    print(f"curves: {drawn}" if drawn else 'for curves: pip install "minilm[plots]"')
+    print(told("curves", drawn))
     if model.config.causal:
-        print(f"write more: python scripts/generate.py --model {run.path / 'model'}")
+        write = typed(Path(__file__).with_name("generate.py"), model=run.path / "model")
+        print(f"write more: {write}")
 
 
 def show_sample(run, model, tokenizer, s: Settings, step: int):

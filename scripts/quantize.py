@@ -18,6 +18,7 @@ from tqdm import tqdm
 from minilm import data
 from minilm.backend import tune_allocator
 from minilm.command import command
+from minilm.extras import told
 from minilm.interop import huggingface
 from minilm.measure.losses import loss_of
 from minilm.nn import Linear
@@ -61,8 +62,7 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     print_errors(weights, block_sizes)
     print(f"\nthe model on the held-out tenth of {corpus}")
     print_perplexities(folder, rows)
-    if drawn := draw_codebooks(weights, out):
-        print(f"\nthe codebooks over the weights: {drawn}")
+    print("\n" + told("the codebooks over the weights", draw_codebooks(weights, out)))
 
 
 def print_examples():
@@ -128,11 +128,13 @@ def print_perplexities(folder, rows):
 
 
 def draw_codebooks(weights, path: Path) -> Path | None:
-    """The levels of three codebooks over the weights, each divided by its block's constant."""
+    """The levels of three codebooks over the weights, each divided by its block's constant.
+
+    None without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print('\nfor a picture: pip install "minilm[plots]"')
         return None
     flat = np.concatenate([w.ravel() for w in weights]).astype(np.float32)
     blocks = flat[: flat.size // 64 * 64].reshape(-1, 64)

@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from minilm.command import command
+from minilm.extras import install
 from minilm.files import FormatError, read_bytes, write_atomically
 from minilm.measure.verdict import FAILS, HOLDS, OPEN
 from minilm.results import Result, claimed, found, number
@@ -48,7 +49,7 @@ def page(paths: list[Path]) -> str:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup
     except ImportError:
-        raise ImportError('a page needs jinja2: pip install "minilm[report]"') from None
+        raise ImportError(f"a page needs jinja2: {install('report')}") from None
     shown = []
     for i, path in enumerate(paths, 1):
         result, svg = Result.load(path), picture(path.with_suffix(".svg"), f"picture-{i}-")

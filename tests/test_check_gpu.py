@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -87,6 +88,26 @@ def test_a_stage_that_breaks_leaves_the_others_their_turn(tmp_path, monkeypatch,
     table = (tmp_path / "RESULTS.md").read_text()
     assert table.startswith("Measured on a card.\n\n    sh scripts/bench/check_gpu.sh")
     assert table.endswith(f"{gpu_table.HEAD}\n| a | b |\n")
+
+
+def test_every_option_says_what_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check_gpu.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        check_gpu.main()
+    options = capsys.readouterr().out.partition("options:\n")[2].splitlines()
+    named = [line for line in options if line.lstrip().startswith("--")]
+    described = " ".join(line for line in options if not line.lstrip().startswith("--"))
+    assert len(named) == 6 and "which stages to run" in described
+    assert "folder for the logs" in " ".join(options)
+
+
+def test_the_command_of_the_table_is_what_a_shell_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["check_gpu.py", "--only", "a b", "it's"])
+    check_gpu.write_table(tmp_path, ["| a | b |"])
+    text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if "check_gpu" in line]
+    assert shlex.split(line)[2:] == ["--only", "a b", "it's"]
 
 
 def test_rows_that_fail_or_come_late(tmp_path, monkeypatch, capsys):

@@ -193,7 +193,7 @@ def test_the_picture_shows_curves_and_prediction(tmp_path, arms, monkeypatch):
 def test_without_matplotlib_it_says_how_to_get_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run(tmp_path, save_teacher(tmp_path / "t"))
-    assert 'for pictures: pip install "minilm[plots]"' in capsys.readouterr().out
+    assert 'temperatures: pip install "minilm[plots]"' in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.png"))
 
 

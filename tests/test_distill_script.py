@@ -17,6 +17,7 @@ import pytest
 from distill import Settings, main
 
 from minilm import checkpoint, data, ops
+from minilm.command import typed
 from minilm.distill import Distillation, student_from_teacher
 from minilm.interop import huggingface
 from minilm.run import RunDirectory
@@ -229,7 +230,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, text, plain, monkeypatch, a
     stopped = tmp_path / "b" / "distill-1"
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "log", press)
-        with pytest.raises(SystemExit, match=re.escape(f"go on with: --resume {stopped}")):
+        with pytest.raises(SystemExit, match=f"go on with: .* --resume {re.escape(str(stopped))}$"):
             main(s, tmp_path / "b")
     assert not (stopped / "student").exists() or step == 6
     assert metrics(stopped, arm)[-1]["step"] == step
@@ -274,7 +275,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, text, plain):
         finally:
             process.kill()
         assert process.returncode == 1
-        assert said == f"stopped; go on with: --resume {run}\n"
+        assert said == f"stopped; go on with: {typed(distill.__file__, resume=run)}\n"
         assert not (run / "student").exists()
     main(resume=run)
     main(s, tmp_path / "a")

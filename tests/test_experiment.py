@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from minilm import experiment as module
 from minilm import loop
+from minilm.command import typed
 from minilm.experiment import QUICK, Experiment, conduct
 from minilm.files import FormatError
 from minilm.measure.verdict import (
@@ -196,7 +197,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, capsys):
         conduct(small(tmp_path), stopped, (0, 1, 2), {"steps": 3}, out=tmp_path)
     folder = tmp_path / "towers-1"
     assert capsys.readouterr().out.endswith(
-        f"go on with: python scripts/experiments/towers.py --seeds 0 1 2 --resume {folder}\n")
+        f"go on with: {typed(tmp_path / 'towers.py', '--seeds', 0, 1, 2, resume=folder)}\n")
     assert calls == [("low", 0), ("high", 0), ("low", 1)]  # all arms of a seed, then the next
     before = Result.load(folder / "result.json")
     assert len(before.rows) == 3 and before.claims == ()

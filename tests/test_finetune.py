@@ -17,7 +17,7 @@ from finetune import METHODS, Settings, answers, main
 
 from minilm import checkpoint, data
 from minilm.files import FormatError, read_json
-from minilm.generate import generate
+from minilm.generate import generate, stream
 from minilm.interop import huggingface, peft
 from minilm.measure.losses import loss_of
 from minilm.peft.adapted import adapted_layers
@@ -74,7 +74,7 @@ def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, me
     adapters = 2 * 2 * (4 * (16 + 16) + 2 * (16 + 64))
     assert f"{trained.get(method, adapters):,} trainable parameters" in said
     tasks = ["reverse", "upper", "sort", "last", "add"]
-    assert said.rstrip().endswith(r"-> '") and r"--prompt $'Reverse\n" in said
+    assert said.endswith("\n-> '\n") and "--temperature 0 --prompt 'Reverse\n" in said
     rows = [line.split(":")[0] for line in said.split("before")[1].splitlines()[1:] if ":" in line]
     assert rows[:8] == [*tasks, "all", "held out", str(base.parent / "text.txt")]
 
@@ -234,6 +234,28 @@ def test_an_answer_stops_at_its_own_end_token(base, monkeypatch):
     assert answers(huggingface.load_model(base), records, tokenizer) == ["ab", "efgh"]
 
 
+def test_many_prompts_of_one_length_take_several_batches(base, monkeypatch):
+    """All their keys and values at once would not fit into memory."""
+    model, tokenizer, drawn = huggingface.load_model(base), data.ByteTokenizer(), []
+    records = [data.Record("Say", "", f"{i}") for i in range(5)]
+    whole = answers(model, records, tokenizer)
+    monkeypatch.setattr("minilm.measure.answers.ROWS", 2)
+    monkeypatch.setattr("minilm.measure.answers.stream",
+                        lambda model, rows, *a: drawn.append(len(rows)) or stream(model, rows, *a))
+    assert answers(model, records, tokenizer) == whole and drawn == [2, 2, 1]
+    with pytest.raises(ValueError, match="there is no record to answer"):
+        answers(model, [], tokenizer)
+
+
+def test_what_is_shown_of_a_record_cannot_rule_the_terminal(tmp_path, base, capsys):
+    records = [data.Record(f"\x1b[31mred {i}", "\a", "yes", task="\x1b[2Jtask") for i in range(3)]
+    data.save_records(tmp_path / "r.jsonl", records)
+    main(settings(base, data=(str(tmp_path / "r.jsonl"),), test=1, steps=1), tmp_path / "runs")
+    said = capsys.readouterr().out
+    assert "\ufffd[31mred 0 \ufffd -> " in said and "\ufffd[2Jtask: right" in said
+    assert not {"\x1b", "\a"} & set(said)
+
+
 # Stopping and resuming
 
 
@@ -286,7 +308,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, base):
         time.sleep(0.1)
     child.send_signal(signal.SIGINT)
     out, _ = child.communicate(timeout=60)
-    assert child.returncode == 0 and f"go on with: --resume {run}" in out
+    assert child.returncode == 0 and f"finetune.py --resume {run}\n" in out
     _, state = checkpoint.load(run / "checkpoints")
     assert state["step"] == metrics(run)[-1]["step"] and (run / "adapter").exists()
 
@@ -345,6 +367,18 @@ def test_a_pipe_as_data_is_refused_at_once(tmp_path, base):
     os.mkfifo(base / "model.safetensors")
     with pytest.raises(FormatError, match=r"model\.safetensors: cannot be read: it is a pipe"):
         main(settings(base), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_query_that_takes_all_memory_is_refused_before_a_run_is_made(tmp_path, base):
+    """Nested common tables, each read many times by the next."""
+    query = "WITH a(x) AS (VALUES (1))"
+    for before, name in zip("abcdefghijk", "bcdefghijkl"):
+        query += f",{name}(x)AS(VALUES({'+'.join([f'1 IN {before}'] * 4)}))"
+    hostile = data.Record("SQL", "q", f"{query}SELECT 1 IN l", task="sql")
+    data.save_records(tmp_path / "r.jsonl", [hostile, data.Record("Say", "", "yes")])
+    with pytest.raises(ValueError, match="the output must be a query on cities, got 'WITH a"):
+        main(settings(base, data=(str(tmp_path / "r.jsonl"),), test=1), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

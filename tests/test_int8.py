@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from minilm.quantize import Int8, int8_matmul_outliers, quantize_int8
 from minilm.quantize.int8 import integer_product
+from minilm.tensor import Tensor
 
 FLOATS = [np.float32, np.float16, ml_dtypes.bfloat16]
 seeds = st.integers(0, 2**32 - 1)
@@ -356,3 +357,10 @@ def test_the_product_is_bitsandbytes(bitsandbytes, I, outlier):
     same_codes(q.codes, codes, 127 * W.astype(np.float64) / q.absmax)
     ours = int8_matmul_outliers(x, Int8(codes, q.absmax))
     assert np.abs(ours - theirs).max() <= 1e-3 * np.abs(theirs).max()
+
+
+def test_what_is_no_array_is_named():
+    with pytest.raises(TypeError, match="quantize_int8 needs an array, got Tensor"):
+        quantize_int8(Tensor(np.ones(4)))
+    found = int8_matmul_outliers([[1.0, 2.0]], [[3.0, 0.0]])
+    np.testing.assert_allclose(found, [[3.0]], atol=0.05)

@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
-    {"backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together", "stored",
-     "ranges"},
+    {"extras", "backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together",
+     "stored", "ranges"},
     {"graph", "tensor", "ops", "activations", "attention", "losses"},
     {"nn", "transformer", "shapes", "cache", "decode", "generate"},
     {"quantize", "peft", "distill", "optim", "parallel"},
@@ -34,6 +34,7 @@ WITHIN = {  # the arrows inside a floor
     ("stored", "files"),
     ("together", "files"),
     ("together", "locks"),
+    ("backend", "extras"),
     ("blas", "backend"),
     ("blas", "arrays"),
     ("cuda", "backend"),
@@ -64,16 +65,18 @@ WITHIN = {  # the arrows inside a floor
     ("run", "records"),
     ("run", "state"),
     ("run", "versions"),
+    ("experiment", "command"),
     ("experiment", "picture"),
     ("experiment", "results"),
     ("experiment", "run"),
     ("loop", "run"),
     ("loop", "train"),
     ("command", "train"),
+    ("__main__", "command"),
     ("__main__", "versions"),
 }
 NARROWER = {
-    "data": {"files"},
+    "data": {"extras", "files"},
     "optim": {"backend", "arrays", "blas", "cuda", "tensor", "attention", "ops", "quantize",
               "ranges"},
 }

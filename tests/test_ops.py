@@ -156,6 +156,30 @@ BAD = {
     "kl_divergence": (lambda: ops.kl_divergence(f(2, 3), f(2, 4)), ValueError, r"\(2, 4\)"),
     "cosine_embedding": (lambda: ops.cosine_embedding(f(2, 3), f(1, 3)), ValueError, r"\(1, 3\)"),
     "mse": (lambda: ops.mse(f(2, 3), f(3)), ValueError, r"\(3,\)"),
+    "embedding: table": (lambda: ops.embedding(i(2), f(3)), ValueError, r"\(V, C\), got \(3,\)"),
+    "linear: W": (lambda: ops.linear(f(2, 3), f(3)), ValueError, r"W \(O, I\), got \(2, 3\) and"),
+    "layer_norm": (lambda: ops.layer_norm(f(2, 3), f(4), f(3)), ValueError, r"with g \(4,\), b"),
+    "rms_norm": (lambda: ops.rms_norm(f(2, 3), f(1)), ValueError, r"x \(2, 3\) does .*g \(1,\)"),
+    "split_heads: axes": (lambda: ops.split_heads(f(3, 8), 2), ValueError, r"got \(3, 8\), 2"),
+    "split_heads: 0": (lambda: ops.split_heads(f(2, 3, 8), 0), ValueError, r"\(2, 3, 8\), 0"),
+    "merge_heads": (lambda: ops.merge_heads(f(2, 3, 8)), ValueError, r"got \(2, 3, 8\)"),
+    "attention: axes": (lambda: attend(q=f(4, 5, 6)), ValueError, r"got \(4, 5, 6\), \(2, 4, 5"),
+    "rotary: axes": (lambda: ops.rotary(f(4), f(4, 2), f(4, 2)), ValueError, r"got \(4,\)"),
+    "dropout: rng": (lambda: ops.dropout(f(3), 0.5, 7), TypeError, "a NumPy Generator, got int"),
+    "dropout: p": (lambda: ops.dropout(f(3), "x", None), TypeError, r"float64 \(3,\), str, None"),
+    "split_heads: heads": (lambda: ops.split_heads(f(1, 2, 4), 2.0), TypeError, r"4\), float"),
+    "concat: no axis": (lambda: ops.concat(f(2), f(2), axis=None), TypeError, "axis: NoneType"),
+    "cross_entropy: floats": (lambda: ops.cross_entropy(f(2, 4), f(2)), TypeError,
+                              r"targets must be integers, got float64 \(2,\)"),
+    "cross_entropy: booleans": (lambda: ops.cross_entropy(f(2, 4), i(2) > 0), TypeError,
+                                r"targets must be integers, got bool \(2,\)"),
+    "cross_entropy: number": (lambda: ops.cross_entropy(f()[()], i(1)[0]), ValueError, r"\(\)"),
+    "kl_divergence: 0": (lambda: ops.kl_divergence(f(2, 3), f(2, 3), 0.0), ValueError, "got 0.0"),
+    "kl_divergence: nan": (lambda: ops.kl_divergence(f(2, 3), f(2, 3), math.nan), ValueError,
+                           "must be positive, got nan"),
+    "add: shapes": (lambda: ops.add(f(2), f(3)), ValueError, r"float64 \(2,\), float64 \(3,\)"),
+    "add: text": (lambda: ops.add(f(2), "x"), TypeError, r"add takes .* float64 \(2,\), str"),
+    "concat: axis": (lambda: ops.concat(f(2), f(2), axis=1), IndexError, "axis: int"),
 }
 
 
@@ -172,6 +196,47 @@ def attend(q=None, k=None, v=None, **settings):
 def test_bad_input_raises(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("strange, said", [
+    ([0, 1], "list"), ("text", "str"), (None, "NoneType")])
+@pytest.mark.parametrize("call", [
+    lambda x: ops.cross_entropy(f(2, 3), x), lambda x: ops.cross_entropy(x, i(2)),
+    lambda x: ops.embedding(x, f(3, 4)), lambda x: ops.linear(x, f(3, 4)), ops.softmax, ops.relu,
+    lambda x: ops.layer_norm(x, f(3), f(3)), lambda x: ops.swiglu(x, f(2, 3)),
+    lambda x: ops.concat(f(2), x, axis=0), lambda x: ops.kl_divergence(f(2, 3), x),
+    lambda x: attend(k=attend, mask=x), lambda x: ops.mse(x, f(2, 3))])
+def test_what_is_no_array_is_named(call, strange, said):
+    """Lists, texts, nothing: never a bare AttributeError."""
+    with pytest.raises(TypeError, match=f"takes Tensors and arrays, got .*{said}"):
+        call(strange)
+
+
+@pytest.mark.parametrize("call", [
+    ops.softmax, lambda x: ops.cross_entropy(f(2, 3), x), lambda x: ops.embedding(x, f(3, 4))])
+def test_another_librarys_array_is_named(call):
+    with pytest.raises(TypeError, match=r"takes Tensors and arrays, got .*torch\.Tensor"):
+        call(torch.ones(2))
+
+
+FLOATS = {
+    "softmax": ops.softmax, "log_softmax": ops.log_softmax, "gelu": ops.gelu, "silu": ops.silu,
+    "swiglu": lambda x: ops.swiglu(x, x), "rms_norm": lambda x: ops.rms_norm(x, f(3)),
+    "layer_norm": lambda x: ops.layer_norm(x, f(3), f(3)),
+    "dropout": lambda x: ops.dropout(x, 0.5, np.random.default_rng(0)),
+    "kl_divergence": lambda x: ops.kl_divergence(x, x),
+    "cosine_embedding": lambda x: ops.cosine_embedding(x, x),
+    "cross_entropy": lambda x: ops.cross_entropy(x, i(2)),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, call in FLOATS.items() if call])
+@pytest.mark.parametrize("dtype", [int, bool, complex])
+def test_numbers_that_would_be_rounded_are_refused(name, dtype):
+    """softmax of integers was all zeros."""
+    said = f"{name} needs floating-point numbers, got .*{dtype.__name__}"
+    with pytest.raises(TypeError, match=said):
+        FLOATS[name](np.ones((2, 3), dtype))
 
 
 @st.composite

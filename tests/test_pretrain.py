@@ -18,6 +18,7 @@ from pretrain import Settings, main
 
 from minilm import checkpoint, data, loop
 from minilm.command import command as program
+from minilm.command import typed
 from minilm.files import FormatError
 from minilm.interop import huggingface
 from minilm.run import RunDirectory
@@ -240,7 +241,7 @@ def test_a_stopped_and_resumed_run_ends_like_a_straight_one(
         main(s, tmp_path / "runs")
     run = tmp_path / "runs" / "pretrain-1"
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said == f"stopped after step 2; go on with: --resume {run}"
+    assert said == f"stopped after step 2; go on with: {typed(pretrain.__file__, resume=run)}"
     assert saved(run)[1] == 2
     assert metrics(run)[:2] == metrics(straight)[:2]
 
@@ -517,7 +518,8 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, text, pl
     assert "Traceback" not in err
     done = metrics(run)[-1]["step"]
     assert 1 <= done < 400
-    assert out.splitlines()[-1] == f"stopped after step {done}; go on with: --resume {run}"
+    assert out.splitlines()[-1] == (
+        f"stopped after step {done}; go on with: {typed(pretrain.__file__, resume=run)}")
     assert saved(run)[1] == done
     main(Settings(), resume=run)
     assert [r["step"] for r in metrics(run)] == list(range(1, 401))

@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import benchmark
+import distill
 import memory_report
 import numpy as np
 import pretrain
@@ -21,6 +23,7 @@ import quantize
 import tyro
 
 from minilm import data
+from minilm.extras import told
 from minilm.interop import huggingface
 from minilm.run import RunDirectory
 from minilm.transformer import Config, Transformer
@@ -130,12 +133,28 @@ def test_without_matplotlib_each_says_how_to_get_pictures(tmp_path, model, monke
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert quantize.draw_codebooks([np.ones((64, 64), np.float32)], tmp_path / "a.png") is None
     assert not memory_report.draw({}, [], 0, 0, tmp_path / "b.png")
+    assert distill.draw(tmp_path / "c.png", {}, "", [], {}) is None
     run = RunDirectory.create(tmp_path, "pretrain", {}, [])
     pretrain.finish(run, huggingface.load_model(model), data.ByteTokenizer(), 3, 3)
     said = capsys.readouterr().out
-    assert said.count('for a picture: pip install "minilm[plots]"') == 2
     assert 'for curves: pip install "minilm[plots]"' in said
     assert f"--model {run.path / 'model'}" in said and not list(tmp_path.rglob("*.png"))
+
+
+def test_a_picture_is_where_it_is_or_how_to_get_it():
+    assert told("curves", Path("a.png")) == "curves: a.png"
+    assert told("curves", None) == 'for curves: pip install "minilm[plots]"'
+
+
+def test_only_one_file_says_how_to_install_and_each_extra_exists():
+    """The command is said once; what is named is an extra of pyproject.toml."""
+    house = FOLDER.parent
+    extras = tomllib.loads((house / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = extras["project"]["optional-dependencies"]
+    for path in [*house.glob("minilm/**/*.py"), *FOLDER.rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert ("pip install" in text) == (path.stem == "extras"), path
+        assert set(re.findall(r"\binstall\(['\"](\w+)", text)) <= set(extras), path
 
 
 BENCHMARK = ["--rows", "qlora", "--configs", "L"]

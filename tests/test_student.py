@@ -212,7 +212,8 @@ def test_a_student_is_trained_on_a_gpu(cupy):
 
 
 
-@pytest.mark.parametrize("layers", [[], [4], [0, 4], [-1, 2], [2, 1], [1, 1], [0, 2, 1]])
+@pytest.mark.parametrize("layers", [[], [4], [0, 4], [-1, 2], [2, 1], [1, 1], [0, 2, 1],
+                                    [0.0, 1.0], ["0"]])
 def test_layers_are_increasing_and_the_teachers(layers):
     message = f"increasing numbers from 0 to 3, the teacher's; got {layers}"
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):

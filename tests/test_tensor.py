@@ -143,7 +143,7 @@ def test_a_graph_runs_backward_once():
 def test_backward_says_what_it_needs():
     with pytest.raises(ValueError, match=r"scalar, got \(3,\)"):
         (leaf(3) * 2.0).backward()
-    with pytest.raises(ValueError, match=r"\(1, 3\), the tensor \(3,\)"):
+    with pytest.raises(ValueError, match=r"\(1, 3\), the tensor float64 \(3,\)"):
         (leaf(3) * 2.0).backward(np.ones((1, 3)))
     with pytest.raises(ValueError, match="requires_grad"):
         (Tensor(np.ones(3)) * 2.0).sum().backward()
@@ -451,3 +451,15 @@ def test_no_grad_and_randomness_stay_in_their_thread():
             done.set()
 
     in_threads(without, beside)
+
+
+@pytest.mark.parametrize("data", ["text", None, [1], [True], 1j, {}])
+def test_only_floating_point_tensors_have_gradients(data):
+    """A tensor of text or of nothing was made without a word."""
+    with pytest.raises(TypeError, match="only floating-point tensors have gradients, got dtype"):
+        Tensor(data, requires_grad=True)
+
+
+def test_a_gradient_that_is_no_array_is_refused():
+    with pytest.raises(ValueError, match=r"the gradient is list, the tensor float64 \(3,\)"):
+        (leaf(3) * 2.0).backward([1.0, 2.0, 3.0])

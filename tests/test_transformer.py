@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from minilm import backend, ops
 from minilm.graph import no_dropout
 from minilm.nn import Linear, Module
-from minilm.tensor import randomness
+from minilm.tensor import Tensor, randomness
 from minilm.transformer import Config, Transformer
 
 V, CONTEXT, LAYERS = 23, 8, 3
@@ -458,3 +458,15 @@ def test_bad_configs(changes, given):
     with pytest.raises(ValueError) as error:
         dataclasses.replace(CONFIGS["gpt2"], **changes)
     assert all(part in str(error.value) for part in given)
+
+
+@pytest.mark.parametrize("size", ["8", 8.0, None])
+def test_sizes_are_integers(size):
+    with pytest.raises(TypeError, match=f"^context must be an integer, got {size!r}$"):
+        Config.gpt2(10, size, 1, 2, 8)
+    assert Config.gpt2(10, np.int64(8), 1, 2, 8).context == 8
+
+
+def test_tokens_in_a_tensor_are_refused_by_name():
+    with pytest.raises(TypeError, match="expected an array of NumPy or CuPy, got Tensor"):
+        Transformer(Config.gpt2(10, 8, 1, 2, 8))(Tensor(np.array([[1, 2]])))

@@ -13,6 +13,8 @@ The library is written in Rust. It takes much on trust, and then
 
 import os
 
+from minilm.extras import install
+
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 GROWTH = 10**4  # letters that may become of one
 GAPS = 2**16  # ids without a token, beside as many as there are tokens
@@ -23,7 +25,7 @@ def library():
     try:
         import tokenizers
     except ImportError as error:
-        raise ImportError('BPE needs the tokenizers library: pip install "minilm[hf]"') from error
+        raise ImportError(f"BPE needs the tokenizers library: {install('hf')}") from error
     return tokenizers
 
 

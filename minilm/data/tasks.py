@@ -8,17 +8,15 @@
     sql                     a question about CITIES: the query that finds the answer
 
 The first five take at most 40 bytes, prompt and end included. Queries can be written in many ways,
-so sql is scored by running them.
+so sql is scored by running them, see queries.py.
 """
 
-import sqlite3
-from collections import Counter
 from collections.abc import Iterable
-from contextlib import closing
 
 import numpy as np
 
 from minilm.data.instructions import Record, prompt
+from minilm.data.queries import same_rows
 
 CITIES = (  # cities(name, country, population)
     ("Berlin", "Germany", 3_700_000),
@@ -45,10 +43,6 @@ SENTENCES = (
     "For {price} {food} food in the {area}, go to {name}.",
 )
 
-# SQL is run to score it: the functions it may call, its largest length, the steps it may take.
-FUNCTIONS = {"avg", "count", "max", "min", "sum"}
-CHARACTERS, STEPS = 1000, 10_000
-
 
 def make_tasks(
     names: Iterable[str], train: int, test: int, seed: int
@@ -72,17 +66,15 @@ def score(record: Record, answer: str) -> bool:
 
     For task "sql": does the answer find the rows that the output finds in CITIES, and in the same
     order if the output has ORDER BY? The answer must be a single SELECT without another inside; all
-    else is wrong, whatever it would do. (A wrong query may happen to find the right rows.)
-    ValueError if the output is no such query.
+    else is wrong, whatever it would do. (A wrong query may happen to find the right rows.) It takes
+    about 30 ms. ValueError if the output is no such query.
     """
     if record.task != "sql":
         return answer in (record.output, *record.references)
-    expected, found = _find(record.output), _find(answer)
-    if expected is None:
+    right = same_rows("cities (name, country, population)", CITIES, record.output, answer)
+    if right is None:
         raise ValueError(f"the output must be a query on cities, got {record.output!r:.200}")
-    if found is None or "ORDER BY" in record.output.upper():
-        return found == expected
-    return Counter(found) == Counter(expected)
+    return right
 
 
 def reverse(rng: np.random.Generator) -> Record:
@@ -167,28 +159,3 @@ def _distinct(name, count, seed):
             raise ValueError(f"task {name!r} gave {len(found)} distinct records, not {count}")
         found.setdefault(prompt(record), record)
     return list(found.values())
-
-
-def _find(query: str) -> list[tuple] | None:
-    """The rows that a query finds in cities; None if it is not one SELECT, fails or takes long."""
-    # Nested queries are refused because SQLite copies them into each other: a few words can make
-    # a query of gigabytes before its first step.
-    if query.upper().count("SELECT") != 1:
-        return None
-    with closing(sqlite3.connect(":memory:")) as database:
-        database.execute("CREATE TABLE cities (name, country, population)")
-        database.executemany("INSERT INTO cities VALUES (?, ?, ?)", CITIES)
-        database.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, CHARACTERS)
-        database.set_authorizer(_allow)
-        database.set_progress_handler(lambda: True, STEPS)
-        try:
-            return database.execute(query).fetchall()
-        except (sqlite3.Error, sqlite3.Warning, ValueError):
-            return None
-
-
-def _allow(action, _, function, *place):
-    """Allow reading and calls of FUNCTIONS; nothing that writes, opens a file or loads code."""
-    reads = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ)
-    calls = action == sqlite3.SQLITE_FUNCTION and function in FUNCTIONS
-    return sqlite3.SQLITE_OK if reads or calls else sqlite3.SQLITE_DENY

@@ -1,5 +1,6 @@
 """What a model answers to instructions."""
 
+from collections import defaultdict
 from itertools import islice
 
 import numpy as np
@@ -8,16 +9,24 @@ from tqdm import tqdm
 from minilm import data
 from minilm.generate import stream
 
+ROWS = 256  # of a batch, at most: the keys and values of all its rows are kept
+
 
 def answers(model, records, tokenizer) -> list[str]:
     """What the model writes after each prompt until it ends, taking the likeliest token each time.
+
+    An answer may take as many tokens as the longest output. ValueError if there is no record.
     """
+    if not records:
+        raise ValueError("there is no record to answer")
     prompts = [tokenizer.prompt(data.prompt(record)) for record in records]
     longest = max(len(tokenizer.encode(record.output)) for record in records) + 1
-    found = {}
-    sizes = sorted({len(prompt) for prompt in prompts})  # prompts of one length make a batch
-    for size in tqdm(sizes, "answers", unit="batch", leave=False, disable=None):
-        rows = [i for i, prompt in enumerate(prompts) if len(prompt) == size]
+    found, sizes = {}, defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        sizes[len(prompt)].append(i)  # prompts of one length make a batch
+    batches = [sizes[size][i : i + ROWS] for size in sorted(sizes)
+               for i in range(0, len(sizes[size]), ROWS)]
+    for rows in tqdm(batches, "answers", unit="batch", leave=False, disable=None):
         ended, drawn = np.zeros(len(rows), bool), []
         for ids in islice(stream(model, [prompts[i] for i in rows], 0), longest):
             drawn.append(ids)

@@ -82,6 +82,7 @@ def int8_matmul_outliers(x, W, threshold: float = 6.0):
     not quantized by row.
     """
     quantized = W if isinstance(W, Int8) else quantize_int8(W, axis=-1)
+    x = x if hasattr(x, "dtype") else np.asarray(x, np.float32)
     O, I = quantized.shape
     if x.shape[-1] != I or quantized.absmax.shape != (O, 1):
         raise ValueError(f"int8_matmul_outliers needs x (..., I) and W (O, I) with absmax (O, 1), "
@@ -117,7 +118,10 @@ def integer_product(a, b):
 def finite(x, name: str, dtype=np.float32):
     """x in dtype. TypeError if x has no floats, ValueError if it holds nan or inf, or would there.
     """
-    x = x if hasattr(x, "dtype") else np.asarray(x, np.float32)
+    if not hasattr(x, "dtype"):
+        x = np.asarray(x, np.float32)
+    if not hasattr(x, "astype"):  # a Tensor, or another library's
+        raise TypeError(f"{name} needs an array, got {type(x).__name__}")
     if x.dtype.kind not in "fV":
         raise TypeError(f"{name} needs floating-point numbers, got dtype {x.dtype}")
     with np.errstate(over="ignore"):

@@ -28,6 +28,8 @@ from typing import Literal, get_args
 from contenders import SHAPES, Shape, bitsandbytes_codes, our_codes, our_side, torch_side
 from tqdm import tqdm
 
+from minilm.extras import install
+
 GROWTH = Shape(6, 6, 384, 256, 8, 512), Shape(6, 6, 384, 1024, 2, 512)
 OnCPU = Literal["train", "lora", "qlora", "paged", "generate", "memory", "growth", "codes"]
 OnGPU = Literal["dequantize", "quantize", "matmul", "lora", "reference", "attention", "swiglu",
@@ -64,7 +66,7 @@ def on_cpu(rows, configs, rounds, threads):
     """Print the rows beside PyTorch, PEFT and bitsandbytes."""
     for package, (extra, compared) in OTHERS.items():
         if {*rows} & {*compared} and importlib.util.find_spec(package) is None:
-            raise ImportError(f'{package} is not installed: pip install "minilm[{extra}]"')
+            raise ImportError(f"{package} is not installed: {install(extra)}")
     print("| what | the other | minilm | ratio | lowest - highest |\n|---|---|---|---|---|")
     turns = partial(compare, rounds=rounds)
     for row in rows:

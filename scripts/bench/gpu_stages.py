@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CASES = re.findall(r"^def (\w+)\(large\):", (HERE / "gpu_cases.py").read_text(), re.M)
+CASES = re.findall(r"^def (\w+)\(large\):",
+                   (HERE / "gpu_cases.py").read_text(encoding="utf-8"), re.M)
 SANITIZED = [name for name in CASES if name not in ("products", "model")]  # cuBLAS's, and slow
 TESTS = (  # longest first
     "cuda_path nf4_kernels gpu_benchmark attention_kernel row_kernels adamw_kernel lora_kernels "

@@ -11,6 +11,7 @@ import numpy as np
 
 from minilm import ops, tensor
 from minilm.distill import top_k_divergence
+from minilm.extras import install
 from minilm.peft.lora import add_low_rank
 from minilm.peft.qlora import quantized_lora
 from minilm.quantize.linear import quantize_weight, quantized_linear
@@ -42,7 +43,7 @@ def import_torch():
     try:
         import torch
     except ImportError:
-        raise ImportError('PyTorch is not installed: pip install "minilm[test]"') from None
+        raise ImportError(f"PyTorch is not installed: {install('test')}") from None
     return torch
 
 
