@@ -9,6 +9,7 @@ the word "inf".
 
 import math
 import os
+from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -27,20 +28,20 @@ def revive(kind: type, stored, path: str | os.PathLike, inside: str = ""):
     if not isinstance(stored, dict):
         raise FormatError(path, f"{where}is {_short(stored)}, expected an object")
     hints = get_type_hints(kind)
-    names = kind.__dataclass_fields__.keys()
+    names = {field.name for field in fields(kind)}  # without class variables
     if missing := sorted(names - stored.keys()):
         raise FormatError(path, f"{where}{missing} missing")
     if unknown := sorted(stored.keys() - names):
         raise FormatError(path, f"{where}{unknown} unknown")
-    fields = {}
+    found = {}
     for name, value in stored.items():
         infinite = value == "inf" and hints[name] is float
         if not infinite and not fits(value, hints[name]):
             wanted = hints[name].__name__ if type(hints[name]) is type else hints[name]
             raise FormatError(path, f"{where}{name} is {_short(value)}, expected {wanted}")
-        fields[name] = math.inf if infinite else tuple(value) if type(value) is list else value
+        found[name] = math.inf if infinite else tuple(value) if type(value) is list else value
     try:
-        return kind(**fields)
+        return kind(**found)
     except (TypeError, ValueError) as error:
         raise FormatError(path, f"{where}{error}") from None
 
