@@ -60,8 +60,10 @@ class FormatError(ValueError):
 
 def write_atomically(path: str | os.PathLike, *parts: bytes) -> None:
     """Write the parts (bytes or contiguous uint8 arrays) one after another as one whole file."""
-    if (path := Path(path)).is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file", str(path))
+    if (path := Path(path)).exists() and not path.is_file():  # a rename would replace a device
+        kind = _kind(path.stat().st_mode)
+        number = errno.EISDIR if kind == "folder" else errno.EINVAL
+        raise OSError(number, f"is a {kind}, expected a file", str(path))
     with temporary(path) as new:
         write_synced(new, parts)
         os.replace(new, path)
