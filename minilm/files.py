@@ -126,13 +126,21 @@ def sync_folder(path: str | os.PathLike) -> None:
 
 
 def write_json(path: str | os.PathLike, obj: object) -> None:
-    """Write obj as indented JSON. ValueError for NaN and infinity: JSON has no name for them."""
+    """Write obj as indented JSON.
+
+    ValueError for what JSON has no name for: NaN, infinity, and bytes that are not UTF-8.
+    """
     write_atomically(path, json_bytes(obj))
 
 
 def json_bytes(obj: object) -> bytes:
     """What `write_json` writes."""
-    return json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError as error:  # of a path, whose bytes may be any
+        said = text[: error.end].rpartition('"')[2]
+        raise ValueError(f"JSON is UTF-8, which {said[-100:]!r} is not") from None
 
 
 def read_json(path: str | os.PathLike) -> object:

@@ -209,13 +209,17 @@ def test_four_loaders_at_once_settle_a_killed_save(tmp_path):
 
 def test_writers_at_once_take_turns(tmp_path):
     """None of them fails, and the files are one writer's."""
-    program = ("import sys; from minilm.together import write_together; sys.stdin.read(1)\n"
-               "for i in range(40):\n"
+    program = ("import os, sys; from minilm.together import write_together; sys.stdin.read(1)\n"
+               "os.fsync = lambda fd: None\n"
+               "for i in range(60):\n"
                "    files = {n: [f'{sys.argv[1]} {i}'.encode()] for n in ('w', 'v', 'c.json')}\n"
                "    write_together('m', files)")
     writers = [subprocess.Popen([sys.executable, "-c", program, str(i)], cwd=tmp_path, env=ENV,
                                 stdin=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(3)]
-    said = [writer.communicate(b"x")[1].decode() for writer in writers]
+    for writer in writers:
+        writer.stdin.write(b"x")
+        writer.stdin.flush()
+    said = [writer.communicate()[1].decode() for writer in writers]
     assert said == ["", "", ""]
     found = contents(tmp_path / "m")
     assert sorted(found) == ["c.json", "v", "w"] and len(set(found.values())) == 1
