@@ -124,14 +124,15 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
         step = run.restore(saved, optimizer, scaler)
         model.require_finite()
         yield trainer, Step(step, math.nan, math.nan, 0.0, targets=0, seconds=0.0)
-        last = step >= s.steps
+        last, named = step >= s.steps, f", {title}" if title else ""
         with finish_on_interrupt() as interrupted, tqdm(
                 total=s.steps, initial=step, desc=title, unit="step", disable=None) as bar:
             while not last:
                 done = trainer.step(step, batches[step], schedule(step), s.clip, accumulate)
                 step, speed = done.step, done.targets / done.seconds
                 bar.update()
-                bar.set_postfix_str(f"loss {done.loss:.3f}, {speed:,.0f} targets/s")
+                bar.desc = f"loss {done.loss:.3f}{named}: "  # in front, which a narrow bar keeps
+                bar.set_postfix_str(f"{speed:,.0f} targets/s")
                 yield trainer, done
                 last = step == s.steps or interrupted()
                 if last or step % s.save_every == 0:

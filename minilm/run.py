@@ -29,6 +29,7 @@ from minilm import checkpoint
 from minilm.backend import to_device
 from minilm.files import (
     FormatError,
+    read_bytes,
     read_json,
     remove,
     sync_folder,
@@ -81,7 +82,7 @@ class RunDirectory:
     def alone(self) -> Iterator[None]:
         """Be the run's only writer. What killed processes left half-written is removed first.
 
-        RuntimeError if another process is the writer.
+        RuntimeError if another process, or another object in this one, is the writer.
         """
         if self.mine:
             yield
@@ -103,7 +104,9 @@ class RunDirectory:
             try:
                 yield
             except (OSError, RuntimeError) as error:
-                error.add_note(f"go on with: --resume {shlex.quote(str(self.path))}")
+                path = str(self.path)
+                joint = "=" if path.startswith("-") else " "
+                error.add_note(f"go on with: --resume{joint}{shlex.quote(path)}")
                 raise
 
     def describe(self) -> dict:
@@ -223,7 +226,7 @@ class RunDirectory:
                          "".join(json.dumps(r) + "\n" for r in kept).encode())
         samples = self.path / "samples.txt"
         if "samples" in state and samples.exists():  # 0.1.0 did not write down how many there were
-            write_atomically(samples, samples.read_bytes()[: state["samples"]])
+            write_atomically(samples, read_bytes(samples)[: state["samples"]])
         return state["step"]
 
     def plot(self) -> Path | None:

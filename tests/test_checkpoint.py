@@ -129,6 +129,15 @@ def save_in_a_child_that_dies(path, new, k, monkeypatch):
         os._exit(1)
 
 
+def test_what_stands_where_a_checkpoint_is_built_is_cleared_away(tmp_path):
+    """Folders of kills, and what nobody knows the origin of."""
+    (tmp_path / "step-00000001.tmp").touch()
+    (tmp_path / "step-00000002.tmp").symlink_to(tmp_path / "nothing")
+    (tmp_path / "step-00000003.tmp" / "x").mkdir(parents=True)
+    save(tmp_path, 1)
+    assert names(tmp_path) == ["step-00000001"]
+
+
 def test_a_failed_save_frees_the_disk(tmp_path, monkeypatch):
     save(tmp_path, 1)
     with monkeypatch.context() as patch:

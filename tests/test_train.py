@@ -305,6 +305,31 @@ def test_the_model_is_an_ordinary_one_again_afterwards(processes):
     assert task.x.grad.tolist() == [5, 5, 5]
 
 
+@pytest.mark.parametrize("error", [BlockingIOError, KeyboardInterrupt])
+def test_workers_that_cannot_all_start_leave_nothing(monkeypatch, error):
+    """No more processes, or Ctrl-C: those that had started end, and the model is an ordinary one.
+    """
+    task, start = Task(), fork.Process.start
+    workers, started = task.workers(3, True), []
+
+    def second_fails(child):
+        if started:
+            raise error
+        started.append(child)
+        start(child)
+
+    with threadpool_limits(2, "blas"), monkeypatch.context() as patch:
+        patch.setattr(fork.Process, "start", second_fails)
+        with within(5), pytest.raises(error), workers:
+            pass
+        assert blas_threads() == {2}
+    assert not workers.open and started[0].exitcode is not None
+    (task.x * 3.0).sum().backward()
+    assert task.x.grad.tolist() == [3, 3, 3]
+    with within(5), task.workers(2, True) as workers:
+        assert workers.run(Task.do, [OK, OK]) == [1, 1]
+
+
 @pytest.mark.parametrize("processes", KINDS)
 def test_an_adapter_may_rest_while_workers_run_but_not_when_they_start(processes):
     model = add_lora(make_model(), 2, 4)

@@ -65,14 +65,21 @@ class Workers:
         if not self.processes:
             self.pool = ThreadPoolExecutor(max(1, self.count - 1))
             return self
-        for rank in range(1, self.count):
-            ours, theirs = self.sync.Pipe()
-            child = self.sync.Process(target=self._serve, args=(rank, theirs, ours), daemon=True)
-            child.start()
-            theirs.close()  # so that a dead child reads as the end of the file
-            self.pipes.append(ours)
-            self.children.append(child)
+        try:
+            for rank in range(1, self.count):
+                self._start(rank)
+        except BaseException:  # no more processes, or Ctrl-C: leave nothing behind
+            self.__exit__()
+            raise
         return self
+
+    def _start(self, rank):
+        ours, theirs = self.sync.Pipe()
+        child = self.sync.Process(target=self._serve, args=(rank, theirs, ours), daemon=True)
+        with theirs:  # closed, so that a dead child reads as the end of the file
+            child.start()
+        self.pipes.append(ours)
+        self.children.append(child)
 
     def __exit__(self, *_):
         self.open = False
