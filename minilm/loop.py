@@ -11,6 +11,7 @@ saves or makes the next step.
 
 import math
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -162,8 +163,14 @@ def validation(trainer: Trainer, held_out, every: int = 1) -> dict:
 
 @contextmanager
 def finish_on_interrupt():
-    """A first Ctrl-C only makes the yielded function return True; a second one interrupts."""
+    """A first Ctrl-C only makes the yielded function return True; a second one interrupts.
+
+    Only the main thread may say what Ctrl-C does; in another one nothing changes.
+    """
     pressed = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
 
     def press(number, frame):
         pressed.append(number)

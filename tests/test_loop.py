@@ -7,6 +7,7 @@ import math
 import re
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import distill
@@ -449,3 +450,14 @@ def test_ctrl_c_asks_first_and_interrupts_then():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_thread_trains_without_a_word_on_ctrl_c():
+    def work():
+        with finish_on_interrupt() as interrupted:
+            return interrupted()
+
+    before = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() is False
+    assert signal.getsignal(signal.SIGINT) is before
