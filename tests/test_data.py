@@ -182,6 +182,26 @@ def test_runs_and_models_in_a_corpus_are_not_its_text(tmp_path):
         load_corpus(write(tmp_path / "only", {"1/run.json": "{}", "1/samples.txt": "x"}))
 
 
+def test_links_into_runs_are_not_followed(tmp_path):
+    write(tmp_path, {"root/a.txt": "a", "far/1/run.json": "{}", "far/1/samples.txt": "no",
+                     "far/1/deep/er/x.txt": "no", "root/2/run.json": "{}", "root/2/s.txt": "no",
+                     "far/notes.txt": "b"})
+    root, run = tmp_path / "root", tmp_path / "far" / "1"
+    for link, target in {"s.txt": run / "samples.txt", "x.txt": run / "deep/er/x.txt",
+                         "deep": run / "deep", "er": run / "deep/er", "own.txt": root / "2/s.txt",
+                         "notes.txt": "../far/notes.txt", "twice.txt": root / "s.txt"}.items():
+        os.symlink(target, root / link)
+    corpus, into = load_corpus(root), f"is a link into {run}, which holds a run, not text"
+    assert corpus.documents == ("a", "b")
+    assert sorted(corpus.skipped) == [
+        f"{root}/2: holds a run, not text",
+        f"{root}/deep: {into}",
+        f"{root}/er: {into}",
+        f"{root}/own.txt: is a link into {root}/2, which holds a run, not text",
+        f"{root}/s.txt: {into}", f"{root}/twice.txt: {into}", f"{root}/x.txt: {into}"]
+    assert load_corpus(run / "deep").documents == ("no",)  # asked for by name
+
+
 def test_a_text_of_two_corpora_counts_in_the_first(tmp_path):
     write(tmp_path, {"a/1.txt": "one", "a/2.txt": "two", "b/1.txt": "two", "b/2.txt": "three"})
     first, second = load_corpora([tmp_path / "a", tmp_path / "b"])
