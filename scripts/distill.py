@@ -35,6 +35,7 @@ from minilm.optim import AdamW
 from minilm.picture import save_png
 from minilm.ranges import AT_LEAST_0, POSITIVE, check, one_of, optional, whole
 from minilm.run import RunDirectory
+from minilm.together import settle
 from minilm.transformer import Config, Transformer
 
 TEMPERATURES = (1, 2, 4)  # of the prediction in the picture
@@ -176,6 +177,8 @@ def distill(run, s: Settings, teacher, tokenizer, texts):
 
 def files_of_teacher(s: Settings) -> list[Path]:
     """The files of a given teacher: its weights, its shape and its tokenizer."""
+    if s.teacher:
+        settle(s.teacher)  # or loading it would change them
     files = Path(s.teacher).iterdir() if s.teacher else []
     return sorted(file for file in files if file.suffix in (".safetensors", ".json"))
 
@@ -200,6 +203,11 @@ def load_teacher(s: Settings):
         raise ValueError(f"{folder} has a vocabulary of {c.vocab_size} and a context of "
                          f"{c.context}; its tokenizer needs {tokenizer.vocab_size}, and --context "
                          f"is {s.context}")
+    data.adopt_end(tokenizer, teacher.ends.eos)
+    share = data.share_held_out(folder)
+    if share and share < s.validation:
+        print(f"{folder} was trained with {share:.1%} held out: it has learned some of the "
+              f"{s.validation:.1%} that are held out here", file=sys.stderr)
     return teacher, tokenizer
 
 
@@ -224,6 +232,8 @@ def make_students(s: Settings, teacher) -> dict[str, tuple]:
     for T in s.sweep:
         student = half() if starts else fresh()
         students[f"distilled at T={T:g}"] = student, learns(student, teacher, temperature=T)
+    for student, _ in students.values():
+        student.ends = teacher.ends
     return students
 
 

@@ -32,9 +32,10 @@ from minilm.data import (
     mask_tokens,
     pack,
     printable,
+    share_held_out,
     split,
 )
-from minilm.files import FormatError
+from minilm.files import FormatError, write_json
 
 PROSE = ["the cat and the dog sat on the mat. " * 20, "naïve café 数学 😀 " * 10]
 SPELLED = ["<|endoftext|>", "<|mask|>", "<|", "endoftext", "|>", " ", "the"]
@@ -774,3 +775,23 @@ def test_a_tokenizer_without_a_mask_cannot_corrupt():
 
 def test_printable_keeps_text_and_hides_what_would_steer_a_terminal():
     assert printable("naïve 数学 😀\tx\n\x1b[2Jy\x07\r\x9b") == "naïve 数学 😀\tx\n�[2Jy���"
+
+
+def test_the_share_that_a_models_run_held_out(tmp_path):
+    def run(name, **settings):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "run.json", {"settings": settings})
+        return tmp_path / name / "model"
+
+    first = run("a", validation=0.25)
+    second = run("b", model=str(first))
+    assert share_held_out(first) == share_held_out(run("c", model=str(second))) == 0.25
+    assert share_held_out(run("loop", model=str(tmp_path / "loop" / "model"))) is None
+    for i, validation in enumerate((0, 1, True, "0.1", None, [0.1])):
+        assert share_held_out(run(f"bad-{i}", validation=validation)) is None
+    assert share_held_out(tmp_path / "none" / "model") is None
+    write_json(tmp_path / "a" / "run.json", [])
+    assert share_held_out(second) is None
+    (tmp_path / "a" / "run.json").write_bytes(b"{")
+    with pytest.raises(FormatError, match=r"a/run\.json: not valid JSON"):
+        share_held_out(first)

@@ -9,9 +9,10 @@ from minilm.data.batches import (
     cut,
     mask_tokens,
     pack,
+    rows_of,
 )
 from minilm.data.corpora import Corpus, load_corpora, load_corpus
-from minilm.data.heldout import account, split, split_records
+from minilm.data.heldout import account, share_held_out, split, split_records
 from minilm.data.instructions import (
     InstructionBatches,
     Record,
@@ -58,8 +59,10 @@ __all__ = [
     "pack",
     "printable",
     "prompt",
+    "rows_of",
     "save_records",
     "score",
+    "share_held_out",
     "split",
     "split_records",
 ]
