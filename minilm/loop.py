@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 from tqdm import tqdm
 
 from minilm.data import IGNORED
+from minilm.files import FormatError
 from minilm.nn import Module
 from minilm.optim import LossScaler, cosine_schedule
 from minilm.parallel.cores import default_workers
@@ -113,6 +114,7 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
     interrupts at once. If the first comes during the last step, it is raised after everything is
     saved. RuntimeError if another process trains this run.
 
+    FormatError if the checkpoint is not of this run, as if it lies behind the run's last step.
     ValueError if weights are not finite before the first step. Diverged if they are not when they
     are to be saved, or if every step of the run had to be skipped; then nothing is saved.
     """
@@ -123,6 +125,9 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
     with run.alone(), Trainer(model, optimizer, s.workers or cores, processes and not s.threads,
                               s.seed, scaler, loss) as trainer:
         step = run.restore(saved, optimizer, scaler)
+        if step > s.steps:
+            raise FormatError(run.path / "checkpoints", f"state.json: step is {step}, but the run "
+                              f"ends after {s.steps}")
         model.require_finite()
         yield trainer, Step(step, math.nan, math.nan, 0.0, targets=0, seconds=0.0)
         last = step >= s.steps

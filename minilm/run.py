@@ -29,6 +29,7 @@ from minilm import checkpoint
 from minilm.backend import to_device
 from minilm.files import (
     FormatError,
+    read_bytes,
     read_json,
     remove,
     sync_folder,
@@ -222,8 +223,10 @@ class RunDirectory:
         write_atomically(self.path / "metrics.jsonl",
                          "".join(json.dumps(r) + "\n" for r in kept).encode())
         samples = self.path / "samples.txt"
-        if "samples" in state and samples.exists():  # 0.1.0 did not write down how many there were
-            write_atomically(samples, samples.read_bytes()[: state["samples"]])
+        if os.path.lexists(samples):
+            sampled = read_bytes(samples)
+            if "samples" in state:  # 0.1.0 did not write down how many there were
+                write_atomically(samples, sampled[: state["samples"]])
         return state["step"]
 
     def plot(self) -> Path | None:

@@ -150,6 +150,10 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed, context)
     asked = data.encode(records[1], tokenizer, context=context)
     known = held_out_text(corpora, data.share_held_out(folder) or 0.1, tokenizer, context)
+    rows = [*batches.rows, asked, *known.values()]
+    if (largest := max(int(a.max()) for row in rows for a in row)) >= base.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer gives the id {largest}, but the model has "
+                         f"{base.config.vocab_size} rows")
     if run is None:
         run = RunDirectory.create(out, f"finetune-{s.method}", asdict(s), described, decisive)
     print(f"{len(records[0]):,} records to train on, {len(records[1]):,} held out")

@@ -461,3 +461,10 @@ def test_a_thread_trains_without_a_word_on_ctrl_c():
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(work).result() is False
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_checkpoint_behind_the_end_is_not_of_this_run(tmp_path):
+    run = new_run(tmp_path)
+    go_on(run)
+    with pytest.raises(FormatError, match=r"step is 7, but the run ends after 5"):
+        go_on(run, dataclasses.replace(SMALL, steps=5))
