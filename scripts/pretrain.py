@@ -21,8 +21,8 @@ from tqdm import tqdm
 from minilm import data
 from minilm.command import Given, command, typed, utf8
 from minilm.extras import told
-from minilm.generate import generate
 from minilm.files import json_bytes, sha256
+from minilm.generate import generate
 from minilm.graph import no_dropout
 from minilm.interop import huggingface
 from minilm.loop import Training, fit, refuse_unused, resumed, validation

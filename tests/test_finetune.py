@@ -77,7 +77,7 @@ def test_what_is_known_is_what_the_base_was_not_trained_on(tmp_path, base, conte
 def test_a_tokenizer_beyond_its_model_is_refused_before_the_run(tmp_path, base):
     model = Transformer(Config.gpt2(100, 40, layers=1, heads=2, width=16))
     huggingface.save_model(model, base, data.ByteTokenizer())
-    with pytest.raises(ValueError, match="base: the tokenizer gives the id 256, but .* 100 rows"):
+    with pytest.raises(ValueError, match=r"base: the tokenizer gives the id 256, but .* 100 rows"):
         main(settings(base), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 

@@ -362,7 +362,8 @@ def test_resuming_takes_the_settings_that_the_run_has(stopped, text):
 def test_resuming_on_other_text_is_refused(stopped, text, new):
     before = contents(stopped)
     text.write_text(new)
-    with pytest.raises(ValueError, match="the text or the tokenizer is not the one that this run was started on"):
+    said = "the text or the tokenizer is not the one that this run was started on"
+    with pytest.raises(ValueError, match=said):
         main(Settings(), resume=stopped)
     assert contents(stopped) == before
 
@@ -404,7 +405,7 @@ def test_resuming_with_another_tokenizer_is_refused(stopped):
     vocab = fields["model"]["vocab"]
     vocab["a"], vocab["t"] = vocab["t"], vocab["a"]
     write_json(stopped / "tokenizer.json", fields)
-    with pytest.raises(ValueError, match="was started on: tokenizer.json changed"):
+    with pytest.raises(ValueError, match=r"was started on: tokenizer\.json changed"):
         main(resume=stopped)
     run = read_json(stopped / "run.json")
     del run["base"]  # as in runs of 0.1.0

@@ -150,7 +150,7 @@ def test_samples_of_earlier_versions_stay(tmp_path):
 def test_samples_that_are_a_pipe_do_not_hang(tmp_path):
     run, model = new_run(tmp_path), make_model()
     os.mkfifo(run.path / "samples.txt")
-    with pytest.raises(FormatError, match="samples.txt: cannot be read: it is a pipe"):
+    with pytest.raises(FormatError, match=r"samples\.txt: cannot be read: it is a pipe"):
         run.restore(model, AdamW(model.parameters()))
 
 
