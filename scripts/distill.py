@@ -34,7 +34,7 @@ from minilm.nn import Module
 from minilm.optim import AdamW
 from minilm.picture import save_png
 from minilm.ranges import AT_LEAST_0, POSITIVE, check, one_of, optional, whole
-from minilm.run import RunDirectory
+from minilm.run import RunDirectory, tell_if_learned
 from minilm.together import settle
 from minilm.transformer import Config, Transformer
 
@@ -127,11 +127,12 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if not s.prompt:
         raise ValueError("the prompt must not be empty")
     if s.teacher and not run:
-        refuse_unused(given, ("layers", "heads", "width", "teacher_steps"),
-                      "a teacher is given too")
+        refuse_unused(given, ("layers", "heads", "width", "teacher_steps"), "a teacher is given")
     if not s.weights[0] and not run:
         refuse_unused(given, ("temperature", "reverse", "masked_only", "top_k", "sweep"),
                       f"the soft loss has no weight in {s.weights}")
+    if s.teacher:
+        settle(s.teacher)  # or loading it would change its files
     corpora = data.load_corpora(s.corpus)
     described = [{"name": c.name, "sha256": c.sha256} for c in corpora] + [
         {"name": file.name, "sha256": sha256(file)} for file in files_of_teacher(s)]
@@ -163,11 +164,12 @@ def distill(run, s: Settings, teacher, tokenizer, texts):
           f"{s.steps * tokens:,} tokens")
     arms = {"teacher": Arm(teacher, train(run, s, "teacher", teacher, texts,
                                           0 if s.teacher else s.teacher_steps))}
-    save(run, "teacher", teacher, tokenizer)
+    huggingface.save_model(teacher, run.path / "teacher", tokenizer)
     for name, (student, loss) in make_students(s, teacher).items():
         arms[name] = Arm(student, train(run, s, name, student, texts, s.steps, loss))
     student = list(arms)[1]
-    save(run, "student", arms[student].model, tokenizer)
+    arms[student].model.ends = teacher.ends
+    huggingface.save_model(arms[student].model, run.path / "student", tokenizer)
     print_table(arms, speeds({name: arm.model for name, arm in arms.items()}, texts[1][0]), student)
     picture = draw(run.path / "distill.png", arms, s.prompt,
                    *likeliest(teacher, tokenizer, s.prompt, TEMPERATURES))
@@ -177,8 +179,6 @@ def distill(run, s: Settings, teacher, tokenizer, texts):
 
 def files_of_teacher(s: Settings) -> list[Path]:
     """The files of a given teacher: its weights, its shape and its tokenizer."""
-    if s.teacher:
-        settle(s.teacher)  # or loading it would change them
     files = Path(s.teacher).iterdir() if s.teacher else []
     return sorted(file for file in files if file.suffix in (".safetensors", ".json"))
 
@@ -204,10 +204,7 @@ def load_teacher(s: Settings):
                          f"{c.context}; its tokenizer needs {tokenizer.vocab_size}, and --context "
                          f"is {s.context}")
     data.adopt_end(tokenizer, teacher.ends.eos)
-    share = data.share_held_out(folder)
-    if share and share < s.validation:
-        print(f"{folder} was trained with {share:.1%} held out: it has learned some of the "
-              f"{s.validation:.1%} that are held out here", file=sys.stderr)
+    tell_if_learned(folder, s.validation)
     return teacher, tokenizer
 
 
@@ -232,8 +229,6 @@ def make_students(s: Settings, teacher) -> dict[str, tuple]:
     for T in s.sweep:
         student = half() if starts else fresh()
         students[f"distilled at T={T:g}"] = student, learns(student, teacher, temperature=T)
-    for student, _ in students.values():
-        student.ends = teacher.ends
     return students
 
 
@@ -259,11 +254,6 @@ def train(run, s: Settings, name: str, model, texts, steps: int, loss=None) -> l
         raise KeyboardInterrupt
     return [arm.require(record, validation_loss=float, validation_accuracy=float)
             for record in arm.records()]
-
-
-def save(run, name: str, model, tokenizer):
-    """A Hugging Face folder with its tokenizer."""
-    huggingface.save_model(model, run.path / name, tokenizer)
 
 
 def size(model) -> int:

@@ -33,7 +33,7 @@ from minilm.optim import AdamW
 from minilm.peft import add_ia3, add_lora, trainable_parameters
 from minilm.quantize import quantize_model
 from minilm.ranges import BELOW_1, POSITIVE, one_of, optional, whole
-from minilm.run import RunDirectory, newest_model
+from minilm.run import RunDirectory, newest_model, share_held_out
 from minilm.together import settle
 
 
@@ -149,7 +149,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     context = model.config.context
     batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed, context)
     asked = data.encode(records[1], tokenizer, context=context)
-    known = held_out_text(corpora, data.share_held_out(folder) or 0.1, tokenizer, context)
+    known = held_out_text(corpora, share_held_out(folder) or 0.1, tokenizer, context)
     rows = [*batches.rows, asked, *known.values()]
     if (largest := max(int(a.max()) for row in rows for a in row)) >= base.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer gives the id {largest}, but the model has "

@@ -25,7 +25,7 @@ from minilm.nn import Linear
 from minilm.picture import save_png
 from minilm.quantize import quantize_4bit, quantize_int8, quantize_model
 from minilm.quantize.fourbit import BLOCK_SIZES, levels
-from minilm.run import newest_model
+from minilm.run import newest_model, share_held_out
 
 KINDS = ("nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2")
 
@@ -50,7 +50,7 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
         raise ValueError(f"{folder} fills in masked tokens; perplexity needs a causal model")
     weights = [m.weight.data for path, m in loaded.named_modules()
                if type(m) is Linear and path != "head"]
-    share = data.share_held_out(folder) or 0.1
+    share = share_held_out(folder) or 0.1
     text = data.split(data.load_corpus(corpus), share)[1]
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     data.adopt_end(tokenizer, loaded.ends.eos)

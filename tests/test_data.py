@@ -32,10 +32,10 @@ from minilm.data import (
     mask_tokens,
     pack,
     printable,
-    share_held_out,
     split,
 )
 from minilm.files import FormatError, write_json
+from minilm.run import share_held_out
 
 PROSE = ["the cat and the dog sat on the mat. " * 20, "naïve café 数学 😀 " * 10]
 SPELLED = ["<|endoftext|>", "<|mask|>", "<|", "endoftext", "|>", " ", "the"]

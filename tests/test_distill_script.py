@@ -229,7 +229,7 @@ def test_a_teacher_that_has_learned_what_is_held_out_is_told_of(tmp_path, text, 
     write_json(tmp_path / "run" / "run.json", {"settings": {"validation": 0.05}})
     for validation, told in ((0.1, True), (0.05, False)):
         distill.load_teacher(settings(text, teacher=path, validation=validation))
-        said = "was trained with 5.0% held out: it has learned some of the 10.0%"
+        said = "was trained with 5.0% held out: it has learned some of the 10.0% here"
         assert (said in capsys.readouterr().err) is told
 
 

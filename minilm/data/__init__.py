@@ -12,7 +12,7 @@ from minilm.data.batches import (
     rows_of,
 )
 from minilm.data.corpora import Corpus, load_corpora, load_corpus
-from minilm.data.heldout import account, share_held_out, split, split_records
+from minilm.data.heldout import account, split, split_records
 from minilm.data.instructions import (
     InstructionBatches,
     Record,
@@ -62,7 +62,6 @@ __all__ = [
     "rows_of",
     "save_records",
     "score",
-    "share_held_out",
     "split",
     "split_records",
 ]

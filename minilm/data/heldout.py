@@ -6,15 +6,11 @@ so nothing is on both sides.
 """
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from minilm.data.corpora import Corpus
 from minilm.data.instructions import Record, prompt
-from minilm.files import read_json
-from minilm.stored import fits
 
 SPARE = 0.1  # of the smaller part: how far from its share it may be without cutting a document
 
@@ -49,27 +45,6 @@ def split(corpus: Corpus, validation: float = 0.1) -> tuple[tuple[str, ...], tup
         tuple(text[:begin] for text, begin in parts if begin > 0),
         tuple(text[begin:] for text, begin in parts if begin < len(text)),
     )
-
-
-def share_held_out(model: str | os.PathLike) -> float | None:
-    """The share of its corpora that the run held out which made the folder of this model.
-
-    The run's settings tell, or those of the run that made its base. None if no run does.
-    FormatError if the run's file is no JSON.
-    """
-    for _ in range(10):  # bases of bases
-        try:
-            run = read_json(Path(model).absolute().parent / "run.json")
-        except FileNotFoundError:
-            return None
-        s = run.get("settings") if isinstance(run, dict) else None
-        if not isinstance(s, dict):
-            return None
-        if fits(share := s.get("validation"), float) and 0 < share < 1:
-            return share
-        if not fits(model := s.get("model"), str):
-            return None
-    return None
 
 
 def account(corpus: Corpus, train: Sequence[str], validation: Sequence[str]) -> str:

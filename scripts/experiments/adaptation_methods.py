@@ -29,7 +29,7 @@ from minilm.parallel.cores import default_workers
 from minilm.peft import add_lora, trainable_parameters
 from minilm.picture import COLORS
 from minilm.quantize import quantize_model
-from minilm.run import newest_model
+from minilm.run import newest_model, share_held_out
 from minilm.transformer import Config, Transformer
 from minilm.versions import fingerprints
 
@@ -110,7 +110,7 @@ def measured(bases: list[Path], s: Settings, arm: str, seed: int, run) -> dict:
     s, (lr, prepare) = replace(s, seed=seed), ARMS[arm]
     folder = bases[seed % len(bases)] if bases else None
     model, tokenizer = load(folder) if folder else tiny()
-    share = (data.share_held_out(folder) if folder else None) or 0.1
+    share = (share_held_out(folder) if folder else None) or 0.1
     records, test = data.make_tasks(TASKS, s.train, s.test, seed)
     model = prepare(model, seed)
     if lr:
