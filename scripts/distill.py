@@ -25,7 +25,6 @@ from minilm import data
 from minilm.command import Given, command, typed, utf8
 from minilm.distill import Distillation, student_from_teacher
 from minilm.extras import told
-from minilm.files import sha256
 from minilm.interop import huggingface
 from minilm.loop import Training, fit, refuse_unused, resumed, validation
 from minilm.measure.guesses import likeliest
@@ -35,8 +34,8 @@ from minilm.optim import AdamW
 from minilm.picture import save_png
 from minilm.ranges import AT_LEAST_0, POSITIVE, check, one_of, optional, whole
 from minilm.run import RunDirectory, tell_if_learned
-from minilm.together import settle
 from minilm.transformer import Config, Transformer
+from minilm.versions import fingerprints
 
 TEMPERATURES = (1, 2, 4)  # of the prediction in the picture
 LR = {"causal": 5e-3, "masked": 1e-3}  # BERT, with its norms after the branches, needs less
@@ -131,11 +130,9 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if not s.weights[0] and not run:
         refuse_unused(given, ("temperature", "reverse", "masked_only", "top_k", "sweep"),
                       f"the soft loss has no weight in {s.weights}")
-    if s.teacher:
-        settle(s.teacher)  # or loading it would change its files
     corpora = data.load_corpora(s.corpus)
-    described = [{"name": c.name, "sha256": c.sha256} for c in corpora] + [
-        {"name": file.name, "sha256": sha256(file)} for file in files_of_teacher(s)]
+    described = [{"name": c.name, "sha256": c.sha256} for c in corpora]
+    described += fingerprints(Path(s.teacher)) if s.teacher else []
     if run:
         run.check(described, "the text or the teacher are not those")
     teacher, tokenizer = load_teacher(s) if s.teacher else new_teacher(s)
@@ -175,12 +172,6 @@ def distill(run, s: Settings, teacher, tokenizer, texts):
                    *likeliest(teacher, tokenizer, s.prompt, TEMPERATURES))
     print(told("curves, and a prediction at three temperatures", picture))
     print(f"teacher and student, as Hugging Face folders: {run.path}/teacher, {run.path}/student")
-
-
-def files_of_teacher(s: Settings) -> list[Path]:
-    """The files of a given teacher: its weights, its shape and its tokenizer."""
-    files = Path(s.teacher).iterdir() if s.teacher else []
-    return sorted(file for file in files if file.suffix in (".safetensors", ".json"))
 
 
 def new_teacher(s: Settings):
