@@ -71,7 +71,7 @@ def remove_older(path: str | os.PathLike, step: int, keep: int = 2) -> None:
     for other in replaced + older[keep - 1 :]:
         # Rename first: a folder that is half removed must not look like a checkpoint.
         os.replace(other, _temporary(other))
-        shutil.rmtree(_temporary(other))
+        remove(_temporary(other))
 
 
 def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:

@@ -34,6 +34,7 @@ import numpy as np
 from minilm import losses, ops
 from minilm.arrays import by_rows, row_dot, row_sum, rows, wide
 from minilm.backend import array_module
+from minilm.graph import no_dropout
 from minilm.nn import Linear
 from minilm.ranges import AT_LEAST_0, POSITIVE, check, optional, whole
 from minilm.tensor import Tensor, no_grad, op
@@ -220,8 +221,8 @@ class Distillation:
 
         totals: those of the whole batch, if this is a part of one.
         """
-        with no_grad():
-            theirs = self.teacher.eval().hidden(tokens, mask)
+        with no_grad(), no_dropout():
+            theirs = self.teacher.hidden(tokens, mask)
         ours, hidden, counted = student.hidden(tokens, mask), None, self._counted(targets, mask)
         if self.weights[2]:
             hidden = (self.project(ours) if self.project else ours), theirs
@@ -238,7 +239,7 @@ class Distillation:
         return np.logical_or.accumulate((targets != IGNORED)[:, ::-1], axis=1)[:, ::-1]
 
     def _answers(self, hidden):
-        with no_grad():
+        with no_grad(), no_dropout():
             logits = self.teacher.head(hidden)
         return top_k(logits, self.top_k, self.temperature) if self.top_k is not None else logits
 

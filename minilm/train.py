@@ -21,6 +21,7 @@ from minilm import ops
 from minilm.arrays import wide
 from minilm.backend import array_module, to_device, tune_allocator
 from minilm.data import IGNORED
+from minilm.graph import no_dropout
 from minilm.losses import of_text
 from minilm.measure.losses import refuse_seen_answers
 from minilm.optim.flat import clip_scale, squares
@@ -200,8 +201,7 @@ class Trainer:
 
     def _evaluate(self, tokens, targets, *mask) -> tuple[float, int]:
         refuse_seen_answers(self.model, tokens, targets)
-        self.model.eval()
-        with no_grad():
+        with no_grad(), no_dropout():
             logits = self.model(tokens, *mask)
             loss = ops.cross_entropy(logits, targets, total=1)
         guesses = to_device(wide(logits.data).argmax(-1), "cpu")

@@ -33,7 +33,8 @@ from minilm.optim import AdamW
 from minilm.peft import add_ia3, add_lora, trainable_parameters
 from minilm.quantize import quantize_model
 from minilm.ranges import BELOW_1, POSITIVE, one_of, optional, whole
-from minilm.run import RunDirectory, newest_model
+from minilm.run import RunDirectory, newest_model, share_held_out
+from minilm.together import settle
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Settings(Training):
     test: int = 100
     """records to hold out, of each task or of the file; those with the same prompt stay together"""
     known: tuple[str, ...] = ("python-reference",)
-    """corpora whose held-out tenth shows what the model still knows"""
+    """corpora that show what the model still knows, by what its run held out of them, or a tenth"""
     r: int = 8
     """rank of the adapters"""
     alpha: float = 16.0
@@ -128,6 +129,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         refuse_unused(given, METHODS[s.method].without, f"the method is {s.method}")
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
     s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)
+    settle(folder)  # so that all that is read of it is new
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     records = load_data(s)
     if not run and s.train and len(records[0]) < s.train:
@@ -147,7 +149,11 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     context = model.config.context
     batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed, context)
     asked = data.encode(records[1], tokenizer, context=context)
-    known = held_out_text(corpora, tokenizer, context)
+    known = held_out_text(corpora, share_held_out(folder) or 0.1, tokenizer, context)
+    rows = [*batches.rows, asked, *known.values()]
+    if (largest := max(int(a.max()) for row in rows for a in row)) >= base.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer gives the id {largest}, but the model has "
+                         f"{base.config.vocab_size} rows")
     if run is None:
         run = RunDirectory.create(out, f"finetune-{s.method}", asdict(s), described, decisive)
     print(f"{len(records[0]):,} records to train on, {len(records[1]):,} held out")
@@ -247,10 +253,10 @@ def load_data(s: Settings):
     return data.make_tasks(s.data, s.train or 2000, s.test, s.seed)
 
 
-def held_out_text(corpora, tokenizer, context: int) -> dict:
-    """Rows of each known corpus's held-out tenth, as in pretrain.py: name -> (tokens, targets)."""
-    parts = {corpus.name: data.split(corpus, 0.1)[1] for corpus in corpora}
-    return {name: data.cut(data.pack(part, tokenizer), context) for name, part in parts.items()}
+def held_out_text(corpora, share: float, tokenizer, context: int) -> dict:
+    """Rows of each known corpus's held-out part, as in pretrain.py: name -> (tokens, targets)."""
+    parts = {corpus.name: data.split(corpus, share)[1] for corpus in corpora}
+    return {name: data.rows_of(part, tokenizer, context) for name, part in parts.items()}
 
 
 def fingerprints(s: Settings, records):

@@ -8,6 +8,7 @@ steps and at the end: random bytes, then words, then sentences. A run directory 
 their curves, checkpoints, and the model as a Hugging Face folder.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from minilm import data
 from minilm.command import Given, command, typed, utf8
 from minilm.extras import told
+from minilm.files import json_bytes, sha256
 from minilm.generate import generate
 from minilm.graph import no_dropout
 from minilm.interop import huggingface
@@ -105,7 +107,10 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     corpora = data.load_corpora(progress(s.corpus, "reading", "corpus"))
     described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
     if run:
-        run.check(described, "the text is not the one that")
+        own = run.path / "tokenizer.json"
+        known = run.describe().get("base")  # earlier runs know nothing of it
+        run.check(described, "the text or the tokenizer is not the one that",
+                  [{"name": own.name, "sha256": sha256(own)}] if known else ())
     parts = [data.split(corpus, s.validation) for corpus in corpora]
     stored = run and data.load_tokenizer(run.path / "tokenizer.json", framed=False)
     tokenizer = stored or make_tokenizer(s, parts)
@@ -115,8 +120,10 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
                                         masked=s.family == "bert")
     model = make_model(s, tokenizer.vocab_size).astype(s.dtype)
     if run is None:
+        written = hashlib.sha256(json_bytes(tokenizer.fields())).hexdigest()
         run = RunDirectory.create(out, "pretrain", asdict(s), described,
-                                  fill=lambda folder: tokenizer.save(folder / "tokenizer.json"))
+                                  [{"name": "tokenizer.json", "sha256": written}],
+                                  lambda folder: tokenizer.save(folder / "tokenizer.json"))
     for corpus, part in zip(corpora, parts):
         print(data.account(corpus, *part))
     size = sum(len(text.encode()) for _, held in parts for text in held)

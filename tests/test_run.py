@@ -149,6 +149,13 @@ def test_samples_of_earlier_versions_stay(tmp_path):
     assert "first" in (run.path / "samples.txt").read_text()
 
 
+def test_samples_that_are_a_pipe_do_not_hang(tmp_path):
+    run, model = new_run(tmp_path), make_model()
+    os.mkfifo(run.path / "samples.txt")
+    with pytest.raises(FormatError, match=r"samples\.txt: cannot be read: it is a pipe"):
+        run.restore(model, AdamW(model.parameters()))
+
+
 def test_what_was_logged_is_on_the_disk_before_the_checkpoint(tmp_path, monkeypatch):
     model = make_model()
     run, optimizer, synced = new_run(tmp_path), AdamW(model.parameters()), []

@@ -293,6 +293,16 @@ def test_blas_has_one_thread_while_workers_run(processes):
         assert blas_threads() == {2}
 
 
+def test_blas_keeps_one_thread_until_the_last_workers_end():
+    with threadpool_limits(2, "blas"):
+        one, other = Task().workers(2, False), Task().workers(2, False)
+        with one:
+            other.__enter__()
+        assert blas_threads() == {1}
+        other.__exit__()
+        assert blas_threads() == {2}
+
+
 @pytest.mark.parametrize("processes", KINDS)
 def test_the_model_is_an_ordinary_one_again_afterwards(processes):
     task = Task()
@@ -572,6 +582,16 @@ def test_a_parameter_that_a_step_does_not_use_stays(workers):
     close(norm, math.sqrt(squares), "float64")
 
 
+def test_evaluation_leaves_the_mode_to_those_who_share_the_model():
+    model, batch = make_model(dropout=0.5).train(), make_batch()
+    trainer = Trainer(model, SGD(model.parameters(), lr=0.0))
+    found = trainer.evaluate(*batch)
+    assert all(module.training for _, module in model.named_modules())
+    model.eval()
+    assert trainer.evaluate(*batch) == found
+    assert not model.training
+
+
 def by_hand(model, tokens, targets):
     """(mean loss, share that is right, number of targets), one token after another."""
     losses, hits = [], []
@@ -662,13 +682,13 @@ class Slow(Module):
 
 
 class Probe(Module):
-    """Notes the mode in which it is run."""
+    """Notes whether dropout acts while it is run."""
 
     def __init__(self):
         self.slow, self.drop, self.inner, self.modes = Slow(), Dropout(0.5), make_model(), set()
 
     def forward(self, tokens):
-        self.modes.add(self.drop.training)
+        self.modes.add(self.drop.acts)
         return self.inner(tokens)
 
 

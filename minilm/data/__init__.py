@@ -9,6 +9,7 @@ from minilm.data.batches import (
     cut,
     mask_tokens,
     pack,
+    rows_of,
 )
 from minilm.data.corpora import Corpus, load_corpora, load_corpus
 from minilm.data.heldout import account, split, split_records
@@ -58,6 +59,7 @@ __all__ = [
     "pack",
     "printable",
     "prompt",
+    "rows_of",
     "save_records",
     "score",
     "split",

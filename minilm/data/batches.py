@@ -11,6 +11,7 @@ import numpy as np
 from minilm.data.tokenizers import Tokenizer
 
 IGNORED = -100
+LONGEST = 2048
 
 
 def pack(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
@@ -81,6 +82,14 @@ def cut(stream: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     tokens.flat[:size] = stream[:-1]
     targets.flat[:size] = stream[1:]
     return tokens, targets
+
+
+def rows_of(documents: Iterable[str], tokenizer: Tokenizer, context: int):
+    """Tokens and targets (R, T) of texts on which to measure a model with this context, as in cut.
+
+    A row has at most LONGEST tokens: models claim contexts for whose logits there is no memory.
+    """
+    return cut(pack(documents, tokenizer), min(context, LONGEST))
 
 
 def mask_tokens(
