@@ -26,7 +26,7 @@ from minilm.interop import huggingface
 from minilm.loop import Training, fit, refuse_unused, resumed, validation
 from minilm.measure.losses import bits_per_byte
 from minilm.optim import AdamW
-from minilm.ranges import AT_LEAST_0, BELOW_1, POSITIVE, one_of, whole
+from minilm.ranges import AT_LEAST_0, BELOW_1, POSITIVE, each, one_of, whole
 from minilm.run import RunDirectory
 from minilm.tensor import no_grad
 from minilm.transformer import Config, Transformer
@@ -79,7 +79,7 @@ class Settings(Training):
 
     RANGES: ClassVar = Training.RANGES | {
         "steps": whole(1), "lr": POSITIVE, "min_lr": AT_LEAST_0, "beta2": BELOW_1,
-        "weight_decay": AT_LEAST_0, "weights": AT_LEAST_0, "vocab_size": whole(1),
+        "weight_decay": AT_LEAST_0, "weights": each(AT_LEAST_0), "vocab_size": whole(1),
         "dropout": BELOW_1, "sample": whole(0), "family": one_of("gpt2", "llama", "bert")}
 
 
@@ -102,6 +102,10 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     run, s = resumed(settings, resume, given)
     if not run and s.tokenizer != "bpe":
         refuse_unused(given, ["vocab_size"], f"the tokenizer {s.tokenizer} has its own vocabulary")
+    if not run and s.family == "bert":
+        refuse_unused(given, ["sample"], "bert fills in tokens of the prompt and writes no others")
+    if not run and s.min_lr > s.lr:
+        raise ValueError(f"min_lr must be at most lr, {s.lr}; got {s.min_lr}")
     corpora = data.load_corpora(progress(s.corpus, "reading", "corpus"))
     described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
     if run:
@@ -112,7 +116,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     shown = [(progress(training, "tokens of the text", "document"), held)
              for training, held in parts]
     batches, held_out = data.batches_of(shown, tokenizer, s.batch, s.context, s.seed, s.weights,
-                                        masked=s.family == "bert")
+                                        s.family == "bert", [c.name for c in corpora])
     model = make_model(s, tokenizer.vocab_size).astype(s.dtype)
     if run is None:
         run = RunDirectory.create(out, "pretrain", asdict(s), described,
