@@ -84,6 +84,11 @@ class Trainer:
     def __init__(self, model, optimizer, workers: int = 1, processes: bool = False, seed: int = 0,
                  scaler: LossScaler | None = None, loss=None):
         check(self.RANGES, workers=workers, seed=seed)
+        if not hasattr(optimizer, "flat"):
+            raise TypeError("optimizer must be AdamW, SGD or their like over the model's "
+                            f"parameters, got {type(optimizer).__name__}")
+        if not isinstance(scaler, LossScaler | None):
+            raise TypeError(f"scaler must be a LossScaler or None, got {scaler!r}")
         on_gpu = array_module(optimizer.flat.data) is not np
         if processes and (on_gpu or isinstance(optimizer, PagedAdamW)):
             raise ValueError("processes cannot share a GPU's memory, nor PagedAdamW's pages: "
@@ -128,9 +133,7 @@ class Trainer:
                      for w, r in enumerate(self._split(rows))]
             loss += sum(self.workers.run(Trainer._backward, parts))
         opt.flat.complete()
-        if not opt.flat.present.any():
-            raise ValueError(f"step {step}: no parameter of the optimizer has a gradient; is it "
-                             "the optimizer of another model?")
+        self._require_its_own(step)
         norm = math.sqrt(sum(self._everywhere(Trainer._squares))) / scale
         good = self._is_good(step, loss, norm)
         if good:
@@ -158,6 +161,21 @@ class Trainer:
             totals += np.sum(self.workers.run(Trainer._evaluate, parts), axis=0)
         loss, right = totals / counted
         return float(loss), float(right)
+
+    def _require_its_own(self, step):
+        """ValueError if the optimizer holds what is none of the model's."""
+        flat = self.optimizer.flat
+        if not flat.present.any():
+            raise ValueError(f"step {step}: no parameter of the optimizer has a gradient; is it "
+                             "the optimizer of another model?")
+        if flat.present.all():
+            return
+        own = {id(t) for _, t in self.model.named_tensors()}
+        for i, (p, here) in enumerate(zip(flat.params, flat.present)):
+            if not here and id(p) not in own:  # a loss may have some of its own, with gradients
+                raise ValueError(f"step {step}: parameter {i} of the optimizer, {p.shape}, is none "
+                                 "of the model's and has no gradient: make the optimizer after a "
+                                 "module is replaced")
 
     def _is_good(self, step, loss, norm):
         """May the update be made? False if the step must be skipped."""

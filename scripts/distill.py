@@ -166,11 +166,11 @@ def distill(run, s: Settings, teacher, tokenizer, texts):
           f"{s.steps * tokens:,} tokens")
     arms = {"teacher": Arm(teacher, train(run, s, "teacher", teacher, texts,
                                           0 if s.teacher else s.teacher_steps))}
-    save(run, "teacher", teacher, tokenizer)
+    huggingface.save_model(teacher, run.path / "teacher", tokenizer)
     for name, (student, loss) in make_students(s, teacher).items():
         arms[name] = Arm(student, train(run, s, name, student, texts, s.steps, loss))
     student = list(arms)[1]
-    save(run, "student", arms[student].model, tokenizer)
+    huggingface.save_model(arms[student].model, run.path / "student", tokenizer)
     print_table(arms, speeds({name: arm.model for name, arm in arms.items()}, texts[1][0]), student)
     picture = draw(run.path / "distill.png", arms, s.prompt,
                    *likeliest(teacher, tokenizer, s.prompt, TEMPERATURES))
@@ -253,11 +253,6 @@ def train(run, s: Settings, name: str, model, texts, steps: int, loss=None) -> l
         raise KeyboardInterrupt
     return [arm.require(record, validation_loss=float, validation_accuracy=float)
             for record in arm.records()]
-
-
-def save(run, name: str, model, tokenizer):
-    """A Hugging Face folder with its tokenizer."""
-    huggingface.save_model(model, run.path / name, tokenizer)
 
 
 def size(model) -> int:

@@ -300,7 +300,7 @@ def test_bad_input(wrong, message):
 @pytest.mark.parametrize("name", ["student_logits", "teacher_logits", "targets"])
 @pytest.mark.parametrize("other", [None, [[1, 2]]])
 def test_what_is_no_array_is_named(name, other):
-    arguments = {"student_logits": leaf(Z), "teacher_logits": Z, "targets": TARGETS}
+    arguments = {"student_logits": leaf(Z), "teacher_logits": Z, "targets": T34}
     with pytest.raises(TypeError, match=f"^{name} must be an array, got {type(other).__name__}$"):
         distillation_loss(**arguments | {name: other})
 

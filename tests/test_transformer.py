@@ -457,7 +457,7 @@ def test_a_mask_is_of_0_and_1(number):
     """So one that is to be added to the scores, 0 and -inf, is not taken for its opposite."""
     mask = np.full((2, 8), 1.0 if isinstance(number, float) else 1)
     mask[0, 3] = number
-    with pytest.raises(ValueError, match="^mask must be 1 for a token that may be seen and 0 for"):
+    with pytest.raises(ValueError, match="^mask must be 1 for a token that may be seen, 0 for"):
         model_of("llama")(draw(0)[0], mask)
 
 
@@ -469,16 +469,16 @@ def test_a_mask_has_the_shape_of_tokens(shape):
 
 
 @pytest.mark.parametrize("changes, given", [
-    (dict(norm="batch"), ["norm", "'batch'", "'rms'"]),
-    (dict(positions="alibi"), ["positions", "'alibi'", "'rotary'"]),
-    (dict(activation="relu"), ["activation", "'relu'", "'swiglu'"]),
-    (dict(head="none"), ["head", "'none'", "'masked'"]),
+    (dict(norm="batch"), ["norm", "batch", "'rms'"]),
+    (dict(positions="alibi"), ["positions", "alibi", "'rotary'"]),
+    (dict(activation="relu"), ["activation", "relu", "'swiglu'"]),
+    (dict(head="none"), ["head", "none", "'masked'"]),
     (dict(width=9), ["width 9", "heads 2"]),
     (dict(heads=4, kv_heads=3), ["heads 4", "kv_heads 3"]),
     (dict(heads=8, kv_heads=8, positions="rotary"), ["even", "got 1"]),
     (dict(dropout=1.0), ["dropout", "below 1", "1.0"]),
     (dict(dropout=-0.1), ["dropout", "at least 0", "-0.1"]),
-    (dict(norm_eps=-1e-5), ["norm_eps", "at least 0"]), (dict(norm_eps=np.nan), ["norm_eps", "nan"]),
+    (dict(norm_eps=-1e-5), ["norm_eps", "at least 0"]), (dict(norm_eps=np.nan), ["norm_eps"]),
     (dict(rope_theta=0.0), ["rope_theta", "positive"]), (dict(rope_theta=np.inf), ["rope_theta"]),
     (dict(segments=-1), ["segments", "at least 0", "-1"]),
     *((dict([(size, n)]), [size, "positive", str(n)]) for n in (0, -2)
@@ -492,7 +492,8 @@ def test_bad_configs(changes, given):
 
 @pytest.mark.parametrize("size", ["8", 8.0, None, True])
 def test_sizes_are_integers(size):
-    with pytest.raises(TypeError, match=f"^context must be a whole number, positive; got {size!r}$"):
+    said = f"^context must be a whole number, positive; got {size!r}$"
+    with pytest.raises(TypeError, match=said):
         Config.gpt2(10, size, 1, 2, 8)
     assert Config.gpt2(10, np.int64(8), 1, 2, 8).context == 8
 
