@@ -22,7 +22,7 @@ from minilm.arrays import wide
 from minilm.backend import array_module, to_device, tune_allocator
 from minilm.data import IGNORED
 from minilm.losses import of_text
-from minilm.measure.losses import refuse_seen_answers
+from minilm.measure.losses import alike, refuse_seen_answers
 from minilm.optim.flat import clip_scale, squares
 from minilm.optim.paged import PagedAdamW
 from minilm.optim.precision import LossScaler
@@ -149,15 +149,14 @@ class Trainer:
         mask (B, T): 0 for padding, which the model must not see and which does not count. batch:
         rows at a time. ValueError if no target counts.
         """
-        size = _length((tokens, targets, *mask))
+        _length((tokens, targets, *mask))
         check({"batch": whole(1)}, batch=batch)
         targets = of_text(targets, *mask)
         totals, arrays, counted = np.zeros(2), (tokens, targets, *mask), (targets != IGNORED).sum()
         if not counted:
             raise ValueError(f"there is nothing to evaluate: every target is {IGNORED}")
-        for i in range(0, size, batch):
-            rows = np.arange(i, min(i + batch, size))
-            parts = [tuple(a[r] for a in arrays) for r in self._split(rows)]
+        for rows, width in alike(self.model, targets, *mask, batch=batch):
+            parts = [tuple(a[r, :width] for a in arrays) for r in self._split(rows)]
             totals += np.sum(self.workers.run(Trainer._evaluate, parts), axis=0)
         loss, right = totals / counted
         return float(loss), float(right)

@@ -80,7 +80,8 @@ class Settings(Training):
     RANGES: ClassVar = Training.RANGES | {
         "steps": whole(1), "lr": POSITIVE, "min_lr": AT_LEAST_0, "beta2": BELOW_1,
         "weight_decay": AT_LEAST_0, "weights": each(AT_LEAST_0), "vocab_size": whole(1),
-        "dropout": BELOW_1, "sample": whole(0), "family": one_of("gpt2", "llama", "bert")}
+        "dropout": BELOW_1, "context": whole(1),
+        "sample": whole(0), "family": one_of("gpt2", "llama", "bert")}
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
@@ -104,6 +105,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         refuse_unused(given, ["vocab_size"], f"the tokenizer {s.tokenizer} has its own vocabulary")
     if not run and s.family == "bert":
         refuse_unused(given, ["sample"], "bert fills in tokens of the prompt and writes no others")
+    if not run and len(s.corpus) == 1:
+        refuse_unused(given, ["weights"], "there is one corpus to draw from")
     if not run and s.min_lr > s.lr:
         raise ValueError(f"min_lr must be at most lr, {s.lr}; got {s.min_lr}")
     corpora = data.load_corpora(progress(s.corpus, "reading", "corpus"))

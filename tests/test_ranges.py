@@ -73,7 +73,7 @@ def test_each_item_of_a_tuple_is_checked():
     check({"x": each(BELOW_1)}, x=(0.0, 0.5), y=7)
     with pytest.raises(ValueError, match=r"^x must be at least 0 and below 1, got 1\.5$"):
         check({"x": each(BELOW_1)}, x=(0.0, 1.5))
-    with pytest.raises(TypeError, match="^x must be several, each at least 0 and below 1; got 0.5$"):
+    with pytest.raises(TypeError, match="^x must be several, each at least 0 and below"):
         check({"x": each(BELOW_1)}, x=0.5)
 
 
