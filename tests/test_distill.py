@@ -307,9 +307,9 @@ def test_what_is_no_array_is_named(name, other):
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, np.nan, np.inf])
 def test_top_k_and_divergence_have_a_temperature_that_is_a_number(temperature):
-    with pytest.raises(ValueError, match="^temperature must be positive and finite, got "):
+    with pytest.raises(ValueError, match=r"^temperature must be positive and finite, got "):
         top_k(Z, 2, temperature)
-    with pytest.raises(ValueError, match="^temperature must be positive and finite, got "):
+    with pytest.raises(ValueError, match=r"^temperature must be positive and finite, got "):
         ops.kl_divergence(leaf(Z), Z, temperature=temperature)
 
 

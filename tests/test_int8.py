@@ -369,5 +369,5 @@ def test_what_is_no_array_is_named():
 @pytest.mark.parametrize("threshold, error", [(-1.0, ValueError), (np.nan, ValueError),
                                               ("6", TypeError), (None, TypeError)])
 def test_a_threshold_is_at_least_0(threshold, error):
-    with pytest.raises(error, match="^threshold must be "):
+    with pytest.raises(error, match=r"^threshold must be "):
         int8_matmul_outliers(np.ones((2, 3)), np.ones((4, 3)), threshold)

@@ -284,5 +284,5 @@ def test_rows_of_like_length_come_whole_and_in_their_order():
 def test_tokens_and_targets_have_one_shape(targets):
     """Twice as many targets as rows halved the loss, if the rows filled a batch."""
     model = Transformer(Config.gpt2(20, 64, layers=1, heads=2, width=8))
-    with pytest.raises(ValueError, match="^tokens, targets and mask must be arrays of one shape"):
+    with pytest.raises(ValueError, match=r"^tokens, targets and mask must be arrays of one shape"):
         loss_of(model, np.ones((32, 2), int), targets)

@@ -497,7 +497,7 @@ def test_undecayed_ones_are_among_the_parameters():
 @pytest.mark.parametrize("setting", [dict(lr="1e-3"), dict(lr=(1e-3,)), dict(lr=[]),
                                      dict(betas=0.9), dict(betas=None), dict(weight_decay=[0.1])])
 def test_a_setting_is_a_number_or_several(setting):
-    with pytest.raises(TypeError, match=f"^{[*setting][0]} must be "):
+    with pytest.raises(TypeError, match=f"^{next(iter(setting))} must be "):
         AdamW(MODEL.parameters(), **setting)
 
 
@@ -508,7 +508,7 @@ def test_states_are_a_format(state):
 
 
 def test_the_lowest_rate_is_not_above_the_highest():
-    with pytest.raises(ValueError, match="^min_lr must be at most lr, 0.001; got 0.1$"):
+    with pytest.raises(ValueError, match=r"^min_lr must be at most lr, 0.001; got 0.1$"):
         cosine_schedule(3, 10, 1e-3, min_lr=0.1)
     assert cosine_schedule(3, 10, 1e-3, min_lr=1e-3) == 1e-3
 
@@ -529,6 +529,6 @@ def test_a_trainer_says_what_is_no_longer_in_its_model():
     trainer.step(0, (tokens, tokens))
     model.replace("blocks.0.mlp", Transformer(MODEL.config).blocks[0].mlp)
     before = {name: array.copy() for name, array in model.state_dict().items()}
-    with pytest.raises(ValueError, match="of the optimizer, .* is none of the model's and"):
+    with pytest.raises(ValueError, match=r"of the optimizer, .* is none of the model's and"):
         trainer.step(1, (tokens, tokens))
     assert all(np.array_equal(array, before[name]) for name, array in model.state_dict().items())

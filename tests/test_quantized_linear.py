@@ -349,7 +349,7 @@ def test_skip_names_layers_that_are_there():
 
 @pytest.mark.parametrize("setting", [dict(block_size=3), dict(double_quant="foo")])
 def test_settings_of_4_bits_are_checked_for_int8_too(setting):
-    with pytest.raises(ValueError, match=f"^{[*setting][0]} must be "):
+    with pytest.raises(ValueError, match=f"^{next(iter(setting))} must be "):
         quantize_model(make("gpt2"), "int8", **setting)
 
 
@@ -359,7 +359,7 @@ def test_an_optimizer_of_weights_that_are_in_few_bits_now_says_so(optimizer):
     trains = optimizer(model.parameters())
     quantize_model(model)
     ops.cross_entropy(model(TOKENS), TOKENS).backward()
-    with pytest.raises(ValueError, match="of the optimizer, .* is frozen"):
+    with pytest.raises(ValueError, match=r"of the optimizer, .* is frozen"):
         trains.step()
     assert model.embed.weight.requires_grad  # it is the head's too, which is in floats
 

@@ -73,13 +73,13 @@ def test_each_item_of_a_tuple_is_checked():
     check({"x": each(BELOW_1)}, x=(0.0, 0.5), y=7)
     with pytest.raises(ValueError, match=r"^x must be at least 0 and below 1, got 1\.5$"):
         check({"x": each(BELOW_1)}, x=(0.0, 1.5))
-    with pytest.raises(TypeError, match="^x must be several, each at least 0 and below"):
+    with pytest.raises(TypeError, match=r"^x must be several, each at least 0 and below"):
         check({"x": each(BELOW_1)}, x=0.5)
 
 
 @pytest.mark.parametrize("several", [(0.5,), [0.5, 0.5], ()])
 def test_several_numbers_are_no_number(several):
-    with pytest.raises(TypeError, match="^x must be a number, at least 0 and below 1; got "):
+    with pytest.raises(TypeError, match=r"^x must be a number, at least 0 and below 1; got "):
         check({"x": BELOW_1}, x=several)
 
 

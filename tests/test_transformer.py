@@ -446,7 +446,7 @@ def test_checkpoints_are_every_so_many_blocks(every, error):
     model = model_of("gpt2")
     model.checkpoint_every = every
     try:
-        with pytest.raises(error, match="^checkpoint_every must be "):
+        with pytest.raises(error, match=r"^checkpoint_every must be "):
             model(draw(0)[0])
     finally:
         model.checkpoint_every = 0
@@ -457,7 +457,7 @@ def test_a_mask_is_of_0_and_1(number):
     """So one that is to be added to the scores, 0 and -inf, is not taken for its opposite."""
     mask = np.full((2, 8), 1.0 if isinstance(number, float) else 1)
     mask[0, 3] = number
-    with pytest.raises(ValueError, match="^mask must be 1 for a token that may be seen, 0 for"):
+    with pytest.raises(ValueError, match=r"^mask must be 1 for a token that may be seen, 0 for"):
         model_of("llama")(draw(0)[0], mask)
 
 
