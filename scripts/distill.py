@@ -32,7 +32,7 @@ from minilm.measure.speed import speeds
 from minilm.nn import Module
 from minilm.optim import AdamW
 from minilm.picture import save_png
-from minilm.ranges import AT_LEAST_0, POSITIVE, check, one_of, optional, whole
+from minilm.ranges import AT_LEAST_0, POSITIVE, check, each, one_of, optional, whole
 from minilm.run import RunDirectory, tell_if_learned
 from minilm.transformer import Config, Transformer
 from minilm.versions import fingerprints
@@ -96,8 +96,8 @@ class Settings:
 
     RANGES: ClassVar = {
         "objective": one_of("causal", "masked"), "context": whole(2), "teacher_steps": whole(1),
-        "keep": whole(0), "student_width": whole(0), "steps": whole(1), "batch": whole(1),
-        "top_k": optional(whole(1)), "sweep": POSITIVE, "lr": AT_LEAST_0, "seed": whole(0),
+        "keep": each(whole(0)), "student_width": whole(0), "steps": whole(1), "batch": whole(1),
+        "top_k": optional(whole(1)), "sweep": each(POSITIVE), "lr": AT_LEAST_0, "seed": whole(0),
         "workers": whole(0)}  # temperature and weights are Distillation's
 
     def __post_init__(self):
@@ -130,6 +130,10 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if not s.weights[0] and not run:
         refuse_unused(given, ("temperature", "reverse", "masked_only", "top_k", "sweep"),
                       f"the soft loss has no weight in {s.weights}")
+    if s.objective == "causal" and not run:
+        refuse_unused(given, ("masked_only",), "the objective is causal: every token has a target")
+    if len({f"{T:g}" for T in s.sweep}) < len(s.sweep):  # these are their names
+        raise ValueError(f"sweep must be different temperatures, got {s.sweep}")
     corpora = data.load_corpora(s.corpus)
     described = [{"name": c.name, "sha256": c.sha256} for c in corpora]
     described += fingerprints(Path(s.teacher)) if s.teacher else []
@@ -138,7 +142,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     teacher, tokenizer = load_teacher(s) if s.teacher else new_teacher(s)
     parts = [data.split(corpus, s.validation) for corpus in corpora]
     texts = data.batches_of(parts, tokenizer, s.batch, s.context, s.seed,
-                            masked=s.objective == "masked")
+                            masked=s.objective == "masked", names=[c.name for c in corpora])
     make_students(s, teacher)  # these two lines fail now, if at all, not after the training
     likeliest(teacher, tokenizer, s.prompt, TEMPERATURES)
     if run is None:

@@ -17,17 +17,18 @@ from itertools import islice, takewhile
 from pathlib import Path
 
 from minilm.backend import tune_allocator
-from minilm.command import command, utf8
+from minilm.command import Given, command, utf8
 from minilm.data import Tokenizer, load_tokenizer, printable
 from minilm.generate import stream
 from minilm.interop import huggingface, peft
+from minilm.loop import refuse_unused
 from minilm.peft import merge_lora, unload_lora
 from minilm.run import newest_model
 
 
 def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
          temperature: float = 0.8, top_k: int | None = 40, top_p: float | None = 0.95,
-         seed: int = 0, adapter: Path | None = None):
+         seed: int = 0, adapter: Path | None = None, given: Given = frozenset()):
     """Let a trained model write.
 
     Args:
@@ -40,9 +41,12 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
         top_p: sample among the fewest tokens whose probabilities reach p.
         seed: of the samples.
         adapter: PEFT folder of an adapter for the model.
+        given: names of the options on the command line.
     """
     if tokens < 0:
         raise ValueError(f"tokens must not be negative, got {tokens}")
+    if temperature == 0:
+        refuse_unused(given, ("top_k", "top_p", "seed"), "temperature 0 takes the likeliest token")
     prompt = utf8("prompt", prompt)
     tune_allocator()
     folder = model or (base_folder(adapter) if adapter else newest_model(Path("runs")))

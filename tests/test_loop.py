@@ -298,6 +298,7 @@ def test_a_parameter_without_a_gradient_stays_with_any_workers(workers, processe
     model = make_model(0.0)
     extra = Linear(3, 5, np.random.default_rng(0))
     params = [*extra.parameters(), *model.parameters()]
+    model.extra = extra  # is not called
     before = [p.data.copy() for p in params]
     with Trainer(model, AdamW(params, 0.1, weight_decay=0.1), workers, processes) as trainer:
         trainer.step(0, BATCHES[0])
