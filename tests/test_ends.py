@@ -65,7 +65,7 @@ def ids(bos, eos, pad):
     (ids(50, [60, 70], 51), None, CHAT),
     (ids(50, 60, 51), {"eos_token_id": [60, 70]}, CHAT),
     (ids(1, 2, 3), ids(50, [60, 70], 51), CHAT),
-    (ids(50, 60, -1), {"temperature": 0.6}, Ends(50, (60,))),  # -1 was none in older files
+    (ids(50, 60, -1), {"temperature": 0.6}, Ends(50, ())),  # -1 was none in older files
     (ids(0, 0, 0), None, Ends(0, (0,), 0)),
     (ids(50256, 50256, None), None, Ends(50256, (50256,))),  # GPT-2's, of a smaller vocabulary
 ])
@@ -385,7 +385,7 @@ def test_peer_reads_the_ends(peer, tmp_path, family):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("where", ["config", "generation_config"])
+@pytest.mark.parametrize("where", ["config", "generation_config", "config, unseen"])
 def test_peer_ends_and_fills_the_same_rows(peer, tmp_path, where):
     torch, transformers = peer
     tokenizer = TOKENIZERS["bytes"]
@@ -394,9 +394,10 @@ def test_peer_ends_and_fills_the_same_rows(peer, tmp_path, where):
     for eos, pad in (([int(free[0, 6]), int(free[1, 3])], 9), (int(free[2, 8]), None)):
         raw = read_json(tmp_path / "config.json") | ids(None, None, None)
         given = {"eos_token_id": eos, "pad_token_id": pad}
-        write_json(tmp_path / "config.json", raw | (given if where == "config" else {}))
-        if where == "generation_config":
-            write_json(tmp_path / "generation_config.json", given)
+        write_json(tmp_path / "config.json", raw | (given if where.startswith("config") else {}))
+        if where != "config":
+            write_json(tmp_path / "generation_config.json",
+                       given if where == "generation_config" else {"pad_token_id": pad})
         theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
         expected = theirs.generate(torch.tensor(tokens), max_new_tokens=20, do_sample=False,
                                    attention_mask=torch.ones(3, 3, dtype=torch.long))
