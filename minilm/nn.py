@@ -189,15 +189,16 @@ class LayerNorm(Module):
 
 
 class RMSNorm(Module):
-    """ops.rms_norm with a weight (C,)."""
+    """ops.rms_norm with a weight (C,), or with plus_one by 1 + weight."""
 
     tokenwise = True
 
-    def __init__(self, width, eps):
-        self.weight, self.eps = parameter(np.ones(width)), eps
+    def __init__(self, width, eps, plus_one=False):
+        self.weight = parameter(np.zeros(width) if plus_one else np.ones(width))
+        self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x):
-        return ops.rms_norm(x, self.weight, eps=self.eps)
+        return ops.rms_norm(x, self.weight + 1 if self.plus_one else self.weight, eps=self.eps)
 
 
 class Dropout(Module):

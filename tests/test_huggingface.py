@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
-from minilm.interop.huggingface import FAMILIES, load_model, save_model
+from minilm.interop.families import FAMILIES
+from minilm.interop.huggingface import load_model, save_model
 from minilm.nn import Linear, Module
 from minilm.shapes import tensor_shapes
 from minilm.transformer import Config, Transformer
@@ -333,14 +334,18 @@ REFUSED = [  # (model, field, value) that would change the logits or that is no 
     ("gpt2", "tie_word_embeddings", 1),
     ("llama", "hidden_act", "gelu"),
     ("llama", "attention_bias", "no"),
-    ("llama", "mlp_bias", True),
-    ("llama", "head_dim", 8),
+    ("llama", "mlp_bias", "no"),
+    ("llama", "head_dim", 0),
+    ("llama", "is_causal", False),
+    ("gpt2", "is_causal", False),
     ("llama", "num_key_value_heads", 0),
     ("llama", "sliding_window", 10),
     ("llama", "rope_theta", -1.0),
     ("llama", "rope_theta", 10**39),
     ("llama", "rope_theta", 500000.0),
-    ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("llama", "rope_scaling", {"type": "linear", "factor": -2.0}),
+    ("llama", "rope_scaling", {"type": "linear"}),
+    ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),  # rope_parameters says default
     ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}),
     ("llama", "rope_parameters", {"rope_type": ["default"]}),
     ("llama", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
@@ -368,10 +373,10 @@ def test_missing_fields(edit, field):
 
 
 def test_refused_combinations(edit):
-    folder = edit("llama", attention_bias=True)  # Config.bias is for both
-    expect(folder, folder / "config.json", "mlp_bias")
-    folder = edit("llama", model_type="mistral", max_position_embeddings=5000)  # window 4096
-    expect(folder, folder / "config.json", "sliding_window", "4096")
+    folder = edit("gpt2", hidden_size=17)
+    expect(folder, folder / "config.json", "hidden_size", "n_embd")
+    folder = edit("llama", rope_scaling={"type": "linear", "rope_type": "dynamic", "factor": 2})
+    expect(folder, folder / "config.json", "type", "dynamic")
     folder = edit("llama", drop=["num_key_value_heads"], model_type="mistral")  # 8 by default
     expect(folder, folder / "config.json", "kv_heads")
     folder = edit("gpt2", n_head=3)
