@@ -81,6 +81,9 @@ def _rotary_by_kernel(x, cos, sin):
     return y, dx
 
 
+FUSED = range(16, 129, 16)  # head widths that kernels/attention.cu takes
+
+
 def plain_attention(q, k, v, mask=None, causal=False, window=None):
     """softmax(q k^T / sqrt(D)) v, eq. (1) of Vaswani et al. 2017, for arrays as in `attention`.
 
@@ -93,7 +96,7 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None):
         scores = scores + (np.where(mask, 0, -np.inf) if mask.dtype == bool else mask)
     if causal:  # the last query sees every key
         scores = np.where(np.tri(T, S, S - T, dtype=bool), scores, -np.inf)
-    if window:  # of the keys up to its own a query sees the last ones
+    if window:  # Beltagy et al. 2020, arXiv:2004.05150: of those the last ones
         scores = np.where(np.tri(T, S, S - T - window, dtype=bool), -np.inf, scores)
     P = np.exp(scores)
     return P / P.sum(-1, keepdims=True) @ v  # eq. (1)
@@ -111,34 +114,27 @@ def attention(q, k, v, mask=None, causal=False, window=None):
     q (B, H, T, D), k and v (B, K, S, D), of one dtype -> (B, H, T, D). H is a multiple of K: each
     key/value head serves H / K query heads. mask broadcasts to (B, H, T, S): booleans (True may be
     seen) or numbers added to the scores. causal: the last query sees every key, each earlier query
-    one key fewer. window: a query sees at most so many keys, the last of those that it would see
-    (Beltagy et al. 2020, arXiv:2004.05150); only if causal. A query that may see no key gives
-    zeros.
+    one key fewer. window: each sees only the last so many of those. If there are none it gives 0.
 
     On a GPU kernels/attention.cu takes bfloat16 without a mask or a window, if D is 16, 32 .. 128.
     """
     _check(q, k, v, causal, window)
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    if window and window >= S:
-        window = None
+    window = None if window and window >= S else window
     xp, scale = array_module(q), 1 / math.sqrt(D)
-    plain = mask is None and not window
-    if xp is not np and q.dtype == "bfloat16" and plain and D % 16 == 0 and D <= 128:
+    if xp is not np and q.dtype == "bfloat16" and mask is window is None and D in FUSED:
         return _fused(q, k, v, causal)
     y = xp.empty_like(q)
     kept = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them
-    qg, kg, vg = _operands(*kept, scale, grouped)
-    yg = y.reshape(grouped)
+    qg, kg, vg, yg = *_operands(*kept, scale, grouped), y.reshape(grouped)
     bias = None if mask is None else _bias(mask, (B, H, T, S), qg.dtype).reshape(*grouped[:4], S)
     tiles = []
     for b, t in _tiles(q, S):
         s = _keys(t, S - T, S, causal, window)  # the keys that some of the tile's rows see
         scores = qg[b, :, :, t] @ kg[b, :, :, s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
-        if window:
-            scores += _past(t.stop - t.start, s.stop - s.start, t.start + S - T - window - s.start,
-                            scores.dtype, xp)
-        P, l = _weights(scores, causal, None if bias is None else bias[b, :, :, t, s], xp)
+        old = window and t.start + S - T - window - s.start  # the last key too old for row 0
+        P, l = _weights(scores, causal, old, None if bias is None else bias[b, :, :, t, s], xp)
         yg[b, :, :, t] = P @ vg[b, :, :, s] * l  # eq. (1)
         tiles.append((b, t, s, P, l))
 
@@ -146,11 +142,10 @@ def attention(q, k, v, mask=None, causal=False, window=None):
     def gradients(dy):
         """dV = P^T dy;  dS = P (dy V^T - <dy, y>);  dK = dS^T Q / sqrt(D);  dQ = dS K / sqrt(D)."""
         qg, kg, vg = _operands(*kept, scale, grouped)
-        dq, dk, dv = (xp.empty_like(x, dtype=qg.dtype) for x in kept)
-        if window:  # the last tile does not have all keys
-            dk[...] = dv[...] = 0
+        fresh = xp.zeros_like if window else xp.empty_like  # for tiles that lack keys
+        dq, dk, dv = (fresh(x, dtype=qg.dtype) for x in kept)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
-        while tiles:  # the last tile comes first: it has all keys, so it can write dk and dv
+        while tiles:  # the last tile comes first: it has all keys, or else adds to zeros
             b, t, s, P, l = tiles.pop()
             g = dyg[b, :, :, t] * l
             dS = g @ vg[b, :, :, s].swapaxes(-1, -2)
@@ -200,9 +195,14 @@ def _fused(q, k, v, causal):
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
 
 
-def _weights(scores, causal, bias, xp):  # (..., t, s) -> (..., t, s), (..., t, 1)
-    """P and l with softmax(scores) = P l. The caller multiplies P v by l, as P v is smaller."""
+def _weights(scores, causal, old, bias, xp):  # (..., t, s) -> (..., t, s), (..., t, 1)
+    """P and l with softmax(scores) = P l. The caller multiplies P v by l, as P v is smaller.
+
+    old: row i may not see the keys up to old + i; None: there is no window.
+    """
     P, (t, s) = scores, scores.shape[-2:]
+    if old is not None:
+        P += _past(t, s, old, P.dtype, xp)
     if causal and t > 1:
         P[..., s - t :] += _future(t, P.dtype, xp)
     if bias is not None:

@@ -245,8 +245,7 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     """q, k, v, softmax(q k^T) v, and o.
 
     Saved: the input, for the dW or dA of q, k, v; the scaled q, k, v; the result y, also the input
-    of o; each tile's P (b, H, t, s) and l (b, H, t, 1); what norms of q and k keep. 16-bit q, k, v
-    are widened in both passes.
+    of o; each tile's P (b, H, t, s) and l (b, H, t, 1). 16-bit q, k, v are widened in both passes.
     """
     c, names = s.config, ("attention.q", "attention.k", "attention.v")
     x, y = s.array(c.width), s.array(c.heads * c.D)
@@ -285,8 +284,8 @@ def probabilities(s: Step) -> tuple[int, int]:
 def mlp(s: Step, alive: int, flows: bool) -> Op:
     """down(gelu(up(x))), or down(silu(gate(x)) up(x)), or with gelu instead of silu.
 
-    Saved: the input, for up and gate; the activation's slope, SwiGLU's two factors, or GEGLU's
-    all three; the input of down, if down is trained.
+    Saved: the input, for up and gate; the activation's slope, SwiGLU's two factors, or both for
+    GEGLU; the input of down, if down is trained.
     """
     c, ups = s.config, ("mlp.up", "mlp.gate")
     x, h, slope = s.array(c.width), s.array(c.hidden), s.array(c.hidden, wide=True)
