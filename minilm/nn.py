@@ -198,7 +198,10 @@ class RMSNorm(Module):
         self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x):
-        return ops.rms_norm(x, self.weight + 1 if self.plus_one else self.weight, eps=self.eps)
+        g = self.weight
+        if self.plus_one:  # in float32 at least: in 16 bits 1 + weight would lose the weight
+            g = g + array_module(g.data).ones(1, np.float32)
+        return ops.rms_norm(x, g, eps=self.eps)
 
 
 class Dropout(Module):
