@@ -81,7 +81,10 @@ def _rotary_by_kernel(x, cos, sin):
     return y, dx
 
 
-def plain_attention(q, k, v, mask=None, causal=False):
+FUSED = range(16, 129, 16)  # head widths that kernels/attention.cu takes
+
+
+def plain_attention(q, k, v, mask=None, causal=False, window=None):
     """softmax(q k^T / sqrt(D)) v, eq. (1) of Vaswani et al. 2017, for arrays as in `attention`.
 
     A query that may see no key gives nan, because its softmax is 0 / 0.
@@ -93,66 +96,71 @@ def plain_attention(q, k, v, mask=None, causal=False):
         scores = scores + (np.where(mask, 0, -np.inf) if mask.dtype == bool else mask)
     if causal:  # the last query sees every key
         scores = np.where(np.tri(T, S, S - T, dtype=bool), scores, -np.inf)
+    if window:  # Beltagy et al. 2020, arXiv:2004.05150: of those the last ones
+        scores = np.where(np.tri(T, S, S - T - window, dtype=bool), -np.inf, scores)
     P = np.exp(scores)
     return P / P.sum(-1, keepdims=True) @ v  # eq. (1)
 
 
 # The fast version goes by tiles of 64 queries, whose scores stay in the cache. A causal tile leaves
-# out the keys that none of its rows sees. The factor 1 / sqrt(D) goes to q and the division to P v,
-# because both are smaller than the scores. Each row's largest score is subtracted, or exp would
-# overflow. The query heads of a group lie beside their key/value head, which is not repeated.
+# out the keys that none of its rows sees, with a window those in front of it too. The factor
+# 1 / sqrt(D) goes to q and the division to P v, because both are smaller than the scores. Each
+# row's largest score is subtracted, or exp would overflow. The query heads of a group lie beside
+# their key/value head, which is not repeated.
 @op
-def attention(q, k, v, mask=None, causal=False):
+def attention(q, k, v, mask=None, causal=False, window=None):
     """softmax(q k^T / sqrt(D) + mask) v, eq. (1) of Vaswani et al. 2017, arXiv:1706.03762.
 
     q (B, H, T, D), k and v (B, K, S, D), of one dtype -> (B, H, T, D). H is a multiple of K: each
     key/value head serves H / K query heads. mask broadcasts to (B, H, T, S): booleans (True may be
     seen) or numbers added to the scores. causal: the last query sees every key, each earlier query
-    one key fewer. A query that may see no key gives zeros.
+    one key fewer. window: each sees only the last so many of those. If there are none it gives 0.
 
-    On a GPU kernels/attention.cu takes bfloat16 without a mask, if D is 16, 32 .. 128.
+    On a GPU kernels/attention.cu takes bfloat16 without a mask or a window, if D is 16, 32 .. 128.
     """
-    _check(q, k, v, causal)
+    _check(q, k, v, causal, window)
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    window = None if window and window >= S else window
     xp, scale = array_module(q), 1 / math.sqrt(D)
-    if xp is not np and q.dtype == "bfloat16" and mask is None and D % 16 == 0 and D <= 128:
+    if xp is not np and q.dtype == "bfloat16" and mask is window is None and D in FUSED:
         return _fused(q, k, v, causal)
     y = xp.empty_like(q)
     kept = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them
-    qg, kg, vg = _operands(*kept, scale, grouped)
-    yg = y.reshape(grouped)
+    qg, kg, vg, yg = *_operands(*kept, scale, grouped), y.reshape(grouped)
     bias = None if mask is None else _bias(mask, (B, H, T, S), qg.dtype).reshape(*grouped[:4], S)
     tiles = []
     for b, t in _tiles(q, S):
-        s = S - T + t.stop if causal else S  # none of the tile's rows sees a key beyond s
-        scores = qg[b, :, :, t] @ kg[b, :, :, :s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
-        P, l = _weights(scores, causal, None if bias is None else bias[b, :, :, t, :s], xp)
-        yg[b, :, :, t] = P @ vg[b, :, :, :s] * l  # eq. (1)
+        s = _keys(t, S - T, S, causal, window)  # the keys that some of the tile's rows see
+        scores = qg[b, :, :, t] @ kg[b, :, :, s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
+        old = window and t.start + S - T - window - s.start  # the last key too old for row 0
+        P, l = _weights(scores, causal, old, None if bias is None else bias[b, :, :, t, s], xp)
+        yg[b, :, :, t] = P @ vg[b, :, :, s] * l  # eq. (1)
         tiles.append((b, t, s, P, l))
 
     @once
     def gradients(dy):
         """dV = P^T dy;  dS = P (dy V^T - <dy, y>);  dK = dS^T Q / sqrt(D);  dQ = dS K / sqrt(D)."""
         qg, kg, vg = _operands(*kept, scale, grouped)
-        dq, dk, dv = (xp.empty_like(x, dtype=qg.dtype) for x in kept)
+        fresh = xp.zeros_like if window else xp.empty_like  # for tiles that lack keys
+        dq, dk, dv = (fresh(x, dtype=qg.dtype) for x in kept)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
-        while tiles:  # the last tile comes first: it has all keys, so it can write dk and dv
+        while tiles:  # the last tile comes first: it has all keys, or else adds to zeros
             b, t, s, P, l = tiles.pop()
             g = dyg[b, :, :, t] * l
-            dS = g @ vg[b, :, :, :s].swapaxes(-1, -2)
+            dS = g @ vg[b, :, :, s].swapaxes(-1, -2)
             dS -= row_dot(g, yg[b, :, :, t])
             dS *= P
-            _into(dv[b, :, :s], P.swapaxes(-1, -2) @ g, t.stop == T)
-            _into(dk[b, :, :s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
-            dqg[b, :, :, t] = dS @ kg[b, :, :, :s]
+            _into(dv[b, :, s], P.swapaxes(-1, -2) @ g, t.stop == T)
+            _into(dk[b, :, s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
+            dqg[b, :, :, t] = dS @ kg[b, :, :, s]
         dq *= scale  # dk needs no factor: qg has it
         return dq, dk, dv
 
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
 
 
-def _check(q, k, v, causal):
+def _check(q, k, v, causal, window):
     """ValueError or TypeError if the operands do not go together."""
     floating("attention", q=q, k=k, v=v)
     one_dtype("attention", q=q, k=k, v=v)
@@ -162,6 +170,8 @@ def _check(q, k, v, causal):
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if k.shape != v.shape or k.shape != (B, K, S, D) or H % K or (causal and T > S):
         raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"attention: window {window} must be None, or 1, 2 .. if causal")
 
 
 def _operands(q, k, v, scale, grouped):
@@ -185,9 +195,14 @@ def _fused(q, k, v, causal):
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
 
 
-def _weights(scores, causal, bias, xp):  # (..., t, s) -> (..., t, s), (..., t, 1)
-    """P and l with softmax(scores) = P l. The caller multiplies P v by l, as P v is smaller."""
+def _weights(scores, causal, old, bias, xp):  # (..., t, s) -> (..., t, s), (..., t, 1)
+    """P and l with softmax(scores) = P l. The caller multiplies P v by l, as P v is smaller.
+
+    old: row i may not see the keys up to old + i; None: there is no window.
+    """
     P, (t, s) = scores, scores.shape[-2:]
+    if old is not None:
+        P += _past(t, s, old, P.dtype, xp)
     if causal and t > 1:
         P[..., s - t :] += _future(t, P.dtype, xp)
     if bias is not None:
@@ -210,6 +225,18 @@ def _tiles(q, S):
         (slice(i, min(i + b, B)), slice(j, min(j + t, T)))
         for i in range(0, B, b) for j in range(0, T, t)
     ]
+
+
+def _keys(t, before, S, causal, window):
+    """The keys that a tile of queries t sees; `before` keys are in front of the first query's."""
+    first = max(0, before + t.start + 1 - window) if window else 0
+    return slice(first, before + t.stop if causal else S)
+
+
+@functools.lru_cache(64)
+def _past(t, s, k, dtype, xp):
+    """-inf on and below the k-th diagonal, for keys in front of the window: (t, s)."""
+    return xp.where(xp.tri(t, s, k, dtype=bool), xp.asarray(-xp.inf, dtype), xp.asarray(0, dtype))
 
 
 @functools.lru_cache(64)

@@ -17,8 +17,9 @@ import math
 import numpy as np
 
 from minilm.nn import Dropout, Embedding, LayerNorm, Linear, RMSNorm
+from minilm.rope import rotary_tables
 from minilm.tensor import Tensor
-from minilm.transformer import MLP, Attention, Block, Transformer, rotary_tables
+from minilm.transformer import MLP, Attention, Block, Transformer
 
 
 def caches(model) -> bool:
@@ -58,25 +59,38 @@ def decode(model: Transformer, token: int, cache) -> np.ndarray:
     Call it with the graph and dropout off: modules that are called as they are would use them.
     """
     c, place, x = model.config, cache.length, model.embed.weight.data[token]
+    if c.scaled_embedding:
+        x = x * x.dtype.type(np.float32(math.sqrt(c.width)))
     angles = None
     if model.position:
         x = x + model.position.weight.data[place]
     else:
         angles = [t[0] for t in rotary_tables(c, np.arange(place, place + 1), x.dtype)]
     for block, kept in zip(model.blocks, cache.layers):
-        x = x + attend(block.attention, norm(block.norm1, x), angles, kept)
-        x = x + mlp(block.mlp, norm(block.norm2, x))
+        if block.norm_output:
+            x = x + norm(block.norm1, attend(block.attention, x, angles, kept))
+            x = x + norm(block.norm2, mlp(block.mlp, x))
+        else:
+            x = x + attend(block.attention, norm(block.norm1, x), angles, kept)
+            x = x + mlp(block.mlp, norm(block.norm2, x))
     cache.length += 1
     return linear(model.head, norm(model.norm, x))
 
 
 def attend(m, x, angles, kept):  # (C,) -> (C,)
     """Attention of the newest token to all tokens so far."""
-    q = linear(m.q, x).reshape(m.kv_heads, m.heads // m.kv_heads, -1)  # (K, H/K, D)
-    k, v = (linear(w, x).reshape(m.kv_heads, 1, -1) for w in (m.k, m.v))  # (K, 1, D)
-    if angles is not None:
+    q, k, v = linear(m.q, x), linear(m.k, x), linear(m.v, x)
+    if m.qk_norm == "width":
+        q, k = norm(m.q_norm, q), norm(m.k_norm, k)
+    q = q.reshape(m.kv_heads, m.heads // m.kv_heads, -1)  # (K, H/K, D)
+    k, v = k.reshape(m.kv_heads, 1, -1), v.reshape(m.kv_heads, 1, -1)  # (K, 1, D)
+    if m.qk_norm == "head":
+        q, k = m.q_norm(Tensor(q)).data, m.k_norm(Tensor(k)).data
+    if angles is not None and m.rotates:
         q, k = turn(q, *angles), turn(k, *angles)
     k, v = kept.put(k[None], v[None])  # (1, K, S, D)
+    if m.window:
+        k, v = k[:, :, -m.window :], v[:, :, -m.window :]
     P = (q * (1 / math.sqrt(q.shape[-1]))) @ k[0].swapaxes(-1, -2)  # (K, H/K, S)
     P -= np.maximum.reduce(P, -1, keepdims=True)
     np.exp(P, out=P)
@@ -117,7 +131,7 @@ def norm(m, x):  # (C,) -> (C,)
     elif type(m) is not RMSNorm:
         return m(Tensor(x)).data
     y = x * (1 / math.sqrt(x @ x / x.size + m.eps))
-    y *= m.weight.data
+    y *= m.weight.data + 1 if type(m) is RMSNorm and m.plus_one else m.weight.data
     if type(m) is LayerNorm:
         y += m.bias.data
     return y

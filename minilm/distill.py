@@ -272,7 +272,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     embedding, head = teacher.embed.weight, teacher.head
     out = head.out if teacher.config.head == "masked" else head
     tied = out.plain().weight is embedding  # not if the head is adapted or quantized
-    config = replace(teacher.config, layers=len(layers), tied=tied)
+    config = replace(teacher.config.of_layers(layers), tied=tied)
     student = Transformer(config).astype(embedding.dtype)
     student.ends = teacher.ends
     theirs, state = dict(teacher.named_modules()), {}

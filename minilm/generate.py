@@ -52,7 +52,8 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
     temperature divides the logits; 0 takes the likeliest token. top_k samples among the k
     likeliest, top_p among the fewest whose probabilities reach p (Holtzman et al. 2019,
     arXiv:1904.09751). Past the model's context the window slides: the last `context` tokens are run
-    again for each token, because their positions change. A model that cannot use a cache (see
+    again for each token, because their positions change; with a rope that looks at the text's
+    length, so do the angles beyond config.steady tokens. A model that cannot use a cache (see
     decode.caches) does so for every token; this is decided once, when the stream begins. Dropout is
     off, in this thread only. ValueError for bad settings or tokens, for a model that is not causal,
     and, as it is drawn, for a token whose logits are not finite.
@@ -78,12 +79,13 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
 
 
 def _drawn(model, tokens, rng, *settings):
-    context, cached, fast = model.config.context, caches(model), decodes(model)
+    context, steady = model.config.context, model.config.steady
+    cached, fast = caches(model), decodes(model)
     cache, new = Cache.empty(model) if cached else None, tokens
     while True:
         if not cached:
             new = tokens[:, -context:]
-        elif cache.length + new.shape[1] > context:  # the window slides, so every position changes
+        elif cache.length + new.shape[1] > steady:  # every position or angle changes
             cache, new = Cache.empty(model), tokens[:, -context:]
         with no_grad(), no_dropout():
             if not cached:

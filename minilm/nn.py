@@ -200,15 +200,19 @@ class LayerNorm(Module):
 
 
 class RMSNorm(Module):
-    """ops.rms_norm with a weight (C,)."""
+    """ops.rms_norm with a weight (C,), or with plus_one by 1 + weight."""
 
     tokenwise = True
 
-    def __init__(self, width, eps):
-        self.weight, self.eps = parameter(np.ones(width)), eps
+    def __init__(self, width, eps, plus_one=False):
+        self.weight = parameter(np.zeros(width) if plus_one else np.ones(width))
+        self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x):
-        return ops.rms_norm(x, self.weight, eps=self.eps)
+        g = self.weight
+        if self.plus_one:  # in float32 at least: in 16 bits 1 + weight would lose the weight
+            g = g + array_module(g.data).ones(1, np.float32)
+        return ops.rms_norm(x, g, eps=self.eps)
 
 
 class Dropout(Module):

@@ -1,17 +1,17 @@
 """The tensors of Transformer(config), from the Config alone: nothing is built.
 
-Shapes: C width, K width of the keys, V vocabulary, O out, I in.
+Shapes: C width, Q width of all queries, K of the keys, V vocabulary, O out, I in.
 """
 
-from minilm.transformer import Config
+from minilm.config import Config
 
 
 def linear_layers(c: Config) -> dict[str, tuple[int, int]]:
     """The linear layers of a block: path -> (O, I)."""
-    C, K = c.width, c.width // c.heads * c.kv_heads
-    gate = {"mlp.gate": (c.hidden, C)} if c.activation == "swiglu" else {}
-    return {"attention.q": (C, C), "attention.k": (K, C), "attention.v": (K, C),
-            "attention.o": (C, C), **gate, "mlp.up": (c.hidden, C), "mlp.down": (C, c.hidden)}
+    C, Q, K = c.width, c.heads * c.D, c.kv_heads * c.D
+    gate = {"mlp.gate": (c.hidden, C)} if c.gated else {}
+    return {"attention.q": (Q, C), "attention.k": (K, C), "attention.v": (K, C),
+            "attention.o": (C, Q), **gate, "mlp.up": (c.hidden, C), "mlp.down": (C, c.hidden)}
 
 
 def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
@@ -21,19 +21,29 @@ def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     tables = {"embed": V, "position": c.context if c.positions == "learned" else 0,
               "segment": c.segments}
     shapes = {f"{path}.weight": (rows, C) for path, rows in tables.items() if rows}
-    block = _with_bias(linear_layers(c), c.bias) | _below("norm1", norm) | _below("norm2", norm)
+    block = {}
+    for path, (O, I) in linear_layers(c).items():
+        block |= _linear(path, O, I, c.has_bias(path))
+    block |= _below("norm1", norm) | _below("norm2", norm) | qk_norms(c)
     for i in range(c.layers):
         shapes |= _below(f"blocks.{i}", block)
     shapes |= _below("norm" if c.norm_first else "embed_norm", norm)
     if masked:
-        shapes |= _with_bias({"head.transform": (C, C)}, True) | _below("head.norm", norm)
+        shapes |= _linear("head.transform", C, C, True) | _below("head.norm", norm)
         shapes["head.out.bias"] = (V,)
     return shapes if c.tied else shapes | {"head.out.weight" if masked else "head.weight": (V, C)}
 
 
-def _with_bias(layers, bias):
-    weights = {f"{path}.weight": shape for path, shape in layers.items()}
-    return weights | ({f"{path}.bias": (O,) for path, (O, _) in layers.items()} if bias else {})
+def qk_norms(c: Config) -> dict[str, tuple[int]]:
+    """The norms of a block's q and k."""
+    if not c.qk_norm:
+        return {}
+    q, k = (c.D, c.D) if c.qk_norm == "head" else (c.heads * c.D, c.kv_heads * c.D)
+    return {"attention.q_norm.weight": (q,), "attention.k_norm.weight": (k,)}
+
+
+def _linear(path, O, I, bias):
+    return {f"{path}.weight": (O, I)} | ({f"{path}.bias": (O,)} if bias else {})
 
 
 def _below(path, tensors):

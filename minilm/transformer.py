@@ -1,6 +1,7 @@
-"""One transformer in three families: GPT-2, Llama/Mistral, BERT/DistilBERT.
+"""One transformer in three families: GPT-2, Llama and those after it, BERT/DistilBERT.
 
-`Config` holds what differs. The families share all code below except for these choices:
+`Config` holds what differs. The families share all code below except for these choices, and what
+later Llamas add: a head width of their own, norms of q and k, a window, layers without rotation:
 
                  GPT-2             Llama, Mistral      BERT, DistilBERT
     positions    learned           rotary              learned
@@ -13,88 +14,16 @@ Shapes: B batch, T tokens, C width, H heads, K key/value heads, D head width, V 
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from minilm import ops
 from minilm.backend import array_module
+from minilm.config import Config
 from minilm.nn import Dropout, Embedding, LayerNorm, Linear, Module, RMSNorm
-from minilm.ranges import AT_LEAST_0, BELOW_1, POSITIVE, check, one_of, whole
+from minilm.rope import rotary_tables
 from minilm.tensor import Tensor, checkpoint
-
-SIZES = ("vocab_size", "context", "layers", "heads", "width", "hidden", "kv_heads")
-RANGES = dict.fromkeys(SIZES, whole(1)._replace(words="positive")) | {
-    "norm": one_of("layer", "rms"), "positions": one_of("learned", "rotary"),
-    "activation": one_of("gelu_tanh", "gelu", "swiglu"), "head": one_of("linear", "masked"),
-    "segments": whole(0), "norm_eps": AT_LEAST_0, "rope_theta": POSITIVE, "dropout": BELOW_1}
-
-
-@dataclass(frozen=True)
-class Config:
-    """The facts of an architecture. ValueError if one is impossible or two contradict each other.
-
-    The presets `gpt2`, `llama` and `bert` make a family's choices; the sizes are their arguments.
-
-    >>> c = Config.llama(vocab_size=256, context=64, layers=2, heads=4, width=32, hidden=96)
-    >>> c.norm, c.positions, c.activation, c.tied
-    ('rms', 'rotary', 'swiglu', False)
-    """
-
-    vocab_size: int
-    context: int  # the largest T
-    layers: int
-    heads: int
-    width: int
-    hidden: int  # the width inside the MLP
-    kv_heads: int
-    norm: str = "layer"  # or "rms"
-    norm_first: bool = True  # pre-norm; False: post-norm, as in the original transformer
-    norm_eps: float = 1e-5
-    positions: str = "learned"  # or "rotary"
-    rope_theta: float = 10000.0
-    activation: str = "gelu_tanh"  # or "gelu", "swiglu"
-    causal: bool = True
-    head: str = "linear"  # or "masked": BERT's transform in front of the output
-    tied: bool = True  # the head shares the embedding's weight
-    bias: bool = True  # in the linear layers
-    segments: int = 0  # BERT's token types; 0: no embedding of them
-    dropout: float = 0.0  # after the embedding and at the end of each residual branch
-
-    def __post_init__(self):
-        for name in ("norm_first", "causal", "tied", "bias"):
-            if not isinstance(given := getattr(self, name), bool | np.bool_):
-                raise TypeError(f"{name} must be True or False, got {given!r}")
-        check(RANGES, **{name: getattr(self, name) for name in RANGES})
-        if self.width % self.heads or self.heads % self.kv_heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}, "
-                             f"and heads of kv_heads {self.kv_heads}")
-        if self.positions == "rotary" and self.width // self.heads % 2:
-            raise ValueError("rotary positions need an even head width, "
-                             f"got {self.width // self.heads}")
-
-    @classmethod
-    def gpt2(cls, vocab_size, context, layers, heads, width, **changes):
-        """GPT-2 (Radford et al. 2019)."""
-        return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
-                          width=width, hidden=4 * width, kv_heads=heads) | changes)
-
-    @classmethod
-    def llama(cls, vocab_size, context, layers, heads, width, hidden, kv_heads=None, **changes):
-        """Llama (Touvron et al. 2023, arXiv:2302.13971); with kv_heads < heads also Mistral."""
-        return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
-                          width=width, hidden=hidden, kv_heads=kv_heads or heads, norm="rms",
-                          norm_eps=1e-6, positions="rotary", activation="swiglu", tied=False,
-                          bias=False) | changes)
-
-    @classmethod
-    def bert(cls, vocab_size, context, layers, heads, width, hidden, segments=2, **changes):
-        """BERT for masked LM (Devlin et al. 2018, arXiv:1810.04805); with segments=0 DistilBERT."""
-        return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
-                          width=width, hidden=hidden, kv_heads=heads, norm_first=False,
-                          norm_eps=1e-12, activation="gelu", causal=False, head="masked",
-                          segments=segments) | changes)
 
 
 class Ends(NamedTuple):
@@ -108,36 +37,47 @@ class Ends(NamedTuple):
 class Attention(Module):
     """Multi-head attention. If K < H, each key/value head serves a group of query heads."""
 
-    def __init__(self, c: Config, rng):
-        kv_width = c.width // c.heads * c.kv_heads
+    def __init__(self, c: Config, rng, i: int = 0):  # i: the layer's number
         self.heads, self.kv_heads, self.causal = c.heads, c.kv_heads, c.causal
-        self.q = Linear(c.width, c.width, rng, c.bias)
-        self.k = Linear(c.width, kv_width, rng, c.bias)
-        self.v = Linear(c.width, kv_width, rng, c.bias)
-        self.o = Linear(c.width, c.width, rng, c.bias, std=residual_std(c))
+        self.window = None if i in c.unwindowed else c.window
+        self.rotates, self.qk_norm = i not in c.unrotated, c.qk_norm
+        q, kv = c.heads * c.D, c.kv_heads * c.D
+        self.q = Linear(c.width, q, rng, c.has_bias("q"))
+        self.k = Linear(c.width, kv, rng, c.has_bias("k"))
+        self.v = Linear(c.width, kv, rng, c.has_bias("v"))
+        self.o = Linear(q, c.width, rng, c.has_bias("o"), std=residual_std(c))
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (
+                make_norm(c, c.D if c.qk_norm == "head" else width) for width in (q, kv))
 
     def forward(self, x, mask=None, angles=None, cache=None):  # (B, T, C) -> (B, T, C)
-        q = ops.split_heads(self.q(x), self.heads)  # (B, H, T, D)
-        k = ops.split_heads(self.k(x), self.kv_heads)  # (B, K, T, D)
-        v = ops.split_heads(self.v(x), self.kv_heads)
-        if angles is not None:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = ops.split_heads(q, self.heads)  # (B, H, T, D)
+        k = ops.split_heads(k, self.kv_heads)  # (B, K, T, D)
+        v = ops.split_heads(v, self.kv_heads)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None and self.rotates:
             q, k = ops.rotary(q, *angles), ops.rotary(k, *angles)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D), the cached ones first
-        return self.o(ops.merge_heads(ops.attention(q, k, v, mask=mask, causal=self.causal)))
+        y = ops.attention(q, k, v, mask=mask, causal=self.causal, window=self.window)
+        return self.o(ops.merge_heads(y))
 
 
 class MLP(Module):
-    """down(act(up(x))), or SwiGLU's down(silu(gate(x)) up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+    """down(act(up(x))), or down(act(gate(x)) up(x)): SwiGLU, GEGLU (Shazeer 2020, 2002.05202)."""
 
     tokenwise = True
 
     def __init__(self, c: Config, rng):
         self.activation = c.activation
-        if c.activation == "swiglu":
-            self.gate = Linear(c.width, c.hidden, rng, c.bias)
-        self.up = Linear(c.width, c.hidden, rng, c.bias)
-        self.down = Linear(c.hidden, c.width, rng, c.bias, std=residual_std(c))
+        if c.gated:
+            self.gate = Linear(c.width, c.hidden, rng, c.has_bias("gate"))
+        self.up = Linear(c.width, c.hidden, rng, c.has_bias("up"))
+        self.down = Linear(c.hidden, c.width, rng, c.has_bias("down"), std=residual_std(c))
 
     def forward(self, x):
         return self.down(self.inner(x))
@@ -146,20 +86,25 @@ class MLP(Module):
         """The input of `down`: (..., C) -> (..., config.hidden)."""
         if self.activation == "swiglu":
             return ops.swiglu(self.gate(x), self.up(x))
+        if self.activation == "geglu_tanh":
+            return ops.gelu(self.gate(x), approximate="tanh") * self.up(x)
         form = "tanh" if self.activation == "gelu_tanh" else "none"
         return ops.gelu(self.up(x), approximate=form)
 
 
 class Block(Module):
-    """Attention and MLP, each in a residual branch, with a norm before or after it."""
+    """Attention and MLP, each in a residual branch, with a norm before, after or inside it."""
 
-    def __init__(self, c: Config, rng):
-        self.norm_first = c.norm_first
+    def __init__(self, c: Config, rng, i: int = 0):  # i: the layer's number
+        self.norm_first, self.norm_output = c.norm_first, c.norm_output
         self.norm1, self.norm2 = make_norm(c), make_norm(c)
-        self.attention, self.mlp = Attention(c, rng), MLP(c, rng)
+        self.attention, self.mlp = Attention(c, rng, i), MLP(c, rng)
         self.drop = Dropout(c.dropout)
 
     def forward(self, x, mask=None, angles=None, cache=None):
+        if self.norm_output:
+            x = x + self.drop(self.norm1(self.attention(x, mask, angles, cache)))
+            return x + self.drop(self.norm2(self.mlp(x)))
         if self.norm_first:
             x = x + self.drop(self.attention(self.norm1(x), mask, angles, cache))
             return x + self.drop(self.mlp(self.norm2(x)))
@@ -206,7 +151,7 @@ class Transformer(Module):
         self.segment = Embedding(c.segments, c.width, rng) if c.segments else None
         self.embed_norm = None if c.norm_first else make_norm(c)
         self.drop = Dropout(c.dropout)
-        self.blocks = [Block(c, rng) for _ in range(c.layers)]
+        self.blocks = [Block(c, rng, i) for i in range(c.layers)]
         self.norm = make_norm(c) if c.norm_first else None
         masked = c.head == "masked"
         self.head = MaskedHead(c, rng) if masked else Linear(c.width, c.vocab_size, rng, bias=False)
@@ -232,6 +177,8 @@ class Transformer(Module):
         """
         tokens = self._checked(tokens, start)
         x = self.embed(tokens)
+        if self.config.scaled_embedding:  # by a number of the model's dtype, as transformers does
+            x = x * float(x.dtype.type(np.float32(math.sqrt(self.config.width))))
         places = array_module(tokens).arange(start, start + tokens.shape[1])
         if self.position:
             x = x + self.position(places)
@@ -245,7 +192,7 @@ class Transformer(Module):
         """Run the rows x through all blocks and the last norm: (B, T, C) -> (B, T, C).
 
         mask: (B, S), 1 for a key that may be seen; the cached keys come first, then those of x.
-        angles: tables of rotary positions (see rotary_tables), by default from cache.length on.
+        angles: tables of rotary positions (see rope.py), by default from cache.length on.
         cache: as in `hidden`. With a cache no block runs under `checkpoint`.
 
         >>> model = Transformer(Config.gpt2(vocab_size=9, context=8, layers=1, heads=2, width=4))
@@ -267,6 +214,9 @@ class Transformer(Module):
             if (xp is np or mask.dtype.kind == "f") and not ((mask == 0) | (mask == 1)).all():
                 raise ValueError("mask must be 1 for a token that may be seen, 0 for padding")
             mask = (mask != 0)[:, None, None, :]
+        if past and past + T > self.config.steady < self.config.context:
+            raise ValueError(f"beyond {self.config.steady} tokens this model's rope turns the "
+                             "earlier ones by other angles: run the whole text without a cache")
         if angles is None and not self.position:
             angles = rotary_tables(self.config, xp.arange(past, past + T), x.dtype)
         x = self._run_blocks(x, mask, angles, cache)
@@ -308,13 +258,9 @@ def residual_std(c: Config) -> float:
     return 0.02 / math.sqrt(2 * c.layers)
 
 
-def make_norm(c: Config) -> Module:
-    return (LayerNorm if c.norm == "layer" else RMSNorm)(c.width, c.norm_eps)
-
-
-def rotary_tables(c: Config, places, dtype):
-    """cos and sin of place * theta^(-2i/D), from float32 as in transformers: (T, D/2) each."""
-    xp, half = array_module(places), c.width // c.heads // 2
-    inverse = 1 / c.rope_theta ** (xp.arange(half, dtype=np.float32) / half)
-    angles = places[:, None].astype(np.float32) * inverse
-    return xp.cos(angles).astype(dtype), xp.sin(angles).astype(dtype)
+def make_norm(c: Config, width: int | None = None) -> Module:
+    """width: of its rows, by default those of the residual stream."""
+    width = c.width if width is None else width
+    if c.norm == "layer":
+        return LayerNorm(width, c.norm_eps)
+    return RMSNorm(width, c.norm_eps, c.norm_plus_one)

@@ -22,6 +22,7 @@ from minilm.generate import generate
 from minilm.optim import SGD, AdamW, LossScaler, clip_grad_norm, flat
 from minilm.peft import add_lora, merge_lora, requantize_lora
 from minilm.quantize import quantize_model
+from minilm.rope import Dynamic, Llama3, Long, Yarn
 from minilm.run import RunDirectory
 from minilm.tensor import Tensor, no_grad
 from minilm.train import Diverged, Trainer
@@ -33,6 +34,12 @@ FAMILIES = {
     "gpt2": Config.gpt2(**SHAPE, dropout=0.1),
     "llama": Config.llama(**SHAPE | {"heads": 4}, kv_heads=2, hidden=24),
     "bert": Config.bert(**SHAPE, hidden=32, dropout=0.1),
+    "later": Config.llama(**SHAPE, hidden=24, head_width=16, qk_norm="head", window=3,
+                          unrotated=(0,), bias=("q", "k", "v"), rope=Llama3(4.0, 6)),
+    "gemma": Config.llama(**SHAPE, hidden=24, qk_norm="width", norm_output=True, norm_plus_one=True,
+                          scaled_embedding=True, activation="geglu_tanh", rope=Dynamic(2.0, 4)),
+    "stretched": Config.llama(**SHAPE, hidden=24, rope=Yarn(2.0, 5)),
+    "long": Config.llama(**SHAPE, hidden=24, rope=Long((1.0,) * 4, (2.0,) * 4, 5)),
 }
 family = pytest.mark.parametrize("family", FAMILIES)
 rng = np.random.default_rng(0)

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
-from minilm.interop.huggingface import FAMILIES, load_model, save_model
-from minilm.nn import Linear, Module
+from minilm.interop.families import FAMILIES
+from minilm.interop.huggingface import load_model, save_model
+from minilm.nn import Linear as LinearLayer
+from minilm.nn import Module
+from minilm.rope import Dynamic, Linear, Llama3, Long, Yarn
 from minilm.shapes import tensor_shapes
 from minilm.transformer import Config, Transformer
 
@@ -25,12 +28,24 @@ CONFIGS = {
     "llama": Config.llama(**SMALL, hidden=24),
     "llama-gqa": Config.llama(**SMALL, hidden=24, kv_heads=2, tied=True, rope_theta=500.0),
     "llama-bias": Config.llama(**SMALL, hidden=24, kv_heads=1, bias=True, norm_eps=1e-5),
+    "llama-3": Config.llama(**SMALL, hidden=24, head_width=6, rope=Llama3(8.0, 4)),
+    "llama-long": Config.llama(**SMALL, hidden=24, rope=Long((1.0, 2.0), (3.0, 4.5), 5, 1.5)),
+    "llama-yarn": Config.llama(**SMALL, hidden=24, rope=Yarn(2.0, 5, truncate=False)),
+    "llama-dynamic": Config.llama(**SMALL | dict(context=22), hidden=24, rope=Dynamic(2.0, 11)),
+    "mistral": Config.llama(**SMALL, hidden=24, window=3, rope=Linear(2.0)),
+    "qwen2": Config.llama(**SMALL, hidden=24, bias=("q", "k", "v"), window=4, unwindowed=(0,)),
+    "qwen3": Config.llama(**SMALL, hidden=24, qk_norm="head", head_width=8, norm_eps=1e-5),
+    "smollm3": Config.llama(**SMALL, hidden=24, unrotated=(1,), tied=True),
+    "olmo2": Config.llama(**SMALL, hidden=24, qk_norm="width", norm_output=True),
+    "gemma": Config.llama(**SMALL, hidden=24, activation="geglu_tanh", norm_plus_one=True,
+                          scaled_embedding=True, tied=True, head_width=8),
     "bert": Config.bert(**SMALL, hidden=24, norm_eps=1e-6),
     "bert-untied": Config.bert(**SMALL, hidden=24, segments=3, tied=False),
     "distilbert": Config.bert(**SMALL, hidden=24, segments=0),
     "distilbert-untied": Config.bert(**SMALL, hidden=24, segments=0, tied=False),
 }
-MODEL_TYPES = {"gpt2", "llama", "bert", "distilbert"}
+MODEL_TYPES = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma", "bert",
+               "distilbert"}
 TOKENS = np.random.default_rng(5).integers(0, 23, (3, 9))
 MASK = (np.arange(9) < np.array([[9], [6], [1]])).astype(np.int64)
 
@@ -333,14 +348,18 @@ REFUSED = [  # (model, field, value) that would change the logits or that is no 
     ("gpt2", "tie_word_embeddings", 1),
     ("llama", "hidden_act", "gelu"),
     ("llama", "attention_bias", "no"),
-    ("llama", "mlp_bias", True),
-    ("llama", "head_dim", 8),
+    ("llama", "mlp_bias", "no"),
+    ("llama", "head_dim", 0),
+    ("llama", "is_causal", False),
+    ("gpt2", "is_causal", False),
     ("llama", "num_key_value_heads", 0),
     ("llama", "sliding_window", 10),
     ("llama", "rope_theta", -1.0),
     ("llama", "rope_theta", 10**39),
     ("llama", "rope_theta", 500000.0),
-    ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("llama", "rope_scaling", {"type": "linear", "factor": -2.0}),
+    ("llama", "rope_scaling", {"type": "linear"}),
+    ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),  # rope_parameters says default
     ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}),
     ("llama", "rope_parameters", {"rope_type": ["default"]}),
     ("llama", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
@@ -369,10 +388,10 @@ def test_missing_fields(edit, field):
 
 
 def test_refused_combinations(edit):
-    folder = edit("llama", attention_bias=True)  # Config.bias is for both
-    expect(folder, folder / "config.json", "mlp_bias")
-    folder = edit("llama", model_type="mistral", max_position_embeddings=5000)  # window 4096
-    expect(folder, folder / "config.json", "sliding_window", "4096")
+    folder = edit("gpt2", hidden_size=17)
+    expect(folder, folder / "config.json", "hidden_size", "n_embd")
+    folder = edit("llama", rope_scaling={"type": "linear", "rope_type": "dynamic", "factor": 2})
+    expect(folder, folder / "config.json", "type", "dynamic")
     folder = edit("llama", drop=["num_key_value_heads"], model_type="mistral")  # 8 by default
     expect(folder, folder / "config.json", "kv_heads")
     folder = edit("gpt2", n_head=3)
@@ -507,7 +526,7 @@ def test_inexpressible_configs(tmp_path, field):
 
 
 def test_foreign_modules(tmp_path):
-    class Scaled(Linear):
+    class Scaled(LinearLayer):
         pass
 
     model = Transformer(CONFIGS["gpt2"])
@@ -515,11 +534,11 @@ def test_foreign_modules(tmp_path):
     model.replace("blocks.1.mlp.up", Scaled(16, 64, rng))
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.up: Scaled"):
         save_model(model, tmp_path / "x")
-    model.replace("blocks.1.mlp.up", Linear(16, 60, rng))
+    model.replace("blocks.1.mlp.up", LinearLayer(16, 60, rng))
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.up\.weight: \(60, 16\)"):
         save_model(model, tmp_path / "x")
     model = Transformer(CONFIGS["gpt2"])
-    model.replace("head", Linear(16, 23, rng, bias=False))  # config says that it is tied
+    model.replace("head", LinearLayer(16, 23, rng, bias=False))  # config says that it is tied
     with pytest.raises(ValueError, match=r"head\.weight"):
         save_model(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -555,16 +574,22 @@ def test_modules_that_config_does_not_mean(tmp_path, path, changes, given):
 
 
 VALUES = [None, True, False, 0, -1, 1, 2, 3, 10**5, 10**400, 0.5, 1e308, "", "gelu", "\ud800", [],
-          {}, [1], {"a": 1}, {"rope_type": {}}, {"rope_theta": "x"}]
+          {}, [1], {"a": 1}, {"rope_type": {}}, {"rope_theta": "x"},
+          {"type": "dynamic", "factor": 1e300}, {"type": "yarn", "factor": 2, "beta_fast": []},
+          {"type": "longrope", "short_factor": [1, "2"], "long_factor": [1, 2]},
+          {"type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 1},
+          ["sliding_attention", "full_attention"], [0, 2]]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "bert", "distilbert"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "llama-yarn", "qwen2", "smollm3", "bert",
+                                  "distilbert"])
 def test_fuzzed_config(edit, name):
     """Any value in any field, and any damaged bytes: a model or FormatError."""
     folder, rng = edit(name), random.Random(0)
     file = folder / "config.json"
     raw, data = read_json(file), file.read_bytes()
-    for field in [*raw, *FAMILIES[raw["model_type"]].only, "rope_scaling", "sliding_window"]:
+    for field in [*raw, *FAMILIES[raw["model_type"]].only, "rope_scaling", "sliding_window",
+                  "use_sliding_window", "no_rope_layer_interval", "max_window_layers"]:
         for value in VALUES:
             file.write_text(json.dumps(raw | {field: value}))
             only_format_errors(folder)

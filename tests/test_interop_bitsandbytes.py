@@ -542,6 +542,25 @@ def test_peer_reads(peer, tmp_path, name, kind, double):
 
 
 @pytest.mark.peers
+def test_joined_weights_are_cut_by_their_own_sizes(peer, tmp_path):
+    """Phi-3's q, k, v with fewer heads of k and v, and its gate and up."""
+    torch, transformers, _ = peer
+    config = transformers.Phi3Config(
+        vocab_size=40, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16, pad_token_id=0)
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path / "float")
+    write = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                            bnb_4bit_use_double_quant=True)
+    model = transformers.Phi3ForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=write).eval()
+    model.save_pretrained(tmp_path / "quantized")
+    ours, tokens = load_model(tmp_path / "quantized"), np.arange(16)[None]
+    assert [m.weight.shape for m in layers(ours).values()][:3] == [(64, 64), (32, 64), (32, 64)]
+    with torch.no_grad():
+        agree(ours(tokens).data, model(torch.tensor(tokens)).logits.numpy(), 2e-6)
+
+
+@pytest.mark.peers
 def test_peer_reads_what_is_left_out(peer, tmp_path):
     """Layers that are not quantized here are not there, and the head can be."""
     for skip in ((), ("head", "down", "v"), ("blocks.1.mlp.up",)):

@@ -147,6 +147,8 @@ BAD = {
     "attention: heads": (lambda: attend(q=f(2, 6, 5, 6)), ValueError, r"q \(2, 6, 5, 6\)"),
     "attention: width": (lambda: attend(q=f(2, 4, 5, 8)), ValueError, r"q \(2, 4, 5, 8\)"),
     "attention: T > S": (lambda: attend(q=f(2, 4, 6, 6), causal=True), ValueError, "does not go"),
+    "attention: window": (lambda: attend(window=2), ValueError, "window 2"),
+    "attention: no window": (lambda: attend(window=0, causal=True), ValueError, "window 0"),
     "attention: mask": (lambda: attend(mask=f(5, 4)), ValueError, r"\(5, 4\)"),
     "cross_entropy: shapes": (lambda: ops.cross_entropy(f(2, 3, 4), i(6)), ValueError, r"\(6,\)"),
     "cross_entropy: class": (lambda: ops.cross_entropy(f(2, 4), i(3, 5)), ValueError,
@@ -241,7 +243,7 @@ def test_numbers_that_would_be_rounded_are_refused(name, dtype):
 
 @st.composite
 def attention_inputs(draw):
-    """q, k, v in float64 with a mask and `causal`; sizes around the 64 rows of a tile."""
+    """q, k, v in float64, a mask, `causal` and `window`; sizes around the 64 rows of a tile."""
     rng = np.random.default_rng(draw(seeds))
     B, K, group, D = (draw(st.integers(1, n)) for n in (3, 2, 3, 5))
     T, past = draw(st.sampled_from([1, 2, 63, 64, 65, 127, 128, 200])), draw(st.integers(0, 70))
@@ -250,17 +252,18 @@ def attention_inputs(draw):
     shape = draw(st.sampled_from([(B, 1, 1, S), (T, S), (K * group, T, 1), (B, K * group, T, S)]))
     seen = rng.random(shape) < 0.8
     masks = [None, seen, rng.standard_normal(shape), np.where(seen, 0.0, -np.inf)]
-    return [q, k, v], masks[draw(st.integers(0, 3))], draw(st.booleans())
+    causal, window = draw(st.booleans()), draw(st.none() | st.integers(1, 90))
+    return [q, k, v], masks[draw(st.integers(0, 3))], causal, window if causal else None
 
 
 @given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
 def test_attention_is_pytorchs(inputs, block):
     """Tiles over rows and batch, every kind of mask, S > T, queries that see nothing."""
-    (q, k, v), mask, causal = inputs
+    (q, k, v), mask, causal, window = inputs
     T, S = q.shape[2], k.shape[2]
 
     def ours(q, k, v):
-        return ops.attention(q, k, v, mask=mask, causal=causal)
+        return ops.attention(q, k, v, mask=mask, causal=causal, window=window)
 
     def twin(q, k, v):
         bias = torch.zeros(T, S, dtype=q.dtype)
@@ -269,6 +272,9 @@ def test_attention_is_pytorchs(inputs, block):
             bias = bias + torch.tensor(hidden)
         if causal:
             bias = bias.masked_fill(torch.ones(T, S, dtype=bool).triu(S - T + 1), -math.inf)
+        if window:
+            past = torch.ones(T, S, dtype=bool).tril(S - T - window)
+            bias = bias.masked_fill(past, -math.inf)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -279,12 +285,12 @@ def test_attention_is_pytorchs(inputs, block):
 
 @given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
 def test_attention_is_the_papers(inputs, block):
-    (q, k, v), mask, causal = inputs
+    (q, k, v), mask, causal, window = inputs
     with np.errstate(invalid="ignore"):  # a query that may see nothing
-        expected = attention.plain_attention(q, k, v, mask, causal)
+        expected = attention.plain_attention(q, k, v, mask, causal, window)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
-        y = ops.attention(q, k, v, mask=mask, causal=causal).data
+        y = ops.attention(q, k, v, mask=mask, causal=causal, window=window).data
     close(y, np.nan_to_num(expected, nan=0.0), "float64", scale=1)
 
 

@@ -2,6 +2,7 @@
 against what tracemalloc sees, the lectures' numbers, and the command line."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import plan_memory
@@ -26,6 +27,13 @@ LLAMA = Config.llama(300, 32, layers=3, heads=4, width=96, hidden=258, kv_heads=
 BERT = Config.bert(300, 64, layers=2, heads=4, width=96, hidden=300)
 FAMILIES = [GPT2, LLAMA, BERT, Config.bert(90, 16, 1, 2, 12, 20, segments=0),
             Config.gpt2(90, 16, 1, 2, 12, hidden=20, tied=False)]
+LATER = {
+    "wide heads": replace(LLAMA, head_width=48), "narrow heads": replace(LLAMA, head_width=12),
+    "some biases": replace(LLAMA, bias=("q", "k", "v")), "qk_norm": replace(LLAMA, qk_norm="head"),
+    "OLMo 2": replace(LLAMA, qk_norm="width", norm_output=True),
+    "Gemma": replace(LLAMA, activation="geglu_tanh", norm_plus_one=True, scaled_embedding=True,
+                     hidden=600, tied=True),
+    "window": replace(LLAMA, context=128, window=8)}
 GB = 1e9
 
 
@@ -39,12 +47,12 @@ def one_thread():
 # What follows from the shapes
 
 
-@pytest.mark.parametrize("config", FAMILIES)
+@pytest.mark.parametrize("config", [*FAMILIES, *LATER.values()])
 def test_parameters_are_those_of_the_model(config):
     assert parameters(config) == sum(p.size for p in Transformer(config).parameters())
 
 
-@pytest.mark.parametrize("config", FAMILIES)
+@pytest.mark.parametrize("config", [*FAMILIES, *LATER.values()])
 @pytest.mark.parametrize("method, targets", [
     *METHODS, ("lora", ("mlp.up", "o")), ("qlora", ("attention.k", "down"))])
 def test_all_but_activations_is_exact(config, method, targets):
@@ -107,6 +115,12 @@ def test_the_predicted_peak_is_the_measured_one(config, batch, method, targets):
 @pytest.mark.parametrize("config", [LLAMA, BERT], ids=["llama", "bert"])
 def test_it_is_so_for_the_other_families(config, method, targets):
     check(Step(config, method, 16, 32, targets=targets))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("config", LATER.values(), ids=LATER)
+def test_it_is_so_for_later_models(config, method):
+    check(Step(config, method, 512 // config.context, config.context))
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -12,10 +12,11 @@ A weight X of n numbers in b blocks is
 
 The * is nf4 or fp4. Codes and constants are taken as they are: nothing is quantized again.
 
-GPT-2 keeps W_q, W_k and W_v in one c_attn, here below each other as (3C, C). Reading cuts it into
-thirds, writing joins them. A third must be whole blocks, or the weight is refused. Its c2 stay
-8-bit codes if it is also whole groups of 256 blocks, and, for joining, if all thirds have the same
-offset. Otherwise c2 become the float32 numbers that the codes stand for: the weights are the same.
+GPT-2 keeps W_q, W_k and W_v in one c_attn, here below each other as (3C, C), and so does Phi-3.
+Reading cuts it into parts, writing joins them. A part must be whole blocks, or the weight is
+refused. Its c2 stay 8-bit codes if it is also whole groups of 256 blocks, and, for joining, if all
+parts have the same offset. Otherwise c2 become the float32 numbers that the codes stand for: the
+weights are the same.
 
 8-bit folders, made by LLM.int8(), cannot be read.
 """
@@ -131,7 +132,8 @@ def load_model(
               if type(m) is Linear and m.weight is not model.embed.weight}
     for module, paths in family.joined(config.layers, layers).items():
         if weight := weights.pop(f"{module}.weight", None):
-            for ours, part in zip(paths, _split(file, module, weight, len(paths))):
+            rows = [len(layers[ours].weight) for ours in paths]
+            for ours, part in zip(paths, _split(file, module, weight, rows)):
                 model.replace(ours, QuantizedLinear(part, layers[ours].bias, compute_dtype))
     if weights:
         raise FormatError(file, f"{min(weights)} is quantized, but no linear layer's own weight")
@@ -253,18 +255,19 @@ def _require_known(x):
         raise ValueError("bitsandbytes has no double_quant='int8': quantize with True or False")
 
 
-def _split(file, module, x: FourBit, count) -> list[FourBit]:
-    """x cut into equal parts, one below the other."""
-    if count == 1:
+def _split(file, module, x: FourBit, rows: list[int]) -> list[FourBit]:
+    """x cut into parts of so many rows, one below the other."""
+    if len(rows) == 1:
         return [x]
-    (O, I), size = x.shape, x.packed.size * 2 // count
-    if O % count or size % x.block_size:
-        raise FormatError(file, f"{module}.weight {x.shape}: its {count} parts share blocks")
-    if size // x.block_size % GROUP:
+    I, size = x.shape[1], x.block_size
+    blocks = np.cumsum([O * I // size for O in rows])[:-1]  # where the next part begins
+    if any(O * I % size for O in rows):
+        raise FormatError(file, f"{module}.weight {x.shape}: its {len(rows)} parts share blocks")
+    if (blocks % GROUP).any():
         x = _with_plain_constants(x)
-    c1 = [None] * count if x.c1 is None else np.split(x.c1, count)
-    return [replace(x, packed=packed, c2=c2, c1=c1, shape=(O // count, I)) for packed, c2, c1 in
-            zip(np.split(x.packed, count), np.split(x.c2, count), c1)]
+    c1 = [None] * len(rows) if x.c1 is None else np.split(x.c1, blocks // GROUP)
+    return [replace(x, packed=packed, c2=c2, c1=c1, shape=(O, I)) for O, packed, c2, c1 in
+            zip(rows, np.split(x.packed, blocks * (size // 2)), np.split(x.c2, blocks), c1)]
 
 
 def _join(module, parts: list[FourBit]) -> FourBit:

@@ -4,12 +4,29 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-from minilm.transformer import Config
+from minilm.config import LINEAR, Config
+from minilm.interop.rotary import ROTARY
+from minilm.interop.spelled import (
+    NO_WINDOW,
+    UNROTATED,
+    UNROTATED_WINDOW,
+    UPPER_WINDOW,
+    WINDOW,
+    Spelled,
+    biases,
+    head_width,
+)
 
 FIELDS = {"vocab_size": "vocab_size", "context": "max_position_embeddings",
           "layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size",
           "hidden": "intermediate_size", "activation": "hidden_act",
           "tied": "tie_word_embeddings"}
+ONLY = {"add_cross_attention": False, "is_encoder_decoder": False}
+# Fields of config.json that change no logits: of training, of other tasks, of what is returned, and
+# the ends of a text, which ends.py reads.
+HARMLESS = ("transformers_version", "architectures", "dtype", "return_dict", "output_hidden_states",
+            "use_cache", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
+            "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Family(NamedTuple):
@@ -22,7 +39,10 @@ class Family(NamedTuple):
     modules: dict  # ours -> theirs; several of ours with the same name there are one weight there
     layer: str  # the prefix of their modules in block i
     block: dict  # like modules, below blocks.i
-    only: dict = {}  # field of config.json -> the one value that Transformer can express
+    spelled: tuple[Spelled, ...] = ()  # facts that take several fields
+    spellings: dict = {}  # another name of a field in config.json -> the one used here
+    harmless: tuple = HARMLESS  # fields that do not matter
+    only: dict = {}  # field -> the one value that Transformer can express, or a tuple of such
     absent: dict = {}  # field of config.json -> its default, if that is not Config's
     respell: dict = {}  # pattern -> replacement: keys of older files
     copies: dict = {}  # key -> another key of the same tensor; both are written
@@ -58,7 +78,12 @@ GPT2 = Family(
     {"norm1": "ln_1", "attention.q": "attn.c_attn", "attention.k": "attn.c_attn",
      "attention.v": "attn.c_attn", "attention.o": "attn.c_proj", "norm2": "ln_2",
      "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
-    only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    spellings={"hidden_size": "n_embd", "max_position_embeddings": "n_positions",
+               "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
+    harmless=(*HARMLESS, "resid_pdrop", "embd_pdrop", "attn_pdrop", "reorder_and_upcast_attn",
+              "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+              "summary_first_dropout"),
+    only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "is_causal": True},
     respell={r"^(?=(wte|wpe|ln_f|h\.\d+)\.)": "transformer."},
     ignored=("transformer.h.{i}.attn.bias", "transformer.h.{i}.attn.masked_bias"),
 )
@@ -66,21 +91,82 @@ GPT2 = Family(
 LLAMA = Family(
     "LlamaForCausalLM",
     Config.llama,
-    FIELDS | {"kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps",
-              "bias": "attention_bias"},
-    {"silu": "swiglu", "swish": "swiglu"},
+    FIELDS | {"kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps"},
+    {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu_tanh",
+     "gelu_new": "geglu_tanh"},
     {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
     "model.layers.{i}.",
     {"norm1": "input_layernorm", "attention.q": "self_attn.q_proj",
      "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
      "attention.o": "self_attn.o_proj", "norm2": "post_attention_layernorm",
      "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"},
-    only={"partial_rotary_factor": 1.0},
+    spelled=(head_width(divides=True), NO_WINDOW, ROTARY,
+             biases({"attention_bias": LINEAR[:4], "mlp_bias": LINEAR[4:]})),
+    harmless=(*HARMLESS, "attention_dropout", "pretraining_tp"),
+    only={"partial_rotary_factor": 1.0, "is_causal": True},
     ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
 )
 
+NO_BIAS = {"attention_bias": False, "mlp_bias": False}
+
 MISTRAL = LLAMA._replace(
-    architecture="MistralForCausalLM", absent={"num_key_value_heads": 8, "sliding_window": 4096}
+    architecture="MistralForCausalLM",
+    spelled=(head_width(), WINDOW, ROTARY),
+    only=LLAMA.only | NO_BIAS,
+    absent={"num_key_value_heads": 8, "sliding_window": 4096},
+)
+
+QWEN2 = LLAMA._replace(
+    architecture="Qwen2ForCausalLM",
+    config=functools.partial(Config.llama, bias=LINEAR[:3]),
+    spelled=(head_width(), UPPER_WINDOW, ROTARY),
+    absent={"num_key_value_heads": 32, "sliding_window": 4096},
+)
+
+QWEN3 = LLAMA._replace(
+    architecture="Qwen3ForCausalLM",
+    config=functools.partial(Config.llama, qk_norm="head"),
+    block=LLAMA.block | {"attention.q_norm": "self_attn.q_norm",
+                         "attention.k_norm": "self_attn.k_norm"},
+    spelled=(head_width(), UPPER_WINDOW, ROTARY, biases({"attention_bias": LINEAR[:4]})),
+    absent={"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+)
+
+SMOLLM3 = LLAMA._replace(
+    architecture="SmolLM3ForCausalLM",
+    config=functools.partial(Config.llama, rope_theta=2e6),
+    spelled=(head_width(), UNROTATED, UNROTATED_WINDOW, *LLAMA.spelled[2:]),
+    absent={"num_key_value_heads": 4, "tie_word_embeddings": True},
+)
+
+OLMO2 = QWEN3._replace(
+    architecture="Olmo2ForCausalLM",
+    config=functools.partial(Config.llama, qk_norm="width", norm_output=True, norm_eps=1e-5),
+    block=QWEN3.block | {"norm1": "post_attention_layernorm",
+                         "norm2": "post_feedforward_layernorm"},
+    spelled=(head_width(), NO_WINDOW, ROTARY, biases({"attention_bias": LINEAR[:4]})),
+    absent={},
+)
+
+PHI3 = LLAMA._replace(
+    architecture="Phi3ForCausalLM",
+    config=functools.partial(Config.llama, norm_eps=1e-5),
+    block=LLAMA.block | dict.fromkeys(("attention.q", "attention.k", "attention.v"),
+                                      "self_attn.qkv_proj")
+    | dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj"),
+    spelled=(head_width(), WINDOW, ROTARY),
+    harmless=(*LLAMA.harmless, "resid_pdrop", "embd_pdrop"),
+    only=LLAMA.only | NO_BIAS,
+)
+
+GEMMA = LLAMA._replace(
+    architecture="GemmaForCausalLM",
+    config=functools.partial(Config.llama, norm_plus_one=True, scaled_embedding=True),
+    activations={"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu_tanh", "gelu_new": "geglu_tanh",
+                 "silu": "swiglu"},  # "gelu" was written for the tanh form
+    spelled=(head_width(), NO_WINDOW, ROTARY, biases({"attention_bias": LINEAR[:4]})),
+    only=LLAMA.only | {"use_bidirectional_attention": (None, False)},
+    absent={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
 )
 
 BERT = Family(
@@ -97,6 +183,8 @@ BERT = Family(
      "attention.v": "attention.self.value", "attention.o": "attention.output.dense",
      "norm1": "attention.output.LayerNorm", "mlp.up": "intermediate.dense",
      "mlp.down": "output.dense", "norm2": "output.LayerNorm"},
+    harmless=(*HARMLESS, "hidden_dropout_prob", "attention_probs_dropout_prob",
+              "classifier_dropout"),
     only={"is_decoder": False, "position_embedding_type": "absolute"},
     respell={r"\.gamma$": ".weight", r"\.beta$": ".bias"},
     copies={"cls.predictions.bias": "cls.predictions.decoder.bias"},
@@ -118,8 +206,13 @@ DISTILBERT = Family(
     {"attention.q": "attention.q_lin", "attention.k": "attention.k_lin",
      "attention.v": "attention.v_lin", "attention.o": "attention.out_lin", "norm1": "sa_layer_norm",
      "mlp.up": "ffn.lin1", "mlp.down": "ffn.lin2", "norm2": "output_layer_norm"},
+    spellings={"hidden_size": "dim", "num_attention_heads": "n_heads",
+               "num_hidden_layers": "n_layers"},
+    harmless=(*HARMLESS, "dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout",
+              "sinusoidal_pos_embds"),
     ignored=("distilbert.embeddings.position_ids",),
 )
 
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "bert": BERT,
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3,
+            "smollm3": SMOLLM3, "olmo2": OLMO2, "phi3": PHI3, "gemma": GEMMA, "bert": BERT,
             "distilbert": DISTILBERT}

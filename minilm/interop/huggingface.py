@@ -8,13 +8,15 @@ settings that only matter for sampling, initialisation or other tasks.
 
 import os
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from minilm.backend import to_device
+from minilm.config import Config
 from minilm.files import FormatError, json_bytes, read_json, read_tensors, tensor_parts
+from minilm.interop.config_json import describe_config, read_config
 from minilm.interop.ends import (
     describe_ends,
     ends_of,
@@ -22,17 +24,15 @@ from minilm.interop.ends import (
     read_ends,
     tokenizer_files,
 )
-from minilm.interop.families import BERT, DISTILBERT, FAMILIES, GPT2, LLAMA, Family
+from minilm.interop.families import Family
 from minilm.shapes import tensor_shapes
 from minilm.together import settle, write_together
-from minilm.transformer import Config, Transformer
+from minilm.transformer import Transformer
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
-OPTIONAL = ("n_inner", "num_key_value_heads")  # sizes that may be null or absent
-LAYERS = 10**5  # more are damage; measure.plan goes through them without asking for the tensors
 # Beside its tensors, these decide a module's results. A Config has one value for all its blocks.
-FACTS = ("heads", "kv_heads", "causal", "activation", "norm_first", "eps")
-ONLY = {"add_cross_attention": False, "is_encoder_decoder": False}
+FACTS = ("heads", "kv_heads", "causal", "window", "rotates", "qk_norm", "activation", "norm_first",
+         "norm_output", "eps", "plus_one")
 
 
 def load_model(
@@ -70,7 +70,7 @@ def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> N
 def parse(folder: Path, raw) -> tuple[Family, Config]:
     """What the folder's config.json describes; FormatError if Transformer cannot express it."""
     try:
-        return _parse(raw)
+        return read_config(raw)
     except ValueError as error:
         raise FormatError(folder / "config.json", str(error)) from None
 
@@ -106,10 +106,7 @@ def finite(file: Path, key: str, array, dtype):
 
 def describe(model: Transformer) -> tuple[Family, dict]:
     """The model's family and its config.json; ValueError if no family expresses its Config."""
-    c = model.config
-    family = (LLAMA if c.positions == "rotary" else GPT2 if c.head == "linear"
-              else BERT if c.segments else DISTILBERT)
-    raw = _describe(family, c)
+    family, raw = describe_config(model.config)
     _, first = next(model.named_tensors())
     raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # torch_dtype before version 5
     return family, raw | describe_ends(model.ends)
@@ -137,89 +134,6 @@ def write_folder(path, raw, arrays, beside=None):
     fields = (beside or {}) | generation_config(Path(path), raw) | {"config.json": raw}
     write_together(path, {"model.safetensors": tensor_parts(arrays, {"format": "pt"}),
                           **{file: [json_bytes(values)] for file, values in fields.items()}})
-
-
-def _parse(raw) -> tuple[Family, Config]:
-    """What config.json describes. ValueError, with the field's name, if Transformer cannot express
-    it."""
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"model_type is {kind!r}, expected one of {list(FAMILIES)}")
-    family = FAMILIES[kind]
-    raw = family.absent | raw
-    for field, value in (ONLY | family.only).items():
-        _require(raw.get(field, value) == value, raw, field, repr(value))
-    plain = raw.get("quantization_config") is None
-    _require(plain, raw, "quantization_config", "null; minilm.interop.bitsandbytes reads 4 bits")
-    values, types = {}, {field.name: field.type for field in fields(Config)}
-    for ours, theirs in family.fields.items():
-        null = theirs in OPTIONAL and raw.get(theirs) is None
-        if not null and (theirs in raw or types[ours] is int):  # else both have the same default
-            values[ours] = _value(raw, theirs, types[ours])
-    if "activation" in values:
-        known, name = family.activations, values["activation"]
-        _require(name in known, raw, family.fields["activation"], f"one of {list(known)}")
-        values["activation"] = known[name]
-    _require(values["layers"] <= LAYERS, raw, family.fields["layers"], f"at most {LAYERS}")
-    config = family.config(**values)
-    _require(raw.get("is_causal", config.causal) is config.causal, raw, "is_causal",
-             f"{config.causal}, as every {family.architecture}")
-    return family, _rotary(raw, config) if config.positions == "rotary" else config
-
-
-def _rotary(raw, c: Config) -> Config:
-    """c with its rotary base. Checks the fields that only Llama and Mistral have."""
-    width, window = c.width // c.heads, raw.get("sliding_window")
-    _require(raw.get("head_dim") in (None, width), raw, "head_dim", f"{width}, hidden_size / heads")
-    _require(raw.get("mlp_bias", False) == c.bias, raw, "mlp_bias", "the value of attention_bias")
-    wide = window is None or (type(window) is int and window >= c.context)
-    _require(wide, raw, "sliding_window", "null or at least max_position_embeddings")
-    ropes = [raw]
-    for field in ("rope_parameters", "rope_scaling"):  # of version 5 and of those before
-        rope = raw.get(field) or {}
-        plain = isinstance(rope, dict) and all(
-            key == "rope_theta" or (key in ("rope_type", "type") and value == "default")
-            for key, value in rope.items()
-        )
-        _require(plain, raw, field, 'rope_theta and rope_type "default" alone')
-        ropes.append(rope)
-    bases = {_value(rope, "rope_theta", float) for rope in ropes if "rope_theta" in rope}
-    _require(len(bases) < 2, raw, "rope_theta", f"one value everywhere, not {sorted(bases)}")
-    return replace(c, rope_theta=min(bases, default=c.rope_theta))
-
-
-def _value(raw, field, kind):
-    """The field as a positive int or float, a bool or a str."""
-    value = raw.get(field)
-    fits = type(value) is kind or (kind is float and type(value) is int)
-    if kind in (int, float):
-        fits = fits and 0 < value < 1e38  # so it fits float32
-    _require(fits, raw, field, f"{'positive ' * (kind in (int, float))}{kind.__name__}")
-    return kind(value)
-
-
-def _require(fits, raw, field, expected):
-    if not fits:
-        found = repr(raw[field]) if field in raw else "missing"
-        raise ValueError(f"{field} is {found}, expected {expected}")
-
-
-def _describe(family: Family, c: Config) -> dict:
-    """config.json for c; ValueError if it would not be read as c again."""
-    names = {ours: theirs for theirs, ours in reversed(family.activations.items())}
-    model_type = next(name for name, known in FAMILIES.items() if known is family)
-    raw = {"architectures": [family.architecture], "model_type": model_type}
-    raw |= {theirs: getattr(c, ours) for ours, theirs in family.fields.items()}
-    raw[family.fields["activation"]] = names.get(c.activation, next(iter(family.activations)))
-    if c.positions == "rotary":
-        rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-        raw |= {"mlp_bias": c.bias, "head_dim": c.width // c.heads, "rope_parameters": rope}
-        raw["rope_theta"] = c.rope_theta  # transformers before 5 looks here
-    read = replace(_parse(raw)[1], dropout=c.dropout)
-    for name, value in vars(c).items():
-        if value != getattr(read, name):
-            raise ValueError(f"{family.architecture}, the nearest, cannot express {name}={value!r}")
-    return raw
 
 
 def _parts(model) -> set:

@@ -18,9 +18,9 @@ from itertools import chain
 from typing import NamedTuple
 
 from minilm.arrays import BLOCK
+from minilm.config import Config
 from minilm.quantize.fourbit import GROUP
-from minilm.shapes import linear_layers
-from minilm.transformer import Config
+from minilm.shapes import linear_layers, qk_norms
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -122,8 +122,9 @@ class Step:
 
 def parameters(c: Config) -> int:
     """Numbers in a model, each shared tensor once."""
-    masked, layers = c.head == "masked", linear_layers(c).values()
-    block = sum(O * I + O * c.bias for O, I in layers)
+    masked, layers = c.head == "masked", linear_layers(c).items()
+    block = sum(O * I + O * c.has_bias(path) for path, (O, I) in layers)
+    block += sum(n for n, in qk_norms(c).values())
     rows = c.vocab_size * (1 if c.tied else 2) + c.segments
     rows += c.context if c.positions == "learned" else 0
     head = c.width * c.width + c.width + c.vocab_size if masked else 0
@@ -225,7 +226,7 @@ def block(s: Step, alive: int, flows: bool) -> list[Op]:
     gradient flow to the block's input?"""
     attend = attention(s, alive, flows)
     flowed, flows = flows, flows or any(path.startswith("attention.") for path in s.adapted)
-    if not s.config.norm_first:
+    if not s.config.norm_first or s.config.norm_output:
         return [attend, norm(s, alive, flows), mlp(s, alive, flows), norm(s, alive, True)]
     alive2 = alive + s.array(s.config.width)  # the block's input is held beside the sum after it
     return [norm(s, alive, flowed), attend, norm(s, alive2, flows), mlp(s, alive2, flows)]
@@ -247,16 +248,20 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     of o; each tile's P (b, H, t, s) and l (b, H, t, 1). 16-bit q, k, v are widened in both passes.
     """
     c, names = s.config, ("attention.q", "attention.k", "attention.v")
-    x, qkv = s.array(c.width), c.width + 2 * (c.width // c.heads * c.kv_heads)
+    x, y = s.array(c.width), s.array(c.heads * c.D)
+    qkv, normed = (c.heads + 2 * c.kv_heads) * c.D, (c.heads + c.kv_heads) * c.D
     operands = s.array(qkv, wide=True) if s.size == 2 else 0
     graph = flows or bool(s.adapted & set(names))
     entry = s.keeps(*names) * x
     P, tile = probabilities(s)
     own = s.array(qkv) + P + s.array(c.heads, wide=True)
-    result = x if graph or s.keeps("attention.o") else 0
+    if c.qk_norm:  # xhat and rstd
+        rows = c.heads + c.kv_heads if c.qk_norm == "head" else 2
+        own += s.array(normed, wide=s.device == "cpu") + s.array(rows, wide=True)
+    result = y if graph or s.keeps("attention.o") else 0
     saved = entry + s.low_rank(*names, "attention.o") + graph * own + result
     # forward: the input, q before scaling, and at the end the output of o
-    forward = alive + 4 * x + own + operands + s.low_rank(*names)
+    forward = alive + 2 * x + 2 * y + own + operands + s.low_rank(*names)
     # backward: the residual's gradient, dy, and either o's weight or dq, dk, dv and a tile's needs
     products = s.array(qkv, wide=True) + operands + tile
     return Op(saved, forward, 2 * x + max(s.weight("attention.o"), products))
@@ -264,21 +269,23 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
 
 def probabilities(s: Step) -> tuple[int, int]:
     """(bytes of P over all tiles; of one tile's dS (b, H, t, T), g (b, H, t, D) and P^T g)."""
-    B, T, H, D = s.batch, s.T, s.config.heads, s.config.width // s.config.heads
+    B, T, H, D = s.batch, s.T, s.config.heads, s.config.D
     b, t, area = B, T, T * T
+    window = T if s.config.unwindowed else s.config.window or T  # counts if all layers have it
     if s.device == "cpu":
         t = min(T, 64)
         b = min(B, max(1, BLOCK // (H * t * T)))
         if s.config.causal:  # a tile skips the keys that none of its queries can see
-            area = sum(min(t, T - i) * min(i + t, T) for i in range(0, T, t))
+            area = sum(min(t, T - i) * (min(i + t, T) - max(0, i + 1 - window))
+                       for i in range(0, T, t))
     return 4 * B * H * area, 4 * b * H * (t * T + t * D + T * D)
 
 
 def mlp(s: Step, alive: int, flows: bool) -> Op:
-    """down(gelu(up(x))), or down(silu(gate(x)) up(x)).
+    """down(gelu(up(x))), or down(silu(gate(x)) up(x)), or with gelu instead of silu.
 
-    Saved: the input, for up and gate; the activation's slope, or SwiGLU's two factors; the input of
-    down, if down is trained.
+    Saved: the input, for up and gate; the activation's slope, SwiGLU's two factors, or both for
+    GEGLU; the input of down, if down is trained.
     """
     c, ups = s.config, ("mlp.up", "mlp.gate")
     x, h, slope = s.array(c.width), s.array(c.hidden), s.array(c.hidden, wide=True)
@@ -290,9 +297,9 @@ def mlp(s: Step, alive: int, flows: bool) -> Op:
         kept, formula = 2 * h, 3 * h
         backward = 3 * h + s.temporaries(slope, int(s.device == "cpu"), blocks=5)
     else:
-        whole = {"gelu_tanh": 2, "gelu": 6}[c.activation]
-        kept, formula = slope, h + 2 * slope + s.temporaries(slope, whole, blocks=whole + 4)
-        backward = 2 * h
+        whole = {"gelu_tanh": 2, "gelu": 6, "geglu_tanh": 2}[c.activation]
+        formula = h + 2 * slope + s.temporaries(slope, whole, blocks=whole + 4)
+        kept, backward = slope + 2 * h * c.gated, 2 * h
     saved = entry + graph * kept + seen + s.low_rank(*ups, "mlp.down")
     weight = s.weight("mlp.down")
     # forward: the input; then the formula, or its value, down's result and a dequantized weight

@@ -23,7 +23,8 @@ from minilm.optim import AdamW
 from minilm.peft import add_lora
 from minilm.quantize import quantize_model
 from minilm.quantize.codebooks import dynamic_map, levels
-from minilm.transformer import Block, Config, Transformer, rotary_tables
+from minilm.rope import rotary_tables
+from minilm.transformer import Block, Config, Transformer
 
 LLAMA = Config.llama(32000, 1024, layers=22, heads=32, width=2048, hidden=5632, kv_heads=4)
 BATCH, RANK, LR = 4, 16, 1e-4

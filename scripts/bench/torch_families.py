@@ -6,7 +6,7 @@
 import numpy as np
 from op_table import import_torch
 
-from minilm.transformer import rotary_tables
+from minilm.rope import rotary_tables
 
 torch = import_torch()
 F = torch.nn.functional

@@ -1,0 +1,93 @@
+"""config.json <-> Config: the tables of families.py and the spellings of spelled.py, both ways.
+
+Every field of transformers' classes is read, refused if it is not what Transformer does, or known
+not to matter (Family.harmless). A field that transformers does not know changes nothing there, and
+nothing here.
+"""
+
+from dataclasses import fields, replace
+
+from minilm.config import Config
+from minilm.interop.families import BERT, DISTILBERT, FAMILIES, GPT2, LLAMA, ONLY, Family
+from minilm.interop.spelled import require, value
+
+OPTIONAL = ("n_inner", "num_key_value_heads")  # sizes that may be null or absent
+LAYERS = 10**5  # more are damage; measure.plan goes through them without asking for the tensors
+
+
+def read_config(raw) -> tuple[Family, Config]:
+    """What config.json describes. ValueError, with the field's name, if Transformer cannot express
+    it."""
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"model_type is {kind!r}, expected one of {list(FAMILIES)}")
+    family = FAMILIES[kind]
+    raw = family.absent | _respelled(raw, family.spellings)
+    for field, expected in (ONLY | family.only).items():
+        allowed = expected if isinstance(expected, tuple) else (expected,)
+        require(raw.get(field, allowed[0]) in allowed, raw, field, repr(expected))
+    plain = raw.get("quantization_config") is None
+    require(plain, raw, "quantization_config", "null; minilm.interop.bitsandbytes reads 4 bits")
+    facts, types = {}, {field.name: field.type for field in fields(Config)}
+    for ours, theirs in family.fields.items():
+        null = theirs in OPTIONAL and raw.get(theirs) is None
+        if not null and (theirs in raw or types[ours] is int):  # else both have the same default
+            facts[ours] = value(raw, theirs, types[ours])
+    known, field = family.activations, family.fields["activation"]
+    name = facts.get("activation", next(iter(known)))
+    require(name in known, raw, field, f"one of {list(known)}")
+    facts["activation"] = known[name]
+    require(facts["layers"] <= LAYERS, raw, family.fields["layers"], f"at most {LAYERS}")
+    for spelled in family.spelled:
+        facts |= spelled.read(raw, facts)
+    return family, family.config(**facts)
+
+
+def describe_config(c: Config) -> tuple[Family, dict]:
+    """The first family that expresses c, and its config.json. ValueError if there is none, which
+    says what the nearest one cannot express."""
+    nearest = (LLAMA if c.positions == "rotary" else GPT2 if c.head == "linear"
+               else BERT if c.segments else DISTILBERT)
+    reason = None
+    for family in (nearest, *FAMILIES.values()):
+        try:
+            return family, _described(family, c)
+        except ValueError as error:
+            reason = reason or error
+    raise reason
+
+
+def _respelled(raw, spellings) -> dict:
+    """raw with the names that families.py uses. ValueError for two that contradict each other."""
+    raw = dict(raw)
+    for other, name in spellings.items():
+        if other in raw:
+            require(raw.get(name, raw[other]) == raw[other], raw, other, f"{name}'s value")
+            raw[name] = raw.pop(other)
+    return raw
+
+
+def _described(family: Family, c: Config) -> dict:
+    """config.json for c; ValueError if it would not be read as c again."""
+    names = {ours: theirs for theirs, ours in reversed(family.activations.items())}
+    model_type = next(name for name, known in FAMILIES.items() if known is family)
+    raw = {"architectures": [family.architecture], "model_type": model_type}
+    raw |= {theirs: getattr(c, ours) for ours, theirs in family.fields.items()}
+    raw[family.fields["activation"]] = names.get(c.activation, next(iter(family.activations)))
+    for spelled in family.spelled:
+        raw |= spelled.write(c)
+    read = replace(read_config(raw)[1], dropout=c.dropout)
+    for name, given in vars(_normal(c)).items():
+        if given != getattr(read, name):
+            raise ValueError(f"{family.architecture}, the nearest, cannot express {name}={given!r}")
+    return raw
+
+
+def _normal(c: Config) -> Config:
+    """c without facts that say nothing: a head width that is width / heads, a window that hides
+    nothing."""
+    if c.head_width and c.head_width * c.heads == c.width:
+        c = replace(c, head_width=None)
+    if c.window and (c.window >= c.context or len(c.unwindowed) == c.layers):
+        c = replace(c, window=None, unwindowed=())
+    return c

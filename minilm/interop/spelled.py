@@ -1,0 +1,141 @@
+"""Facts of Config that config.json spells in several fields, and how both ways go.
+
+Each `Spelled` names its fields, reads {fact: value} from them, and writes them from a Config. What
+is read is checked: ValueError names the field.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from minilm.config import GATED, LINEAR, Config
+
+
+class Spelled(NamedTuple):
+    """Some facts of Config as fields of config.json."""
+
+    fields: tuple[str, ...]
+    read: Callable[[dict, dict], dict]  # (config.json, the facts so far) -> more facts
+    write: Callable[[Config], dict]  # a Config -> fields
+
+
+def value(raw, field, kind):
+    """The field as a positive int or float, a bool or a str."""
+    found = raw.get(field)
+    fits = type(found) is kind or (kind is float and type(found) is int)
+    if kind in (int, float):
+        fits = fits and 0 < found < 1e38  # so it fits float32
+    require(fits, raw, field, f"{'positive ' * (kind in (int, float))}{kind.__name__}")
+    return kind(found)
+
+
+def require(fits, raw, field, expected):
+    if not fits:
+        found = f"{raw[field]!r:.200}" if field in raw else "missing"
+        raise ValueError(f"{field} is {found}, expected {expected}")
+
+
+def biases(layers: dict[str, tuple[str, ...]]) -> Spelled:
+    """{field: the linear layers that have a bias if it is true}."""
+    def read(raw, facts):
+        own = [n for n in LINEAR if n != "gate" or facts["activation"] in GATED]
+        having = {n for field, names in layers.items() if field in raw and value(raw, field, bool)
+                  for n in names}
+        named = tuple(n for n in own if n in having)
+        return {"bias": len(named) == len(own) if len(named) in (0, len(own)) else named}
+
+    def write(c):
+        return {field: c.has_bias(names[0]) for field, names in layers.items()}
+
+    return Spelled(tuple(layers), read, write)
+
+
+def head_width(divides: bool = False) -> Spelled:
+    """head_dim. divides: heads of another width must divide the model's width all the same."""
+    def read(raw, facts):
+        width, heads = facts["width"], facts["heads"]
+        D = None if raw.get("head_dim") is None else value(raw, "head_dim", int)
+        require(not divides or width % heads == 0, raw, "hidden_size",
+                f"a multiple of num_attention_heads, {heads}")
+        return {"head_width": None if D is None or D * heads == width else D}
+
+    return Spelled(("head_dim",), read, lambda c: {"head_dim": c.D})
+
+
+def _window(raw, facts):
+    """sliding_window; None if it hides nothing."""
+    if raw.get("sliding_window") is None:
+        return None
+    window = value(raw, "sliding_window", int)
+    return window if window < facts["context"] else None
+
+
+def _no_window(raw, facts):
+    require(_window(raw, facts) is None, raw, "sliding_window",
+            "null or at least max_position_embeddings")
+    return {}
+
+
+NO_WINDOW = Spelled(("sliding_window",), _no_window, lambda c: {})
+
+WINDOW = Spelled(("sliding_window",), lambda raw, facts: {"window": _window(raw, facts)},
+                 lambda c: {"sliding_window": c.window})
+
+TYPES = ("full_attention", "sliding_attention")
+
+
+def _window_of_some(windowed: Callable[[dict, dict, int], bool]) -> Spelled:
+    """A window of those layers that layer_types names, or else of those for which windowed says so:
+    (config.json, facts, the layer's number)."""
+    def read(raw, facts):
+        types, layers = raw.get("layer_types"), range(facts["layers"])
+        if types is not None:
+            fits = type(types) is list and len(types) == len(layers)
+            require(fits and all(t in TYPES for t in types if fits), raw, "layer_types",
+                    f"{len(layers)} of {TYPES}")
+        used = "use_sliding_window" in raw and value(raw, "use_sliding_window", bool)
+        window = _window(raw, facts) if used else None
+        slides = [types[i] == TYPES[1] if types is not None else used and windowed(raw, facts, i)
+                  for i in layers]
+        given = used and raw.get("sliding_window") is not None
+        require(given or types is None or not any(slides), raw, "layer_types",
+                "full_attention alone without use_sliding_window")
+        if window is None or not any(slides):
+            return {}
+        return {"window": window, "unwindowed": tuple(i for i in layers if not slides[i])}
+
+    def write(c):
+        types = [TYPES[bool(c.window) and i not in c.unwindowed] for i in range(c.layers)]
+        return {"use_sliding_window": c.window is not None, "sliding_window": c.window,
+                "layer_types": types}
+
+    return Spelled(("use_sliding_window", "sliding_window", "layer_types"), read, write)
+
+
+def _upper(raw, facts, i):
+    field = "max_window_layers"
+    return i >= (28 if field not in raw else raw[field] if raw[field] == 0 else
+                 value(raw, field, int))
+
+
+_upper_layers = _window_of_some(_upper)
+UPPER_WINDOW = _upper_layers._replace(  # of the layers from max_window_layers on: Qwen2 and 3
+    fields=(*_upper_layers.fields, "max_window_layers"),
+    write=lambda c: _upper_layers.write(c) | {"max_window_layers": c.layers})
+
+UNROTATED_WINDOW = _window_of_some(lambda raw, facts, i: i in facts["unrotated"])  # SmolLM3
+
+
+def _unrotated(raw, facts):
+    """no_rope_layers has a 0 for them; by default they are every no_rope_layer_interval-th."""
+    rotates, field, layers = raw.get("no_rope_layers"), "no_rope_layers", range(facts["layers"])
+    if rotates is None:
+        every = value({"no_rope_layer_interval": 4} | raw, "no_rope_layer_interval", int)
+        return {"unrotated": tuple(i for i in layers if (i + 1) % every == 0)}
+    fits = type(rotates) is list and len(rotates) >= len(layers)
+    require(fits and all(type(r) in (int, bool) and r in (0, 1) for r in rotates), raw, field,
+            f"at least {len(layers)} of 0 and 1")
+    return {"unrotated": tuple(i for i in layers if not rotates[i])}
+
+
+UNROTATED = Spelled(("no_rope_layers", "no_rope_layer_interval"), _unrotated, lambda c: {
+    "no_rope_layers": [int(i not in c.unrotated) for i in range(c.layers)]})
