@@ -84,7 +84,7 @@ class Config:
                 raise ValueError(f"{name} must be increasing numbers from 0 to {self.layers - 1}, "
                                  f"got {layers}")
         if not isinstance(self.bias, bool | np.bool_ | tuple):
-            raise TypeError(f"bias must be True, False or names of layers, got {self.bias!r}")
+            raise TypeError(f"bias must be True or False, or names of layers; got {self.bias!r}")
         own = [name for name in LINEAR if name != "gate" or self.activation in GATED]
         named = () if isinstance(self.bias, bool) else self.bias
         if not isinstance(self.bias, bool) and (

@@ -22,6 +22,7 @@ from minilm import ops
 from minilm.backend import array_module
 from minilm.config import Config
 from minilm.nn import Dropout, Embedding, LayerNorm, Linear, Module, RMSNorm
+from minilm.ranges import check, whole
 from minilm.rope import rotary_tables
 from minilm.tensor import Tensor, checkpoint
 

@@ -185,7 +185,7 @@ BERT = Family(
      "mlp.down": "output.dense", "norm2": "output.LayerNorm"},
     harmless=(*HARMLESS, "hidden_dropout_prob", "attention_probs_dropout_prob",
               "classifier_dropout"),
-    only={"is_decoder": False, "position_embedding_type": "absolute"},
+    only={"is_decoder": False, "is_causal": False, "position_embedding_type": "absolute"},
     respell={r"\.gamma$": ".weight", r"\.beta$": ".bias"},
     copies={"cls.predictions.bias": "cls.predictions.decoder.bias"},
     ignored=("bert.embeddings.position_ids", "bert.pooler.dense.weight", "bert.pooler.dense.bias",
@@ -210,6 +210,7 @@ DISTILBERT = Family(
                "num_hidden_layers": "n_layers"},
     harmless=(*HARMLESS, "dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout",
               "sinusoidal_pos_embds"),
+    only={"is_causal": False},
     ignored=("distilbert.embeddings.position_ids",),
 )
 
