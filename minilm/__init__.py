@@ -7,7 +7,7 @@ The floors, in reading order. A module imports only from its own line and the li
     graph, tensor, activations, attention, losses, ops    functions, each with its gradient
     nn, transformer, shapes, cache, decode, generate, dialogue      one model
     quantize, peft, optim, parallel, distill              the methods
-    data, interop, measure                                text, others' formats, numbers
+    data, interop, measure, lessons                       text, others' formats, numbers
     checkpoint, records, state, versions, train, picture, results, run, loop, command, experiment
 """
 

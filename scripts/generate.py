@@ -23,8 +23,14 @@ from pathlib import Path
 
 from minilm.backend import tune_allocator
 from minilm.command import Given, command, utf8
-from minilm.data import Tokenizer, load_tokenizer, printable
-from minilm.data.chat import Chat, load_chat, read_templates
+from minilm.data import (
+    Chat,
+    Tokenizer,
+    load_chat,
+    load_tokenizer,
+    printable,
+    read_templates,
+)
 from minilm.dialogue import Dialogue
 from minilm.generate import stream
 from minilm.interop import huggingface, peft

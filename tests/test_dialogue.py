@@ -1,4 +1,4 @@
-"""A text that a model goes on with, turn after turn: the answers are those without a cache, and only
+"""A text that a model goes on with, turn after turn: answers are those without a cache, and only
 what is new is run, also after an interruption and where an earlier text has changed."""
 
 from itertools import islice

@@ -23,9 +23,9 @@ FLOORS = [
     {"nn", "transformer", "shapes", "cache", "decode", "generate",
      "dialogue"},
     {"quantize", "peft", "distill", "optim", "parallel"},
-    {"data", "interop", "measure"},
-    {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture", "results",
-     "experiment", "command", "__main__"},
+    {"data", "interop", "measure", "lessons"},
+    {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
+     "results", "experiment", "command", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
@@ -65,6 +65,9 @@ WITHIN = {  # the arrows inside a floor
     ("optim", "quantize"),
     ("parallel", "optim"),
     ("measure", "data"),
+    ("lessons", "data"),
+    ("lessons", "interop"),
+    ("lessons", "measure"),
     ("run", "checkpoint"),
     ("run", "picture"),
     ("run", "records"),
@@ -81,7 +84,7 @@ WITHIN = {  # the arrows inside a floor
     ("__main__", "versions"),
 }
 NARROWER = {
-    "data": {"extras", "files"},
+    "data": {"extras", "files", "strict"},
     "optim": {"backend", "arrays", "blas", "cuda", "tensor", "attention", "ops", "quantize",
               "ranges"},
 }
