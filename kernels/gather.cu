@@ -8,7 +8,7 @@
 // Bytes per number: 2 in and 4 out.
 // Floor at 4.26 TB/s: adapters of 12.6 M numbers, 17.8 us. Predicted: 25 - 35 us. It replaces 308
 // launches of CuPy's copy, which would take the card 2 us each and the host 5 - 40 us each.
-// Reached on an H200, 2026-11-27: 30.3 us; 37.8 us when each load waited for the store before.
+// Reached on an H200, 2026-11-27: 29.5 us; 37.8 us when each load waited for the store before.
 // Check: python scripts/bench/check_kernels.py gather
 // Registers: at most 40
 #include "hardware.cuh"

@@ -12,10 +12,12 @@
 // time. Tensor cores multiply 16 rows of W by 8 rows of x, for TILES = ceil(M / 8) tiles of x. Each
 // TILES is compiled by itself. W leaves its 4 bits only in registers.
 // Bytes: N K (1/2 + 4/64) + 2 (M K + M N + (M + N) r); flops: 2 M N (K + r).
-// Floor at 4.26 TB/s: 11008 x 4096 5.5 us, 4096 x 4096 2.0 us. Predicted: 11 - 13 and 5 - 6 us.
-// Reached on an H200, 2026-11-27, M = 1, 8, 16: 11008 x 4096 14.3, 15.0, 18.8 us; 4096 x 4096 7.2,
-// 7.5, 8.9 us; 4096 x 11008 14.7, 15.1, 18.5 us. With 16 rows a block: 17.5, 18.9, 24.2 us for the
-// first. The path to cache and shared memory limits: 128 bytes or one line a cycle. For 16 x 64
+// Floor at 4.26 TB/s: 11008 x 4096 5.5 us, predicted 11 - 13 us; 4096 x 4096 2.0 us.
+// Reached on an H200, 2026-11-27, M = 1, 8, 16, with codes by __ldg: 11008 x 4096 13.75, 14.57,
+// 18.54 us; 4096 x 4096 6.80, 7.07, 8.88 us; 4096 x 11008 14.29, 14.69, 18.76 us. By __ldcs, as
+// here: 13.09, 13.95, 17.50; 6.36, 6.54, 8.16; 13.75, 14.18, 17.69 us, but that variant lacked the
+// unsigned index of x, and spilled 8 bytes for M > 8. With 16 rows a block: 17.5, 18.9, 24.2 us for
+// the first. The path to cache and shared memory limits: 128 bytes or one line a cycle. For 16 x 64
 // codes the table takes 16 cycles, codes 10, constants 6 and a tile of x 16, shared by 32 rows.
 // Check: python scripts/bench/check_kernels.py matmul
 // Registers: at most 128
@@ -38,8 +40,8 @@ __device__ __forceinline__ void load_codes(
     int t = threadIdx.x % 4;
     #pragma unroll
     for (int i = 0; i < EACH; i++)
-        codes[i] = b + t / 2 < count ? __ldg(packed + (2 * (row[i] + b) + t))
-                                     : make_uint4(0, 0, 0, 0);
+        codes[i] = b + t / 2 < count ? __ldcs(packed + (2 * (row[i] + b) + t))
+                                     : make_uint4(0, 0, 0, 0);  // read once: x stays in the cache
 }
 
 // Gives the lane a quarter of each of the two blocks: the first's in x and y, the second's in z and
@@ -193,10 +195,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) nf4_matmul(
                     c[i] = __shfl_sync(0xffffffff, constant[i], k, 4);
                 }
                 #pragma unroll
-                for (int i = 0; i < 2 * TILES; i++) {
+                for (int i = 0; i < 2 * TILES; i++) {  // with a signed index registers spill
                     bool exists = 8 * (i / 2) + g < M && b + k < count;
-                    v[i / 2][i % 2] = exists ? __ldg(columns + (i / 2 * K + 8 * (b + k) + i % 2))
-                                             : make_uint4(0, 0, 0, 0);
+                    const uint4* from = columns + (unsigned)(i / 2 * K + 8 * (b + k) + i % 2);
+                    v[i / 2][i % 2] = exists ? __ldg(from) : make_uint4(0, 0, 0, 0);
                 }
                 multiply(sum, eight, c, v, shared.table, copy);
                 if (TILES == 2) __syncwarp();  // the next products need these registers

@@ -35,9 +35,10 @@ def explain(error: Exception, op: str, inputs, settings: dict):
 
 def floating(op: str, **arrays):
     """TypeError for integers and the like, which would be rounded without a word."""
-    if any(a.dtype.kind not in "fV" for a in arrays.values()):  # V: bfloat16
-        found = ", ".join(f"{name} {described(a)}" for name, a in arrays.items())
-        raise TypeError(f"{op} needs floating-point numbers, got {found}")
+    for array in arrays.values():
+        if array.dtype.kind not in "fV":  # V: bfloat16
+            found = ", ".join(f"{name} {described(a)}" for name, a in arrays.items())
+            raise TypeError(f"{op} needs floating-point numbers, got {found}")
 
 
 def is_basic(index) -> bool:

@@ -126,8 +126,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if not s.prompt:
         raise ValueError("the prompt must not be empty")
     if s.teacher and not run:
-        refuse_unused(given, ("layers", "heads", "width", "teacher_steps"),
-                      "a teacher is given too")
+        refuse_unused(given, ("layers", "heads", "width", "teacher_steps"), "a teacher is given")
     if not s.weights[0] and not run:
         refuse_unused(given, ("temperature", "reverse", "masked_only", "top_k", "sweep"),
                       f"the soft loss has no weight in {s.weights}")

@@ -268,7 +268,7 @@ def test_python_calls_of_a_qlora_step(cupy):
         profile.runcall(step)
         counts.append(sum(row[1] for (file, *_), row in pstats.Stats(profile).stats.items()
                           if Path(file).is_relative_to(Path(minilm.__file__).parent)))
-    assert counts[1] - counts[0] <= 1088  # 19 for each product
+    assert counts[1] - counts[0] <= 1101  # 20 for each product
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

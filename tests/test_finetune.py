@@ -251,7 +251,8 @@ def test_many_prompts_of_one_length_take_several_batches(base, monkeypatch):
 def test_what_is_shown_of_a_record_cannot_rule_the_terminal(tmp_path, base, capsys):
     records = [data.Record(f"\x1b[31mred {i}", "\a", "yes", task="\x1b[2Jtask") for i in range(3)]
     data.save_records(tmp_path / "r.jsonl", records)
-    main(settings(base, data=(str(tmp_path / "r.jsonl"),), test=1, steps=1), tmp_path / "runs")
+    main(settings(base, data=(str(tmp_path / "r.jsonl"),), train=None, test=1, steps=1),
+         tmp_path / "runs")
     said = capsys.readouterr().out
     assert "\ufffd[31mred 0 \ufffd -> " in said and "\ufffd[2Jtask: right" in said
     assert not {"\x1b", "\a"} & set(said)
@@ -355,7 +356,8 @@ def test_bad_settings_are_refused_before_a_run_is_made(tmp_path, base, change, w
 def test_bad_records_are_refused_before_a_run_is_made(tmp_path, base, lines, change, words):
     (tmp_path / "r.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=words):
-        main(settings(base, data=(str(tmp_path / "r.jsonl"),), **change), tmp_path / "runs")
+        main(settings(base, data=(str(tmp_path / "r.jsonl"),), train=None, **change),
+             tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

@@ -257,7 +257,7 @@ WRONG = [
     ("distill --workers -1", "workers must be at least 0, got -1"),
     ("distill --lr -1", "lr must be finite and at least 0, got -1.0"),
     ("distill --sweep 1 0", "sweep must be positive and finite, got 0.0"),
-    ("distill --teacher MODEL --layers 8", "layers is given, but a teacher is given too"),
+    ("distill --teacher MODEL --layers 8", "layers is given, but a teacher is given"),
     ("distill --weights 0 1 0 --top-k 3", "top_k is given, but the soft loss has no weight"),
     ("quantize --model MODEL --block-sizes 64 33", "block_sizes must be among (32, 64, 128, "),
     ("plan_memory --check --rank 3", "take no other option; got check, rank"),

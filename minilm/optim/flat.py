@@ -108,12 +108,13 @@ class FlatParameters:
         of .grad counts. ValueError as `check` says."""
         self.check()
         self.gather()
-        for i, (p, grad) in enumerate(zip(self.params, self.grads)):
-            self.present[i] = p.grad is not None
-            if p.grad is None:
-                grad[...] = 0
-            elif p.grad is not grad:  # a user's own
-                grad[...] = p.grad
+        for i, (p, place) in enumerate(zip(self.params, self.grads)):
+            grad = p.grad
+            self.present[i] = grad is not None
+            if grad is None:
+                place[...] = 0
+            elif grad is not place:  # a user's own
+                place[...] = grad
 
     def with_gradient(self, part: slice) -> list[slice]:
         """The runs of a part whose parameters had a gradient at the last `complete`."""
