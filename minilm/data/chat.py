@@ -50,15 +50,17 @@ class Chat(NamedTuple):
         """The tokens (T,) int32 that an answer to these messages follows. ValueError as `text`."""
         return self.tokenizer.marked(self.text(messages, answer=True))
 
-    def closing(self) -> tuple[int, ...]:
-        """The token with which the template ends an answer; none if it has none for that."""
+    def tail(self) -> str:
+        """What the template writes after a conversation's last answer; "" if that cannot be told.
+        """
         asked = [{"role": "user", "content": "Question"}]
         (found,) = self.render([[*asked, {"role": "assistant", "content": "Answer"}]])
-        if "Answer" not in found.text:
-            return ()
-        rest = found.text.rpartition("Answer")[2]
+        return found.text.rpartition("Answer")[2] if "Answer" in found.text else ""
+
+    def closing(self) -> tuple[int, ...]:
+        """The token with which the template ends an answer; none if it has none for that."""
         marks = set(self.tokenizer.special.values())
-        return tuple([id for id in self.tokenizer.marked(rest).tolist() if id in marks][:1])
+        return tuple([id for id in self.tokenizer.marked(self.tail()).tolist() if id in marks][:1])
 
 
 def checked(found: Rendered) -> Rendered:

@@ -62,7 +62,7 @@ def answer_rows(conversations: Sequence[Messages], chat: Chat, ends: Collection[
     are left out. ValueError, with the conversation's number, if the template fails, if a
     conversation takes more tokens than the context, or if its answers cannot be found.
     """
-    ends = {*ends, *chat.closing()}
+    ends, tail = {*ends, *chat.closing()}, chat.tail()
     turns = [[i for i, message in enumerate(messages) if message["role"] == "assistant"]
              for messages in conversations]
     whole = chat.render([m[: places[-1] + 1] for m, places in zip(conversations, turns)])
@@ -75,7 +75,8 @@ def answer_rows(conversations: Sequence[Messages], chat: Chat, ends: Collection[
             if text.spans:
                 found = [_spanned(chat.tokenizer, checked(text))]
             else:
-                texts = [(checked(ask).text, checked(said).text) for ask, said in own]
+                texts = [_asked(checked(ask).text, checked(said).text, messages[i]["content"], tail)
+                         for (ask, said), i in zip(own, places)]
                 found = _chained(chat.tokenizer, texts, ends)
             for tokens, wanted in found:
                 if len(tokens) - 1 > context:
@@ -87,13 +88,25 @@ def answer_rows(conversations: Sequence[Messages], chat: Chat, ends: Collection[
     return rows
 
 
+def _asked(before: str, after: str, said: str, tail: str) -> tuple[str, str]:
+    """The text that asks for an answer, and that text with the answer.
+
+    Some templates ask otherwise than they write what was asked: they begin a thought, or have the
+    system's message in the last question only. What counts is how the model is asked.
+    """
+    if after.startswith(before):
+        return before, after
+    for answer in (said + tail, said.strip() + tail):
+        if answer and after.endswith(answer):
+            return before, before + answer
+    raise ValueError(f"the template asks for an answer with ...{before[-40:]!r}, but then writes "
+                     f"...{after[max(0, len(before) - 40) : len(before) + 40]!r}")
+
+
 def _chained(tokenizer, texts, ends) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows of tokens, and which of them are wanted, for texts (that ask, with the answer)."""
+    """Rows of tokens, and which of them are wanted, for texts (asking, with the answer)."""
     rows = []
     for before, after in texts:
-        if not after.startswith(before):
-            raise ValueError(f"the template asks for an answer with ...{before[-40:]!r}, but then "
-                             f"writes ...{after[max(0, len(before) - 40) : len(before) + 40]!r}")
         asked, tokens = tokenizer.marked(before), tokenizer.marked(after)
         if not _begins(tokens, asked):  # a token spans both: apart, as it is when it is asked
             tokens = np.concatenate([asked, tokenizer.marked(after[len(before) :])])
@@ -104,7 +117,8 @@ def _chained(tokenizer, texts, ends) -> list[tuple[np.ndarray, np.ndarray]]:
         wanted = np.zeros(len(tokens), bool)
         wanted[len(asked) : len(asked) + last[-1] + 1] = True
         if rows and _begins(asked, rows[-1][0]):
-            wanted[: len(rows[-1][0])] = rows.pop()[1]
+            _, earlier = rows.pop()
+            wanted[: len(earlier)] = earlier
         rows.append((tokens, wanted))
     return rows
 
