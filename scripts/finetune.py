@@ -206,10 +206,12 @@ def finish(run, model, tokenizer, templates, s: Settings, step: int, prompt: str
     if s.method == "full":
         huggingface.save_model(model, run.path / "model", tokenizer)
         use = {"model": run.path / "model"}
+        names = data.read_names(Path(s.model), tokenizer)
+        data.write_templates(run.path / "model", templates, names)
     else:
         peft.save_adapter(model, run.path / "adapter", base=s.model)
         use = {"model": s.model, "adapter": run.path / "adapter"}
-    data.write_templates([*use.values()][-1], templates)
+        data.write_templates(run.path / "adapter", templates)
     if step < s.steps:
         print(f"stopped after step {step}; go on with: {typed(__file__, resume=run.path)}")
         return

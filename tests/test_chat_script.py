@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from chat_templates import CHATML, GEMMA, byte_level, write_folder
 
-from minilm.data import load_chat, plain, read_templates, write_templates
+from minilm.data import load_chat, plain, read_names, read_templates, write_templates
 from minilm.dialogue import Dialogue
 from minilm.generate import stream
 from minilm.interop import huggingface
@@ -239,6 +239,8 @@ def test_conversations_are_learned_and_can_be_held(folder, tmp_path, types, caps
     assert losses[-1] < losses[0]
     kept = run / ("model" if method == "full" else "adapter")
     assert read_templates(kept) == {"default": source or plain(WORDS)}
+    if method == "full":  # <s> is named, though the model has no such id
+        assert read_names(kept, WORDS).items() >= read_names(folder, WORDS).items()
     if method == "full":
         ends = (WORDS.end, END) if source else (WORDS.end, WORDS.special["</s>"])
         assert huggingface.load_model(kept).ends.eos == ends

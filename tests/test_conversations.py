@@ -118,6 +118,18 @@ def test_marked_answers_are_transformers(tmp_path, tokenizer):
     assert (targets != IGNORED).tolist() == [m == 1 for m in said["assistant_masks"][1:]]
 
 
+@pytest.mark.parametrize("block, said", [("th|e| cat", " the"), ("the| c|at", " cat"),
+                                         ("the| cat|", " cat"), ("|the| cat", " the")])
+def test_a_token_that_is_partly_in_a_block_is_an_answers(chats, block, said):
+    """As in transformers."""
+    for tag in ("{% generation %}", "{% endgeneration %}"):
+        block = block.replace("|", tag, 1)
+    chat = chats(WORDS, "same")._replace(source="</s> " + block)
+    ((tokens, targets),) = answer_rows([TALK], chat, (), 99)
+    assert wanted(WORDS, (tokens, targets)) == said
+    assert WORDS.tokenizer.encode(" the cat").tokens == ["Ġthe", "Ġcat"]
+
+
 @pytest.mark.parametrize("tokenizer", [WORDS, SPACED, BYTES])
 def test_the_plain_template_teaches_what_records_teach(tmp_path, tokenizer):
     write_folder(tmp_path, tokenizer)

@@ -10,7 +10,14 @@ from minilm.data.batches import (
     mask_tokens,
     pack,
 )
-from minilm.data.chat import Chat, load_chat, plain, read_templates, write_templates
+from minilm.data.chat import (
+    Chat,
+    load_chat,
+    plain,
+    read_names,
+    read_templates,
+    write_templates,
+)
 from minilm.data.conversations import (
     answer_rows,
     holds_conversations,
@@ -76,6 +83,7 @@ __all__ = [
     "plain",
     "printable",
     "prompt",
+    "read_names",
     "read_templates",
     "save_records",
     "score",

@@ -17,7 +17,7 @@ import numpy as np
 
 from minilm.data.sandbox import Rendered, render
 from minilm.data.tokenizers import Tokenizer
-from minilm.files import FormatError, read_bytes, read_json, write_atomically
+from minilm.files import FormatError, read_bytes, read_json, write_atomically, write_json
 
 FILE, MORE = "chat_template.jinja", "additional_chat_templates"
 
@@ -109,12 +109,19 @@ def read_templates(folder: Path) -> dict[str, str]:
     return templates
 
 
-def write_templates(folder: Path, templates: dict[str, str]) -> None:
-    """Write what read_templates reads into a folder that is there, each as a file."""
+def write_templates(folder: Path, templates: dict[str, str],
+                    names: dict[str, str] | None = None) -> None:
+    """Write what read_templates reads into a folder that is there, each as a file.
+
+    names: special tokens, as of read_names, that tokenizer_config.json shall name for them.
+    """
     for name, source in templates.items():
         file = folder / (FILE if name == "default" else f"{MORE}/{name}.jinja")
         file.parent.mkdir(exist_ok=True)
         write_atomically(file, source.encode())
+    if names:
+        config = folder / "tokenizer_config.json"
+        write_json(config, _fields(config) | names)
 
 
 def read_names(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
