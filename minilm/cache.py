@@ -25,7 +25,7 @@ class Cache:
 
     @classmethod
     def empty(cls, model):
-        """Buffers for the model's whole context, for generation."""
+        """Buffers for up to the model's context, for generation."""
         return cls([Buffer(model.config.context) for _ in model.blocks])
 
     def keep(self, length: int):
@@ -49,7 +49,12 @@ class Cache:
 
 
 class Buffer:
-    """One block's keys and values without a graph, with room for `context` tokens."""
+    """One block's keys and values without a graph, for up to `context` tokens.
+
+    The room grows with the text: a model may claim a context that no memory holds.
+    """
+
+    FIRST = 1024  # tokens that there is room for at first
 
     def __init__(self, context: int):
         self.context, self.length, self.k, self.v = context, 0, None, None
@@ -63,16 +68,21 @@ class Buffer:
 
     def put(self, k, v):
         """append() for plain arrays."""
-        if self.k is None:
-            self.k, self.v = self._empty(k), self._empty(v)
         start, self.length = self.length, self.length + k.shape[2]
+        if self.k is None or self.length > self.k.shape[2]:
+            self.k, self.v = self._larger(self.k, k), self._larger(self.v, v)
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
-    def _empty(self, like):
-        B, K, _, D = like.shape
-        return array_module(like).empty((B, K, self.context, D), like.dtype)
+    def _larger(self, old, new):
+        """Room for old and new tokens, and for as many again, with the old ones in it."""
+        B, K, _, D = new.shape
+        room = min(self.context, max(self.FIRST, 2 * self.length))
+        larger = array_module(new).empty((B, K, room, D), new.dtype)
+        if old is not None:
+            larger[:, :, : old.shape[2]] = old
+        return larger
 
 
 class Joined:

@@ -23,6 +23,7 @@ from minilm.files import (
     FormatError,
     read_json,
     read_tensors,
+    remove,
     sha256,
     sync_folder,
     write_json,
@@ -49,7 +50,7 @@ def save(
     path.mkdir(parents=True, exist_ok=True)
     sync_folder(path.parent)
     for dead in path.glob("step-*.tmp"):
-        shutil.rmtree(dead)
+        remove(dead)
     found = _checkpoints(path)
     attempt = 1 + max((a for s, a, _ in found if s == step), default=-1)
     folder = path / (f"step-{step:08d}.{attempt}" if attempt else f"step-{step:08d}")
@@ -70,7 +71,7 @@ def remove_older(path: str | os.PathLike, step: int, keep: int = 2) -> None:
     for other in replaced + older[keep - 1 :]:
         # Rename first: a folder that is half removed must not look like a checkpoint.
         os.replace(other, _temporary(other))
-        shutil.rmtree(_temporary(other))
+        remove(_temporary(other))
 
 
 def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:

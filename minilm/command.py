@@ -9,6 +9,7 @@ A program with a parameter `given` gets the names of the options that stand on t
 
 import functools
 import inspect
+import io
 import os
 import shlex
 import shutil
@@ -68,13 +69,31 @@ def options(words: list[str]) -> frozenset[str]:
 
 
 def ready_streams():
-    """Make stdout and stderr take what is written: none is missing, no character is refused."""
+    """Make stdout and stderr take what is written: none is missing, no character is refused.
+
+    What goes to stderr is said beside the work: if a full disk or a closed pipe refuses it, it is
+    lost, and the program goes on.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed, as by >&-; a file opened later must not take its place
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif stream.errors in ("strict", "surrogateescape"):  # or else the user has chosen
             stream.reconfigure(errors="backslashreplace")
+    if sys.stderr is sys.__stderr__:  # not a stream that its user has put there
+        raw = io.BufferedWriter(Forgiving(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, sys.stderr.encoding, sys.stderr.errors,
+                                      line_buffering=True)
+
+
+class Forgiving(io.FileIO):
+    """A file that loses what it cannot take."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
 
 
 def lost_output() -> OSError | None:

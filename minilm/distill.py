@@ -34,13 +34,14 @@ import numpy as np
 from minilm import losses, ops
 from minilm.arrays import by_rows, row_dot, row_sum, rows, wide
 from minilm.backend import array_module
+from minilm.graph import no_dropout
 from minilm.nn import Linear
-from minilm.ranges import AT_LEAST_0, POSITIVE, check, optional, whole
+from minilm.ranges import AT_LEAST_0, POSITIVE, check, each, optional, whole
 from minilm.tensor import Tensor, no_grad, op
 from minilm.transformer import Transformer
 
 IGNORED = -100
-RANGES = {"temperature": POSITIVE, "weights": AT_LEAST_0}
+RANGES = {"temperature": POSITIVE, "weights": each(AT_LEAST_0)}
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits, targets, temperature: float = 2.0,
@@ -52,11 +53,10 @@ def distillation_loss(student_logits: Tensor, teacher_logits, targets, temperatu
     student_logits: (B, T, V). teacher_logits: the same, as a Tensor or an array, or TopK of them;
     no gradient flows to the teacher. targets: integers (B, T), -100 where there is none. hidden:
     the student's and the teacher's last hidden states, (B, T, C) each; without them there is no
-    cosine loss. mask (B, T): 0 for padding; its targets should be
-    -100. masked_only: take the KL only over tokens that have a
-    target. reverse: KL(student || teacher). totals: (tokens, targets) of the whole batch, if this
-    is a part of one. ValueError if shapes differ, the temperature is not positive, a weight is
-    negative, or no loss has a weight.
+    cosine loss. mask (B, T): 0 for padding, which no loss counts. masked_only: take the KL only
+    over tokens that have a target. reverse: KL(student || teacher). totals: (tokens, targets) of
+    the whole batch, if this is a part of one. ValueError if shapes differ, the temperature is not
+    positive, a weight is negative, or no loss has a weight; TypeError for what are no arrays.
 
     A student has nothing to learn from its own logits:
 
@@ -70,8 +70,13 @@ def distillation_loss(student_logits: Tensor, teacher_logits, targets, temperatu
     if hidden is None and not soft + hard:
         raise ValueError(f"weights {tuple(weights)} leave only the cosine loss, and there are no "
                          "hidden states")
+    for name, array in [("student_logits", student_logits), ("teacher_logits", teacher_logits),
+                        ("targets", targets)]:
+        if not hasattr(array, "shape") and not isinstance(array, TopK):
+            raise TypeError(f"{name} must be an array, got {type(array).__name__}")
     if targets.shape != student_logits.shape[:-1]:
         raise ValueError(f"targets {targets.shape} do not go with logits {student_logits.shape}")
+    targets = losses.of_text(targets, mask)
     tokens, labels = totals or (None, None)
     terms = []
     if soft:
@@ -107,7 +112,8 @@ class TopK(NamedTuple):
 
 
 def top_k(logits, k: int, temperature: float = 2.0) -> TopK:
-    """TopK of logits (..., V), a Tensor or an array. ValueError if k is not 1 to V.
+    """TopK of logits (..., V), a Tensor or an array. ValueError if k is not 1 to V, or the
+    temperature not positive.
 
     >>> ids, log_p = top_k(np.log([0.1, 0.2, 0.7]), k=1, temperature=1.0)
     >>> ids.tolist(), np.exp(log_p).round(6).tolist()
@@ -115,8 +121,7 @@ def top_k(logits, k: int, temperature: float = 2.0) -> TopK:
     """
     logits = _constant(logits)
     xp, V = array_module(logits), logits.shape[-1]
-    if not 1 <= k <= V:
-        raise ValueError(f"k must be 1 to {V}, the number of tokens; got {k}")
+    check({"k": whole(1, V), "temperature": POSITIVE}, k=k, temperature=temperature)
 
     def formula(z):
         log_p = ops.log_softmax(wide(z) / temperature).data  # eq. (1)
@@ -220,8 +225,8 @@ class Distillation:
 
         totals: those of the whole batch, if this is a part of one.
         """
-        with no_grad():
-            theirs = self.teacher.eval().hidden(tokens, mask)
+        with no_grad(), no_dropout():
+            theirs = self.teacher.hidden(tokens, mask)
         ours, hidden, counted = student.hidden(tokens, mask), None, self._counted(targets, mask)
         if self.weights[2]:
             hidden = (self.project(ours) if self.project else ours), theirs
@@ -238,7 +243,7 @@ class Distillation:
         return np.logical_or.accumulate((targets != IGNORED)[:, ::-1], axis=1)[:, ::-1]
 
     def _answers(self, hidden):
-        with no_grad():
+        with no_grad(), no_dropout():
             logits = self.teacher.head(hidden)
         return top_k(logits, self.top_k, self.temperature) if self.top_k is not None else logits
 
@@ -260,7 +265,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     """
     depth = teacher.config.layers
     layers = list(range(0, depth, 2) if layers is None else layers)
-    whole = all(isinstance(layer, int | np.integer) for layer in layers)
+    whole = all(isinstance(n, int | np.integer) and type(n) is not bool for n in layers)
     if not layers or not whole or layers != sorted({*layers} & {*range(depth)}):
         raise ValueError(f"layers must be increasing numbers from 0 to {depth - 1}, the teacher's; "
                          f"got {layers}")
@@ -290,7 +295,6 @@ def _constant(x):
 
 def _checked(temperature, weights) -> list[float]:
     """The weights; ValueError if they or the temperature make no loss."""
-    weights = tuple(weights)
     check(RANGES, temperature=temperature, weights=weights)
     if len(weights) != 3 or not any(weights):
         raise ValueError("weights must be three numbers, not all 0: of KL, cross-entropy and "

@@ -60,8 +60,10 @@ class FormatError(ValueError):
 
 def write_atomically(path: str | os.PathLike, *parts: bytes) -> None:
     """Write the parts (bytes or contiguous uint8 arrays) one after another as one whole file."""
-    if (path := Path(path)).is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file", str(path))
+    if (path := Path(path)).exists() and not path.is_file():  # a rename would replace a device
+        kind = _kind(path.stat().st_mode)
+        number = errno.EISDIR if kind == "folder" else errno.EINVAL
+        raise OSError(number, f"is a {kind}, expected a file", str(path))
     with temporary(path) as new:
         write_synced(new, parts)
         os.replace(new, path)
@@ -124,13 +126,21 @@ def sync_folder(path: str | os.PathLike) -> None:
 
 
 def write_json(path: str | os.PathLike, obj: object) -> None:
-    """Write obj as indented JSON. ValueError for NaN and infinity: JSON has no name for them."""
+    """Write obj as indented JSON.
+
+    ValueError for what JSON has no name for: NaN, infinity, and bytes that are not UTF-8.
+    """
     write_atomically(path, json_bytes(obj))
 
 
 def json_bytes(obj: object) -> bytes:
     """What `write_json` writes."""
-    return json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError as error:  # of a path, whose bytes may be any
+        said = text[: error.end].rpartition('"')[2]
+        raise ValueError(f"JSON is UTF-8, which {said[-100:]!r} is not") from None
 
 
 def read_json(path: str | os.PathLike) -> object:

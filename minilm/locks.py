@@ -18,6 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+INSIDE = {}  # (process, device, inode) of each folder that this process is alone in
 BUSY = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what a lock says that is another's
 
 
@@ -25,9 +26,23 @@ BUSY = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what a lock says that is a
 def alone(folder: str | os.PathLike) -> Iterator[None]:
     """Be the only process inside `with alone(folder)`.
 
-    RuntimeError if another one is. A process must not enter twice: the first `with` that ends lets
-    the folder go. A file .lock is in the folder meanwhile; one that a kill has left is free.
+    RuntimeError if another one is, or if this one is already: a process would get the lock twice,
+    and closing the file once lets it go. A file .lock is in the folder meanwhile; one that a kill
+    has left is free.
     """
+    place, me = os.stat(folder), object()
+    place = os.getpid(), place.st_dev, place.st_ino
+    if INSIDE.setdefault(place, me) is not me:
+        raise RuntimeError(f"{folder} is in use: this process writes there already")
+    try:
+        with _locked(folder):
+            yield
+    finally:
+        del INSIDE[place]
+
+
+@contextmanager
+def _locked(folder):
     file = Path(folder) / ".lock"
     while True:
         opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)

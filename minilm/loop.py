@@ -11,6 +11,7 @@ saves or makes the next step.
 
 import math
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from typing import ClassVar, Literal
 from tqdm import tqdm
 
 from minilm.data import IGNORED
+from minilm.files import FormatError
 from minilm.nn import Module
 from minilm.optim import LossScaler, cosine_schedule
 from minilm.parallel.cores import default_workers
@@ -112,6 +114,7 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
     interrupts at once. If the first comes during the last step, it is raised after everything is
     saved. RuntimeError if another process trains this run.
 
+    FormatError if the checkpoint is not of this run, as if it lies behind the run's last step.
     ValueError if weights are not finite before the first step. Diverged if they are not when they
     are to be saved, or if every step of the run had to be skipped; then nothing is saved.
     """
@@ -122,16 +125,20 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
     with run.alone(), Trainer(model, optimizer, s.workers or cores, processes and not s.threads,
                               s.seed, scaler, loss) as trainer:
         step = run.restore(saved, optimizer, scaler)
+        if step > s.steps:
+            raise FormatError(run.path / "checkpoints", f"state.json: step is {step}, but the run "
+                              f"ends after {s.steps}")
         model.require_finite()
         yield trainer, Step(step, math.nan, math.nan, 0.0, targets=0, seconds=0.0)
-        last = step >= s.steps
+        last, named = step >= s.steps, f", {title}" if title else ""
         with finish_on_interrupt() as interrupted, tqdm(
                 total=s.steps, initial=step, desc=title, unit="step", disable=None) as bar:
             while not last:
                 done = trainer.step(step, batches[step], schedule(step), s.clip, accumulate)
                 step, speed = done.step, done.targets / done.seconds
                 bar.update()
-                bar.set_postfix_str(f"loss {done.loss:.3f}, {speed:,.0f} targets/s")
+                bar.desc = f"loss {done.loss:.3f}{named}: "  # in front, which a narrow bar keeps
+                bar.set_postfix_str(f"{speed:,.0f} targets/s")
                 yield trainer, done
                 last = step == s.steps or interrupted()
                 if last or step % s.save_every == 0:
@@ -162,8 +169,14 @@ def validation(trainer: Trainer, held_out, every: int = 1) -> dict:
 
 @contextmanager
 def finish_on_interrupt():
-    """A first Ctrl-C only makes the yielded function return True; a second one interrupts."""
+    """A first Ctrl-C only makes the yielded function return True; a second one interrupts.
+
+    Only the main thread may say what Ctrl-C does; in another one nothing changes.
+    """
     pressed = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
 
     def press(number, frame):
         pressed.append(number)

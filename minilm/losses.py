@@ -8,6 +8,7 @@ import numpy as np
 
 from minilm.arrays import by_rows, described, floating, one_shape, row_dot, row_sum, rows, wide
 from minilm.backend import array_module
+from minilm.ranges import POSITIVE, check
 from minilm.tensor import op
 
 
@@ -15,7 +16,9 @@ def of_text(targets, mask=None, ignore_index=-100):
     """The targets (B, T) with ignore_index where mask (B, T) is 0: padding is never counted."""
     if mask is None:
         return targets
-    xp = array_module(targets)
+    xp, shape = array_module(targets), getattr(mask, "shape", None)
+    if shape != targets.shape:
+        raise ValueError(f"mask {shape} does not go with rows {targets.shape}")
     return xp.where(xp.asarray(mask) != 0, targets, ignore_index)
 
 
@@ -116,8 +119,7 @@ def kl_divergence(student, teacher, temperature=1.0, mask=None, total=None):
     """
     floating("kl_divergence", student=student, teacher=teacher)
     one_shape("kl_divergence", student=student, teacher=teacher)
-    if not temperature > 0:
-        raise ValueError(f"kl_divergence: temperature must be positive, got {temperature}")
+    check({"temperature": POSITIVE}, temperature=temperature)
     share = row_shares("kl_divergence", student, mask, total)
 
     def formula(s, t):

@@ -4,6 +4,8 @@ A parameter is an attribute that is a Tensor; a submodule is an attribute that i
 list or dict of Modules. Adaptation methods swap modules with `replace` and never subclass a model.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from minilm import ops
@@ -83,14 +85,23 @@ class Module:
     def load_state_dict(self, state: dict):
         """Copy arrays into the tensors, which keep their dtypes and devices.
 
-        ValueError if names or shapes differ; then nothing is copied.
+        ValueError if names or shapes differ, TypeError if it is no dict of arrays of such dtypes;
+        then nothing is copied.
         """
         own = dict(self.named_tensors())
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a dict of arrays by name, got {type(state).__name__}")
+        for k, a in state.items():
+            if isinstance(a, Tensor) or not hasattr(a, "shape"):
+                raise TypeError(f"state must hold arrays, but {k} is a {type(a).__name__}")
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         wrong = [f"{k} is {state[k].shape}, expected {own[k].shape}"
                  for k in own.keys() & state.keys() if state[k].shape != own[k].shape]
         if missing or unexpected or wrong:
             raise ValueError(f"state does not fit: {missing=}, {unexpected=}, misshapen={wrong}")
+        if wrong := [f"{k} is {state[k].dtype}, expected {t.dtype}" for k, t in own.items()
+                     if not _fits(state[k].dtype, t.dtype)]:
+            raise TypeError(f"state does not fit: {wrong[0]}")
         for name, t in own.items():
             t.data[...] = to_device(state[name], t.device)
 
@@ -215,6 +226,13 @@ class Dropout(Module):
 
     def forward(self, x):
         return ops.dropout(x, self.p, current_rng()) if self.acts else x
+
+
+def _fits(given, own) -> bool:
+    """May numbers of the dtype `given` go into a tensor of the dtype `own`?"""
+    if own.kind in "fV":  # V: bfloat16
+        return given.kind in "biuf" or str(given) == "bfloat16"
+    return np.can_cast(given, own, "same_kind")  # codes
 
 
 def _key(place, name):

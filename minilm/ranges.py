@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 
 class Range(NamedTuple):
-    """What a setting may be. Of a tuple each item must be in the range."""
+    """What a setting may be."""
 
     words: str  # what follows "must be"
     holds: Callable  # value -> bool
     kind: type = numbers.Real
     optional: bool = False  # may it be None?
+    many: bool = False  # is it a tuple or a list, each item of which must be in the range?
 
 
 FINITE = Range("finite", math.isfinite)
@@ -47,6 +48,11 @@ def optional(wanted: Range) -> Range:
     return wanted._replace(optional=True)
 
 
+def each(wanted: Range) -> Range:
+    """Tuples or lists, each item of which is in the range."""
+    return wanted._replace(many=True)
+
+
 def one_of(*words: str) -> Range:
     """One of these words."""
     return Range(f"one of {words}", lambda x: x in words, str)
@@ -61,7 +67,9 @@ def check(ranges: dict[str, Range], **settings):
     """
     for name, wanted in ranges.items():
         given = settings[name]
-        for value in given if isinstance(given, (tuple, list)) else (given,):
+        if wanted.many and not isinstance(given, (tuple, list)):
+            raise TypeError(f"{name} must be several, each {wanted.words}; got {given!r}")
+        for value in given if wanted.many else (given,):
             if value is None and wanted.optional:
                 continue
             if not isinstance(value, wanted.kind) or isinstance(value, bool):

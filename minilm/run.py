@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shlex
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from minilm import checkpoint
 from minilm.backend import to_device
 from minilm.files import (
     FormatError,
+    read_bytes,
     read_json,
     remove,
     sync_folder,
@@ -81,7 +83,7 @@ class RunDirectory:
     def alone(self) -> Iterator[None]:
         """Be the run's only writer. What killed processes left half-written is removed first.
 
-        RuntimeError if another process is the writer.
+        RuntimeError if another process, or another object in this one, is the writer.
         """
         if self.mine:
             yield
@@ -103,7 +105,9 @@ class RunDirectory:
             try:
                 yield
             except (OSError, RuntimeError) as error:
-                error.add_note(f"go on with: --resume {shlex.quote(str(self.path))}")
+                path = str(self.path)
+                joint = "=" if path.startswith("-") else " "
+                error.add_note(f"go on with: --resume{joint}{shlex.quote(path)}")
                 raise
 
     def describe(self) -> dict:
@@ -222,8 +226,10 @@ class RunDirectory:
         write_atomically(self.path / "metrics.jsonl",
                          "".join(json.dumps(r) + "\n" for r in kept).encode())
         samples = self.path / "samples.txt"
-        if "samples" in state and samples.exists():  # 0.1.0 did not write down how many there were
-            write_atomically(samples, samples.read_bytes()[: state["samples"]])
+        if os.path.lexists(samples):
+            sampled = read_bytes(samples)
+            if "samples" in state:  # 0.1.0 did not write down how many there were
+                write_atomically(samples, sampled[: state["samples"]])
         return state["step"]
 
     def plot(self) -> Path | None:
@@ -261,6 +267,34 @@ def newest_model(runs: Path, run: str = "*") -> Path:
         raise ValueError(f"{configs[-1].parent} is dated {time.ctime(date)}, which is still to "
                          "come, so the newest model cannot be told: give --model")
     return configs[-1].parent
+
+
+def share_held_out(model: str | os.PathLike) -> float | None:
+    """The share of its corpora that the run held out which made the folder of this model.
+
+    The run's settings tell, or those of the run that made its base. None if no run does.
+    FormatError if the run's file is no JSON.
+    """
+    for _ in range(10):  # bases of bases
+        try:
+            run = read_json(Path(model).absolute().parent / "run.json")
+        except FileNotFoundError:
+            return None
+        s = run.get("settings") if isinstance(run, dict) else None
+        if not isinstance(s, dict):
+            return None
+        if fits(share := s.get("validation"), float) and 0 < share < 1:
+            return share
+        if not fits(model := s.get("model"), str):
+            return None
+    return None
+
+
+def tell_if_learned(model: str | os.PathLike, validation: float):
+    """Say on stderr if a model may have been trained on some of a share that is held out now."""
+    if (share := share_held_out(model)) and share < validation:
+        print(f"{model} was trained with {share:.1%} held out: it has learned some of the "
+              f"{validation:.1%} here", file=sys.stderr)
 
 
 def _named(new: Path, wanted: Path) -> Path:

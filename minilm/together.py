@@ -4,11 +4,11 @@ After an error or a kill at any moment all of them are old or all are new, for r
 `settle` first. The new files are written to a folder, .saved, which appears by one rename and
 counts from then on. They are moved from there to their places, *.json last. So a reader that knows
 nothing of .saved may find a folder without its config, but never an old config beside new weights.
+Of several writers one after the other moves its files: the folder is held meanwhile.
 """
 
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from minilm.files import sync_folder, temporary, write_synced
@@ -24,23 +24,28 @@ def write_together(folder: str | os.PathLike, files: dict[str, Iterable[bytes]])
         for name, parts in files.items():
             write_synced(new / name, parts)
         sync_folder(new)
-        os.replace(new, folder / ".saved")
-    sync_folder(folder)
-    settle(folder)
+        with hold(folder):
+            _settle(folder)
+            os.replace(new, folder / ".saved")
+            sync_folder(folder)
+            _settle(folder)
 
 
 def settle(folder: str | os.PathLike) -> None:
     """Finish what `write_together` was doing in the folder when it was killed."""
-    saved = Path(folder) / ".saved"
-    if not saved.is_dir():
+    if (Path(folder) / ".saved").is_dir():
+        with hold(folder):
+            _settle(Path(folder))
+
+
+def _settle(folder):
+    if not (saved := folder / ".saved").is_dir():  # another has finished it
         return
-    with hold(saved):
-        names = sorted(os.listdir(saved)) if saved.is_dir() else []  # gone: another finished it
-        late = [name for name in names if name.endswith(".json")]
-        for name in late:
-            (saved.parent / name).unlink(missing_ok=True)
-        for name in [name for name in names if name not in late] + late:
-            os.replace(saved / name, saved.parent / name)
-        sync_folder(saved.parent)
-        with suppress(FileNotFoundError):
-            saved.rmdir()
+    names = sorted(os.listdir(saved))
+    late = [name for name in names if name.endswith(".json")]
+    for name in late:
+        (folder / name).unlink(missing_ok=True)
+    for name in [name for name in names if name not in late] + late:
+        os.replace(saved / name, folder / name)
+    sync_folder(folder)
+    saved.rmdir()

@@ -21,8 +21,9 @@ from minilm import ops
 from minilm.arrays import wide
 from minilm.backend import array_module, to_device, tune_allocator
 from minilm.data import IGNORED
+from minilm.graph import no_dropout
 from minilm.losses import of_text
-from minilm.measure.losses import refuse_seen_answers
+from minilm.measure.losses import alike, refuse_seen_answers
 from minilm.optim.flat import clip_scale, squares
 from minilm.optim.paged import PagedAdamW
 from minilm.optim.precision import LossScaler
@@ -84,6 +85,11 @@ class Trainer:
     def __init__(self, model, optimizer, workers: int = 1, processes: bool = False, seed: int = 0,
                  scaler: LossScaler | None = None, loss=None):
         check(self.RANGES, workers=workers, seed=seed)
+        if not hasattr(optimizer, "flat"):
+            raise TypeError("optimizer must be AdamW, SGD or their like over the model's "
+                            f"parameters, got {type(optimizer).__name__}")
+        if not isinstance(scaler, LossScaler | None):
+            raise TypeError(f"scaler must be a LossScaler or None, got {scaler!r}")
         on_gpu = array_module(optimizer.flat.data) is not np
         if processes and (on_gpu or isinstance(optimizer, PagedAdamW)):
             raise ValueError("processes cannot share a GPU's memory, nor PagedAdamW's pages: "
@@ -128,9 +134,7 @@ class Trainer:
                      for w, r in enumerate(self._split(rows))]
             loss += sum(self.workers.run(Trainer._backward, parts))
         opt.flat.complete()
-        if not opt.flat.present.any():
-            raise ValueError(f"step {step}: no parameter of the optimizer has a gradient; is it "
-                             "the optimizer of another model?")
+        self._require_its_own(step)
         norm = math.sqrt(sum(self._everywhere(Trainer._squares))) / scale
         good = self._is_good(step, loss, norm)
         if good:
@@ -146,18 +150,32 @@ class Trainer:
         mask (B, T): 0 for padding, which the model must not see and which does not count. batch:
         rows at a time. ValueError if no target counts.
         """
-        size = _length((tokens, targets, *mask))
+        _length((tokens, targets, *mask))
         check({"batch": whole(1)}, batch=batch)
         targets = of_text(targets, *mask)
         totals, arrays, counted = np.zeros(2), (tokens, targets, *mask), (targets != IGNORED).sum()
         if not counted:
             raise ValueError(f"there is nothing to evaluate: every target is {IGNORED}")
-        for i in range(0, size, batch):
-            rows = np.arange(i, min(i + batch, size))
-            parts = [tuple(a[r] for a in arrays) for r in self._split(rows)]
+        for rows, width in alike(self.model, targets, *mask, batch=batch):
+            parts = [tuple(a[r, :width] for a in arrays) for r in self._split(rows)]
             totals += np.sum(self.workers.run(Trainer._evaluate, parts), axis=0)
         loss, right = totals / counted
         return float(loss), float(right)
+
+    def _require_its_own(self, step):
+        """ValueError if the optimizer holds what is none of the model's."""
+        flat = self.optimizer.flat
+        if not flat.present.any():
+            raise ValueError(f"step {step}: no parameter of the optimizer has a gradient; is it "
+                             "the optimizer of another model?")
+        if flat.present.all():
+            return
+        own = {id(t) for _, t in self.model.named_tensors()}
+        for i, (p, here) in enumerate(zip(flat.params, flat.present)):
+            if not here and id(p) not in own:  # a loss may have some of its own, with gradients
+                raise ValueError(f"step {step}: parameter {i} of the optimizer, {p.shape}, is none "
+                                 "of the model's and has no gradient: make the optimizer after a "
+                                 "module is replaced")
 
     def _is_good(self, step, loss, norm):
         """May the update be made? False if the step must be skipped."""
@@ -200,8 +218,7 @@ class Trainer:
 
     def _evaluate(self, tokens, targets, *mask) -> tuple[float, int]:
         refuse_seen_answers(self.model, tokens, targets)
-        self.model.eval()
-        with no_grad():
+        with no_grad(), no_dropout():
             logits = self.model(tokens, *mask)
             loss = ops.cross_entropy(logits, targets, total=1)
         guesses = to_device(wide(logits.data).argmax(-1), "cpu")

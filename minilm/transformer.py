@@ -21,7 +21,14 @@ import numpy as np
 from minilm import ops
 from minilm.backend import array_module
 from minilm.nn import Dropout, Embedding, LayerNorm, Linear, Module, RMSNorm
+from minilm.ranges import AT_LEAST_0, BELOW_1, POSITIVE, check, one_of, whole
 from minilm.tensor import Tensor, checkpoint
+
+SIZES = ("vocab_size", "context", "layers", "heads", "width", "hidden", "kv_heads")
+RANGES = dict.fromkeys(SIZES, whole(1)._replace(words="positive")) | {
+    "norm": one_of("layer", "rms"), "positions": one_of("learned", "rotary"),
+    "activation": one_of("gelu_tanh", "gelu", "swiglu"), "head": one_of("linear", "masked"),
+    "segments": whole(0), "norm_eps": AT_LEAST_0, "rope_theta": POSITIVE, "dropout": BELOW_1}
 
 
 @dataclass(frozen=True)
@@ -56,20 +63,10 @@ class Config:
     dropout: float = 0.0  # after the embedding and at the end of each residual branch
 
     def __post_init__(self):
-        choices = {"norm": ("layer", "rms"), "positions": ("learned", "rotary"),
-                   "activation": ("gelu_tanh", "gelu", "swiglu"),
-                   "head": ("linear", "masked")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        sizes = ("vocab_size", "context", "layers", "heads", "width", "hidden", "kv_heads")
-        for name in sizes:
-            if not isinstance(getattr(self, name), int | np.integer):
-                raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name in ("norm_first", "causal", "tied", "bias"):
+            if not isinstance(given := getattr(self, name), bool | np.bool_):
+                raise TypeError(f"{name} must be True or False, got {given!r}")
+        check(RANGES, **{name: getattr(self, name) for name in RANGES})
         if self.width % self.heads or self.heads % self.kv_heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}, "
                              f"and heads of kv_heads {self.kv_heads}")
@@ -263,10 +260,12 @@ class Transformer(Module):
             raise ValueError(f"a cache of {len(cache.layers)} layers does not go with "
                              f"{len(self.blocks)} blocks")
         if mask is not None:
-            mask = xp.asarray(mask)
-            if mask.shape != (B, past + T):
-                raise ValueError(f"mask {mask.shape} must have the shape {(B, past + T)}, a number "
-                                 "for each token")
+            mask, wanted = xp.asarray(mask), (B, past + T)  # a number for each token
+            if mask.shape != wanted:
+                raise ValueError(f"mask {mask.shape} must have the shape {wanted}, as the tokens")
+            # Floats may be one that is to be added to the scores: it has 0 for what may be seen.
+            if (xp is np or mask.dtype.kind == "f") and not ((mask == 0) | (mask == 1)).all():
+                raise ValueError("mask must be 1 for a token that may be seen, 0 for padding")
             mask = (mask != 0)[:, None, None, :]
         if angles is None and not self.position:
             angles = rotary_tables(self.config, xp.arange(past, past + T), x.dtype)
@@ -276,6 +275,7 @@ class Transformer(Module):
         return self.norm(x) if self.norm else x
 
     def _run_blocks(self, x, mask, angles, cache):
+        check({"checkpoint_every": whole(0)}, checkpoint_every=self.checkpoint_every)
         if cache or not self.checkpoint_every:
             for i, block in enumerate(self.blocks):
                 x = block(x, mask, angles, cache and cache.layers[i])

@@ -25,7 +25,6 @@ from minilm import data
 from minilm.command import Given, command, typed, utf8
 from minilm.distill import Distillation, student_from_teacher
 from minilm.extras import told
-from minilm.files import sha256
 from minilm.interop import huggingface
 from minilm.loop import Training, fit, refuse_unused, resumed, validation
 from minilm.measure.guesses import likeliest
@@ -33,9 +32,10 @@ from minilm.measure.speed import speeds
 from minilm.nn import Module
 from minilm.optim import AdamW
 from minilm.picture import save_png
-from minilm.ranges import AT_LEAST_0, POSITIVE, check, one_of, optional, whole
-from minilm.run import RunDirectory
+from minilm.ranges import AT_LEAST_0, POSITIVE, check, each, one_of, optional, whole
+from minilm.run import RunDirectory, tell_if_learned
 from minilm.transformer import Config, Transformer
+from minilm.versions import fingerprints
 
 TEMPERATURES = (1, 2, 4)  # of the prediction in the picture
 LR = {"causal": 5e-3, "masked": 1e-3}  # BERT, with its norms after the branches, needs less
@@ -96,8 +96,8 @@ class Settings:
 
     RANGES: ClassVar = {
         "objective": one_of("causal", "masked"), "context": whole(2), "teacher_steps": whole(1),
-        "keep": whole(0), "student_width": whole(0), "steps": whole(1), "batch": whole(1),
-        "top_k": optional(whole(1)), "sweep": POSITIVE, "lr": AT_LEAST_0, "seed": whole(0),
+        "keep": each(whole(0)), "student_width": whole(0), "steps": whole(1), "batch": whole(1),
+        "top_k": optional(whole(1)), "sweep": each(POSITIVE), "lr": AT_LEAST_0, "seed": whole(0),
         "workers": whole(0)}  # temperature and weights are Distillation's
 
     def __post_init__(self):
@@ -130,15 +130,19 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if not s.weights[0] and not run:
         refuse_unused(given, ("temperature", "reverse", "masked_only", "top_k", "sweep"),
                       f"the soft loss has no weight in {s.weights}")
+    if s.objective == "causal" and not run:
+        refuse_unused(given, ("masked_only",), "the objective is causal: every token has a target")
+    if len({f"{T:g}" for T in s.sweep}) < len(s.sweep):  # these are their names
+        raise ValueError(f"sweep must be different temperatures, got {s.sweep}")
     corpora = data.load_corpora(s.corpus)
-    described = [{"name": c.name, "sha256": c.sha256} for c in corpora] + [
-        {"name": file.name, "sha256": sha256(file)} for file in files_of_teacher(s)]
+    described = [{"name": c.name, "sha256": c.sha256} for c in corpora]
+    described += fingerprints(Path(s.teacher)) if s.teacher else []
     if run:
         run.check(described, "the text or the teacher are not those")
     teacher, tokenizer = load_teacher(s) if s.teacher else new_teacher(s)
     parts = [data.split(corpus, s.validation) for corpus in corpora]
     texts = data.batches_of(parts, tokenizer, s.batch, s.context, s.seed,
-                            masked=s.objective == "masked")
+                            masked=s.objective == "masked", names=[c.name for c in corpora])
     make_students(s, teacher)  # these two lines fail now, if at all, not after the training
     likeliest(teacher, tokenizer, s.prompt, TEMPERATURES)
     if run is None:
@@ -161,22 +165,17 @@ def distill(run, s: Settings, teacher, tokenizer, texts):
           f"{s.steps * tokens:,} tokens")
     arms = {"teacher": Arm(teacher, train(run, s, "teacher", teacher, texts,
                                           0 if s.teacher else s.teacher_steps))}
-    save(run, "teacher", teacher, tokenizer)
+    huggingface.save_model(teacher, run.path / "teacher", tokenizer)
     for name, (student, loss) in make_students(s, teacher).items():
         arms[name] = Arm(student, train(run, s, name, student, texts, s.steps, loss))
     student = list(arms)[1]
-    save(run, "student", arms[student].model, tokenizer)
+    arms[student].model.ends = teacher.ends
+    huggingface.save_model(arms[student].model, run.path / "student", tokenizer)
     print_table(arms, speeds({name: arm.model for name, arm in arms.items()}, texts[1][0]), student)
     picture = draw(run.path / "distill.png", arms, s.prompt,
                    *likeliest(teacher, tokenizer, s.prompt, TEMPERATURES))
     print(told("curves, and a prediction at three temperatures", picture))
     print(f"teacher and student, as Hugging Face folders: {run.path}/teacher, {run.path}/student")
-
-
-def files_of_teacher(s: Settings) -> list[Path]:
-    """The files of a given teacher: its weights, its shape and its tokenizer."""
-    files = Path(s.teacher).iterdir() if s.teacher else []
-    return sorted(file for file in files if file.suffix in (".safetensors", ".json"))
 
 
 def new_teacher(s: Settings):
@@ -199,6 +198,8 @@ def load_teacher(s: Settings):
         raise ValueError(f"{folder} has a vocabulary of {c.vocab_size} and a context of "
                          f"{c.context}; its tokenizer needs {tokenizer.vocab_size}, and --context "
                          f"is {s.context}")
+    data.adopt_end(tokenizer, teacher.ends.eos)
+    tell_if_learned(folder, s.validation)
     return teacher, tokenizer
 
 
@@ -248,11 +249,6 @@ def train(run, s: Settings, name: str, model, texts, steps: int, loss=None) -> l
         raise KeyboardInterrupt
     return [arm.require(record, validation_loss=float, validation_accuracy=float)
             for record in arm.records()]
-
-
-def save(run, name: str, model, tokenizer):
-    """A Hugging Face folder with its tokenizer."""
-    huggingface.save_model(model, run.path / name, tokenizer)
 
 
 def size(model) -> int:

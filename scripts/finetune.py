@@ -38,7 +38,8 @@ from minilm.optim import AdamW
 from minilm.peft import add_ia3, add_lora, trainable_parameters
 from minilm.quantize import quantize_model
 from minilm.ranges import BELOW_1, POSITIVE, one_of, optional, whole
-from minilm.run import RunDirectory, newest_model
+from minilm.run import RunDirectory, newest_model, share_held_out
+from minilm.together import settle
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Settings(Training):
     test: int = 100
     """records to hold out, of each task or of the file; those with the same prompt stay together"""
     known: tuple[str, ...] = ("python-reference",)
-    """corpora whose held-out tenth shows what the model still knows"""
+    """corpora that show what the model still knows, by what its run held out of them, or a tenth"""
     r: int = 8
     """rank of the adapters"""
     alpha: float = 16.0
@@ -133,6 +134,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         refuse_unused(given, METHODS[s.method].without, f"the method is {s.method}")
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
     s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)
+    settle(folder)  # so that all that is read of it is new
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     templates = data.read_templates(folder) or {"default": data.plain(tokenizer)}
     records = load_data(s)
@@ -151,14 +153,16 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if not base.config.causal:
         raise ValueError(f"{folder} fills in masked tokens; only a causal model gives answers")
     data.adopt_end(tokenizer, base.ends.eos)
-    if talks:
-        chat = data.load_chat(folder, tokenizer, templates)
-        lesson = conversations(*records, chat, base, s.batch, s.seed)
-    else:
-        lesson = instructions(*records, tokenizer, base, s.batch, s.seed)
+    teach, by = ((conversations, data.load_chat(folder, tokenizer, templates)) if talks
+                 else (instructions, tokenizer))
+    lesson = teach(*records, by, base, s.batch, s.seed)
     model = METHODS[s.method].prepare(base, s).astype(s.dtype)
-    context = model.config.context
-    known = held_out_text(corpora, tokenizer, context)
+    share = share_held_out(folder) or 0.1
+    known = held_out_text(corpora, share, tokenizer, model.config.context)
+    rows = [*lesson.batches.rows, lesson.held_out, *known.values()]
+    if (largest := max(int(a.max()) for row in rows for a in row)) >= base.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer gives the id {largest}, but the model has "
+                         f"{base.config.vocab_size} rows")
     if run is None:
         run = RunDirectory.create(out, f"finetune-{s.method}", asdict(s), described, decisive)
     what = "conversations" if talks else "records"
@@ -262,10 +266,10 @@ def load_data(s: Settings):
     return data.make_tasks(s.data, s.train or 2000, s.test, s.seed)
 
 
-def held_out_text(corpora, tokenizer, context: int) -> dict:
-    """Rows of each known corpus's held-out tenth, as in pretrain.py: name -> (tokens, targets)."""
-    parts = {corpus.name: data.split(corpus, 0.1)[1] for corpus in corpora}
-    return {name: data.cut(data.pack(part, tokenizer), context) for name, part in parts.items()}
+def held_out_text(corpora, share: float, tokenizer, context: int) -> dict:
+    """Rows of each known corpus's held-out part, as in pretrain.py: name -> (tokens, targets)."""
+    parts = {corpus.name: data.split(corpus, share)[1] for corpus in corpora}
+    return {name: data.rows_of(part, tokenizer, context) for name, part in parts.items()}
 
 
 def fingerprints(s: Settings, records, templates):

@@ -66,6 +66,8 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
                   f"this is {'a' if chat else 'no'} conversation")
     if tokens < 0:
         raise ValueError(f"tokens must not be negative, got {tokens}")
+    if temperature == 0:
+        refuse_unused(given, ("top_k", "top_p", "seed"), "temperature 0 takes the likeliest token")
     prompt = utf8("prompt", prompt)
     tune_allocator()
     folder, transformer = load(model, adapter)

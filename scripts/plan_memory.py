@@ -13,7 +13,7 @@ numbers follow from the shapes and from what each op keeps for its backward pass
 (minilm/measure/plan.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -89,7 +89,10 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
     if set(method) == {"full"}:
         refuse_unused(given, ("rank", "targets"), "full training has no adapters")
     length = 1024 if context is None else context
-    config = read_config(model, widths) if model else make_config(widths, length)
+    if model and (widths != Widths() or given & {field.name for field in fields(Widths)}):
+        raise ValueError(f"give either a model's folder or its widths, got both {model} and "
+                         "--family, --layers, --width, ...")
+    config = read_config(model) if model else make_config(widths, length)
     chosen = "all-linear" if targets == ("all-linear",) else targets
     length = config.context if context is None else context
     steps = [Step(config, m, batch, length, rank, chosen, dtype, checkpoint_every, device)
@@ -117,11 +120,8 @@ def amount(n: float) -> str:
     return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.2f} MB"
 
 
-def read_config(folder: Path, widths: Widths) -> Config:
+def read_config(folder: Path) -> Config:
     """The Config of a Hugging Face folder; its weights are not read."""
-    if widths != Widths():
-        raise ValueError(f"give either a model's folder or its widths, got both {folder} and "
-                         "--family, --layers, --width, ...")
     return huggingface.parse(folder, read_json(folder / "config.json"))[1]
 
 

@@ -8,6 +8,7 @@ steps and at the end: random bytes, then words, then sentences. A run directory 
 their curves, checkpoints, and the model as a Hugging Face folder.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,13 +21,14 @@ from tqdm import tqdm
 from minilm import data
 from minilm.command import Given, command, typed, utf8
 from minilm.extras import told
+from minilm.files import json_bytes, sha256
 from minilm.generate import generate
 from minilm.graph import no_dropout
 from minilm.interop import huggingface
 from minilm.loop import Training, fit, refuse_unused, resumed, validation
 from minilm.measure.losses import bits_per_byte
 from minilm.optim import AdamW
-from minilm.ranges import AT_LEAST_0, BELOW_1, POSITIVE, one_of, whole
+from minilm.ranges import AT_LEAST_0, BELOW_1, POSITIVE, each, one_of, optional, whole
 from minilm.run import RunDirectory
 from minilm.tensor import no_grad
 from minilm.transformer import Config, Transformer
@@ -66,8 +68,8 @@ class Settings(Training):
     """updates in the whole run"""
     warmup: int = 120
     """steps of linear warmup"""
-    min_lr: float = 2.5e-4
-    """learning rate at the end"""
+    min_lr: float | None = None
+    """learning rate at the end; by default a twentieth of lr"""
     beta2: float = 0.95
     """decay of AdamW's second moment"""
     weight_decay: float = 0.1
@@ -78,9 +80,10 @@ class Settings(Training):
     """tokens in a sample"""
 
     RANGES: ClassVar = Training.RANGES | {
-        "steps": whole(1), "lr": POSITIVE, "min_lr": AT_LEAST_0, "beta2": BELOW_1,
-        "weight_decay": AT_LEAST_0, "weights": AT_LEAST_0, "vocab_size": whole(1),
-        "dropout": BELOW_1, "sample": whole(0), "family": one_of("gpt2", "llama", "bert")}
+        "steps": whole(1), "lr": POSITIVE, "min_lr": optional(AT_LEAST_0), "beta2": BELOW_1,
+        "weight_decay": AT_LEAST_0, "weights": each(AT_LEAST_0), "vocab_size": whole(1),
+        "dropout": BELOW_1, "context": whole(1),
+        "sample": whole(0), "family": one_of("gpt2", "llama", "bert")}
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
@@ -102,21 +105,32 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     run, s = resumed(settings, resume, given)
     if not run and s.tokenizer != "bpe":
         refuse_unused(given, ["vocab_size"], f"the tokenizer {s.tokenizer} has its own vocabulary")
+    if not run and s.family == "bert":
+        refuse_unused(given, ["sample"], "bert fills in tokens of the prompt and writes no others")
+    if not run and len(s.corpus) == 1:
+        refuse_unused(given, ["weights"], "there is one corpus to draw from")
+    if not run and (s.min_lr or 0) > s.lr:
+        raise ValueError(f"min_lr must be at most lr, {s.lr}; got {s.min_lr}")
     corpora = data.load_corpora(progress(s.corpus, "reading", "corpus"))
     described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
     if run:
-        run.check(described, "the text is not the one that")
+        own = run.path / "tokenizer.json"
+        known = run.describe().get("base")  # earlier runs know nothing of it
+        run.check(described, "the text or the tokenizer is not the one that",
+                  [{"name": own.name, "sha256": sha256(own)}] if known else ())
     parts = [data.split(corpus, s.validation) for corpus in corpora]
     stored = run and data.load_tokenizer(run.path / "tokenizer.json", framed=False)
     tokenizer = stored or make_tokenizer(s, parts)
     shown = [(progress(training, "tokens of the text", "document"), held)
              for training, held in parts]
     batches, held_out = data.batches_of(shown, tokenizer, s.batch, s.context, s.seed, s.weights,
-                                        masked=s.family == "bert")
+                                        s.family == "bert", [c.name for c in corpora])
     model = make_model(s, tokenizer.vocab_size).astype(s.dtype)
     if run is None:
+        written = hashlib.sha256(json_bytes(tokenizer.fields())).hexdigest()
         run = RunDirectory.create(out, "pretrain", asdict(s), described,
-                                  fill=lambda folder: tokenizer.save(folder / "tokenizer.json"))
+                                  [{"name": "tokenizer.json", "sha256": written}],
+                                  lambda folder: tokenizer.save(folder / "tokenizer.json"))
     for corpus, part in zip(corpora, parts):
         print(data.account(corpus, *part))
     size = sum(len(text.encode()) for _, held in parts for text in held)
@@ -129,7 +143,8 @@ def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer
     params = model.parameters()
     optimizer = AdamW(params, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay,
                       undecayed=[p for p in params if p.ndim < 2])
-    for trainer, done in fit(run, model, batches, s, optimizer=optimizer, min_lr=s.min_lr,
+    min_lr = s.lr / 20 if s.min_lr is None else s.min_lr
+    for trainer, done in fit(run, model, batches, s, optimizer=optimizer, min_lr=min_lr,
                              accumulate=s.accumulate):
         if not done.targets:
             print(f"{run.path}: {sum(p.size for p in params):,} parameters, {s.workers} workers, "

@@ -25,7 +25,7 @@ from minilm.nn import Linear
 from minilm.picture import save_png
 from minilm.quantize import quantize_4bit, quantize_int8, quantize_model
 from minilm.quantize.fourbit import BLOCK_SIZES, levels
-from minilm.run import newest_model
+from minilm.run import newest_model, share_held_out
 
 KINDS = ("nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2")
 
@@ -37,7 +37,8 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     Args:
         model: Hugging Face folder and tokenizer.json; by default the newest runs/pretrain-*/model.
         block_sizes: how many numbers share a constant; powers of 2 from 32 to 4096.
-        corpus: the perplexity is measured on its held-out tenth; as for pretrain.py.
+        corpus: as for pretrain.py. The perplexity is measured on what the model's run held out of
+            it, or on a tenth.
         out: file for the picture.
     """
     if not block_sizes or set(block_sizes) - set(BLOCK_SIZES):
@@ -49,9 +50,11 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
         raise ValueError(f"{folder} fills in masked tokens; perplexity needs a causal model")
     weights = [m.weight.data for path, m in loaded.named_modules()
                if type(m) is Linear and path != "head"]
-    text = data.split(data.load_corpus(corpus), 0.1)[1]
+    share = share_held_out(folder) or 0.1
+    text = data.split(data.load_corpus(corpus), share)[1]
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
-    rows = data.cut(data.pack(text, tokenizer), loaded.config.context)
+    data.adopt_end(tokenizer, loaded.ends.eos)
+    rows = data.rows_of(text, tokenizer, loaded.config.context)
     normal = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
     print_examples()
     print("\nnormal numbers")
@@ -60,7 +63,7 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
           "mean |error / x| 0.2033)")
     print(f"\nthe weights of {folder}, without the head")
     print_errors(weights, block_sizes)
-    print(f"\nthe model on the held-out tenth of {corpus}")
+    print(f"\nthe model on the {share:.0%} of {corpus} that are held out")
     print_perplexities(folder, rows)
     print("\n" + told("the codebooks over the weights", draw_codebooks(weights, out)))
 

@@ -11,6 +11,7 @@ and must be the same.
 
 import faulthandler
 import json
+import math
 import os
 import random
 import resource
@@ -329,7 +330,7 @@ def tensor_mutated(rng, tensors):
         shapes = [shape[::-1], [*shape, 1], [1, *shape], shape[1:], [len(part)], [0, 10**12], [],
                   [*shape, 0], [n + 1 for n in shape], [0] * len(shape), [1] * 40]
         new = rng.choice(shapes)
-        length = int(np.prod(new, dtype=object)) * DTYPES[dtype].itemsize
+        length = math.prod(n for n in new if type(n) is int) * DTYPES[dtype].itemsize
         tensors[name] = [dtype, new, (part * (length // max(len(part), 1) + 1))[:length]]
     elif kind == "dtype":
         other = rng.choice([d for d in DTYPES if DTYPES[d].itemsize == DTYPES[dtype].itemsize])

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import ops
-from minilm.cache import Cache
+from minilm.cache import Buffer, Cache
+from minilm.generate import generate
 from minilm.tensor import Tensor, no_grad
 from minilm.transformer import Config, Transformer
 
@@ -171,3 +172,26 @@ def test_concat_refuses(inputs, axis, kind, given):
         ops.concat(*map(np.ones, inputs), axis=axis)
     with pytest.raises(TypeError, match="input 1 float32"):
         ops.concat(np.ones(2), np.ones(2, np.float32), axis=0)
+
+
+@families
+@pytest.mark.parametrize("first", [1, 2, 5])
+def test_room_that_grows_changes_no_bit(family, first, monkeypatch):
+    model, tokens = make(family), draw(3)[0]
+    def logits():
+        cache = Cache.empty(model)
+        with no_grad():
+            return [model(tokens[:, i : i + 1], cache=cache).data for i in range(T)], cache
+    whole, _ = logits()
+    monkeypatch.setattr(Buffer, "FIRST", first)
+    grown, cache = logits()
+    assert np.array_equal(whole, grown)
+    assert cache.layers[0].k.shape[2] <= max(first, 2 * T)
+
+
+@pytest.mark.parametrize("context", [10**12, 10**20])
+def test_a_context_that_no_memory_holds_is_not_asked_for(context):
+    small = Config.llama(V, 12, 2, heads=4, width=16, hidden=12, kv_heads=2)
+    vast = dataclasses.replace(small, context=context)
+    near, far = (generate(Transformer(c), [[1, 2]], 8, seed=5) for c in (small, vast))
+    assert near.tolist() == far.tolist()

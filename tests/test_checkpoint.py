@@ -129,6 +129,15 @@ def save_in_a_child_that_dies(path, new, k, monkeypatch):
         os._exit(1)
 
 
+def test_what_stands_where_a_checkpoint_is_built_is_cleared_away(tmp_path):
+    """Folders of kills, and what nobody knows the origin of."""
+    (tmp_path / "step-00000001.tmp").touch()
+    (tmp_path / "step-00000002.tmp").symlink_to(tmp_path / "nothing")
+    (tmp_path / "step-00000003.tmp" / "x").mkdir(parents=True)
+    save(tmp_path, 1)
+    assert names(tmp_path) == ["step-00000001"]
+
+
 def test_a_failed_save_frees_the_disk(tmp_path, monkeypatch):
     save(tmp_path, 1)
     with monkeypatch.context() as patch:
@@ -158,9 +167,9 @@ def test_everything_is_on_the_disk_before_the_rename_and_nothing_goes_before_it(
         log.append(("rename", b.name, inodes <= synced))
         replace(a, b)
 
-    def logged_rmtree(a):
+    def logged_rmtree(a, **settings):
         log.append(("remove", a.name))
-        rmtree(a)
+        rmtree(a, **settings)
 
     monkeypatch.setattr(os, "fsync", logged_fsync)
     monkeypatch.setattr(os, "replace", logged_replace)
@@ -303,3 +312,14 @@ def test_a_state_without_a_step_is_refused(tmp_path, step):
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         checkpoint.save(tmp_path / "c", {}, {"step": 1}, keep=0)
     assert not (tmp_path / "c").exists()
+
+
+def test_what_is_no_folder_does_not_stop_a_save(tmp_path):
+    """Files and links with a checkpoint's name are passed over, and removed as older ones are."""
+    save(tmp_path, 3)
+    for name in ("step-00000001", "step-00000002.tmp"):
+        (tmp_path / name).write_text("no folder")
+    (tmp_path / "step-00000002").symlink_to(tmp_path / "step-00000003")
+    save(tmp_path, 4)
+    assert load(tmp_path) == (4, 0)
+    assert names(tmp_path) == ["step-00000003", "step-00000004"]

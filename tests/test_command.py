@@ -7,6 +7,7 @@ their own only if the interpreter's start or end is what is looked at.
 
 import io
 import os
+import re
 import runpy
 import shlex
 import subprocess
@@ -156,6 +157,14 @@ def test_nothing_is_said_twice_as_a_process_ends():
         1, b"python -m minilm: No space left on device; stopped\n")
 
 
+def test_what_stderr_does_not_take_is_lost_and_the_work_goes_on(model):
+    """What is said there is beside the work: here, the speed."""
+    with open("/dev/full", "wb") as full:
+        done = run(words("generate", "--model", model, "--tokens", 3, "--prompt", "To"),
+                   stderr=full)
+    assert done.returncode == 0 and done.stdout.startswith(b"To") and done.stdout.endswith(b"\n")
+
+
 def test_progress_fits_a_narrow_terminal_without_utf8(pretrain, monkeypatch):
     reader, writer = os.openpty()
     termios.tcsetwinsize(writer, (24, 40))
@@ -165,6 +174,7 @@ def test_progress_fits_a_narrow_terminal_without_utf8(pretrain, monkeypatch):
         bars = os.read(reader, 9999).replace(b"\n", b"\r").split(b"\r")
     os.close(reader)
     assert any(b"2/2" in bar for bar in bars) and max(map(len, bars)) <= 40
+    assert any(re.search(rb"^loss \d\.\d\d\d: 100%.*2/2", bar) for bar in bars), bars
 
 
 # What a shell reads

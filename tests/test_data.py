@@ -34,7 +34,8 @@ from minilm.data import (
     printable,
     split,
 )
-from minilm.files import FormatError
+from minilm.files import FormatError, write_json
+from minilm.run import share_held_out
 
 PROSE = ["the cat and the dog sat on the mat. " * 20, "naïve café 数学 😀 " * 10]
 SPELLED = ["<|endoftext|>", "<|mask|>", "<|", "endoftext", "|>", " ", "the"]
@@ -180,6 +181,26 @@ def test_runs_and_models_in_a_corpus_are_not_its_text(tmp_path):
     assert load_corpus(tmp_path / "runs" / "pretrain-1").documents == ("sampled", "sampled")
     with pytest.raises(ValueError, match=r"no text; skipped: .*/1: holds a run"):
         load_corpus(write(tmp_path / "only", {"1/run.json": "{}", "1/samples.txt": "x"}))
+
+
+def test_links_into_runs_are_not_followed(tmp_path):
+    write(tmp_path, {"root/a.txt": "a", "far/1/run.json": "{}", "far/1/samples.txt": "no",
+                     "far/1/deep/er/x.txt": "no", "root/2/run.json": "{}", "root/2/s.txt": "no",
+                     "far/notes.txt": "b"})
+    root, run = tmp_path / "root", tmp_path / "far" / "1"
+    for link, target in {"s.txt": run / "samples.txt", "x.txt": run / "deep/er/x.txt",
+                         "deep": run / "deep", "er": run / "deep/er", "own.txt": root / "2/s.txt",
+                         "notes.txt": "../far/notes.txt", "twice.txt": root / "s.txt"}.items():
+        os.symlink(target, root / link)
+    corpus, into = load_corpus(root), f"is a link into {run}, which holds a run, not text"
+    assert corpus.documents == ("a", "b")
+    assert sorted(corpus.skipped) == [
+        f"{root}/2: holds a run, not text",
+        f"{root}/deep: {into}",
+        f"{root}/er: {into}",
+        f"{root}/own.txt: is a link into {root}/2, which holds a run, not text",
+        f"{root}/s.txt: {into}", f"{root}/twice.txt: {into}", f"{root}/x.txt: {into}"]
+    assert load_corpus(run / "deep").documents == ("no",)  # asked for by name
 
 
 def test_a_text_of_two_corpora_counts_in_the_first(tmp_path):
@@ -641,7 +662,7 @@ def test_the_draw_of_a_seed_never_changes():
 @pytest.mark.parametrize(
     "sizes, weights, batch, length, message",
     [
-        ([20, 8], [1, 1], 2, 8, "8 tokens is too short: 9"),
+        ([20, 8], [1, 1], 2, 8, "stream 1 is too short: it has 8 tokens, 9 are needed"),
         ([20], [1, 1], 2, 8, "expected 1 weights"),
         ([20, 20], [1, -1], 2, 8, "negative"),
         ([20, 20], [0, 0], 2, 8, "zero"),
@@ -678,7 +699,7 @@ def test_rows_cover_the_stream_once(size, length):
 
 
 def test_rows_refuse_nonsense():
-    with pytest.raises(ValueError, match="1 tokens is too short"):
+    with pytest.raises(ValueError, match="the stream is too short: it has 1 tokens, 2 are needed"):
         cut(np.array([1]), 4)
     with pytest.raises(ValueError, match="at least 1"):
         cut(np.arange(9), 0)
@@ -754,3 +775,23 @@ def test_a_tokenizer_without_a_mask_cannot_corrupt():
 
 def test_printable_keeps_text_and_hides_what_would_steer_a_terminal():
     assert printable("naïve 数学 😀\tx\n\x1b[2Jy\x07\r\x9b") == "naïve 数学 😀\tx\n�[2Jy���"
+
+
+def test_the_share_that_a_models_run_held_out(tmp_path):
+    def run(name, **settings):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "run.json", {"settings": settings})
+        return tmp_path / name / "model"
+
+    first = run("a", validation=0.25)
+    second = run("b", model=str(first))
+    assert share_held_out(first) == share_held_out(run("c", model=str(second))) == 0.25
+    assert share_held_out(run("loop", model=str(tmp_path / "loop" / "model"))) is None
+    for i, validation in enumerate((0, 1, True, "0.1", None, [0.1])):
+        assert share_held_out(run(f"bad-{i}", validation=validation)) is None
+    assert share_held_out(tmp_path / "none" / "model") is None
+    write_json(tmp_path / "a" / "run.json", [])
+    assert share_held_out(second) is None
+    (tmp_path / "a" / "run.json").write_bytes(b"{")
+    with pytest.raises(FormatError, match=r"a/run\.json: not valid JSON"):
+        share_held_out(first)

@@ -4,6 +4,7 @@ students begin with and learn from, stopping and resuming, and one clear line fo
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from distill import Settings, main
 from minilm import checkpoint, data, ops
 from minilm.command import typed
 from minilm.distill import Distillation, student_from_teacher
+from minilm.files import write_json
 from minilm.interop import huggingface
 from minilm.run import RunDirectory
 from minilm.train import LabelLoss, Trainer
-from minilm.transformer import Config, Transformer
+from minilm.transformer import Config, Ends, Transformer
 
 # Python 3.12 warns of every fork in a process that has threads, as BLAS does.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -207,6 +209,38 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path, text, changes, words):
     with pytest.raises((ValueError, OSError), match=words):
         main(settings(text, **changes | dict(teacher=teacher)), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, dict(student_width=12)])
+def test_students_end_texts_as_their_teacher_does(tmp_path, text, plain, changes):
+    path = Path(save_teacher(tmp_path / "theirs", vocab_size=259))
+    tokenizer = data.BPETokenizer.train([text.read_text()], 258)
+    tokenizer.tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(path / "tokenizer.json")
+    write_json(path / "generation_config.json", {"eos_token_id": [258], "bos_token_id": 3})
+    assert distill.load_teacher(settings(text, teacher=str(path)))[1].end == 258
+    main(settings(text, teacher=str(path), **changes), tmp_path)
+    for name in ("teacher", "student"):
+        assert huggingface.load_model(tmp_path / "distill-1" / name).ends == Ends(3, (258,))
+
+
+def test_a_teacher_that_has_learned_what_is_held_out_is_told_of(tmp_path, text, plain, capsys):
+    path = save_teacher(tmp_path / "run" / "model")
+    write_json(tmp_path / "run" / "run.json", {"settings": {"validation": 0.05}})
+    for validation, told in ((0.1, True), (0.05, False)):
+        distill.load_teacher(settings(text, teacher=path, validation=validation))
+        said = "was trained with 5.0% held out: it has learned some of the 10.0% here"
+        assert (said in capsys.readouterr().err) is told
+
+
+def test_a_teacher_whose_saving_was_killed_is_finished_first(tmp_path, text, plain):
+    """Its files are then those that a resumed run finds."""
+    path = Path(save_teacher(tmp_path / "theirs"))
+    (path / ".saved").mkdir()
+    for file in ("config.json", "tokenizer.json"):
+        shutil.move(path / file, path / ".saved" / file)
+    main(settings(text, teacher=str(path)), tmp_path)
+    main(settings(text, teacher=str(path)), resume=tmp_path / "distill-1")
 
 
 # Stopping and resuming

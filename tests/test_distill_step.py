@@ -187,6 +187,17 @@ def test_it_is_the_loss_of_both_models_outputs(family, settings):
 
 
 @families
+def test_the_teachers_mode_is_its_owners(family):
+    """It answers without dropout, and stays as it is for others that train it meanwhile."""
+    student, teacher = make(family), make(family, dropout=0.5)
+    loss, batch = Distillation(student, teacher), draw(family)
+    expected = loss(student, *batch).data
+    teacher.train()
+    assert loss(student, *batch).data == expected
+    assert all(module.training for _, module in teacher.named_modules())
+
+
+@families
 def test_the_teacher_has_no_graph(family):
     teacher, graphs = make(family), []
     student = student_from_teacher(teacher)

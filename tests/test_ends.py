@@ -65,7 +65,7 @@ def ids(bos, eos, pad):
     (ids(50, [60, 70], 51), None, CHAT),
     (ids(50, 60, 51), {"eos_token_id": [60, 70]}, CHAT),
     (ids(1, 2, 3), ids(50, [60, 70], 51), CHAT),
-    (ids(50, 60, -1), {"temperature": 0.6}, Ends(50, (60,))),  # -1 was none in older files
+    (ids(50, 60, -1), {"temperature": 0.6}, Ends(50, ())),  # -1 was none in older files
     (ids(0, 0, 0), None, Ends(0, (0,), 0)),
     (ids(50256, 50256, None), None, Ends(50256, (50256,))),  # GPT-2's, of a smaller vocabulary
 ])
@@ -227,7 +227,8 @@ def test_a_model_learns_to_end_as_its_folder_says(tmp_path, monkeypatch):
         model.ends, learned = Ends(eos=eos), []
         huggingface.save_model(model, tmp_path, tokenizer)
         with monkeypatch.context() as patch:
-            patch.setattr(finetune, "finetune", lambda *args: learned.append(args[4][0][1]))
+            patch.setattr(finetune, "finetune",
+                          lambda *args: learned.append(args[5].batches[0][1]))
             finetune.main(finetune.Settings(model=str(tmp_path), known=(), train=4, test=1, batch=2,
                                             data=("reverse",)), tmp_path / "runs")
         assert all(row[row >= 0][-1] == expected for row in learned[0])
@@ -385,7 +386,7 @@ def test_peer_reads_the_ends(peer, tmp_path, family):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("where", ["config", "generation_config"])
+@pytest.mark.parametrize("where", ["config", "generation_config", "config, unseen"])
 def test_peer_ends_and_fills_the_same_rows(peer, tmp_path, where):
     torch, transformers = peer
     tokenizer = TOKENIZERS["bytes"]
@@ -394,9 +395,10 @@ def test_peer_ends_and_fills_the_same_rows(peer, tmp_path, where):
     for eos, pad in (([int(free[0, 6]), int(free[1, 3])], 9), (int(free[2, 8]), None)):
         raw = read_json(tmp_path / "config.json") | ids(None, None, None)
         given = {"eos_token_id": eos, "pad_token_id": pad}
-        write_json(tmp_path / "config.json", raw | (given if where == "config" else {}))
-        if where == "generation_config":
-            write_json(tmp_path / "generation_config.json", given)
+        write_json(tmp_path / "config.json", raw | (given if where.startswith("config") else {}))
+        if where != "config":
+            write_json(tmp_path / "generation_config.json",
+                       given if where == "generation_config" else {"pad_token_id": pad})
         theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
         expected = theirs.generate(torch.tensor(tokens), max_new_tokens=20, do_sample=False,
                                    attention_mask=torch.ones(3, 3, dtype=torch.long))

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minilm import data, loop
 from minilm import experiment as module
-from minilm import loop
 from minilm.command import typed
 from minilm.experiment import QUICK, Experiment, conduct
 from minilm.files import FormatError
+from minilm.interop import huggingface
 from minilm.measure.verdict import (
     FAILS,
     HOLDS,
@@ -30,6 +31,7 @@ from minilm.measure.verdict import (
 )
 from minilm.picture import draw_svg
 from minilm.results import Result, table, verdicts
+from minilm.transformer import Config, Transformer
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "experiments"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -330,3 +332,12 @@ def test_the_index_has_each_experiment(name):
     question = importlib.import_module(name).QUESTION
     line = f"| {question} | `.venv/bin/python scripts/experiments/{name}.py` |"
     assert line in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_a_base_that_gives_no_answers_is_refused_before_the_run(tmp_path):
+    methods, folder = importlib.import_module("adaptation_methods"), tmp_path / "bert"
+    bert = Transformer(Config.bert(258, 48, layers=1, heads=2, width=8, hidden=8))
+    huggingface.save_model(bert, folder, data.ByteTokenizer())
+    with pytest.raises(ValueError, match="bert fills in masked tokens; only a causal model"):
+        methods.main(seeds=(0,), model=(folder,), out=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

@@ -242,6 +242,12 @@ def test_what_json_cannot_hold_leaves_no_file(tmp_path, value):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_path_that_is_not_utf8_is_named_in_full(tmp_path):
+    with pytest.raises(ValueError, match=r"^JSON is UTF-8, which 'texts/caf\\udce9' is not$"):
+        write_json(tmp_path / "j", {"corpus": [os.fsdecode(b"texts/caf\xe9/a.txt")]})
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "text",
     [b"", b"{", b'"\xff"', b"[1,]", b"NaN", b"[-Infinity]", b'{"a":1,"a":2}', b"[" * 100_000,

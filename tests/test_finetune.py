@@ -16,7 +16,7 @@ import pytest
 from finetune import METHODS, Settings, main
 
 from minilm import checkpoint, data
-from minilm.files import FormatError, read_json
+from minilm.files import FormatError, read_json, write_json
 from minilm.generate import generate, stream
 from minilm.interop import huggingface, peft
 from minilm.measure.answers import answers
@@ -59,6 +59,36 @@ def learned(run):
     """Bytes of what a run has learned."""
     found = [p for p in run.rglob("*.safetensors") if "checkpoints" not in p.parts]
     return {p.relative_to(run).as_posix(): p.read_bytes() for p in found}
+
+
+@pytest.mark.parametrize("context", [40, 10**12])
+def test_what_is_known_is_what_the_base_was_not_trained_on(tmp_path, base, context):
+    """Its run may have held out another share than a tenth; its context may be out of reach."""
+    model = Transformer(Config.llama(258, context, layers=1, heads=2, width=16, hidden=16), seed=1)
+    huggingface.save_model(model, base, data.ByteTokenizer())
+    write_json(tmp_path / "run.json", {"settings": {"validation": 0.4}})
+    s = settings(base)
+    main(s, tmp_path / "runs")
+    held = data.split(data.load_corpus(s.known[0]), 0.4)[1]
+    rows = data.cut(data.pack(held, data.ByteTokenizer()), 40 if context == 40 else len(held[0]))
+    found = metrics(tmp_path / "runs" / "finetune-lora-1")[0]["loss_known"][s.known[0]]
+    assert found == pytest.approx(loss_of(model, *rows), abs=1e-5)
+
+
+def test_a_tokenizer_beyond_its_model_is_refused_before_the_run(tmp_path, base):
+    model = Transformer(Config.gpt2(100, 40, layers=1, heads=2, width=16))
+    huggingface.save_model(model, base, data.ByteTokenizer())
+    with pytest.raises(ValueError, match=r"base: the tokenizer gives the id 256, but .* 100 rows"):
+        main(settings(base), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_base_whose_saving_was_killed_is_finished_before_it_is_read(tmp_path, base):
+    (base / ".saved").mkdir()
+    for file in ("config.json", "tokenizer.json"):
+        shutil.move(base / file, base / ".saved" / file)
+    main(settings(base), tmp_path / "runs")
+    assert (tmp_path / "runs" / "finetune-lora-1" / "adapter").is_dir()
 
 
 # What a run leaves behind

@@ -364,3 +364,10 @@ def test_what_is_no_array_is_named():
         quantize_int8(Tensor(np.ones(4)))
     found = int8_matmul_outliers([[1.0, 2.0]], [[3.0, 0.0]])
     np.testing.assert_allclose(found, [[3.0]], atol=0.05)
+
+
+@pytest.mark.parametrize("threshold, error", [(-1.0, ValueError), (np.nan, ValueError),
+                                              ("6", TypeError), (None, TypeError)])
+def test_a_threshold_is_at_least_0(threshold, error):
+    with pytest.raises(error, match=r"^threshold must be "):
+        int8_matmul_outliers(np.ones((2, 3)), np.ones((4, 3)), threshold)

@@ -1,8 +1,10 @@
 """minilm.data.library: a tokenizer.json can do no harm. Panics become ValueError, and what would
 take all memory, lose a token or draw at random is refused or switched off."""
 
+import base64
 import json
 
+import numpy as np
 import pytest
 
 from minilm.data.library import called
@@ -17,6 +19,8 @@ BPE = {"type": "BPE", "vocab": VOCAB, "merges": [["a", "b"]], "unk_token": "[UNK
 SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
 STRIP = {"type": "Sequence", "decoders": [
     {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 0, "stop": 1}]}
+TRIE = np.zeros(256, "<u4")  # of one letter, a: to the text at 0
+TRIE[0], TRIE[0x60] = 1 << 10, ord("a") | 1 << 8 | 1 << 10
 TWICE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 
 
@@ -92,6 +96,18 @@ def test_templates_that_repeat_the_text_are_refused(load):
         load(post_processor={"type": "Sequence", "processors": [template] * 2})
 
 
+def test_templates_of_too_many_tokens_are_refused(load):
+    """A file of 30 kB that put a billion tokens around each text."""
+    def frame(ids, times):
+        tokens = {"</s>": {"id": "</s>", "ids": [4] * ids, "tokens": ["</s>"] * ids}}
+        return {"type": "TemplateProcessing", "pair": [], "special_tokens": tokens,
+                "single": [{"SpecialToken": {"id": "</s>", "type_id": 0}}] * times}
+
+    assert load(post_processor=frame(3, 20)).prompt("ab").tolist() == [4] * 60
+    with pytest.raises(FormatError, match=r"9e\+04 letters of one"):
+        load(post_processor=frame(300, 300))
+
+
 def test_a_frame_of_ids_without_a_token_is_refused(load):
     end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
@@ -113,3 +129,19 @@ def test_encoding_is_never_random(load, tmp_path):
     assert json.loads((tmp_path / "again.json").read_text())["model"]["dropout"] is None
 
 
+
+
+def mapped(texts: bytes):
+    """A normalizer that makes the first of texts, which zero bytes end, of each a."""
+    data = TRIE.nbytes.to_bytes(4, "little") + TRIE.tobytes() + texts
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+
+
+def test_a_map_of_letters_that_grows_too_much_is_refused(load):
+    """One of 40 kB made gigabytes of a page."""
+    assert load(normalizer=mapped(b"ab\0" * 10_000)).encode("aba").tolist() == [2, 1, 2]
+    with pytest.raises(FormatError, match=r"4e\+04 letters of one, expected at most 10000"):
+        load(normalizer=mapped(b"ab" * 20_000))
+    with pytest.raises(FormatError, match=r"2e\+04 letters of one"):
+        load(normalizer={"type": "Sequence", "normalizers": [mapped(b"b" * 100 + b"\0"),
+                                                             mapped(b"a" * 200 + b"\0b\0")]})

@@ -7,6 +7,7 @@ import math
 import re
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import distill
@@ -297,6 +298,7 @@ def test_a_parameter_without_a_gradient_stays_with_any_workers(workers, processe
     model = make_model(0.0)
     extra = Linear(3, 5, np.random.default_rng(0))
     params = [*extra.parameters(), *model.parameters()]
+    model.extra = extra  # is not called
     before = [p.data.copy() for p in params]
     with Trainer(model, AdamW(params, 0.1, weight_decay=0.1), workers, processes) as trainer:
         trainer.step(0, BATCHES[0])
@@ -449,3 +451,21 @@ def test_ctrl_c_asks_first_and_interrupts_then():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_thread_trains_without_a_word_on_ctrl_c():
+    def work():
+        with finish_on_interrupt() as interrupted:
+            return interrupted()
+
+    before = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() is False
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_checkpoint_behind_the_end_is_not_of_this_run(tmp_path):
+    run = new_run(tmp_path)
+    go_on(run)
+    with pytest.raises(FormatError, match=r"step is 7, but the run ends after 5"):
+        go_on(run, dataclasses.replace(SMALL, steps=5))

@@ -714,7 +714,7 @@ REFUSED = {
     "r: above a side": (dict(r=17, targets="up"), ["1 to 16", "mlp.up", "(64, 16)", "got 17"]),
     "r: a fraction": (dict(r=2.5), ["1 to 16", "got 2.5"]),
     "r: nan": (dict(r=math.nan), ["1 to 16", "got nan"]),
-    "r: a string": (dict(r="4"), ["1 to 16", "got 4"]),
+    "r: a string": (dict(r="4"), ["1 to 16", "got '4'"]),
     "alpha: nan": (dict(alpha=math.nan), ["alpha", "nan"]),
     "alpha: inf": (dict(alpha=math.inf), ["alpha", "inf"]),
     "dropout: 1": (dict(dropout=1.0), ["dropout", "at least 0 and below 1", "1.0"]),

@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 
 from minilm import data, ops
 from minilm.measure import KINDS, Ledger, held
-from minilm.measure.losses import bits_per_byte, loss_of
+from minilm.measure.losses import alike, bits_per_byte, loss_of
 from minilm.optim import SGD, AdamW
 from minilm.peft import add_lora, use_adapter
 from minilm.quantize import quantize_model
@@ -244,3 +244,45 @@ def test_a_masked_model_is_not_asked_for_what_it_sees(use):
                     run(*batch)
             else:
                 run(*batch)
+
+
+@pytest.mark.parametrize("measure", [loss_of, lambda model, *rows: Trainer(
+    model, SGD(model.parameters())).evaluate(*rows)[0]], ids=["loss_of", "evaluate"])
+def test_a_long_row_does_not_fill_up_the_others(measure, monkeypatch):
+    """And the loss is that of the rows one by one, without what fills them up."""
+    model = Transformer(Config.gpt2(20, 64, layers=1, heads=2, width=8), seed=1)
+    rng, forward, seen = np.random.default_rng(0), Transformer.forward, []
+    tokens = rng.integers(0, 20, (40, 64))
+    targets, lengths = np.roll(tokens, -1, 1), [3, 64, *[4] * 37, 2]
+    for row, n in zip(targets, lengths):
+        row[n:] = data.IGNORED
+    alone = [loss_of(model, tokens[i : i + 1, :n], targets[i : i + 1, :n])
+             for i, n in enumerate(lengths)]
+
+    def noted(self, tokens, *mask):
+        seen.append(tokens.size)
+        return forward(self, tokens, *mask)
+    monkeypatch.setattr(Transformer, "forward", noted)
+    assert abs(measure(model, tokens, targets) - np.average(alone, weights=lengths)) < 1e-6
+    assert sum(seen) == 39 * 4 + 64
+
+
+def test_rows_of_like_length_come_whole_and_in_their_order():
+    model = Transformer(Config.gpt2(20, 64, layers=1, heads=2, width=8))
+    targets = np.ones((5, 6), int)
+    targets[1, 4:] = targets[4, 3:] = data.IGNORED
+    masked = Transformer(Config.bert(20, 64, 1, 2, 8, 16))
+    uneven = np.where(np.arange(6) < np.array([[1], [1], [6], [1], [1]]), 1, data.IGNORED)
+    for found in (alike(model, targets, batch=2), alike(masked, uneven, batch=2),
+                  alike(model, uneven, np.ones((5, 6)), batch=2)):
+        assert [(rows.tolist(), n) for rows, n in found] == [([0, 1], 6), ([2, 3], 6), ([4], 6)]
+    assert [(rows.tolist(), n) for rows, n in alike(model, uneven, batch=3)] == [
+        ([0, 1, 3], 1), ([4], 1), ([2], 6)]
+
+
+@pytest.mark.parametrize("targets", [None, [[1, 2]], np.ones((1, 1), int), np.ones((64, 2), int)])
+def test_tokens_and_targets_have_one_shape(targets):
+    """Twice as many targets as rows halved the loss, if the rows filled a batch."""
+    model = Transformer(Config.gpt2(20, 64, layers=1, heads=2, width=8))
+    with pytest.raises(ValueError, match=r"^tokens, targets and mask must be arrays of one shape"):
+        loss_of(model, np.ones((32, 2), int), targets)

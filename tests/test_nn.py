@@ -135,3 +135,35 @@ def test_a_linear_layer_of_given_tensors():
     assert np.allclose(bare(x).data, x.data @ weight.data.T)
     made = Linear(4, 3, np.random.default_rng(0))
     assert list(Linear.of(made.weight, made.bias).state_dict()) == list(made.state_dict())
+
+
+@pytest.mark.parametrize("state, said", [
+    (None, "state must be a dict of arrays by name, got NoneType"),
+    ([1], "state must be a dict of arrays by name, got list"),
+    ({"weight": [[1.0, 2.0]]}, "state must hold arrays, but weight is a list"),
+    ({"weight": Tensor([[1.0, 2.0]])}, "state must hold arrays, but weight is a Tensor"),
+    ({"weight": np.array([["1", "2"]])}, "weight is <U1, expected float32"),
+    ({"weight": np.array([[1j, 2]])}, "weight is complex128, expected float32"),
+    ({"weight": np.array([[1, None]])}, "weight is object, expected float32"),
+])
+def test_a_state_is_a_dict_of_arrays_of_numbers(state, said):
+    layer = Linear(2, 1, np.random.default_rng(0), bias=False)
+    before = layer.weight.data.copy()
+    with pytest.raises(TypeError, match=said):
+        layer.load_state_dict(state)
+    assert np.array_equal(layer.weight.data, before)
+
+
+@pytest.mark.parametrize("own", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("given", ["float64", "float16", "bfloat16", "int64", "bool"])
+def test_a_state_may_have_another_dtype_of_numbers(own, given):
+    layer = Linear(2, 1, np.random.default_rng(0), bias=False).astype(own)
+    layer.load_state_dict({"weight": np.array([[1, 0]]).astype(given)})
+    assert layer.weight.dtype == own and layer.weight.data.tolist() == [[1.0, 0.0]]
+
+
+def test_codes_are_not_made_of_floats():
+    module = Module()
+    module.codes = Tensor(np.array([3], np.uint8))
+    with pytest.raises(TypeError, match="codes is float32, expected uint8"):
+        module.load_state_dict({"codes": np.array([0.5], np.float32)})

@@ -21,6 +21,7 @@ from minilm.optim import (
     clip_grad_norm,
     cosine_schedule,
 )
+from minilm.optim.paged import Float32
 from minilm.peft import add_lora
 from minilm.tensor import Tensor
 from minilm.train import Trainer
@@ -469,3 +470,65 @@ def test_settings_may_be_zero():
     give(still.flat.params, seed=1)
     still.step()
     assert all(np.array_equal(p.data, a.data) for p, a in zip(still.flat.params, leaves()))
+
+
+MODEL = Transformer(Config.gpt2(9, 8, 1, 2, 8))
+
+
+@pytest.mark.parametrize("given, said", [
+    (None, "got NoneType"), (MODEL, "got Transformer"), (MODEL.parameters()[0], "got Tensor"),
+    ([np.ones(2)], "got one with ndarray"), (dict(MODEL.named_parameters()), "got one with str"),
+    (list(MODEL.named_parameters()), "got one with tuple"),
+], ids=str)
+@pytest.mark.parametrize("take", [
+    AdamW, SGD, PagedAdamW, lambda params: clip_grad_norm(params, 1.0),
+    lambda params: AdamW(MODEL.parameters(), undecayed=params)])
+def test_parameters_are_a_list_of_tensors(take, given, said):
+    with pytest.raises(TypeError, match=f"must be a list of Tensors, such as .*{said}$"):
+        take(given)
+
+
+def test_undecayed_ones_are_among_the_parameters():
+    first, *others = MODEL.parameters()
+    with pytest.raises(ValueError, match=f"^{len(others)} of undecayed are none of the parameters"):
+        AdamW([first], undecayed=others)
+
+
+@pytest.mark.parametrize("setting", [dict(lr="1e-3"), dict(lr=(1e-3,)), dict(lr=[]),
+                                     dict(betas=0.9), dict(betas=None), dict(weight_decay=[0.1])])
+def test_a_setting_is_a_number_or_several(setting):
+    with pytest.raises(TypeError, match=f"^{next(iter(setting))} must be "):
+        AdamW(MODEL.parameters(), **setting)
+
+
+@pytest.mark.parametrize("state", ["8bit", Float32, 0])
+def test_states_are_a_format(state):
+    with pytest.raises(TypeError, match=r"^state must be Float32\(\) or EightBit\(\), got "):
+        PagedAdamW(MODEL.parameters(), state=state)
+
+
+def test_the_lowest_rate_is_not_above_the_highest():
+    with pytest.raises(ValueError, match=r"^min_lr must be at most lr, 0.001; got 0.1$"):
+        cosine_schedule(3, 10, 1e-3, min_lr=0.1)
+    assert cosine_schedule(3, 10, 1e-3, min_lr=1e-3) == 1e-3
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (dict(optimizer=None), "^optimizer must be .* got NoneType$"),
+    (dict(optimizer=MODEL.parameters()), "^optimizer must be .* got list$"),
+    (dict(scaler=True), "^scaler must be a LossScaler or None, got True$")])
+def test_a_trainer_needs_an_optimizer(arguments, said):
+    made = AdamW(Transformer(MODEL.config).parameters())
+    with pytest.raises(TypeError, match=said):
+        Trainer(MODEL, **{"optimizer": made} | arguments)
+
+
+def test_a_trainer_says_what_is_no_longer_in_its_model():
+    model, tokens = Transformer(MODEL.config), np.array([[1, 2, 3]])
+    trainer = Trainer(model, AdamW(model.parameters()))
+    trainer.step(0, (tokens, tokens))
+    model.replace("blocks.0.mlp", Transformer(MODEL.config).blocks[0].mlp)
+    before = {name: array.copy() for name, array in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"of the optimizer, .* is none of the model's and"):
+        trainer.step(1, (tokens, tokens))
+    assert all(np.array_equal(array, before[name]) for name, array in model.state_dict().items())

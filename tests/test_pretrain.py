@@ -19,7 +19,7 @@ from pretrain import Settings, main
 from minilm import checkpoint, data, loop
 from minilm.command import command as program
 from minilm.command import typed
-from minilm.files import FormatError
+from minilm.files import FormatError, read_json, write_json
 from minilm.interop import huggingface
 from minilm.run import RunDirectory
 from minilm.train import Diverged, Trainer
@@ -362,7 +362,8 @@ def test_resuming_takes_the_settings_that_the_run_has(stopped, text):
 def test_resuming_on_other_text_is_refused(stopped, text, new):
     before = contents(stopped)
     text.write_text(new)
-    with pytest.raises(ValueError, match="the text is not the one that this run was started on"):
+    said = "the text or the tokenizer is not the one that this run was started on"
+    with pytest.raises(ValueError, match=said):
         main(Settings(), resume=stopped)
     assert contents(stopped) == before
 
@@ -396,6 +397,20 @@ def test_resuming_keeps_the_tokenizer_when_its_file_has_changed(tmp_path, text, 
     data.CharTokenizer("".join(sorted(set(letters) - {"T"} | {"t", "z"}))).save(ours)
     main(Settings(), resume=tmp_path / "pretrain-1")
     assert weights(tmp_path / "pretrain-1") == weights(tmp_path / "pretrain-2")
+
+
+def test_resuming_with_another_tokenizer_is_refused(stopped):
+    """Of the same size, it would go on without a word, to other bits."""
+    fields = read_json(stopped / "tokenizer.json")
+    vocab = fields["model"]["vocab"]
+    vocab["a"], vocab["t"] = vocab["t"], vocab["a"]
+    write_json(stopped / "tokenizer.json", fields)
+    with pytest.raises(ValueError, match=r"was started on: tokenizer\.json changed"):
+        main(resume=stopped)
+    run = read_json(stopped / "run.json")
+    del run["base"]  # as in runs of 0.1.0
+    write_json(stopped / "run.json", run)
+    main(resume=stopped)
 
 
 def test_resuming_from_damaged_files_is_an_error(stopped):

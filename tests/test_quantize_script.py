@@ -7,7 +7,9 @@ import pytest
 import quantize
 
 from minilm import data
+from minilm.files import write_json
 from minilm.interop import huggingface
+from minilm.measure.losses import loss_of
 from minilm.transformer import Config, Transformer
 
 
@@ -52,6 +54,21 @@ def test_the_tables_and_the_picture(tmp_path, model, capsys):
     assert abs(loss["int8, a constant a row"] - loss["float32"]) < (
         abs(loss["nf2"] - loss["float32"]))
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_text_is_what_the_models_run_held_out(tmp_path, model, capsys):
+    """In rows that fit in memory, whatever context the model claims."""
+    write_json(tmp_path / "run.json", {"settings": {"validation": 0.3}})
+    folder, text = tmp_path / "vast", str(tmp_path / "text.txt")
+    llama = Config.llama(258, 10**12, layers=1, heads=2, width=64, hidden=64)
+    huggingface.save_model(made := Transformer(llama, seed=2), folder, data.ByteTokenizer())
+    quantize.main(folder, (64,), text, tmp_path / "picture.png")
+    said = capsys.readouterr().out
+    held = data.split(data.load_corpus(text), 0.3)[1]
+    loss = loss_of(made, *data.cut(data.pack(held, data.ByteTokenizer()), 1000))
+    assert f"the model on the 30% of {text} that are held out" in said
+    found = re.search(r"^float32 +[\d.]+ +([\d.]+) ", said, re.M)[1]
+    assert float(found) == pytest.approx(loss, abs=1e-4)
 
 
 def test_without_a_model_it_says_how_to_get_one(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from minilm import ops
 from minilm.files import read_tensors, write_tensors
 from minilm.generate import generate
 from minilm.nn import Linear
+from minilm.optim import SGD, AdamW, PagedAdamW
 from minilm.quantize import (
     FourBit,
     Int8,
@@ -330,7 +331,6 @@ SKIP = {
     ("head", "blocks.0"): {"head", *(f"blocks.0.{p}" for p in
         ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.up", "mlp.down"))},
     (): set(),
-    ("hea", "ead", "p", "ttention.q"): set(),
 }  # fmt: skip
 
 
@@ -338,6 +338,30 @@ SKIP = {
 def test_skip_keeps_layers(skip):
     layers = kinds_of_layers(quantize_model(make("gpt2"), skip=skip))
     assert {path for path, found in layers.items() if found is Linear} == SKIP[skip]
+
+
+def test_skip_names_layers_that_are_there():
+    model = make("gpt2")
+    with pytest.raises(ValueError, match=r"^skip \['hea', 'ttention.q'\] names no layer of this"):
+        quantize_model(model, skip=("hea", "ttention.q", "q"))
+    assert QuantizedLinear not in kinds_of_layers(model).values()
+
+
+@pytest.mark.parametrize("setting", [dict(block_size=3), dict(double_quant="foo")])
+def test_settings_of_4_bits_are_checked_for_int8_too(setting):
+    with pytest.raises(ValueError, match=f"^{next(iter(setting))} must be "):
+        quantize_model(make("gpt2"), "int8", **setting)
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, SGD, PagedAdamW])
+def test_an_optimizer_of_weights_that_are_in_few_bits_now_says_so(optimizer):
+    model = make("gpt2")
+    trains = optimizer(model.parameters())
+    quantize_model(model)
+    ops.cross_entropy(model(TOKENS), TOKENS).backward()
+    with pytest.raises(ValueError, match=r"of the optimizer, .* is frozen"):
+        trains.step()
+    assert model.embed.weight.requires_grad  # it is the head's too, which is in floats
 
 
 def test_a_tied_head_can_be_quantized_and_leaves_the_embedding():

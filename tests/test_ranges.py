@@ -21,6 +21,7 @@ from minilm.ranges import (
     LIMIT,
     POSITIVE,
     check,
+    each,
     one_of,
     optional,
     power_of_two,
@@ -69,9 +70,17 @@ def test_other_types_are_said_to_be_what_they_are():
 
 
 def test_each_item_of_a_tuple_is_checked():
-    check({"x": BELOW_1}, x=(0.0, 0.5), y=7)
+    check({"x": each(BELOW_1)}, x=(0.0, 0.5), y=7)
     with pytest.raises(ValueError, match=r"^x must be at least 0 and below 1, got 1\.5$"):
-        check({"x": BELOW_1}, x=(0.0, 1.5))
+        check({"x": each(BELOW_1)}, x=(0.0, 1.5))
+    with pytest.raises(TypeError, match=r"^x must be several, each at least 0 and below"):
+        check({"x": each(BELOW_1)}, x=0.5)
+
+
+@pytest.mark.parametrize("several", [(0.5,), [0.5, 0.5], ()])
+def test_several_numbers_are_no_number(several):
+    with pytest.raises(TypeError, match=r"^x must be a number, at least 0 and below 1; got "):
+        check({"x": BELOW_1}, x=several)
 
 
 OUTSIDE = {  # of each program's settings, what they may not be

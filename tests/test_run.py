@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import report
 from disk import Disk, no_space
 
 from minilm import checkpoint, data, versions
+from minilm.command import command
 from minilm.experiment import Experiment, conduct
 from minilm.files import FormatError, read_json, read_json_lines, write_json
 from minilm.interop import huggingface
@@ -147,6 +149,13 @@ def test_samples_of_earlier_versions_stay(tmp_path):
     assert "first" in (run.path / "samples.txt").read_text()
 
 
+def test_samples_that_are_a_pipe_do_not_hang(tmp_path):
+    run, model = new_run(tmp_path), make_model()
+    os.mkfifo(run.path / "samples.txt")
+    with pytest.raises(FormatError, match=r"samples\.txt: cannot be read: it is a pipe"):
+        run.restore(model, AdamW(model.parameters()))
+
+
 def test_what_was_logged_is_on_the_disk_before_the_checkpoint(tmp_path, monkeypatch):
     model = make_model()
     run, optimizer, synced = new_run(tmp_path), AdamW(model.parameters()), []
@@ -186,6 +195,40 @@ def test_two_writers_at_once(tmp_path):
         assert f"{run.path} is in use: another process writes there" in done.stderr
         assert "go on with" not in done.stderr and (run.path / ".of.the.first.tmp").exists()
     assert subprocess.run([sys.executable, "-c", program, run.path], env=ENV).returncode == 0
+
+
+def test_two_objects_of_one_run_are_two_writers(tmp_path):
+    run = new_run(tmp_path)
+    with run.alone(), pytest.raises(RuntimeError, match="this process writes there already"):
+        with RunDirectory(run.path).alone():
+            pass
+    with RunDirectory(run.path).alone():
+        pass
+
+
+def test_samples_in_a_pipe_do_not_hang(tmp_path):
+    run, model = new_run(tmp_path), make_model()
+    os.mkfifo(run.path / "samples.txt")
+    with pytest.raises(FormatError, match=r"samples\.txt: cannot be read: it is a pipe"):
+        run.restore(model, AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["a b's", "-a"])
+def test_how_to_go_on_is_what_a_program_reads(tmp_path, monkeypatch, name):
+    """Also if the run's folder looks like an option."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    with pytest.raises(OSError) as caught, RunDirectory(name).going_on():
+        raise OSError
+    (note,) = caught.value.__notes__
+    monkeypatch.setattr(sys, "argv", ["p", *shlex.split(note.removeprefix("go on with: "))])
+    heard = []
+
+    def main(resume: Path):
+        heard.append(resume)
+
+    command(main)
+    assert heard == [Path(name)]
 
 
 def test_the_curves_are_whole_or_absent(tmp_path, monkeypatch):

@@ -207,6 +207,38 @@ def test_four_loaders_at_once_settle_a_killed_save(tmp_path):
     assert contents(tmp_path / "m") == joined(NEW)
 
 
+def test_writers_at_once_take_turns(tmp_path):
+    """None of them fails, and the files are one writer's."""
+    program = ("import os, sys; from minilm.together import write_together; sys.stdin.read(1)\n"
+               "os.fsync = lambda fd: None\n"
+               "for i in range(60):\n"
+               "    files = {n: [f'{sys.argv[1]} {i}'.encode()] for n in ('w', 'v', 'c.json')}\n"
+               "    write_together('m', files)")
+    writers = [subprocess.Popen([sys.executable, "-c", program, str(i)], cwd=tmp_path, env=ENV,
+                                stdin=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(3)]
+    for writer in writers:
+        writer.stdin.write(b"x")
+        writer.stdin.flush()
+    said = [writer.communicate()[1].decode() for writer in writers]
+    assert said == ["", "", ""]
+    found = contents(tmp_path / "m")
+    assert sorted(found) == ["c.json", "v", "w"] and len(set(found.values())) == 1
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_is_not_written_over(tmp_path, kind):
+    """A rename would put a file in the place of /dev/null, for everybody."""
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "out")
+    else:
+        (tmp_path / "out").symlink_to("/dev/null")
+    before = os.lstat(tmp_path / "out")
+    with pytest.raises(OSError, match=f"is a {kind}, expected a file") as caught:
+        write_atomically(tmp_path / "out", b"x")
+    assert caught.value.filename == str(tmp_path / "out")
+    assert os.path.samestat(before, os.lstat(tmp_path / "out"))
+
+
 # Locks
 
 
@@ -236,6 +268,22 @@ def test_one_process_writes_in_a_folder_and_a_killed_one_lets_go(tmp_path):
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
         holder.stdout.close()
+
+
+def test_one_process_is_not_twice_alone(tmp_path):
+    """Not by another name of the folder either; and the first one keeps it."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    program = "import sys; from minilm import locks\nwith locks.alone(sys.argv[1]): pass"
+    with locks.alone(tmp_path):
+        for name in (tmp_path, tmp_path / "link"):
+            with pytest.raises(RuntimeError, match="in use: this process writes there already"):
+                with locks.alone(name):
+                    pass
+        other = subprocess.run([sys.executable, "-c", program, tmp_path], env=ENV,
+                               capture_output=True, text=True)
+        assert "in use: another process" in other.stderr
+    with locks.alone(tmp_path):
+        pass
 
 
 def test_an_error_inside_lets_go_too(tmp_path):

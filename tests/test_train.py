@@ -293,6 +293,16 @@ def test_blas_has_one_thread_while_workers_run(processes):
         assert blas_threads() == {2}
 
 
+def test_blas_keeps_one_thread_until_the_last_workers_end():
+    with threadpool_limits(2, "blas"):
+        one, other = Task().workers(2, False), Task().workers(2, False)
+        with one:
+            other.__enter__()
+        assert blas_threads() == {1}
+        other.__exit__()
+        assert blas_threads() == {2}
+
+
 @pytest.mark.parametrize("processes", KINDS)
 def test_the_model_is_an_ordinary_one_again_afterwards(processes):
     task = Task()
@@ -303,6 +313,31 @@ def test_the_model_is_an_ordinary_one_again_afterwards(processes):
             assert task.x.grad.tolist() == [2, 2, 2]
     (task.x * 3.0).sum().backward()
     assert task.x.grad.tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("error", [BlockingIOError, KeyboardInterrupt])
+def test_workers_that_cannot_all_start_leave_nothing(monkeypatch, error):
+    """No more processes, or Ctrl-C: those that had started end, and the model is an ordinary one.
+    """
+    task, start = Task(), fork.Process.start
+    workers, started = task.workers(3, True), []
+
+    def second_fails(child):
+        if started:
+            raise error
+        started.append(child)
+        start(child)
+
+    with threadpool_limits(2, "blas"), monkeypatch.context() as patch:
+        patch.setattr(fork.Process, "start", second_fails)
+        with within(5), pytest.raises(error), workers:
+            pass
+        assert blas_threads() == {2}
+    assert not workers.open and started[0].exitcode is not None
+    (task.x * 3.0).sum().backward()
+    assert task.x.grad.tolist() == [3, 3, 3]
+    with within(5), task.workers(2, True) as workers:
+        assert workers.run(Task.do, [OK, OK]) == [1, 1]
 
 
 @pytest.mark.parametrize("processes", KINDS)
@@ -547,6 +582,16 @@ def test_a_parameter_that_a_step_does_not_use_stays(workers):
     close(norm, math.sqrt(squares), "float64")
 
 
+def test_evaluation_leaves_the_mode_to_those_who_share_the_model():
+    model, batch = make_model(dropout=0.5).train(), make_batch()
+    trainer = Trainer(model, SGD(model.parameters(), lr=0.0))
+    found = trainer.evaluate(*batch)
+    assert all(module.training for _, module in model.named_modules())
+    model.eval()
+    assert trainer.evaluate(*batch) == found
+    assert not model.training
+
+
 def by_hand(model, tokens, targets):
     """(mean loss, share that is right, number of targets), one token after another."""
     losses, hits = [], []
@@ -637,13 +682,13 @@ class Slow(Module):
 
 
 class Probe(Module):
-    """Notes the mode in which it is run."""
+    """Notes whether dropout acts while it is run."""
 
     def __init__(self):
         self.slow, self.drop, self.inner, self.modes = Slow(), Dropout(0.5), make_model(), set()
 
     def forward(self, tokens):
-        self.modes.add(self.drop.training)
+        self.modes.add(self.drop.acts)
         return self.inner(tokens)
 
 

@@ -434,6 +434,33 @@ def test_bad_tokens(family, tokens, given):
     assert all(part in str(error.value) for part in given)
 
 
+@pytest.mark.parametrize("name", ["causal", "tied", "bias", "norm_first"])
+def test_a_choice_is_true_or_false(name):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got 'no'$"):
+        Config.gpt2(10, 8, 1, 2, 8, **{name: "no"})
+
+
+@pytest.mark.parametrize("every, error", [(-1, ValueError), (0.5, TypeError)])
+def test_checkpoints_are_every_so_many_blocks(every, error):
+    """-1 ran none of the blocks."""
+    model = model_of("gpt2")
+    model.checkpoint_every = every
+    try:
+        with pytest.raises(error, match=r"^checkpoint_every must be "):
+            model(draw(0)[0])
+    finally:
+        model.checkpoint_every = 0
+
+
+@pytest.mark.parametrize("number", [-np.inf, np.nan, 0.5, 2, -1])
+def test_a_mask_is_of_0_and_1(number):
+    """So one that is to be added to the scores, 0 and -inf, is not taken for its opposite."""
+    mask = np.full((2, 8), 1.0 if isinstance(number, float) else 1)
+    mask[0, 3] = number
+    with pytest.raises(ValueError, match=r"^mask must be 1 for a token that may be seen, 0 for"):
+        model_of("llama")(draw(0)[0], mask)
+
+
 @pytest.mark.parametrize("shape", [(8,), (2, 7), (1, 8), (2, 1, 1, 8)])
 def test_a_mask_has_the_shape_of_tokens(shape):
     with pytest.raises(ValueError) as error:
@@ -442,15 +469,18 @@ def test_a_mask_has_the_shape_of_tokens(shape):
 
 
 @pytest.mark.parametrize("changes, given", [
-    (dict(norm="batch"), ["norm", "'batch'", "'rms'"]),
-    (dict(positions="alibi"), ["positions", "'alibi'", "'rotary'"]),
-    (dict(activation="relu"), ["activation", "'relu'", "'swiglu'"]),
-    (dict(head="none"), ["head", "'none'", "'masked'"]),
+    (dict(norm="batch"), ["norm", "batch", "'rms'"]),
+    (dict(positions="alibi"), ["positions", "alibi", "'rotary'"]),
+    (dict(activation="relu"), ["activation", "relu", "'swiglu'"]),
+    (dict(head="none"), ["head", "none", "'masked'"]),
     (dict(width=9), ["width 9", "heads 2"]),
     (dict(heads=4, kv_heads=3), ["heads 4", "kv_heads 3"]),
     (dict(heads=8, kv_heads=8, positions="rotary"), ["even", "got 1"]),
-    (dict(dropout=1.0), ["dropout", "[0, 1)", "1.0"]),
-    (dict(dropout=-0.1), ["dropout", "[0, 1)", "-0.1"]),
+    (dict(dropout=1.0), ["dropout", "below 1", "1.0"]),
+    (dict(dropout=-0.1), ["dropout", "at least 0", "-0.1"]),
+    (dict(norm_eps=-1e-5), ["norm_eps", "at least 0"]), (dict(norm_eps=np.nan), ["norm_eps"]),
+    (dict(rope_theta=0.0), ["rope_theta", "positive"]), (dict(rope_theta=np.inf), ["rope_theta"]),
+    (dict(segments=-1), ["segments", "at least 0", "-1"]),
     *((dict([(size, n)]), [size, "positive", str(n)]) for n in (0, -2)
       for size in ("vocab_size", "context", "layers", "heads", "width", "hidden", "kv_heads")),
 ])
@@ -460,9 +490,10 @@ def test_bad_configs(changes, given):
     assert all(part in str(error.value) for part in given)
 
 
-@pytest.mark.parametrize("size", ["8", 8.0, None])
+@pytest.mark.parametrize("size", ["8", 8.0, None, True])
 def test_sizes_are_integers(size):
-    with pytest.raises(TypeError, match=f"^context must be an integer, got {size!r}$"):
+    said = f"^context must be a whole number, positive; got {size!r}$"
+    with pytest.raises(TypeError, match=said):
         Config.gpt2(10, size, 1, 2, 8)
     assert Config.gpt2(10, np.int64(8), 1, 2, 8).context == 8
 

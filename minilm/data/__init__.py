@@ -9,6 +9,7 @@ from minilm.data.batches import (
     cut,
     mask_tokens,
     pack,
+    rows_of,
 )
 from minilm.data.chat import (
     Chat,
@@ -85,6 +86,7 @@ __all__ = [
     "prompt",
     "read_names",
     "read_templates",
+    "rows_of",
     "save_records",
     "score",
     "split",

@@ -11,6 +11,7 @@ import numpy as np
 from minilm.data.tokenizers import Tokenizer
 
 IGNORED = -100
+LONGEST = 2048
 
 
 def pack(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
@@ -46,7 +47,7 @@ class Batches:
     ):
         if batch < 1 or length < 1:
             raise ValueError(f"batch and length must be at least 1, got {batch} and {length}")
-        streams = [_stream(stream, length + 1) for stream in streams]
+        streams = [_stream(stream, length + 1, f"stream {i}") for i, stream in enumerate(streams)]
         sizes = np.array([len(stream) for stream in streams])
         self.tokens = np.concatenate(streams)
         self.starts = np.cumsum(sizes) - sizes
@@ -81,6 +82,14 @@ def cut(stream: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     tokens.flat[:size] = stream[:-1]
     targets.flat[:size] = stream[1:]
     return tokens, targets
+
+
+def rows_of(documents: Iterable[str], tokenizer: Tokenizer, context: int):
+    """Tokens and targets (R, T) of texts on which to measure a model with this context, as in cut.
+
+    A row has at most LONGEST tokens: models claim contexts for whose logits there is no memory.
+    """
+    return cut(pack(documents, tokenizer), min(context, LONGEST))
 
 
 def mask_tokens(
@@ -124,6 +133,7 @@ def batches_of(
     seed: int,
     weights: Sequence[float] = (),
     masked: bool = False,
+    names: Sequence[str] = (),
 ) -> tuple:
     """(batches of the training texts, rows of the held-out ones), for parts as `split` gives them.
 
@@ -131,8 +141,11 @@ def batches_of(
     masked: the model fills in tokens rather than going on. The rows are then tokens, targets and a
     mask, which is 0 for the padding of the last row: padding is neither seen nor counted.
     Otherwise they are what `cut` returns.
+    names: of the parts, for errors. ValueError if a part has fewer tokens to train on than a row.
     """
     streams = [pack(training, tokenizer) for training, _ in parts]
+    for name, stream in zip(names, streams):
+        _stream(stream, length + 1, f"{name}: the text to train on")
     batches = Batches(streams, weights or [len(s) for s in streams], batch, length, seed)
     tokens, targets = cut(np.concatenate([pack(held, tokenizer) for _, held in parts]), length)
     if not masked:
@@ -165,12 +178,12 @@ def corrupt(tokens: np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer):
     return mask_tokens(tokens, rng, tokenizer.mask, tokenizer.vocab_size, special=(tokenizer.end,))
 
 
-def _stream(stream, least):
+def _stream(stream, least, name="the stream"):
     stream = np.asarray(stream)
     if stream.ndim != 1 or stream.dtype.kind not in "iu":
         raise TypeError(f"a stream is (N,) of integers, got {stream.dtype} {stream.shape}")
     if len(stream) < least:
-        raise ValueError(f"a stream of {len(stream)} tokens is too short: {least} are needed")
+        raise ValueError(f"{name} is too short: it has {len(stream)} tokens, {least} are needed")
     return stream.astype(np.int32, copy=False)
 
 

@@ -11,6 +11,7 @@ import os
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -143,6 +144,9 @@ def _texts(root: Path, suffixes: tuple[str, ...], skip=frozenset()) -> tuple[lis
         paths += [Path(folder, name) for name in names
                   if name.endswith(suffixes) and not name.startswith(".")]
     for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
+        if path.is_symlink() and (reason := _lies_in(path, root)):
+            skipped.append(f"{path}: {reason}")
+            continue
         try:
             texts.append(_text(path))
         except FormatError as error:
@@ -164,6 +168,8 @@ def _folders(root: Path, skip, skipped: list[str]) -> Iterator[tuple[str, list[s
         for folder, folders, names in chain.from_iterable(os.walk(t, onerror=failed) for t in tops):
             real = os.path.realpath(folder)
             reason = None if real == home else _no_text(real, home, names)
+            if not reason and folder in tops:
+                reason = _lies_in(folder, root)
             if reason:
                 skipped.append(f"{folder}: {reason}")
             if reason or real in seen:
@@ -185,6 +191,18 @@ def _no_text(real: str, home: str, names: list[str]) -> str | None:
     weights = any(name.endswith((".safetensors", "_model.bin")) for name in names)
     if weights and ("config.json" in names or "adapter_config.json" in names):
         return "holds a model, not text"
+    return None
+
+
+def _lies_in(path: str | os.PathLike, root: Path) -> str | None:
+    """Why a link in the corpus is not read: it may lead into what a run wrote."""
+    home = os.path.realpath(root)
+    for folder in Path(os.path.realpath(path)).parents:
+        if Path(home).is_relative_to(folder):
+            break
+        with suppress(OSError):
+            if reason := _no_text(str(folder), home, os.listdir(folder)):
+                return f"is a link into {folder}, which {reason}"
     return None
 
 

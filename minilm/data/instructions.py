@@ -109,7 +109,7 @@ class RowBatches:
             raise ValueError(f"batch must be at least 1, got {batch}")
         self.rows = rows
         taken = np.array([len(tokens) for tokens, _ in self.rows])
-        self.groups, longest = _groups(taken)
+        self.groups, longest = grouped(taken)
         self.widths = np.full_like(longest, length) if length else longest
         self.batch, self.seed = batch, seed
 
@@ -195,7 +195,7 @@ def filled(rows, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     return tokens, targets
 
 
-def _groups(taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def grouped(taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The group of each row (R,) uint8, and the longest row of each group (G,).
 
     Half of the rows take the median or more, so at least a quarter of what is filled up is rows.

@@ -11,6 +11,7 @@ The library is written in Rust. It takes much on trust, and then
 `called` turns the first into ValueError, `read` refuses or switches off the others.
 """
 
+import base64
 import os
 
 from minilm.extras import install
@@ -74,9 +75,30 @@ def _growth(step) -> float:
         return 1.0
     if step.get("type") in ("Replace", "Prepend"):
         return max(1.0, *(len(str(step.get(field, ""))) for field in ("content", "prepend")))
+    if step.get("type") == "Precompiled":
+        return max(1.0, _longest(step.get("precompiled_charsmap")))
     if step.get("type") == "ByteLevel":  # two for each letter that is not ASCII
         return 2.0
     if step.get("type") == "TemplateProcessing" and isinstance(step.get("single"), list):
-        return max(1.0, sum("Sequence" in part for part in step["single"]
-                            if isinstance(part, dict)))
+        return max(1.0, sum(_pieces(part, step) for part in step["single"]))
     return _growth([part for part in step.values() if isinstance(part, list)])
+
+
+def _pieces(part, template) -> int:
+    """How many texts or tokens a part of a template puts in."""
+    if not isinstance(part, dict) or "SpecialToken" not in part:
+        return 1
+    try:
+        return len(template["special_tokens"][part["SpecialToken"]["id"]]["ids"])
+    except (TypeError, LookupError):
+        return 1
+
+
+def _longest(charsmap) -> int:
+    """The bytes of the longest text in SentencePiece's map of letters.
+
+    It is the size of a trie in 4 bytes, the trie, and texts with a zero byte after each.
+    """
+    data = base64.b64decode(charsmap) if isinstance(charsmap, str) else b""
+    texts = data[4 + int.from_bytes(data[:4], "little") :]
+    return max(map(len, texts.split(b"\0")))

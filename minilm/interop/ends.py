@@ -1,8 +1,8 @@
 """Where a text begins and ends: what a model's folder says of it, beside its architecture.
 
 bos_token_id begins a text, eos_token_id ends it (a number or a list), and pad_token_id fills up the
-shorter rows of a batch. transformers looks for them in generation_config.json first, and in
-config.json if that file is absent.
+shorter rows of a batch. As in transformers, generation_config.json alone says what ends a text, and
+config.json if that file is absent. bos and pad, which change no text here, come from either.
 
 tokenizer_config.json makes AutoTokenizer take tokenizer.json as it is. Without it, the class that
 belongs to the architecture would build another tokenizer, or none.
@@ -20,12 +20,14 @@ def read_ends(folder: Path) -> Ends:
     """The ids that the folder names. FormatError for one that is no id, with the file's name."""
     found = {}
     for file in (folder / "config.json", folder / "generation_config.json"):
-        raw = read_json(file) if file.name == "config.json" or file.exists() else {}
+        if file.name != "config.json" and not file.exists():
+            continue
+        raw = read_json(file)
         if not isinstance(raw, dict):
             raise FormatError(file, f"is {type(raw).__name__}, expected fields")
         for ours, theirs in FIELDS.items():
             ids = _ids(file, theirs, raw.get(theirs), several=ours == "eos")
-            found |= {ours: ids} if ids else {}
+            found |= {ours: ids} if ids or ours == "eos" else {}
     bos, pad = (found.get(name, (None,))[0] for name in ("bos", "pad"))
     return Ends(bos, found.get("eos", ()), pad)
 

@@ -162,6 +162,8 @@ def _parse(raw) -> tuple[Family, Config]:
         values["activation"] = known[name]
     _require(values["layers"] <= LAYERS, raw, family.fields["layers"], f"at most {LAYERS}")
     config = family.config(**values)
+    _require(raw.get("is_causal", config.causal) is config.causal, raw, "is_causal",
+             f"{config.causal}, as every {family.architecture}")
     return family, _rotary(raw, config) if config.positions == "rotary" else config
 
 

@@ -1,8 +1,13 @@
 """The loss of a model on rows of text, and bits a byte, which make tokenizers comparable."""
 
 import math
+from collections.abc import Iterator
+
+import numpy as np
 
 from minilm import data, ops
+from minilm.backend import to_device
+from minilm.data.instructions import grouped
 from minilm.graph import no_dropout
 from minilm.losses import of_text
 from minilm.ranges import check, whole
@@ -13,20 +18,41 @@ def loss_of(model, tokens, targets, *mask, batch: int = 32) -> float:
     """Mean loss over the targets (B, T) that count, without dropout.
 
     mask (B, T): 0 for padding, which the model must not see and which does not count. batch: rows
-    at a time. ValueError if no target counts, or if the model sees its answers.
+    at a time. ValueError if no target counts, if shapes differ, or if the model sees its answers.
     """
     check({"batch": whole(1)}, batch=batch)
+    shapes = [getattr(a, "shape", type(a).__name__) for a in (tokens, targets, *mask)]
+    if len({*shapes}) > 1 or not isinstance(shapes[0], tuple):
+        raise ValueError(f"tokens, targets and mask must be arrays of one shape, got {shapes}")
     total, targets = 0.0, of_text(targets, *mask)
     counted = int((targets != data.IGNORED).sum())
     if not counted:
         raise ValueError(f"there is nothing to measure: every target is {data.IGNORED}")
     refuse_seen_answers(model, tokens, targets)
     with no_grad(), no_dropout():
-        for i in range(0, len(tokens), batch):
-            rows = slice(i, i + batch)
-            logits = model(tokens[rows], *(m[rows] for m in mask))
-            total += float(ops.cross_entropy(logits, targets[rows], total=1).data)
+        for rows, width in alike(model, targets, *mask, batch=batch):
+            logits = model(tokens[rows, :width], *(m[rows] for m in mask))
+            total += float(ops.cross_entropy(logits, targets[rows, :width], total=1).data)
     return total / counted
+
+
+def alike(model, targets, *mask, batch: int) -> Iterator[tuple[np.ndarray, int]]:
+    """(numbers of at most `batch` rows, how many of their columns count) until all rows came.
+
+    In text for a causal model, what comes after a row's last target decides nothing. So long rows
+    come apart from the others, and do not fill them up. With a mask, or for a masked model, and if
+    no row is twice as long as most are, rows come in their order and whole.
+    """
+    size, width = targets.shape
+    places = [(np.arange(size), width)]
+    if not mask and getattr(getattr(model, "config", None), "causal", False):
+        counted = to_device(targets, "cpu") != data.IGNORED
+        taken = np.maximum(1, (counted * np.arange(1, width + 1)).max(1))
+        groups, longest = grouped(taken)
+        if len(longest) > 1:
+            places = [(np.flatnonzero(groups == g), int(n)) for g, n in enumerate(longest) if n]
+    for rows, n in places:
+        yield from ((rows[i : i + batch], n) for i in range(0, len(rows), batch))
 
 
 def refuse_seen_answers(model, tokens, targets):

@@ -7,6 +7,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from minilm.generate import generate
+from minilm.graph import no_dropout
 from minilm.tensor import no_grad
 
 
@@ -21,12 +22,12 @@ def speeds(models: dict, tokens, rounds: int = 7) -> dict[str, list[float]]:
     if next(iter(models.values())).config.causal:
         jobs.append((T - 1, lambda model: generate(model, rows[:1, :1], T - 1)))
     times = {name: [[] for _ in jobs] for name in models}
-    with threadpool_limits(1, "blas"), no_grad():
+    with threadpool_limits(1, "blas"), no_grad(), no_dropout():
         for _ in tqdm(range(rounds), desc="speeds", unit="turn", leave=False, disable=None):
             for name, model in models.items():
                 for (_, job), found in zip(jobs, times[name]):
                     start = time.perf_counter()
-                    job(model.eval())
+                    job(model)
                     found.append(time.perf_counter() - start)
     return {name: [n / statistics.median(t) for (n, _), t in zip(jobs, found)]
             for name, found in times.items()}

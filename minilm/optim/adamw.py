@@ -19,8 +19,8 @@ import numpy as np
 from minilm import cuda
 from minilm.arrays import BLOCK
 from minilm.backend import array_module
-from minilm.optim.flat import FlatParameters
-from minilm.ranges import AT_LEAST_0, BELOW_1, FINITE, check
+from minilm.optim.flat import FlatParameters, leaves
+from minilm.ranges import AT_LEAST_0, BELOW_1, FINITE, check, each
 
 STEP = {"lr": AT_LEAST_0, "scale": FINITE}  # of a step; lr may have been changed since the last
 
@@ -94,20 +94,22 @@ class AdamW:
     [0.5, -19.5]
     """
 
-    RANGES = {"lr": AT_LEAST_0, "betas": BELOW_1, "eps": AT_LEAST_0, "weight_decay": AT_LEAST_0}
+    RANGES = {"lr": AT_LEAST_0, "betas": each(BELOW_1), "eps": AT_LEAST_0,
+              "weight_decay": AT_LEAST_0}
 
     def __init__(self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.01, undecayed=()):
-        betas = tuple(betas)
+        check(self.RANGES, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if len(betas) != 2:
             raise ValueError(f"betas must be two numbers, got {betas}")
-        check(self.RANGES, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        params, without = list(params), {id(p) for p in undecayed}
+        params, without = leaves(params), {id(p) for p in leaves(undecayed, "undecayed")}
+        if foreign := without - {id(p) for p in params}:
+            raise ValueError(f"{len(foreign)} of undecayed are none of the parameters")
         decayed = [p for p in params if id(p) not in without]
         self.flat = FlatParameters(decayed + [p for p in params if id(p) in without])
         places = self.flat.places[len(decayed) :]
         self.decayed = places[0].start if places else self.flat.size  # this many come first
-        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
         self.steps = 0
         self._make_states()
 

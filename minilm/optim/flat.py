@@ -37,7 +37,7 @@ class FlatParameters:
     """
 
     def __init__(self, params):
-        self.params = list(params)
+        self.params = leaves(params)
         if not self.params:
             raise ValueError("no parameters were given; is the whole model frozen?")
         if len({id(p) for p in self.params}) < len(self.params):
@@ -159,6 +159,18 @@ class FlatParameters:
         return receive
 
 
+def leaves(params, name: str = "params") -> list[Tensor]:
+    """The Tensors of a list or an iterator. TypeError if it is neither, or holds something else."""
+    if isinstance(params, Tensor) or not hasattr(params, "__iter__"):
+        raise TypeError(f"{name} must be a list of Tensors, such as model.parameters(), got "
+                        f"{type(params).__name__}")
+    params = list(params)
+    if others := sorted({type(p).__name__ for p in params if not isinstance(p, Tensor)}):
+        raise TypeError(f"{name} must be a list of Tensors, such as model.parameters(), got one "
+                        f"with {', '.join(others)}")
+    return params
+
+
 def _places(params):
     """(a slice of the flat buffers for each parameter, the size of such a buffer).
 
@@ -188,7 +200,8 @@ def squares(x) -> float:
 def clip_grad_norm(params: list[Tensor], max_norm: float) -> float:
     """Scale the gradients to a global L2 norm of at most max_norm; returns the norm they had.
 
-    With max_norm=inf it only measures. ValueError if max_norm is not positive.
+    With max_norm=inf it only measures. ValueError if max_norm is not positive, TypeError for what
+    is no list of Tensors.
     Source: Pascanu et al. 2013, arXiv:1211.5063, algorithm 1.
 
     >>> p = Tensor([3.0, 4.0], requires_grad=True)
@@ -197,7 +210,7 @@ def clip_grad_norm(params: list[Tensor], max_norm: float) -> float:
     (10.0, [3.0, 4.0])
     """
     check({"max_norm": LIMIT}, max_norm=max_norm)
-    grads = [p.grad.reshape(-1) for p in params if p.grad is not None]
+    grads = [p.grad.reshape(-1) for p in leaves(params) if p.grad is not None]
     norm = math.sqrt(sum(squares(g) for g in grads))
     if (scale := clip_scale(norm, max_norm)) < 1:
         for g in grads:

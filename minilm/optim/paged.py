@@ -82,7 +82,9 @@ class PagedAdamW(AdamW):
                  weight_decay: float = 0.01, undecayed=(), page_size: int = 1 << 22,
                  device_budget: int | None = None, device=None, state=None,
                  pageable: bool = False):
-        self.state, self.table = state or Float32(), None
+        self.state, self.table = Float32() if state is None else state, None
+        if not hasattr(self.state, "block") or isinstance(self.state, type):
+            raise TypeError(f"state must be Float32() or EightBit(), got {state!r}")
         check({"page_size": power_of_two(self.state.block), "device_budget": optional(whole(0))},
               page_size=page_size, device_budget=device_budget)
         self.page_size, self.budget, self.pageable = page_size, device_budget, pageable

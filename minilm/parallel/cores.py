@@ -61,18 +61,26 @@ class Workers:
         self.receivers = [(p.node, p.on_grad) for p in self.flat.params]
         for p in self.flat.params:
             p.on_grad = lambda dy, receive=p.on_grad: self.queues[self.rank.value].put(receive, dy)
-        self.limits = threadpool_limits(1, "blas") if self.count > 1 else None
+        if self.count > 1:
+            OneThread.begin()
         if not self.processes:
             self.pool = ThreadPoolExecutor(max(1, self.count - 1))
             return self
-        for rank in range(1, self.count):
-            ours, theirs = self.sync.Pipe()
-            child = self.sync.Process(target=self._serve, args=(rank, theirs, ours), daemon=True)
-            child.start()
-            theirs.close()  # so that a dead child reads as the end of the file
-            self.pipes.append(ours)
-            self.children.append(child)
+        try:
+            for rank in range(1, self.count):
+                self._start(rank)
+        except BaseException:  # no more processes, or Ctrl-C: leave nothing behind
+            self.__exit__()
+            raise
         return self
+
+    def _start(self, rank):
+        ours, theirs = self.sync.Pipe()
+        child = self.sync.Process(target=self._serve, args=(rank, theirs, ours), daemon=True)
+        with theirs:  # closed, so that a dead child reads as the end of the file
+            child.start()
+        self.pipes.append(ours)
+        self.children.append(child)
 
     def __exit__(self, *_):
         self.open = False
@@ -87,8 +95,8 @@ class Workers:
             self.pool.shutdown()
         for node, receive in self.receivers:
             node.on_grad = receive
-        if self.limits:
-            self.limits.restore_original_limits()
+        if self.count > 1:
+            OneThread.end()
 
     def run(self, method, parts: list[tuple]) -> list:
         if self.count > 1 and not self.open:
@@ -159,6 +167,30 @@ class Workers:
         if error:
             raise RuntimeError(f"worker process {rank} failed:\n{error}")
         return result
+
+
+class OneThread:
+    """BLAS has one thread while any Workers of this process are open.
+
+    The number is the process's, so those of several threads share one limit: the first to open sets
+    it, the last to close gives back what was there before.
+    """
+
+    lock, users, limits = threading.Lock(), 0, None
+
+    @classmethod
+    def begin(cls):
+        with cls.lock:
+            cls.limits = cls.limits or threadpool_limits(1, "blas")
+            cls.users += 1
+
+    @classmethod
+    def end(cls):
+        with cls.lock:
+            cls.users -= 1
+            if not cls.users:
+                cls.limits.restore_original_limits()
+                cls.limits = None
 
 
 class Flag:

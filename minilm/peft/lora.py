@@ -102,8 +102,8 @@ def add_lora(model: Module, r: int, alpha: float, targets=("q", "v"), dropout: f
     bases, rng, adapters = chosen(model, targets), np.random.default_rng(seed), {}
     for path, base in bases.items():
         O, I = base.weight.shape
-        if not isinstance(r, (int, np.integer)) or not 1 <= r <= min(I, O):
-            raise ValueError(f"r must be 1 to {min(I, O)}, the size of {path} {O, I}; got {r}")
+        if not isinstance(r, (int, np.integer)) or r is True or not 1 <= r <= min(I, O):
+            raise ValueError(f"r must be 1 to {min(I, O)}, the size of {path} {O, I}; got {r!r}")
     for path, base in bases.items():
         O, I = base.weight.shape
         A = rng.standard_normal((r, I), dtype=np.float32) / math.sqrt(I)

@@ -25,6 +25,7 @@ import numpy as np
 from minilm.arrays import rows, wide
 from minilm.backend import array_module
 from minilm.blas import matmul
+from minilm.ranges import Range, check
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,14 @@ def int8_matmul_outliers(x, W, threshold: float = 6.0):
     makes all features outliers, infinity none. W: floats, or an Int8 quantized by row, whose
     outlier columns are dequantized. The 16-bit dtype is x's own if x has 16 bits, else float16.
 
-    ValueError if x in 16 bits or W is not finite, if x and W differ in I, and for an Int8 that is
-    not quantized by row.
+    ValueError if x in 16 bits or W is not finite, if x and W differ in I, for an Int8 that is not
+    quantized by row, and for a threshold below 0.
     """
     quantized = W if isinstance(W, Int8) else quantize_int8(W, axis=-1)
+    check({"threshold": Range("at least 0", lambda x: x >= 0)}, threshold=threshold)
     x = x if hasattr(x, "dtype") else np.asarray(x, np.float32)
     O, I = quantized.shape
-    if x.shape[-1] != I or quantized.absmax.shape != (O, 1):
+    if x.shape[-1:] != (I,) or quantized.absmax.shape != (O, 1):
         raise ValueError(f"int8_matmul_outliers needs x (..., I) and W (O, I) with absmax (O, 1), "
                          f"got {x.shape}, {(O, I)} and {quantized.absmax.shape}")
     x16 = finite(rows(x), "int8_matmul_outliers", x.dtype if x.dtype.itemsize == 2 else np.float16)

@@ -128,7 +128,8 @@ def quantize_model(model: Module, kind: str = "nf4", double_quant: bool | str = 
     products in 8 bits and outliers apart). compute_dtype: of the products, by default the input's.
     skip: layers with one of these in their path stay as they are, such as "head", "attention.q"
     or "blocks.0". double_quant and block_size: as in quantize_4bit. ValueError if a weight is not
-    finite or nothing is left to quantize; the model is then as it was.
+    finite, skip names what is not there, or nothing is left to quantize; the model is then as it
+    was. The weights that are replaced are frozen: an optimizer that holds them says so.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
@@ -140,14 +141,23 @@ def quantize_model(model: Module, kind: str = "nf4", double_quant: bool | str = 
               if type(m) is Linear and not skipped(path)}
     if not layers:
         raise ValueError(f"there is no Linear to quantize outside of {skip}")
-    # Whatever is wrong is found before the first layer is replaced.
-    quantize_weight(np.zeros((1, 1), np.float32), kind, double_quant, block_size)
+    # Whatever is wrong is found before the first layer is replaced, also what int8 does not need.
+    quantize_4bit(np.zeros(1, np.float32), block_size=block_size, double_quant=double_quant)
+    inside = [f".{path}." for path, _ in model.named_modules()]
+    if wrong := [s for s in skip if s != "head" and not any(f".{s}." in path for path in inside)]:
+        raise ValueError(f"skip {wrong} names no layer of this model")
+    gone = []
     for path, layer in layers.items():
         finite(layer.weight.data, path)
     for path, layer in layers.items():
         weight = quantize_weight(layer.weight.data, kind, double_quant, block_size)
+        gone.append(layer.weight)
         threshold = 6.0 if kind == "llm.int8" else None
         model.replace(path, QuantizedLinear(weight, layer.bias, compute_dtype, threshold))
+    kept = {id(t) for _, t in model.named_tensors()}  # a tied head's weight is the embedding's
+    for tensor in gone:
+        if id(tensor) not in kept:
+            tensor.node = None  # so that an optimizer that holds it says that it does not train
     return model
 
 

@@ -29,7 +29,7 @@ from minilm.parallel.cores import default_workers
 from minilm.peft import add_lora, trainable_parameters
 from minilm.picture import COLORS
 from minilm.quantize import quantize_model
-from minilm.run import newest_model
+from minilm.run import newest_model, share_held_out
 from minilm.transformer import Config, Transformer
 from minilm.versions import fingerprints
 
@@ -95,8 +95,9 @@ def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Pa
     if quick:
         refuse_unused(given, ("model",), "a quick run makes a tiny model of its own")
     bases = [] if quick else list(model) or [newest_model(Path("runs"), "pretrain-*")]
-    for folder in bases:
-        load(folder)  # if it is damaged, fail before the run gets a folder
+    for folder in bases:  # if it is of no use, fail before the run gets a folder
+        if not load(folder)[0].config.causal:
+            raise ValueError(f"{folder} fills in masked tokens; only a causal model gives answers")
     s = QUICK if quick else Settings(workers=default_workers()[0])
     settings = {"bases": [fingerprints(folder) for folder in bases], **asdict(s)}
     options = ["--model", *map(str, bases)] if bases else []
@@ -107,7 +108,9 @@ def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Pa
 def measured(bases: list[Path], s: Settings, arm: str, seed: int, run) -> dict:
     """Adapt a base model, and count what it answers rightly and what it still knows."""
     s, (lr, prepare) = replace(s, seed=seed), ARMS[arm]
-    model, tokenizer = load(bases[seed % len(bases)]) if bases else tiny()
+    folder = bases[seed % len(bases)] if bases else None
+    model, tokenizer = load(folder) if folder else tiny()
+    share = (share_held_out(folder) if folder else None) or 0.1
     records, test = data.make_tasks(TASKS, s.train, s.test, seed)
     model = prepare(model, seed)
     if lr:
@@ -118,7 +121,7 @@ def measured(bases: list[Path], s: Settings, arm: str, seed: int, run) -> dict:
         right[record.task].append(100 * data.score(record, said))
     return {RIGHT: float(np.mean(list(right.values()))),
             **{f"{task}, %": float(np.mean(found)) for task, found in right.items()},
-            KNOWN: old_text(model, tokenizer, s.documents),
+            KNOWN: old_text(model, tokenizer, held_out(share)[: s.documents]),
             "trained parameters": sum(p.size for p in trainable_parameters(model)) if lr else 0}
 
 
@@ -136,7 +139,11 @@ def lora(model, seed: int):
 
 
 def load(folder: Path):
-    return huggingface.load_model(folder), data.load_tokenizer(folder / "tokenizer.json")
+    """A base and its tokenizer, which ends a text as the base does."""
+    model, tokenizer = (huggingface.load_model(folder),
+                        data.load_tokenizer(folder / "tokenizer.json"))
+    data.adopt_end(tokenizer, model.ends.eos)
+    return model, tokenizer
 
 
 def tiny():
@@ -145,15 +152,14 @@ def tiny():
 
 
 @cache
-def held_out():
+def held_out(share: float):
     """The text that pretrain.py does not train on."""
-    return data.split(data.load_corpus("python-reference"), 0.1)[1]
+    return data.split(data.load_corpus("python-reference"), share)[1]
 
 
-def old_text(model, tokenizer, count: int | None) -> float:
-    """The model's bits a byte on the held-out text, or on its first `count` documents."""
-    documents = held_out()[:count]
-    tokens, targets = data.cut(data.pack(documents, tokenizer), model.config.context)
+def old_text(model, tokenizer, documents) -> float:
+    """The model's bits a byte on the documents."""
+    tokens, targets = data.rows_of(documents, tokenizer, model.config.context)
     size = sum(len(document.encode()) for document in documents)
     loss = loss_of(model, tokens, targets)
     return bits_per_byte(loss, int((targets != data.IGNORED).sum()), size)
