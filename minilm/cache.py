@@ -28,6 +28,12 @@ class Cache:
         """Buffers for up to the model's context, for generation."""
         return cls([Buffer(model.config.context) for _ in model.blocks])
 
+    def keep(self, length: int):
+        """Forget all but the first `length` tokens, also of a pass that was interrupted."""
+        for layer in self.layers:
+            layer.length = length
+        self.length = length
+
     @classmethod
     def of(cls, prefix):
         """A prefix, (k, v) for each block: Tensors (B, K, P, D), or (1, K, P, D) for any batch.

@@ -58,7 +58,12 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
     off, in this thread only. ValueError for bad settings or tokens, for a model that is not causal,
     and, as it is drawn, for a token whose logits are not finite.
     """
-    tokens = np.asarray(tokens)
+    rng = settled(model, tokens := np.asarray(tokens), temperature, top_k, top_p, seed)
+    return _drawn(model, tokens, rng, temperature, top_k, top_p)
+
+
+def settled(model, tokens, temperature, top_k, top_p, seed) -> np.random.Generator:
+    """The generator of random numbers. ValueError for what `stream` does not take."""
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
         raise ValueError(f"tokens must be integers (B, T >= 1), got {tokens.dtype} {tokens.shape}")
     if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
@@ -72,10 +77,9 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
     _require(top_p is None or (_number(top_p) and 0 < top_p <= 1), top_p=top_p,
              expected="a number above 0, up to 1, or None")
     try:
-        rng = np.random.default_rng(seed)
+        return np.random.default_rng(seed)
     except (ValueError, TypeError):
         _require(False, seed=seed, expected="0, 1, 2, ...")
-    return _drawn(model, tokens, rng, temperature, top_k, top_p)
 
 
 def _drawn(model, tokens, rng, *settings):
@@ -87,17 +91,25 @@ def _drawn(model, tokens, rng, *settings):
             new = tokens[:, -context:]
         elif cache.length + new.shape[1] > steady:  # every position or angle changes
             cache, new = Cache.empty(model), tokens[:, -context:]
-        with no_grad(), no_dropout():
-            if not cached:
-                logits = model(new).data[:, -1]
-            elif fast and new.shape == (1, 1):
-                logits = decode(model, new[0, 0], cache)[None]
-            else:
-                logits = model.head(model.hidden(new, cache=cache)[:, -1]).data
-        drawn = sample(to_device(logits, "cpu"), rng, *settings)
+        drawn = sample(logits_after(model, new, cache, fast), rng, *settings)
         yield drawn
         new = drawn[:, None]
         tokens = np.concatenate([tokens[:, 1 - context :], new], axis=1, dtype=np.int64)
+
+
+def logits_after(model, new, cache: Cache | None, fast: bool):  # (B, T) -> (B, V)
+    """Logits of what follows new tokens, which come after those of the cache, and enter it.
+
+    fast: whether the model `decodes`.
+    """
+    with no_grad(), no_dropout():
+        if cache is None:
+            logits = model(new).data[:, -1]
+        elif fast and new.shape == (1, 1):
+            logits = decode(model, new[0, 0], cache)[None]
+        else:
+            logits = model.head(model.hidden(new, cache=cache)[:, -1]).data
+    return to_device(logits, "cpu")
 
 
 def sample(logits, rng, temperature, top_k, top_p):  # (B, V) -> (B,)

@@ -4,12 +4,17 @@
     python scripts/finetune.py --method qlora       # the same on a base of 4 bits
     python scripts/finetune.py --method full --model runs/pretrain-1/model
     python scripts/finetune.py --data mine.jsonl    # records of instruction, context, output
+    python scripts/finetune.py --data talks.jsonl   # conversations: messages of role and content
 
 Without a file the model learns five small tasks on words and numbers. The program prints the share
 of held-out records that the model answers rightly before and after, and some answers. It also
 prints the loss on the text that the model was trained on, to show what it still knows. A run
 directory keeps the adapter as a PEFT folder, or, with --method full, the model as a Hugging Face
 folder.
+
+Of conversations it learns the assistant's messages. They are written as the model's chat template
+says, which is kept with what was learned; a model without one gets the format of records (needs
+the extra `chat`). Their answers are not scored.
 """
 
 import hashlib
@@ -27,8 +32,8 @@ from minilm import data, versions
 from minilm.command import Given, command, typed
 from minilm.files import FormatError, sha256
 from minilm.interop import huggingface, peft
+from minilm.lessons import Lesson, conversations, instructions
 from minilm.loop import Training, fit, refuse_unused, resumed
-from minilm.measure.answers import answers
 from minilm.optim import AdamW
 from minilm.peft import add_ia3, add_lora, trainable_parameters
 from minilm.quantize import quantize_model
@@ -131,11 +136,14 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)
     settle(folder)  # so that all that is read of it is new
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
+    templates = data.read_templates(folder) or {"default": data.plain(tokenizer)}
     records = load_data(s)
+    talks = not isinstance(records[1][0], data.Record)
     if not run and s.train and len(records[0]) < s.train:
         raise ValueError(f"{' '.join(s.data)}: train is {s.train}, but only {len(records[0])} "
                          "records are left to train on")
-    described = [{"name": name, "sha256": digest} for name, digest in fingerprints(s, records)]
+    described = [{"name": name, "sha256": digest}
+                 for name, digest in fingerprints(s, records, talks and templates)]
     corpora = [data.load_corpus(name) for name in s.known]
     decisive = versions.fingerprints(folder) + [{"name": c.name, "sha256": c.sha256}
                                                 for c in corpora]
@@ -145,28 +153,30 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if not base.config.causal:
         raise ValueError(f"{folder} fills in masked tokens; only a causal model gives answers")
     data.adopt_end(tokenizer, base.ends.eos)
+    teach, by = ((conversations, data.load_chat(folder, tokenizer, templates)) if talks
+                 else (instructions, tokenizer))
+    lesson = teach(*records, by, base, s.batch, s.seed)
     model = METHODS[s.method].prepare(base, s).astype(s.dtype)
-    context = model.config.context
-    batches = data.InstructionBatches(records[0], tokenizer, s.batch, None, s.seed, context)
-    asked = data.encode(records[1], tokenizer, context=context)
-    known = held_out_text(corpora, share_held_out(folder) or 0.1, tokenizer, context)
-    rows = [*batches.rows, asked, *known.values()]
+    share = share_held_out(folder) or 0.1
+    known = held_out_text(corpora, share, tokenizer, model.config.context)
+    rows = [*lesson.batches.rows, lesson.held_out, *known.values()]
     if (largest := max(int(a.max()) for row in rows for a in row)) >= base.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer gives the id {largest}, but the model has "
                          f"{base.config.vocab_size} rows")
     if run is None:
         run = RunDirectory.create(out, f"finetune-{s.method}", asdict(s), described, decisive)
-    print(f"{len(records[0]):,} records to train on, {len(records[1]):,} held out")
+    what = "conversations" if talks else "records"
+    print(f"{len(records[0]):,} {what} to train on, {len(records[1]):,} held out")
     with run.going_on():
-        finetune(run, s, model, tokenizer, batches, records[1], asked, known)
+        finetune(run, s, model, tokenizer, templates, lesson, known)
 
 
-def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
+def finetune(run, s: Settings, model, tokenizer, templates, lesson: Lesson, known):
     """Train, and print what the model can do and what it still knows, before and after."""
     params = trainable_parameters(model)
     optimizer = AdamW(params, s.lr, weight_decay=0.0)
-    examine = partial(examined, model, tokenizer, test, asked, known)
-    for trainer, done in fit(run, model, batches, s, optimizer=optimizer):
+    examine = partial(examined, model, lesson, known)
+    for trainer, done in fit(run, model, lesson.batches, s, optimizer=optimizer):
         if not done.targets:
             print(f"{run.path}: {s.method} on {s.model}, {sum(p.size for p in params):,} trainable "
                   f"parameters, {s.workers} workers, from step {done.step}"
@@ -177,36 +187,35 @@ def finetune(run, s: Settings, model, tokenizer, batches, test, asked, known):
                 run.log(**examine(trainer, done.step))
             continue
         if done.step % s.eval_every == 0:
-            tqdm.write(f"step {done.step}: held out: loss {trainer.evaluate(*asked)[0]:.4f}")
+            loss, _ = trainer.evaluate(*lesson.held_out)
+            tqdm.write(f"step {done.step}: held out: loss {loss:.4f}")
         run.log(**asdict(done))
         if done.step == s.steps:
             run.log(**examine(trainer, done.step))
-    finish(run, model, tokenizer, s, done.step, test[0])
+    finish(run, model, tokenizer, templates, s, done.step, lesson.prompt)
 
 
-def examined(model, tokenizer, test, asked, known, trainer, step: int) -> dict:
+def examined(model, lesson: Lesson, known, trainer, step: int) -> dict:
     """Losses, and the share of records answered rightly by task; prints some answers."""
-    said = answers(model, test, tokenizer)
-    right = {}
-    for record, answer in zip(test, said):
-        right.setdefault(record.task or "records", []).append(data.score(record, answer))
-    examples = {record.task: (record, answer) for record, answer in zip(test, said)}
-    for record, answer in examples.values():
-        shown = data.printable(data.prompt(record).replace("\n", " ") + answer)
-        tqdm.write(f"step {step}: {shown[:100]}")
+    right, shown = lesson.ask(model)
+    for text in shown:
+        tqdm.write(f"step {step}: {data.printable(text)[:100]}")
     known = {name: trainer.evaluate(*rows)[0] for name, rows in known.items()}
-    return {"step": step, "right": {task: float(np.mean(r)) for task, r in right.items()},
-            "loss_held_out": trainer.evaluate(*asked)[0], "loss_known": known}
+    return {"step": step, "right": right, "loss_held_out": trainer.evaluate(*lesson.held_out)[0],
+            "loss_known": known}
 
 
-def finish(run, model, tokenizer, s: Settings, step: int, record):
+def finish(run, model, tokenizer, templates, s: Settings, step: int, prompt: str | None):
     """Save what was learned, print the scores before and after, and say where everything is."""
     if s.method == "full":
         huggingface.save_model(model, run.path / "model", tokenizer)
         use = {"model": run.path / "model"}
+        names = data.read_names(Path(s.model), tokenizer)
+        data.write_templates(run.path / "model", templates, names)
     else:
         peft.save_adapter(model, run.path / "adapter", base=s.model)
         use = {"model": s.model, "adapter": run.path / "adapter"}
+        data.write_templates(run.path / "adapter", templates)
     if step < s.steps:
         print(f"stopped after step {step}; go on with: {typed(__file__, resume=run.path)}")
         return
@@ -216,8 +225,9 @@ def finish(run, model, tokenizer, s: Settings, step: int, record):
     for name in ("right", "loss_known"):
         run.require(before[name], **dict.fromkeys(after[name], float))
     print_scores(before, after)
-    ask = typed(Path(__file__).with_name("generate.py"), **use, temperature=0,
-                prompt=data.prompt(record))
+    how = {} if prompt is None else {"prompt": prompt}
+    ask = typed(Path(__file__).with_name("generate.py"), *["--chat"] * (not how), **use,
+                temperature=0, **how)
     print(f"ask it: {ask}")
 
 
@@ -240,9 +250,12 @@ def load_data(s: Settings):
     """(records to train on, records held out)."""
     if len(s.data) == 1 and s.data[0] not in data.TASKS:
         (path,) = s.data
-        records = data.load_records(path)
+        talks = data.holds_conversations(path)
+        records = data.load_conversations(path) if talks else data.load_records(path)
         if len(records) <= s.test:
             raise ValueError(f"{path} has {len(records)} records, but {s.test} are held out")
+        if talks:
+            return data.split_records(records, s.test, s.train, data.opening)
         train, test = data.split_records(records, s.test, s.train)
         try:
             for record in test:
@@ -259,11 +272,14 @@ def held_out_text(corpora, share: float, tokenizer, context: int) -> dict:
     return {name: data.rows_of(part, tokenizer, context) for name, part in parts.items()}
 
 
-def fingerprints(s: Settings, records):
-    """(name, SHA-256) of the model's files and of the data, which must not change for a resume."""
+def fingerprints(s: Settings, records, templates):
+    """(name, SHA-256) of the model's files, of the data and of the templates that they are written
+    by, if any: they must not change for a resume."""
     for file in sorted(Path(s.model).glob("*.safetensors")):
         yield file.name, sha256(file)
     yield " ".join(s.data), hashlib.sha256(repr(records).encode()).hexdigest()
+    if templates:
+        yield "chat template", hashlib.sha256(repr(templates).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -4,65 +4,82 @@
     python scripts/generate.py --model runs/pretrain-1/model --prompt "The " --temperature 0.5
     python scripts/generate.py --model runs/pretrain-1/model \\
         --adapter runs/finetune-lora-1/adapter --temperature 0 --prompt $'Reverse\\nminilm\\n-> '
+    python scripts/generate.py --model my-chat-model --chat
 
 Prints the prompt and what the model writes after it, as it is sampled, then the speed. The model is
 the Hugging Face folder of a causal model, with its tokenizer.json. It stops at the ends that the
 folder names (eos_token_id), or else at the tokenizer's.
+
+With --chat it is a conversation: a line is a message, which the model answers. Its messages are
+written as the chat template of the folder says, or that of the adapter's. Ctrl-C stops an answer.
+At the prompt Ctrl-C or Ctrl-D ends the conversation. Needs the extra `chat`.
 """
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import islice, takewhile
 from pathlib import Path
 
 from minilm.backend import tune_allocator
 from minilm.command import Given, command, utf8
-from minilm.data import Tokenizer, load_tokenizer, printable
+from minilm.data import (
+    Chat,
+    Tokenizer,
+    load_chat,
+    load_tokenizer,
+    printable,
+    read_templates,
+)
+from minilm.dialogue import Dialogue
 from minilm.generate import stream
 from minilm.interop import huggingface, peft
 from minilm.loop import refuse_unused
 from minilm.peft import merge_lora, unload_lora
 from minilm.run import newest_model
+from minilm.transformer import Transformer
+
+QUESTION = [{"role": "user", "content": "Hello"}]
 
 
 def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
          temperature: float = 0.8, top_k: int | None = 40, top_p: float | None = 0.95,
-         seed: int = 0, adapter: Path | None = None, given: Given = frozenset()):
+         seed: int = 0, adapter: Path | None = None, chat: bool = False, system: str = "",
+         given: Given = frozenset()):
     """Let a trained model write.
 
     Args:
         model: Hugging Face folder with a tokenizer.json; by default the one that the adapter names,
             or without an adapter the newest runs/*/model.
         prompt: the text to go on from; an empty one starts a new document.
-        tokens: how many to sample; fewer if the model ends the document.
+        tokens: how many to sample, or for an answer; fewer if the model ends the document.
         temperature: 1 samples as the model was trained, less gives likelier text, 0 the likeliest.
         top_k: sample among the k likeliest tokens.
         top_p: sample among the fewest tokens whose probabilities reach p.
         seed: of the samples.
         adapter: PEFT folder of an adapter for the model.
+        chat: hold a conversation.
+        system: its system message, which says how the model shall answer.
         given: names of the options on the command line.
     """
+    refuse_unused(given, ["prompt"] if chat else ["system"],
+                  f"this is {'a' if chat else 'no'} conversation")
     if tokens < 0:
         raise ValueError(f"tokens must not be negative, got {tokens}")
     if temperature == 0:
         refuse_unused(given, ("top_k", "top_p", "seed"), "temperature 0 takes the likeliest token")
     prompt = utf8("prompt", prompt)
     tune_allocator()
-    folder = model or (base_folder(adapter) if adapter else newest_model(Path("runs")))
-    if not model:
-        print(f"{folder}:", file=sys.stderr)
-    elif adapter and Path(peft.base_of(adapter) or model).absolute() != model.absolute():
-        print(f"{adapter} was made for {peft.base_of(adapter)}", file=sys.stderr)
-    transformer = huggingface.load_model(folder).eval()
-    if not transformer.config.causal:
-        raise ValueError(f"{folder} fills in masked tokens; only a causal model writes on")
-    if adapter:
-        unload_lora(merge_lora(peft.load_adapter(transformer, adapter)))
+    folder, transformer = load(model, adapter)
     tokenizer, V = load_tokenizer(folder / "tokenizer.json"), transformer.config.vocab_size
     bos, eos, _ = transformer.ends
     first = tokenizer.end if bos is None or bos >= V else bos
     ends = [id for id in eos if id < V] or [tokenizer.end]
+    if chat:
+        template = chat_of(folder, adapter, tokenizer)
+        dialogue = Dialogue(transformer, temperature, top_k, top_p, seed)
+        converse(dialogue, template, {*ends, *template.closing()}, tokens, utf8("system", system))
+        return
     before = tokenizer.prompt(prompt).tolist() or [first]
     drawn = stream(transformer, [before], temperature, top_k, top_p, seed)
     ids = takewhile(lambda id: id not in ends, (int(row[0]) for row in islice(drawn, tokens)))
@@ -73,6 +90,21 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
     print(f"{count} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
 
 
+def load(model: Path | None, adapter: Path | None) -> tuple[Path, Transformer]:
+    """The model's folder, and the model with the adapter in its weights."""
+    folder = model or (base_folder(adapter) if adapter else newest_model(Path("runs")))
+    if not model:
+        print(f"{folder}:", file=sys.stderr)
+    elif adapter and Path(peft.base_of(adapter) or model).absolute() != model.absolute():
+        print(f"{adapter} was made for {peft.base_of(adapter)}", file=sys.stderr)
+    transformer = huggingface.load_model(folder).eval()
+    if not transformer.config.causal:
+        raise ValueError(f"{folder} fills in masked tokens; only a causal model writes on")
+    if adapter:
+        unload_lora(merge_lora(peft.load_adapter(transformer, adapter)))
+    return folder, transformer
+
+
 def base_folder(adapter: Path) -> Path:
     """The folder of the model that the adapter is for."""
     base = peft.base_of(adapter)
@@ -80,6 +112,82 @@ def base_folder(adapter: Path) -> Path:
         named = f"names {base!r}, which is no folder here" if base else "does not name its model"
         raise ValueError(f"{adapter} {named}: give --model")
     return Path(base)
+
+
+def chat_of(folder: Path, adapter: Path | None, tokenizer: Tokenizer) -> Chat:
+    """The adapter's chat template, or else the model's. ValueError if there is none."""
+    templates = (adapter and read_templates(adapter)) or read_templates(folder)
+    if not templates:
+        raise ValueError(f"{adapter or folder} has no chat template, so nothing says how a "
+                         "conversation was written in its training: teach it with finetune.py, or "
+                         "put the template that it was taught with there as chat_template.jinja")
+    return load_chat(folder, tokenizer, templates)
+
+
+def converse(dialogue: Dialogue, chat: Chat, ends: Collection[int], most: int, system: str):
+    """Read messages and answer them until the input ends. An answer has at most `most` tokens."""
+    rules = [{"role": "system", "content": system}] if system else []
+    messages, context = rules, dialogue.model.config.context
+    if system:
+        chat.text(messages + QUESTION)  # a template that takes no such message says so now
+    while (message := ask()) is not None:
+        if not message.strip():
+            continue
+        asked = [{"role": "user", "content": message}]
+        try:
+            before = chat.prompt(messages + asked)
+            if len(before) > context and messages != rules:
+                say(f"the context of {context} tokens is full: the conversation begins anew")
+                messages, before = rules, chat.prompt(rules + asked)
+            if len(before) > context:
+                raise ValueError(f"the message takes {len(before)} tokens, but the model's context "
+                                 f"is {context}")
+            said = answer(dialogue, before, chat.tokenizer, ends, most)
+        except KeyboardInterrupt:  # before the answer began
+            print()
+        except ValueError as error:
+            say(error)
+        else:
+            messages = [*messages, *asked, {"role": "assistant", "content": said}]
+
+
+def ask() -> str | None:
+    """The next message; None at the end of the input, and after Ctrl-C."""
+    try:
+        return utf8("the message", input("> "))
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def say(words):
+    """Tell what is not the model's."""
+    print(words, file=sys.stderr)
+
+
+def answer(dialogue: Dialogue, before, tokenizer: Tokenizer, ends: Collection[int],
+           most: int) -> str:
+    """Print the answer as it is made; returns it, or what there is of it after Ctrl-C."""
+    said, why = [], f"stopped after {most} tokens, see --tokens"
+
+    def drawn():
+        nonlocal why
+        for id in islice(dialogue.answer(before), most):
+            if id in ends:
+                why = ""
+                return
+            said.append(id)
+            yield id
+        if len(said) < most:
+            why = f"the context of {dialogue.model.config.context} tokens is full"
+
+    try:
+        write(drawn(), tokenizer, before.tolist())
+        if why:
+            say(why)
+    except KeyboardInterrupt:
+        print()
+    return tokenizer.decode(said)
 
 
 def write(ids: Iterable[int], tokenizer: Tokenizer, before: list[int]) -> int:

@@ -227,7 +227,8 @@ def test_a_model_learns_to_end_as_its_folder_says(tmp_path, monkeypatch):
         model.ends, learned = Ends(eos=eos), []
         huggingface.save_model(model, tmp_path, tokenizer)
         with monkeypatch.context() as patch:
-            patch.setattr(finetune, "finetune", lambda *args: learned.append(args[4][0][1]))
+            patch.setattr(finetune, "finetune",
+                          lambda *args: learned.append(args[5].batches[0][1]))
             finetune.main(finetune.Settings(model=str(tmp_path), known=(), train=4, test=1, batch=2,
                                             data=("reverse",)), tmp_path / "runs")
         assert all(row[row >= 0][-1] == expected for row in learned[0])

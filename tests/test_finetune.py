@@ -13,12 +13,13 @@ from pathlib import Path
 import finetune
 import numpy as np
 import pytest
-from finetune import METHODS, Settings, answers, main
+from finetune import METHODS, Settings, main
 
 from minilm import checkpoint, data
 from minilm.files import FormatError, read_json, write_json
 from minilm.generate import generate, stream
 from minilm.interop import huggingface, peft
+from minilm.measure.answers import answers
 from minilm.measure.losses import loss_of
 from minilm.peft.adapted import adapted_layers
 from minilm.quantize import QuantizedLinear

@@ -20,11 +20,11 @@ FLOORS = [
     {"extras", "backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together",
      "stored", "ranges"},
     {"graph", "tensor", "ops", "activations", "attention", "losses"},
-    {"rope", "config", "nn", "transformer", "shapes", "cache", "decode", "generate"},
+    {"rope", "config", "nn", "transformer", "shapes", "cache", "decode", "generate", "dialogue"},
     {"quantize", "peft", "distill", "optim", "parallel"},
-    {"data", "interop", "measure"},
-    {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture", "results",
-     "experiment", "command", "__main__"},
+    {"data", "interop", "measure", "lessons"},
+    {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
+     "results", "experiment", "command", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
@@ -57,6 +57,10 @@ WITHIN = {  # the arrows inside a floor
     ("generate", "transformer"),
     ("generate", "decode"),
     ("generate", "cache"),
+    ("dialogue", "cache"),
+    ("dialogue", "decode"),
+    ("dialogue", "generate"),
+    ("dialogue", "transformer"),
     ("decode", "nn"),
     ("decode", "rope"),
     ("decode", "transformer"),
@@ -64,6 +68,9 @@ WITHIN = {  # the arrows inside a floor
     ("optim", "quantize"),
     ("parallel", "optim"),
     ("measure", "data"),
+    ("lessons", "data"),
+    ("lessons", "interop"),
+    ("lessons", "measure"),
     ("run", "checkpoint"),
     ("run", "picture"),
     ("run", "records"),
@@ -80,7 +87,7 @@ WITHIN = {  # the arrows inside a floor
     ("__main__", "versions"),
 }
 NARROWER = {
-    "data": {"extras", "files"},
+    "data": {"extras", "files", "strict"},
     "optim": {"backend", "arrays", "blas", "cuda", "tensor", "attention", "ops", "quantize",
               "ranges"},
 }

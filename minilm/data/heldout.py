@@ -7,10 +7,10 @@ so nothing is on both sides.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from minilm.data.corpora import Corpus
-from minilm.data.instructions import Record, prompt
+from minilm.data.instructions import prompt
 
 SPARE = 0.1  # of the smaller part: how far from its share it may be without cutting a document
 
@@ -85,13 +85,13 @@ def _outwards(middle: int, first: int, last: int) -> Iterator[int]:
 
 
 def split_records(
-    records: Sequence[Record], held_out: int, train: int | None = None
-) -> tuple[list[Record], list[Record]]:
+    records: Sequence, held_out: int, train: int | None = None, prompt: Callable = prompt
+) -> tuple[list, list]:
     """Split into (train, held out), each in the order in which they came.
 
-    Records with the same prompt stay together. They are held out in the order of the prompt's
-    SHA-256. If many share a prompt, somewhat fewer than `held_out` may be. `train` is how many to
-    train on at most: the next ones in that order. ValueError if a part would be empty.
+    Records with the same prompt, a text, stay together. They are held out in the order of the
+    prompt's SHA-256. If many share a prompt, somewhat fewer than `held_out` may be. `train` is how
+    many to train on at most: the next ones in that order. ValueError if a part would be empty.
     """
     if train is not None and train < 1:
         raise ValueError(f"train must be at least 1, got {train}")

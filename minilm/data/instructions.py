@@ -88,34 +88,26 @@ def encode(
     `context`; none is cut.
     """
     rows = _rows(records, tokenizer, length, context)
-    return _filled(rows, length or max(len(tokens) for tokens, _ in rows))
+    return filled(rows, length)
 
 
-class InstructionBatches:
-    """Training batches of records: batches[step] -> (tokens, targets), (B, T) int32, as in encode.
+class RowBatches:
+    """Training batches of rows: batches[step] -> (tokens, targets), (B, T) int32, as in `filled`.
 
-    Rows are drawn in epochs: all records once in random order, then all again in another order. A
-    batch may span two epochs. It depends on (seed, step) alone, so a resumed run needs no stored
-    position. Iterating never ends.
+    rows: tokens and targets, both (T,), with a T of its own each. They are drawn in epochs: all
+    once in random order, then all again in another order. A batch may span two epochs. It depends
+    on (seed, step) alone, so a resumed run needs no stored position. Iterating never ends.
 
-    Records share batches with their like, so that a long one does not fill up all others: those of
+    Rows share batches with their like, so that a long one does not fill up all others: those of
     up to twice the median length, of up to twice that, and so on. T is `length`, or else what the
-    longest record of the batch's longest group takes. A batch comes when that one of its
-    records is drawn which stands first in `records`: at any time of the epoch with equal chance.
+    longest row of the batch's longest group takes. A batch comes when that one of its
+    rows is drawn which stands first in `rows`: at any time of the epoch with equal chance.
     """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        tokenizer: Tokenizer,
-        batch: int,
-        length: int | None,
-        seed: int,
-        context: int | None = None,
-    ):
+    def __init__(self, rows, batch: int, length: int | None, seed: int):
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        self.rows = _rows(records, tokenizer, length, context)
+        self.rows = rows
         taken = np.array([len(tokens) for tokens, _ in self.rows])
         self.groups, longest = grouped(taken)
         self.widths = np.full_like(longest, length) if length else longest
@@ -126,7 +118,7 @@ class InstructionBatches:
         epochs, places = np.divmod(step * self.batch + np.arange(self.batch), size)
         orders = [self._order(epoch) for epoch in range(epochs[0], epochs[-1] + 1)]
         drawn = np.stack(orders)[epochs - epochs[0], places]
-        return _filled([self.rows[row] for row in drawn], self.widths[self.groups[drawn].max()])
+        return filled([self.rows[row] for row in drawn], self.widths[self.groups[drawn].max()])
 
     def _order(self, epoch: int) -> np.ndarray:
         """All rows (R,) in the order of an epoch."""
@@ -142,6 +134,21 @@ class InstructionBatches:
         drawn = batches[np.arange(len(rows)), rows.argmin(axis=1)]
         whole[:] = rows[np.argsort(drawn)].ravel()
         return order
+
+
+class InstructionBatches(RowBatches):
+    """RowBatches of records, each a row as in `encode`."""
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        tokenizer: Tokenizer,
+        batch: int,
+        length: int | None,
+        seed: int,
+        context: int | None = None,
+    ):
+        super().__init__(_rows(records, tokenizer, length, context), batch, length, seed)
 
 
 def _rows(records, tokenizer, length, context) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -175,8 +182,12 @@ def _rows(records, tokenizer, length, context) -> list[tuple[np.ndarray, np.ndar
     return rows
 
 
-def _filled(rows, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (R, T) and targets (R, T) of rows that take at most `length`."""
+def filled(rows, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (R, T) and targets (R, T), int32, of rows with a T of their own.
+
+    They are filled up with tokens 0 and targets -100, to `length` or to the longest row.
+    """
+    length = length or max(len(tokens) for tokens, _ in rows)
     tokens = np.zeros((len(rows), length), np.int32)
     targets = np.full_like(tokens, IGNORED)
     for row, (asked, wanted) in enumerate(rows):

@@ -12,6 +12,7 @@ All three have the same attributes and methods:
     special     {name: id} of end, mask and others that are no text
     encode      str -> (N,) int32; never gives end or mask, even if the text spells them
     prompt      encode, for a text that a model shall go on from: see BPETokenizer
+    marked      encode, but a special token's name in the text gives its id: for chat templates
     decode      (N,) ids -> str; leaves out special ids, and ids that name no token, because a
                 model's table may have more rows than there are tokens. ValueError for negative ids
     fields      what tokenizer.json holds
@@ -20,6 +21,7 @@ All three have the same attributes and methods:
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
@@ -30,7 +32,7 @@ from minilm.files import FormatError, read_json, write_json
 END, MASK = "<|endoftext|>", "<|mask|>"
 
 # What published tokenizers call the two; the first name that is found counts.
-END_NAMES = (END, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+END_NAMES = (END, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "[SEP]")
 MASK_NAMES = (MASK, "<mask>", "[MASK]")
 
 
@@ -44,6 +46,9 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     prompt = encode
+
+    def marked(self, text: str) -> np.ndarray:
+        return _marked(self, text)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = _named(ids, self.vocab_size)
@@ -98,6 +103,9 @@ class CharTokenizer:
         return ids
 
     prompt = encode
+
+    def marked(self, text: str) -> np.ndarray:
+        return _marked(self, text)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = _named(ids, self.vocab_size)
@@ -172,6 +180,15 @@ class BPETokenizer:
         framed = called("the tokenizer cannot frame the text", self.tokenizer.post_process,
                         self._encoded(text))
         return np.array(framed.ids, np.int32)
+
+    def marked(self, text: str) -> np.ndarray:
+        self.tokenizer.encode_special_tokens = False
+        try:
+            encoded = called(f"the tokenizer cannot encode the text {str(text)[:60]!r}",
+                             self.tokenizer.encode, text, add_special_tokens=False)
+        finally:
+            self.tokenizer.encode_special_tokens = True
+        return np.array(encoded.ids, np.int32)
 
     def _encoded(self, text):
         encoded = called(f"the tokenizer cannot encode the text {str(text)[:60]!r}",
@@ -258,6 +275,14 @@ def _own(fields) -> ByteTokenizer | CharTokenizer | None:
         return None
     tokenizer = CharTokenizer("".join(alphabet))
     return tokenizer if fields == tokenizer.fields() else None
+
+
+def _marked(tokenizer, text):
+    """tokenizer.marked, for one that knows only characters."""
+    names = "|".join(map(re.escape, tokenizer.special))
+    parts = [[tokenizer.special[part]] if part in tokenizer.special else tokenizer.encode(part)
+             for part in re.split(f"({names})", text)]
+    return np.concatenate(parts, dtype=np.int32)
 
 
 def _code_points(text):
