@@ -28,11 +28,10 @@ class Retrained(Adapter):
         return self.inner(x, self.layer) if self.inner else self.layer(x)
 
     def merged(self, base):
-        if self.inner:
-            return self.inner.merged(self.layer)
-        plain = self.layer.plain()
-        return with_tensors(plain, **{name: Tensor(t.data) for name, t in vars(plain).items()
-                                      if isinstance(t, Tensor)})
+        """A frozen layer; None if the method has none."""
+        plain = self.inner.merged(self.layer) if self.inner else self.layer.plain()
+        return plain and with_tensors(plain, **{name: Tensor(t.data) for name, t
+                                                in vars(plain).items() if isinstance(t, Tensor)})
 
 
 def with_tensors(layer: Module, **tensors: Tensor) -> Module:
