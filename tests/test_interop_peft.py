@@ -364,6 +364,7 @@ def test_refused_fields(edit, field, value):
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 WTE = "base_model.model.model.embed_tokens.lora_embedding_A"
 K = Q.replace("q_proj", "k_proj")
+EMBED = "base_model.model.model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize("tensors, text", [
@@ -436,6 +437,10 @@ def test_refused_folders(edit, tmp_path):
     (folder / TENSORS).unlink()
     with pytest.raises(FileNotFoundError, match=TENSORS):
         load_adapter(base("llama"), folder)
+    (folder / "adapter_model.bin").write_bytes(b"")
+    expect("llama", folder, "adapter_model.bin", "save_pretrained writes adapter_model.safetensors")
+    untrained = edit("llama", lambda t: {EMBED: base("llama").embed.weight.data}, target_modules=[])
+    expect("llama", untrained, TENSORS, "no adapter")
 
 
 def test_names_that_cannot_be(saved):

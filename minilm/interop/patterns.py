@@ -10,14 +10,15 @@ import re
 import subprocess
 import sys
 
-SECONDS = 10  # for starting the process and all that is asked of it; it takes milliseconds
+SECONDS = 5  # for starting the process and all that is asked of it; it takes milliseconds
 
 
-def match(expressions, names, form: str = "{}") -> dict[str, dict[str, str]]:
-    """{expression: {name that it matches as a whole: what its group idx caught, or ""}}.
+def match(expressions, names, form: str | None = None) -> dict[str, dict[str, str]]:
+    """{expression: {name that it matches: what its group idx caught, or ""}}.
 
-    form: what stands around each expression. ValueError for what is no regular expression, or for
-    some that need more than SECONDS.
+    An expression must match the whole name, or else, if there is a form to put it in for {}, that
+    must match its beginning. ValueError for what is no regular expression, or for some that need
+    more than SECONDS.
     """
     expressions, names = list(expressions), list(names)
     if all(re.fullmatch(r"\^?[\w.-]*", e) for e in expressions):
@@ -39,8 +40,9 @@ def found(expressions, names, form):
     """What `match` returns."""
     answer = {}
     for expression in expressions:
-        pattern = re.compile(form.replace("{}", expression))
-        matches = {name: pattern.fullmatch(name) for name in names}
+        pattern = re.compile(form.replace("{}", expression) if form else expression)
+        how = pattern.match if form else pattern.fullmatch
+        matches = {name: how(name) for name in names}
         answer[expression] = {name: m.groupdict().get("idx") or "" for name, m in matches.items()
                               if m}
     return answer

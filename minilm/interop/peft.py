@@ -40,7 +40,11 @@ def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     settle(path)
     path, file = Path(path) / "adapter_config.json", Path(path) / "adapter_model.safetensors"
     family, _ = describe(model)
-    (method, config), arrays, whole = read_config(path), read_tensors(file), _whole(model, family)
+    (method, config), whole = read_config(path), _whole(model, family)
+    if not file.exists() and (old := file.with_suffix(".bin")).exists():
+        raise FormatError(old, "is a pickle, which may run any program; PEFT reads it, and its "
+                               "save_pretrained writes adapter_model.safetensors")
+    arrays = read_tensors(file)
     config = resolve(path, config, whole.modules)
     arrays = without_copies(file, arrays, family, config)
     sizes, there = _sizes(whole), {m for m in whole.modules if _tensors(method, m, arrays)}
@@ -53,14 +57,15 @@ def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
         for end, shape in method.shapes(config, module, sizes[module], here).items():
             shapes[_key(module, end)] = shape
     check(file, arrays, shapes)
-    if not arrays:
-        raise FormatError(file, "holds no adapter")
     adapters, dtype = {}, placed(model, ()).dtype
     for module in adapted:
         ours = {end: placed(model, finite(file, _key(module, end), a, dtype))
                 for end, a in _tensors(method, module, arrays).items()}
         adapters |= zip(whole.modules[module], method.split(config, module, sizes[module], ours))
-    return insert_adapters(model, name, whole.read(file, arrays, trained, adapters))
+    adapters = whole.read(file, arrays, trained, adapters)
+    if not adapters:
+        raise FormatError(file, "holds no adapter")
+    return insert_adapters(model, name, adapters)
 
 
 def base_of(path: str | os.PathLike) -> str | None:

@@ -60,7 +60,7 @@ def resolve(path, config: dict, modules) -> dict:
     config = dict(config)
     for field in {"rank_pattern", "alpha_pattern"} & config.keys():
         table, of = config[field] or {}, {}
-        for key, matched in _match(path, field, table, modules, r"(.*\.)?({})").items():
+        for key, matched in _match(path, field, table, modules, r"(.*\.)?({})$").items():
             of = dict.fromkeys(matched, table[key]) | of  # the first counts
         config[field] = of
     for field in {"exclude_modules", "feedforward_modules"} & config.keys():
@@ -117,17 +117,17 @@ def _in_layers(path, config, modules):
         return {*modules}
     if fronts:
         fronts = [fronts] if type(fronts) is str else fronts
-        form = r"(?:^|.*?\.){}\.(?P<idx>\d+)\..*"
+        form = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
     else:
-        fronts, form = [""], r".*?\.[^.]*{}\.(?P<idx>\d+)\..*"
+        fronts, form = [""], r".*?\.[^.]*{}\.(?P<idx>\d+)\."
     numbers = {}
     for matched in _match(path, "layers_pattern", fronts, modules, form).values():
         numbers = matched | numbers  # the first counts
     wanted = layers if type(layers) is list else [layers]
-    return {m for m, number in numbers.items() if int(number) in wanted}
+    return {m for m, number in numbers.items() if number and int(number) in wanted}
 
 
-def _match(path, field, expressions, modules, form="{}"):
+def _match(path, field, expressions, modules, form=None):
     try:
         return match(expressions, modules, form)
     except ValueError as error:
