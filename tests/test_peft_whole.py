@@ -258,3 +258,42 @@ def test_inits_that_change_the_base(peer, theirs, tmp_path, init):
                           path_initial_model_for_weight_conversion=tmp_path / "start")
     ours = load_adapter(base("llama"), tmp_path / "converted").eval()
     agree(ours(TOKENS).data, expected, 2e-6)
+
+
+@with_peers
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu:UserWarning")
+def test_eva_is_plain_lora_once_saved(peer, theirs, tmp_path):
+    """Initialised from the inputs of its layers, with ranks that are distributed anew."""
+    torch, _, peft = peer
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights="eva",
+                             eva_config=peft.EvaConfig(rho=2.0))
+    model = peft.get_peft_model(theirs("llama").float(), config)
+    ids = torch.randint(0, 23, (20, 8, 9))
+    batches = [{"input_ids": x, "labels": x, "attention_mask": torch.ones_like(x)} for x in ids]
+    peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += 0.1 * torch.randn_like(parameter) if "lora_" in name else 0
+    model.save_pretrained(tmp_path)
+    assert read_json(tmp_path / CONFIG)["init_lora_weights"] == "eva"
+    ours = load_adapter(base("llama"), tmp_path).eval()
+    agree(ours(TOKENS).data, peer_logits(peer, model), 1e-6)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_joined_layer_may_have_parts_of_several_sizes(kind):
+    """As q, k and v of grouped-query attention have them."""
+    rng, method, sizes = np.random.default_rng(0), FORMATS[kind], [(8, 6), (4, 6), (2, 6)]
+    config = {"r": 3, "lora_alpha": 5, "lora_dropout": 0.0, "use_rslora": False,
+              "rank_pattern": {}, "alpha_pattern": {}, "feedforward_modules": []}
+    tensors = {end: rng.standard_normal(shape).astype(np.float32)
+               for end, shape in method.shapes(config, "qkv", sizes, {}).items()}
+    parts = method.split(config, "qkv", sizes, tensors)
+    assert [part.shape[0] for part in parts] == [8, 4, 2]
+    joined, _ = method.join("qkv", sizes, parts)
+    assert joined.keys() == tensors.keys()
+    assert all(np.array_equal(joined[end], tensors[end]) for end in tensors)
+    joined, _ = method.join("qkv", sizes, [None, *parts[1:]])
+    end, rest = ("lora_B.weight", 0) if kind == "LORA" else ("ia3_l", 1)
+    assert np.array_equal(joined[end][8:], tensors[end][8:]) and (joined[end][:8] == rest).all()
