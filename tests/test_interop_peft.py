@@ -407,6 +407,14 @@ def test_layers_go_with_a_list(edit):
     expect("llama", folder, CONFIG, "layers_to_transform is [0], which goes with a list")
 
 
+@pytest.mark.parametrize("name, entries", [
+    ("gpt2", ["attn"]),  # c_attn too, in it
+    ("bert", ["embeddings"]), ("llama", ["mlp", "0.mlp.up_proj"])])
+def test_a_module_that_is_saved_within_another(edit, name, entries):
+    """PEFT fails with a KeyError for what it wrote of these."""
+    expect(name, edit(name, modules_to_save=entries), CONFIG, "modules_to_save is", "around it")
+
+
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "alpha_pattern"])
 def test_an_expression_has_an_end(edit, monkeypatch, field):
     monkeypatch.setattr(patterns, "SECONDS", 0.4)

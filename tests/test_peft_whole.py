@@ -61,6 +61,8 @@ OPTIONS = {  # name: (family, the config's settings)
     "bias-llama": ("llama", dict(target_modules=["q_proj"], bias="all")),
     "bias-and-norm": ("gpt2", dict(target_modules=["c_attn"], bias="all",
                                    modules_to_save=["ln_f", "c_fc"])),
+    "bias-and-decoder": ("bert", dict(target_modules=["query"], bias="all",
+                                      modules_to_save=["decoder", "intermediate"])),
     "head": ("llama", dict(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])),
     "head-tied": ("gpt2", dict(target_modules=["c_attn"], modules_to_save=["lm_head"])),
     "both": ("llama", dict(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])),

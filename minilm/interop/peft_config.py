@@ -58,6 +58,10 @@ def read_config(path) -> tuple[Format, dict]:
 def resolve(path, config: dict, modules) -> dict:
     """The config with each expression replaced by the modules' names that it matches."""
     config = dict(config)
+    for twice in filter(lambda saved: len(saved) > 1, (_saved(config, m) for m in modules)):
+        raise FormatError(path, f"modules_to_save is {config['modules_to_save']!r}, which names "
+                          f"{twice[1]} and {twice[0]} around it: PEFT trains the one, writes the "
+                          "other, and reads neither")
     for field in {"rank_pattern", "alpha_pattern"} & config.keys():
         table, of = config[field] or {}, {}
         for key, matched in _match(path, field, table, modules, r"(.*\.)?({})$").items():
@@ -93,9 +97,14 @@ def choose(path, config: dict, linear: list[str], head: str, there: set[str]) ->
 
 def trained_whole(config: dict, modules) -> set[str]:
     """The modules that modules_to_save names: they, or what they are part of, end with an entry."""
+    return {m for m in modules if _saved(config, m)}
+
+
+def _saved(config, module) -> list[str]:
+    """What modules_to_save names of the module and all that it is part of."""
     ends = tuple(config["modules_to_save"] or ())
-    def places(module): return (module[:i] for i, c in enumerate(module + ".") if c == ".")
-    return {m for m in modules if any(place.endswith(ends) for place in places(m))}
+    places = (module[:i] for i, c in enumerate(f"{module}.") if c == ".")
+    return [place for place in places if place.endswith(ends)]
 
 
 def named(module: str, ends) -> bool:

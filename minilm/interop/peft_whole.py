@@ -129,17 +129,18 @@ def without_copies(file, arrays: dict, family: Family, config: dict) -> dict:
     """The arrays, each once. FormatError for a copy that differs.
 
     With bias "all", PEFT writes the biases of modules_to_save three times: as such, under its own
-    name for them, and as they were.
+    name for them, and as they were. What they were does not act.
     """
     if config.get("bias") == "all":
-        arrays = {key: a for key, a in arrays.items()
-                  if not key.endswith((".original_module.bias", ".modules_to_save.bias"))}
+        arrays = {key: a for key, a in arrays.items() if not (key.endswith(".bias") and (
+            ".original_module." in key or ".modules_to_save." in key))}
     for copy, key in family.copies.items():
         module, _, kind = key.rpartition(".")
         keys = {f"{PREFIX}{key}", f"{PREFIX}{module}.base_layer.{kind}"} & arrays.keys()
         if keys and f"{PREFIX}{copy}" in arrays:
             array = arrays.pop(f"{PREFIX}{copy}")
-            if not np.array_equal(array, arrays[min(keys)]):
+            acts = not trained_whole(config, [module])
+            if acts and not np.array_equal(array, arrays[min(keys)]):
                 raise FormatError(file, f"{PREFIX}{copy} differs from {min(keys)}, of which it "
                                         "should be a copy")
     return arrays
