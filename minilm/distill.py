@@ -269,7 +269,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     if not layers or not whole or layers != sorted({*layers} & {*range(depth)}):
         raise ValueError(f"layers must be increasing numbers from 0 to {depth - 1}, the teacher's; "
                          f"got {layers}")
-    embedding, head = teacher.embed.weight, teacher.head
+    embedding, head = teacher.embed.plain().weight, teacher.head
     out = head.out if teacher.config.head == "masked" else head
     tied = out.plain().weight is embedding  # not if the head is adapted or quantized
     config = replace(teacher.config.of_layers(layers), tied=tied)
@@ -281,9 +281,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
         if owner.startswith("blocks."):
             _, block, rest = owner.split(".", 2)
             owner = f"blocks.{layers[int(block)]}.{rest}"
-        source = theirs[owner]
-        source = source.plain() if hasattr(source, "plain") else source
-        state[path] = getattr(source, name).data
+        state[path] = getattr(theirs[owner].plain(), name).data
     student.load_state_dict(state)
     return student.to(embedding.device)
 

@@ -78,6 +78,10 @@ class Module:
             place = vars(child) if isinstance(child, Module) else child
         place[_key(place, name)] = module
 
+    def plain(self):
+        """A plain layer that computes the same: itself. Quantized and adapted layers make one."""
+        return self
+
     def state_dict(self) -> dict:
         """path -> array, not copied; a shared tensor appears once."""
         return {name: t.data for name, t in self.named_tensors()}
@@ -168,10 +172,6 @@ class Linear(Module):
 
     def forward(self, x):  # (..., I) -> (..., O)
         return ops.linear(x, self.weight, self.bias)
-
-    def plain(self):
-        """A Linear that computes the same: here itself. Quantized and adapted layers make one."""
-        return self
 
 
 class Embedding(Module):

@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from minilm.interop import patterns
 from minilm.interop.huggingface import save_model
-from minilm.interop.peft import FIELDS, base_of, load_adapter, save_adapter
+from minilm.interop.peft import base_of, load_adapter, save_adapter
+from minilm.interop.peft_config import READ
 from minilm.interop.peft_formats import FORMATS
 from minilm.nn import Module
 from minilm.peft import (
@@ -202,8 +204,10 @@ def test_gpt2_thirds(edit):
         assert np.array_equal(adapter.A.data, tensors[key.format("A")])
         assert np.array_equal(adapter.B.data, tensors[key.format("B")][16 * i : 16 * (i + 1)])
         assert adapter.scale == 2.5
-    As = [m.adapters["default"].A.data for m in adapted_layers(model).values()]
-    assert not any(np.shares_memory(a, b) for i, a in enumerate(As) for b in As[:i])
+    for block in model.blocks:
+        q, k, v = (m.adapters["default"] for m in adapted_layers(block.attention).values())
+        assert q.A is k.A is v.A  # one tensor, which is trained as one
+        assert not np.shares_memory(q.B.data, k.B.data)
 
 
 def test_the_names_of_the_modules(tmp_path):
@@ -260,9 +264,13 @@ PEFT = {  # all that PEFT 0.21.2 writes beside what save_adapter writes
 
 
 @pytest.mark.parametrize("changes", [
-    PEFT, {"target_modules": r".*self_attn\.(q|v)_proj"}, {"target_modules": "all-linear"},
+    PEFT, {"target_modules": r".*self_attn\.(q|v)_proj"}, {"exclude_modules": r".*\.k_proj"},
     {"target_modules": ["self_attn.q_proj", "v_proj", "gate"], "exclude_modules": ["lm_head"]},
-    {"target_modules": ["k_proj"], "layers_to_transform": [0, 1]}, {"target_modules": None},
+    {"layers_to_transform": [0, 1, 7]}, {"target_modules": None}, {"rank_pattern": {"(q|v)_p": 9}},
+    {"layers_to_transform": [], "layers_pattern": ["layers"]}, {"runtime_config": {"a": 1}},
+    {"layers_to_transform": [1, 0], "layers_pattern": ["blocks", "l[aeiou]yers?"]},
+    {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}, {"loftq_config": {"bits": 4}},
+    {"corda_config": {"a": 1}}, {"init_lora_weights": "orthogonal"}, {"modules_to_save": ["score"]},
     {"exclude_modules": ["o_proj"], "target_modules": ["q_proj", "v_proj", "o_proj"]},
     {"init_lora_weights": "gaussian"}, {"rank_pattern": None, "alpha_pattern": None},
     {"lora_bias": None, "something_new": False, "fan_in_fan_out": True},
@@ -325,20 +333,23 @@ def test_rank_pattern(edit):
 
 
 REFUSED = [
-    ("peft_type", "LOHA"), ("peft_type", ["LORA"]), ("bias", "all"), ("bias", None), ("r", 0),
+    ("peft_type", "LOHA"), ("peft_type", ["LORA"]), ("bias", "some"), ("bias", None), ("r", 0),
     ("r", 2.0), ("r", True), ("r", 10**30), ("lora_alpha", "3"), ("lora_alpha", 10**400),
     ("lora_alpha", None), ("lora_dropout", 1.0), ("lora_dropout", -0.1), ("use_rslora", "yes"),
     ("use_rslora", None), ("rank_pattern", {"q_proj": 0}), ("rank_pattern", []),
-    ("rank_pattern", {"(q|v)_proj": 2}), ("alpha_pattern", {"(.+)+!": 2}),
+    ("rank_pattern", {"(q|v_proj": 2}), ("alpha_pattern", {"*": 2}),
     ("alpha_pattern", {"q_proj": None}), ("target_modules", [3]), ("target_modules", {"q": 1}),
-    ("exclude_modules", r".*\.k_proj"), ("exclude_modules", ["v_proj"]),
+    ("exclude_modules", r".*\.v_proj"), ("exclude_modules", ["v_proj"]),
+    ("target_modules", r"(?i"), ("target_modules", "(" * 5000), ("layers_to_transform", "1"),
+    ("layers_to_transform", [True]), ("layers_to_transform", -1), ("layers_pattern", "layers"),
     ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_16"),
-    ("init_lora_weights", "olora"), ("init_lora_weights", "corda"), ("init_lora_weights", "eva"),
+    ("init_lora_weights", "olora"), ("init_lora_weights", "corda"), ("init_lora_weights", "mica"),
     ("init_lora_weights", "loftq"), ("init_lora_weights", "lora_ga"),
-    ("use_dora", True), ("modules_to_save", ["lm_head"]), ("lora_bias", True),
+    ("use_dora", True), ("modules_to_save", "lm_head"), ("lora_bias", True),
     ("layer_replication", [[0, 1]]), ("alora_invocation_tokens", [1]), ("use_bdlora", {"a": 1}),
     ("use_qalora", True), ("target_parameters", ["x"]), ("trainable_token_indices", [1]),
-    ("loftq_config", {"bits": 4}), ("eva_config", {"rho": 2}), ("corda_config", {"a": 1}),
+    ("kasa_config", {}), ("velora_config", {}), ("something_new", {}), ("something_new", 0),
+    ("ensure_weight_tying", True),
     ("arrow_config", {"a": 1}), ("megatron_config", {"a": 1}), ("something_new", 1),
 ]
 
@@ -353,6 +364,7 @@ def test_refused_fields(edit, field, value):
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 WTE = "base_model.model.model.embed_tokens.lora_embedding_A"
 K = Q.replace("q_proj", "k_proj")
+EMBED = "base_model.model.model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize("tensors, text", [
@@ -372,6 +384,43 @@ K = Q.replace("q_proj", "k_proj")
 ])
 def test_refused_tensors(edit, tensors, text):
     expect("llama", edit("llama", tensors), TENSORS, text)
+
+
+@pytest.mark.parametrize("changes, text", [
+    ({"target_modules": "all-linear"}, "missing keys: "),
+    ({"target_modules": r".*q_proj"}, "unexpected keys: "),
+    ({"target_modules": r"q_proj|v_proj"}, "unexpected keys: "),  # the whole name, as in PEFT
+    ({"target_modules": r".*\.(q|k|v)_proj"}, "missing keys: "),
+    ({"layers_to_transform": 1}, "unexpected keys: "),
+    ({"target_modules": ["q_proj", "k_proj", "v_proj"], "layers_to_transform": [0, 1]},
+     "missing keys: "),
+    ({"layers_to_transform": [0, 1], "layers_pattern": "h"}, "unexpected keys: "),
+    ({"rank_pattern": {"[qv]_proj": 3}}, "expected float (3, 16)"),
+    ({"modules_to_save": ["norm"]}, "missing keys: base_model.model.model.layers.0.input_layern"),
+])
+def test_the_file_is_what_the_config_chooses(edit, changes, text):
+    expect("llama", edit("llama", **changes), TENSORS, text)
+
+
+def test_layers_go_with_a_list(edit):
+    folder = edit("llama", target_modules=".*[qv]_proj", layers_to_transform=[0])
+    expect("llama", folder, CONFIG, "layers_to_transform is [0], which goes with a list")
+
+
+@pytest.mark.parametrize("name, entries", [
+    ("gpt2", ["attn"]),  # c_attn too, in it
+    ("bert", ["embeddings"]), ("llama", ["mlp", "0.mlp.up_proj"])])
+def test_a_module_that_is_saved_within_another(edit, name, entries):
+    """PEFT fails with a KeyError for what it wrote of these."""
+    expect(name, edit(name, modules_to_save=entries), CONFIG, "modules_to_save is", "around it")
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "alpha_pattern"])
+def test_an_expression_has_an_end(edit, monkeypatch, field):
+    monkeypatch.setattr(patterns, "SECONDS", 0.4)
+    value = r"(.*.*)*\.(.+)+!"
+    folder = edit("llama", **{field: {value: 2} if field == "alpha_pattern" else value})
+    expect("llama", folder, CONFIG, f"{field} takes more than 0.4 seconds")
 
 
 def test_lists_and_tables_have_an_end(edit):
@@ -396,6 +445,10 @@ def test_refused_folders(edit, tmp_path):
     (folder / TENSORS).unlink()
     with pytest.raises(FileNotFoundError, match=TENSORS):
         load_adapter(base("llama"), folder)
+    (folder / "adapter_model.bin").write_bytes(b"")
+    expect("llama", folder, "adapter_model.bin", "save_pretrained writes adapter_model.safetensors")
+    untrained = edit("llama", lambda t: {EMBED: base("llama").embed.weight.data}, target_modules=[])
+    expect("llama", untrained, TENSORS, "no adapter")
 
 
 def test_names_that_cannot_be(saved):
@@ -457,7 +510,7 @@ def test_fuzzed_files(edit):
             assert not adapted_layers(model)
         unload_lora(model)
 
-    for field in ("peft_type", *FIELDS, *FORMATS["LORA"].fields):
+    for field in ("peft_type", *READ, *FORMATS["LORA"].fields):
         for value in VALUES:
             (folder / CONFIG).write_text(json.dumps(raw | {field: value}))
             attempt()
@@ -537,8 +590,9 @@ def test_ia3_at_the_input_of_c_attn(tmp_path):
     assert {a.shape for a in read_tensors(tmp_path / TENSORS).values()} == {(1, 16)}
     loaded = load_adapter(base("gpt2"), tmp_path)
     assert vectors(loaded) == vectors(model)
-    ls = [layer.adapters["default"].l.data for layer in adapted_layers(loaded).values()]
-    assert not any(np.shares_memory(a, b) for i, a in enumerate(ls) for b in ls[:i])
+    for block in loaded.blocks:
+        q, k, v = (m.adapters["default"] for m in adapted_layers(block.attention).values())
+        assert q.l is k.l is v.l
     for other in (scaled("gpt2", ("q", "k", "v"), ("q", "k", "v")),  # three different ones
                   scaled("gpt2", ("k", "v"), ("k", "v")), scaled("gpt2", ("q", "k"), "q")):
         with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn has one vector for its input"):
@@ -591,7 +645,8 @@ DOWN = "base_model.model.model.layers.0.mlp.down_proj.ia3_l"
     ({"target_modules": ["k_proj", "v_proj", "proj", "o_proj", "down_proj"]}, TENSORS,
      "missing keys: base_model.model.model.layers.0.self_attn.o_proj.ia3_l"),
     ({"r": 8}, CONFIG, "r is 8, which is not supported"),
-    ({"modules_to_save": ["lm_head"]}, CONFIG, "modules_to_save"),
+    ({"modules_to_save": ["lm_head"]}, TENSORS, "missing keys: base_model.model.lm_head.weight"),
+    ({"feedforward_modules": r".*\.(down|v)_proj"}, TENSORS, "expected float (1, 16)"),
     ({"layers_to_transform": [0]}, CONFIG, "layers_to_transform"),
     ({"tensors": lambda t: t | {DOWN: t[DOWN][0]}}, TENSORS, "(24,), expected float (1, 24)"),
     ({"tensors": lambda t: t | {DOWN: np.ones((), np.float32)}, "feedforward_modules": None},

@@ -1,38 +1,33 @@
 """Adapters in PEFT's folders: adapter_config.json and adapter_model.safetensors.
 
-peft_formats.py has an entry for each method: what PEFT calls its numbers and settings. What all
-folders have in common is here. A folder is refused if our modules cannot express it: other methods,
-biases, whole modules, and initialisations that change the base. target_modules and the other
-settings that choose modules must agree with the keys in the file. A regular expression in their
-place is not run.
+    peft_config.py   what the fields mean, and which modules they choose
+    peft_formats.py  what PEFT calls the numbers and settings of each method
+    peft_whole.py    what is trained whole beside a method: heads, embeddings, norms, biases
+
+What they choose and what the file holds must agree. A folder is refused if our modules cannot
+express it: other methods, and initialisations that change the base.
 """
 
 import os
 from itertools import chain
 from pathlib import Path
 
-from minilm.files import FormatError, json_bytes, read_json, read_tensors, tensor_parts
+from minilm.files import FormatError, json_bytes, read_tensors, tensor_parts
 from minilm.interop.families import GPT2
 from minilm.interop.huggingface import check, describe, finite
-from minilm.interop.peft_formats import FORMATS, Format, names
+from minilm.interop.peft_config import choose, read_config, resolve
+from minilm.interop.peft_formats import FORMATS, Format
+from minilm.interop.peft_whole import PREFIX, Whole, without_copies
 from minilm.peft.adapted import (
-    adaptable_layers,
+    LINEAR,
     adapted_layers,
-    ends_with,
     insert_adapters,
     placed,
+    unadapted,
 )
+from minilm.peft.retrained import Retrained
 from minilm.together import settle, write_together
 from minilm.transformer import Transformer
-
-FIELDS = {  # of all methods: (default, test of a value, the values that pass, in words)
-    "target_modules": (None, lambda v: v is None or type(v) is str or names(v), "names"),
-    "exclude_modules": (None, lambda v: not v or names(v), "names"),
-    "base_model_name_or_path": (None, lambda v: v is None or type(v) is str, "a name or null"),
-}
-INERT = ("peft_type", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode",
-         "fan_in_fan_out", "layers_pattern", "megatron_core", "qalora_group_size",
-         "init_ia3_weights")  # fields that change no number
 
 
 def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "default") -> Transformer:
@@ -45,22 +40,31 @@ def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     settle(path)
     path, file = Path(path) / "adapter_config.json", Path(path) / "adapter_model.safetensors"
     family, _ = describe(model)
-    (method, config), arrays, layers = _config(path), read_tensors(file), adaptable_layers(model)
-    modules = family.joined(model.config.layers, layers)
-    sizes = {m: [layers[ours].weight.shape for ours in paths] for m, paths in modules.items()}
-    wanted, shapes = _wanted(path, method, config, modules, arrays), {}
-    for module in wanted:
+    (method, config), whole = read_config(path), _whole(model, family)
+    if not file.exists() and (old := file.with_suffix(".bin")).exists():
+        raise FormatError(old, "is a pickle, which may run any program; PEFT reads it, and its "
+                               "save_pretrained writes adapter_model.safetensors")
+    arrays = read_tensors(file)
+    config = resolve(path, config, whole.modules)
+    arrays = without_copies(file, arrays, family, config)
+    sizes, there = _sizes(whole), {m for m in whole.modules if _tensors(method, m, arrays)}
+    head = family.names(model.config.layers).get(whole.ends()[1])
+    adapted = choose(path, config, [*sizes], head, there)
+    trained = whole.wanted(config, adapted, arrays)
+    shapes = {key: whole.shape(module, kind) for key, (module, kind, _) in trained.items()}
+    for module in adapted:
         here = _tensors(method, module, arrays)
         for end, shape in method.shapes(config, module, sizes[module], here).items():
             shapes[_key(module, end)] = shape
     check(file, arrays, shapes)
-    if not arrays:
-        raise FormatError(file, "holds no adapter")
     adapters, dtype = {}, placed(model, ()).dtype
-    for module in wanted:
+    for module in adapted:
         ours = {end: placed(model, finite(file, _key(module, end), a, dtype))
                 for end, a in _tensors(method, module, arrays).items()}
-        adapters |= zip(modules[module], method.split(config, module, sizes[module], ours))
+        adapters |= zip(whole.modules[module], method.split(config, module, sizes[module], ours))
+    adapters = whole.read(file, arrays, trained, adapters)
+    if not adapters:
+        raise FormatError(file, "holds no adapter")
     return insert_adapters(model, name, adapters)
 
 
@@ -70,7 +74,7 @@ def base_of(path: str | os.PathLike) -> str | None:
     Raises FileNotFoundError and FormatError.
     """
     settle(path)
-    return _config(Path(path) / "adapter_config.json")[1]["base_model_name_or_path"] or None
+    return read_config(Path(path) / "adapter_config.json")[1]["base_model_name_or_path"] or None
 
 
 def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "default",
@@ -82,50 +86,47 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     before anything is written, if there is no such adapter, if PEFT's format cannot express it, or
     if a number of it is not finite.
     """
-    (family, _), layers = describe(model), adaptable_layers(model)
-    adapters = {p: m.adapters[name] for p, m in adapted_layers(model).items() if name in m.adapters}
+    family, _ = describe(model)
+    whole, layers = _whole(model, family), adapted_layers(model)
+    adapters = {p: m.adapters[name] for p, m in layers.items() if name in m.adapters}
     if not adapters:
         raise ValueError(f"this model has no adapter {name!r}")
+    if lost := sorted(adapters.keys() - set(chain(*whole.modules.values()))):
+        raise ValueError(f"{lost[0]} is no layer that PEFT would find in a {family.architecture}")
     for adapter in adapters.values():
         adapter.require_finite()
+    retrained = {p: a for p, a in adapters.items() if isinstance(a, Retrained)}
+    adapters = {p: a.inner if p in retrained else a for p, a in adapters.items()}
+    adapters = {p: a for p, a in adapters.items() if a}
     kind, method = _method(name, adapters)
-    modules, arrays, forms, others = family.joined(model.config.layers, layers), {}, {}, []
-    if lost := sorted(adapters.keys() - set(chain(*modules.values()))):
-        raise ValueError(f"{lost[0]} is no layer that PEFT would find in a {family.architecture}")
-    for module, paths in modules.items():
-        parts = [adapters.get(ours) for ours in paths]
-        if not any(parts):
-            others.append(module)
-            continue
-        sizes = [layers[ours].weight.shape for ours in paths]
-        tensors, forms[module] = method.join(module, sizes, parts)
-        arrays |= {_key(module, end): array for end, array in tensors.items()}
+    arrays, forms = {}, {}
+    for module, sizes in _sizes(whole).items():
+        parts = [adapters.get(ours) for ours in whole.modules[module]]
+        if any(parts):
+            tensors, forms[module] = method.join(module, sizes, parts)
+            arrays |= {_key(module, end): array for end, array in tensors.items()}
+    tensors, saved, bias = whole.write(retrained, forms)
+    others = [module for module in whole.modules if module not in forms]
     raw = {"peft_type": kind, "base_model_name_or_path": base and os.fspath(base),
-           "inference_mode": True,
-           "modules_to_save": None, "fan_in_fan_out": family is GPT2,
+           "inference_mode": True, "modules_to_save": saved or None,
+           "fan_in_fan_out": family is GPT2,
            "task_type": "CAUSAL_LM" if model.config.causal else None}
-    raw |= method.describe(forms, others, adapters.values())
-    write_together(path, {"adapter_model.safetensors": tensor_parts(arrays, {"format": "pt"}),
+    raw |= method.describe(forms, others, adapters.values(), bias)
+    parts = tensor_parts(arrays | tensors, {"format": "pt"})
+    write_together(path, {"adapter_model.safetensors": parts,
                           "adapter_config.json": [json_bytes(raw)]})
 
 
-def _config(path) -> tuple[Format, dict]:
-    """(the method, its fields). FormatError if a value does not fit, or for an unknown field."""
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise FormatError(path, f"is {type(raw).__name__}, expected fields")
-    kind = raw.get("peft_type")
-    if not isinstance(kind, str) or kind not in FORMATS:
-        raise FormatError(path, f"peft_type is {kind!r}, expected one of {list(FORMATS)}")
-    fields = FIELDS | FORMATS[kind].fields
-    config = {field: raw.get(field, default) for field, (default, _, _) in fields.items()}
-    for field, (_, fits, expected) in fields.items():
-        if not fits(config[field]):
-            raise FormatError(path, f"{field} is {config[field]!r}, expected {expected}")
-    for field, value in raw.items():
-        if value and field not in fields and field not in INERT:
-            raise FormatError(path, f"{field} is {value!r}, which is not supported")
-    return FORMATS[kind], config
+def _whole(model, family) -> Whole:
+    bases = unadapted(model)
+    return Whole(model, family, bases, family.joined(model.config.layers, bases))
+
+
+def _sizes(whole) -> dict:
+    """{their linear module: (O, I) of each of our layers that it joins}."""
+    return {module: [whole.bases[path].weight.shape for path in paths]
+            for module, paths in whole.modules.items()
+            if all(type(whole.bases[path]) in LINEAR for path in paths)}
 
 
 def _method(name, adapters) -> tuple[str, Format]:
@@ -138,25 +139,10 @@ def _method(name, adapters) -> tuple[str, Format]:
     raise ValueError(f"the adapter {name!r} is of {found}; PEFT's are {list(FORMATS)}")
 
 
-def _wanted(path, method, config, modules, arrays) -> list[str]:
-    """The modules that should have tensors: those that are named, or else those that have some."""
-    targets, excluded = config["target_modules"], config["exclude_modules"] or ()
-    found = [m for m in modules if _tensors(method, m, arrays)]
-    if wrong := [m for m in found if _named(m, excluded)]:
-        raise FormatError(path, f"exclude_modules names {wrong[0]}, which has tensors")
-    if type(targets) is list and config.get("layers_to_transform") is None:
-        return [m for m in modules if _named(m, targets) and not _named(m, excluded)]
-    return found
-
-
-def _named(module, ends):
-    return any(ends_with(module, end) for end in ends)
-
-
 def _tensors(method, module, arrays) -> dict:
     """{end of a key: array} of a module."""
     return {end: arrays[_key(module, end)] for end in method.ends if _key(module, end) in arrays}
 
 
 def _key(module, end):
-    return f"base_model.model.{module}.{end}"
+    return f"{PREFIX}{module}.{end}"

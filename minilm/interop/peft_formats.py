@@ -5,25 +5,25 @@ PEFT keeps a module's tensors under base_model.model.<module>.<end>:
     LORA    lora_A.weight (r, I), lora_B.weight (O, r), as here
     IA3     ia3_l (O, 1); in feedforward_modules, whose input is scaled, (1, I)
 
-GPT-2 keeps W_q, W_k and W_v in one c_attn. When LoRA is read, each of our three layers gets
-c_attn's A and its own third of B. When it is written, the A's are stacked and the B's become
-blocks, for
+GPT-2 keeps W_q, W_k and W_v in one c_attn. When LoRA is read, each of our three layers gets its own
+third of B, and all three share c_attn's A: one tensor, so it is trained as PEFT trains it (but with
+dropout each layer drops other inputs). When LoRA is written whose A's differ, they are stacked and
+the B's become blocks, for
 
     [ Bq Aq ]   [ Bq       ] [ Aq ]
     [ Bk Ak ] = [    Bk    ] [ Ak ]
     [ Bv Av ]   [       Bv ] [ Av ]
 
 has rank 3r. alpha grows with the rank (threefold, for rsLoRA by sqrt(3)), so the scale stays the
-same. If the A's are equal bit for bit, as after reading, one A is enough and the B's are put below
-each other. A layer without an adapter gets zeros. No other number changes.
+same. If the A's are equal bit for bit, one A is enough and the B's are put below each other, so
+what was read with rank r is written with it. A layer without an adapter gets zeros. No other number
+changes.
 
 IA3's vectors for outputs are joined end to end; a layer without an adapter gets ones. A vector for
-the input is shared by all three: q, k and v with different ones cannot be written.
+the input is shared by all three, as A is: q, k and v with different ones cannot be written.
 """
 
-import functools
 import math
-import re
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -45,7 +45,7 @@ class Format(NamedTuple):
     shapes: Callable  # (config, module, sizes, tensors that are there) -> {end: shape}
     split: Callable  # (config, module, sizes, tensors) -> an adapter for each of our layers
     join: Callable  # (module, sizes, adapters, None if there is none) -> (tensors, form)
-    describe: Callable  # ({module: form}, other modules, adapters) -> fields, with target_modules
+    describe: Callable  # ({module: form}, other modules, adapters, bias) -> fields, with targets
 
 
 ENTRIES = 10**4  # of a list or table, each of which is compared with each module of the model
@@ -60,11 +60,26 @@ def _number(value): return type(value) in (int, float) and abs(value) < 1e38
 def _rank(value): return type(value) is int and value > 0
 
 
-def _table(value, fits):  # keys must be plain names: other patterns could take forever to match
-    return value is None or (isinstance(value, dict) and len(value) <= ENTRIES and all(
-        re.fullmatch(r"\^?[\w.-]+", key) and fits(entry) for key, entry in value.items()))
+def _table(value, fits):
+    return value is None or (isinstance(value, dict) and len(value) <= ENTRIES
+                             and all(map(fits, value.values())))
 
 
+def _layers(value):
+    return value is None or all(type(i) is int and i >= 0
+                                for i in (value if type(value) is list else [value]))
+
+
+def _keeps_base(init):  # pissa_niter_16 and the like
+    return init in (None, True, False) or str(init).lower() in ("gaussian", "orthogonal", "eva")
+
+
+CONVERTED = (
+    "true, false, 'gaussian', 'orthogonal' or 'eva'. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take "
+    "from the base's weights what A and B start with, so A and B belong to a base that is in no "
+    "file; PEFT's save_pretrained converts them if it gets path_initial_model_for_weight_conversion"
+    ". MiCA does not train B"
+)
 LORA_FIELDS = {
     "r": (None, _rank, "a positive integer"),
     "lora_alpha": (None, _number, "a number"),
@@ -72,10 +87,10 @@ LORA_FIELDS = {
     "use_rslora": (False, lambda v: type(v) is bool, "true or false"),
     "rank_pattern": (None, lambda v: _table(v, _rank), "modules' names and positive integers"),
     "alpha_pattern": (None, lambda v: _table(v, _number), "modules' names and numbers"),
-    "bias": ("none", lambda v: v == "none", "'none'"),
-    "init_lora_weights": (True, lambda v: v in (None, True, False, "gaussian", "orthogonal"),
-                          "an initialisation that leaves the base as it is"),
-    "layers_to_transform": (None, lambda v: True, ""),
+    "bias": ("none", lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    "init_lora_weights": (True, _keeps_base, CONVERTED),
+    "layers_to_transform": (None, _layers, "numbers of layers"),
+    "layers_pattern": (None, lambda v: v is None or type(v) is str or names(v), "names"),
 }
 
 
@@ -85,23 +100,20 @@ def _lora_shapes(config, module, sizes, tensors):
 
 
 def _lora_split(config, module, sizes, tensors):
+    """An adapter for each of our layers. They share one A, whose gradient is the sum of theirs."""
     _, alpha = _lora_form(config, module)
     A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
-    return [LoRA(A.copy(), part.copy(), alpha, config["lora_dropout"], config["use_rslora"])
-            for part in np.split(B, len(sizes))]
+    parts = [LoRA(A, part.copy(), alpha, config["lora_dropout"], config["use_rslora"])
+             for part in _split(B, sizes)]
+    for part in parts:
+        part.A = parts[0].A
+    return parts
 
 
 def _lora_form(config, module):
-    """r and alpha of a module. A pattern that matches the end of its name replaces the default."""
-    def look_up(patterns, default):
-        found = (value for key, value in (config[patterns] or {}).items()
-                 if _pattern(key).fullmatch(module))
-        return next(found, default)
-    return look_up("rank_pattern", config["r"]), look_up("alpha_pattern", config["lora_alpha"])
-
-
-@functools.lru_cache(ENTRIES)
-def _pattern(key): return re.compile(rf"(.*\.)?({key})")
+    """r and alpha of a module: those that the patterns have for it, or the default."""
+    return (config["rank_pattern"].get(module, config["r"]),
+            config["alpha_pattern"].get(module, config["lora_alpha"]))
 
 
 def _lora_join(module, sizes, adapters):
@@ -113,16 +125,17 @@ def _lora_join(module, sizes, adapters):
               for tensors in zip(*((a.A, a.B) for a in present)))
     r, alpha, equal = present[0].r, present[0].alpha, len({A.tobytes() for A in As}) == 1
     blocks = 1 if equal else len(present)
-    B = np.zeros((len(adapters), len(Bs[0]), blocks, r), Bs[0].dtype)
-    for i, j in enumerate(i for i, a in enumerate(adapters) if a):
-        B[j, :, 0 if equal else i] = Bs[i]
+    B = np.zeros((sum(O for O, _ in sizes), blocks, r), Bs[0].dtype)
+    rows = [part for part, a in zip(_split(B, sizes), adapters) if a]
+    for i, part in enumerate(rows):
+        part[:, 0 if equal else i] = Bs[i]
     A = As[0] if equal else np.concatenate(As)
     alpha *= math.sqrt(blocks) if present[0].rslora else blocks
     tensors = {"lora_A.weight": A, "lora_B.weight": B.reshape(-1, blocks * r)}
     return tensors, (len(A), int(alpha) if alpha == int(alpha) else float(alpha))
 
 
-def _lora_describe(forms, others, adapters):
+def _lora_describe(forms, others, adapters, bias):
     """Fields with the commonest form as the default; the others become patterns."""
     settings = {(adapter.rslora, adapter.drop.p) for adapter in adapters}
     if len(settings) > 1:
@@ -133,7 +146,7 @@ def _lora_describe(forms, others, adapters):
         "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora,
         "rank_pattern": {m: form[0] for m, form in forms.items() if form[0] != r},
         "alpha_pattern": {m: form[1] for m, form in forms.items() if form[1] != alpha},
-        "target_modules": sorted({_shortest_end(m, others) for m in forms}), "bias": "none",
+        "target_modules": sorted({shortest_end(m, others) for m in forms}), "bias": bias,
         "init_lora_weights": True,
     }
 
@@ -154,8 +167,11 @@ def _ia3_shapes(config, module, sizes, tensors):
 def _ia3_split(config, module, sizes, tensors):
     l = tensors["ia3_l"]
     if _ia3_shapes(config, module, sizes, tensors)["ia3_l"][0] == 1:
-        return [IA3(l[0].copy(), feedforward=True) for _ in sizes]
-    return [IA3(part[:, 0].copy()) for part in np.split(l, len(sizes))]
+        parts = [IA3(l[0].copy(), feedforward=True) for _ in sizes]
+        for part in parts:
+            part.l = parts[0].l
+        return parts
+    return [IA3(part[:, 0].copy()) for part in _split(l, sizes)]
 
 
 def _ia3_join(module, sizes, adapters):
@@ -172,15 +188,22 @@ def _ia3_join(module, sizes, adapters):
     return {"ia3_l": np.concatenate([*ones])[:, None]}, False
 
 
-def _ia3_describe(forms, others, adapters):
+def _ia3_describe(forms, others, adapters, bias):
     """PEFT needs feedforward_modules among target_modules, and also matches parts of words."""
+    if bias != "none":
+        raise ValueError("PEFT trains no biases beside IA3")
     outer = [m for m, inner in forms.items() if not inner]
-    ends = {m: _shortest_end(m, [*others], outer if inner else []) for m, inner in forms.items()}
+    ends = {m: shortest_end(m, [*others], outer if inner else []) for m, inner in forms.items()}
     return {"target_modules": sorted({*ends.values()}), "init_ia3_weights": True,
             "feedforward_modules": sorted({ends[m] for m, inner in forms.items() if inner})}
 
 
-def _shortest_end(module, others, apart=()):
+def _split(array, sizes):
+    """The rows of each of our layers: views."""
+    return np.split(array, np.cumsum([O for O, _ in sizes])[:-1])
+
+
+def shortest_end(module, others, apart=()):
     """The fewest last parts of the module's name that are not the last parts of any other name.
 
     A name in `apart` may not even end with the same letters.

@@ -27,11 +27,14 @@ from minilm.nn import Linear, Module
 from minilm.quantize.linear import QuantizedLinear
 from minilm.tensor import Tensor
 
+LINEAR = (Linear, QuantizedLinear)
+
 
 class Adapter(Module):
     """The parameters that a method adds to one layer, and how they act: a base class."""
 
     tokenwise = False  # a method that works token by token sets it to True
+    anywhere = False  # True: it fits any module, not linear layers alone
     shape = None, None  # (O, I) of the weights that it fits; None fits any size
     resting = None  # path -> node of its tensors, while another adapter acts
 
@@ -39,15 +42,18 @@ class Adapter(Module):
         """The layer's output for x; `base` is the layer without adapters, a module."""
         raise NotImplementedError(f"{type(self).__name__} has no forward(x, base)")
 
-    def merged(self, base) -> Linear | None:
+    def merged(self, base) -> Module | None:
         """A plain layer that computes what base and adapter do; None if the method has none."""
         return None
 
     def activate(self, active: bool):
-        """An adapter that does not act needs no gradients, but keeps its place in an optimizer."""
+        """An adapter that does not act needs no gradients, but keeps its place in an optimizer.
+
+        A tensor that several adapters share is laid to rest, and woken, by the first of them.
+        """
         tensors = dict(self.named_tensors())
         if not active and self.resting is None:
-            self.resting = {path: t.node for path, t in tensors.items()}
+            self.resting = {path: t.node for path, t in tensors.items() if t.requires_grad}
             self.freeze()
         elif active and self.resting is not None:
             for path, node in self.resting.items():
@@ -64,11 +70,14 @@ class Adapter(Module):
 
 
 class AdaptedLinear(Module):
-    """A frozen linear layer, plain or quantized, and its adapters by name."""
+    """A frozen layer and its adapters by name.
+
+    It is linear, plain or quantized; an adapter that fits `anywhere` may also have another module.
+    """
 
     tokenwise = True
 
-    def __init__(self, base: Linear | QuantizedLinear):
+    def __init__(self, base: Module):
         self.base, self.adapters, self.active, self.merged = base, {}, None, None
 
     def forward(self, x):
@@ -83,8 +92,8 @@ class AdaptedLinear(Module):
         for other, adapter in self.adapters.items():
             adapter.activate(other == name)
 
-    def plain(self) -> Linear:
-        """A Linear that does what this layer does. ValueError if its adapter cannot be merged."""
+    def plain(self) -> Module:
+        """A plain layer that does what this does. ValueError if its adapter cannot be merged."""
         adapter = self.adapters.get(self.active)
         if self.merged or not adapter:
             return self.merged or self.base.plain()
@@ -103,16 +112,16 @@ def insert_adapters(model: Module, name: str, adapters: dict[str, Adapter]) -> M
     """
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"an adapter's name must be a word without dots, got {name!r}")
-    slots, bases = adapted_layers(model), adaptable_layers(model)
+    slots, bases = adapted_layers(model), unadapted(model)
     if taken := [path for path, layer in slots.items() if name in layer.adapters]:
         raise ValueError(f"{taken[0]} already has an adapter {name!r}")
     _refuse_merged(slots, "adding an adapter")
     if not adapters:
         raise ValueError(f"there are no adapters to insert as {name!r}")
     for path, adapter in adapters.items():
-        if path not in bases:
+        if not (type(bases.get(path)) in LINEAR or (adapter.anywhere and path in bases)):
             raise ValueError(f"{path} is no linear layer of this model")
-        has = bases[path].weight.shape
+        has = () if adapter.anywhere else bases[path].weight.shape
         if any(n not in (None, m) for n, m in zip(adapter.shape, has)):
             raise ValueError(f"the adapter of {path} is for a weight {adapter.shape}, which is "
                              f"{has} here")
@@ -188,16 +197,20 @@ def merged_layers(model: Module) -> dict[str, AdaptedLinear]:
     return layers
 
 
+def unadapted(model: Module) -> dict[str, Module]:
+    """path -> module, without what belongs to adapters; of a layer that has some, its base."""
+    adapted = adapted_layers(model)
+    inside = tuple(f"{path}." for path in adapted)
+    return {path: m.base if path in adapted else m for path, m in model.named_modules()
+            if path in adapted or (path and not path.startswith(inside))}
+
+
 def adaptable_layers(model: Module) -> dict[str, Linear | QuantizedLinear]:
     """path -> linear layer that can have adapters; of a layer that has some, its base.
 
     A model that is itself a linear layer is left out, since it cannot replace itself.
     """
-    adapted = adapted_layers(model)
-    inside = tuple(f"{path}." for path in adapted)
-    return {path: m.base if path in adapted else m for path, m in model.named_modules()
-            if path in adapted or (path and type(m) in (Linear, QuantizedLinear)
-                                   and not path.startswith(inside))}
+    return {path: m for path, m in unadapted(model).items() if type(m) in LINEAR}
 
 
 def chosen(model: Module, targets: str | Iterable[str]) -> dict[str, Linear | QuantizedLinear]:

@@ -1,0 +1,43 @@
+"""A layer with tensors of its own: what is trained whole beside a method, or without one.
+
+    h = f(x; W', b')             in place of f(x; W, b), for any module f
+    h = method(x, f(.; W', b'))  if the layer has a method too, such as LoRA
+
+W' and b' start as W and b; either may also stay what it was. So this is a head or an embedding that
+is trained with an adapter, and the biases of BitFit (Ben Zaken et al. 2021, arXiv:2106.10199).
+The base keeps its own tensors and acts again when the adapter does not.
+"""
+
+from copy import copy
+
+from minilm.nn import Linear, Module
+from minilm.peft.adapted import Adapter
+from minilm.quantize.linear import QuantizedLinear
+from minilm.tensor import Tensor
+
+
+class Retrained(Adapter):
+    """`layer` in its base's place; then `inner`, a method's adapter, has that for its base."""
+
+    tokenwise = anywhere = True
+
+    def __init__(self, layer: Module, inner: Adapter | None = None):
+        self.layer, self.inner = layer, inner
+
+    def forward(self, x, base):
+        return self.inner(x, self.layer) if self.inner else self.layer(x)
+
+    def merged(self, base):
+        """A frozen layer; None if the method has none."""
+        plain = self.inner.merged(self.layer) if self.inner else self.layer.plain()
+        return plain and with_tensors(plain, **{name: Tensor(t.data) for name, t
+                                                in vars(plain).items() if isinstance(t, Tensor)})
+
+
+def with_tensors(layer: Module, **tensors: Tensor) -> Module:
+    """A layer like this one that has these tensors, and shares all others with it."""
+    if type(layer) is QuantizedLinear and "weight" in tensors:
+        return Linear.of(**{"bias": layer.bias} | tensors)
+    new = copy(layer)
+    vars(new).update(tensors)
+    return new
