@@ -479,7 +479,7 @@ MODEL = Transformer(Config.gpt2(9, 8, 1, 2, 8))
     (None, "got NoneType"), (MODEL, "got Transformer"), (MODEL.parameters()[0], "got Tensor"),
     ([np.ones(2)], "got one with ndarray"), (dict(MODEL.named_parameters()), "got one with str"),
     (list(MODEL.named_parameters()), "got one with tuple"),
-], ids=str)
+], ids=["None", "a model", "a Tensor", "an array", "a dict", "pairs"])
 @pytest.mark.parametrize("take", [
     AdamW, SGD, PagedAdamW, lambda params: clip_grad_norm(params, 1.0),
     lambda params: AdamW(MODEL.parameters(), undecayed=params)])
