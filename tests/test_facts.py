@@ -152,7 +152,7 @@ def test_tables_are_scaled():
 @pytest.mark.parametrize("changes, given", [
     (dict(head_width=5), ["even", "got 5"]),
     (dict(head_width=0), ["head_width", "positive"]),
-    (dict(qk_norm="row"), ["qk_norm", "'row'", "'head'"]),
+    (dict(qk_norm="row"), ["qk_norm", "row", "'head'"]),
     (dict(norm="layer", qk_norm="head"), ["qk_norm", "'rms'"]),
     (dict(norm="layer", norm_plus_one=True), ["norm_plus_one", "'rms'"]),
     (dict(norm_first=False, norm_output=True), ["norm_output", "norm_first"]),
