@@ -10,6 +10,8 @@ later Llamas add: a head width of their own, norms of q and k, windows, layers w
     attention    causal            causal, K <= H      bidirectional
     head         tied linear       linear              transform, then tied linear
 
+Instead of a head over the vocabulary each may have classes of whole texts, or no head at all.
+
 Shapes: B batch, T tokens, C width, H heads, K key/value heads, D head width, V vocabulary.
 """
 
@@ -21,6 +23,7 @@ import numpy as np
 from minilm import ops
 from minilm.backend import array_module
 from minilm.config import Config
+from minilm.inputs import checked, checked_segments, counted, last
 from minilm.nn import Dropout, Embedding, LayerNorm, Linear, Module, RMSNorm
 from minilm.ranges import check, whole
 from minilm.rope import rotary_tables
@@ -136,14 +139,30 @@ class MaskedHead(Module):
         return self.out(self.norm(ops.gelu(self.transform(x))))
 
 
+class Pooler(Module):
+    """What stands for a text: its first token's hidden state, through a linear layer and tanh (BERT
+    and RoBERTa) or ReLU (DistilBERT)."""
+
+    tokenwise = True
+
+    def __init__(self, c: Config, rng):
+        self.dense, self.activation = Linear(c.width, c.width, rng), c.pooler
+
+    def forward(self, x):  # (..., C) -> (..., C)
+        return (ops.tanh if self.activation == "tanh" else ops.relu)(self.dense(x))
+
+
 class Transformer(Module):
     """model(tokens, mask=None) -> logits.
 
     tokens: integers (B, T), T <= config.context. mask: (B, T), 1 for a token and 0 for padding.
     cache: keys and values in front of the tokens; a mask then covers those too (see cache.py).
-    logits: Tensor (B, T, V), float32 unless `astype` changed the model. ValueError for other tokens
-    or masks. The weights are drawn from `seed` as GPT-2's: N(0, 0.02^2), but output projections of
-    the residual branches are divided by sqrt(2 layers).
+    segments: integers (B, T), each token's segment, by default 0, if config.segments is not 0.
+    logits: Tensor (B, T, V), float32 unless `astype` changed the model. With config.labels they are
+    those of a text's classes, (B, labels): of its pooled first token, or if there is no pooler, of
+    its last one that is not padding. Without a head they are the hidden states (B, T, C).
+    ValueError for other tokens, masks or segments. The weights are drawn from `seed` as GPT-2's:
+    N(0, 0.02^2), but output projections of the residual branches are divided by sqrt(2 layers).
     checkpoint_every = k runs every k blocks under `checkpoint`; 0 keeps all activations.
     ends: what the folder names that the model was loaded from; a new model has none.
 
@@ -157,27 +176,37 @@ class Transformer(Module):
     def __init__(self, config: Config, seed: int = 0):
         c, rng = config, np.random.default_rng(seed)
         self.config, self.checkpoint_every, self.ends = c, 0, Ends()
-        self.embed = Embedding(c.vocab_size, c.width, rng)
-        self.position = Embedding(c.context, c.width, rng) if c.positions == "learned" else None
+        self.embed = Embedding(c.vocab_size, c.width, rng, padding=c.padding)
+        unplaced = c.padding if c.positions == "counted" else None
+        self.position = Embedding(c.places, c.width, rng, padding=unplaced) if c.places else None
         self.segment = Embedding(c.segments, c.width, rng) if c.segments else None
         self.embed_norm = None if c.norm_first else make_norm(c)
         self.drop = Dropout(c.dropout)
         self.blocks = [Block(c, rng, i) for i in range(c.layers)]
         self.norm = make_norm(c) if c.norm_first else None
-        masked = c.head == "masked"
-        self.head = MaskedHead(c, rng) if masked else Linear(c.width, c.vocab_size, rng, bias=False)
-        if c.tied:
-            (self.head.out if masked else self.head).weight = self.embed.weight
+        self.pooler = Pooler(c, rng) if c.pooler else None
+        self.head = make_head(c, rng)
+        if c.shared:
+            (self.head.out if c.head == "masked" else self.head).weight = self.embed.weight
 
-    def forward(self, tokens, mask=None, cache=None) -> Tensor:
-        return self.logits(self.hidden(tokens, mask, cache))
+    def forward(self, tokens, mask=None, cache=None, segments=None) -> Tensor:
+        x = self.hidden(tokens, mask, cache, segments)
+        if self.config.labels:
+            x = self.pooled(x) if self.pooler else x[last(tokens, mask, self.config.padding)]
+        return self.logits(x) if self.head else x
 
-    def hidden(self, tokens, mask=None, cache=None) -> Tensor:
+    def pooled(self, x) -> Tensor:
+        """What stands for each text, from its hidden states: (B, T, C) -> (B, C)."""
+        if self.pooler is None:
+            raise ValueError("this model has no pooler")
+        return self.pooler(x[:, 0])
+
+    def hidden(self, tokens, mask=None, cache=None, segments=None) -> Tensor:
         """The last hidden states, which the head takes: (B, T, C).
 
         cache: a Cache of what is in front of these tokens; their own keys and values are added.
         """
-        x = self.embedded(tokens, cache.length if cache else 0)
+        x = self.embedded(tokens, cache.length if cache else 0, segments)
         return self.run(x, mask, cache=cache)
 
     def logits(self, x) -> Tensor:
@@ -185,21 +214,23 @@ class Transformer(Module):
         cap, logits = self.config.logits_cap, self.head(x)
         return ops.soft_cap(logits, cap) if cap else logits
 
-    def embedded(self, tokens, start: int = 0) -> Tensor:
+    def embedded(self, tokens, start: int = 0, segments=None) -> Tensor:
         """The input of the first block: (B, T) -> (B, T, C).
 
         start: the first token's position. A method that puts P rows of its own in front of the text
         gives start=P. If positions are learned, the method decides which ones its rows get.
         """
-        tokens = self._checked(tokens, start)
+        c, tokens = self.config, checked(tokens, start, self.config.context)
+        segments = checked_segments(segments, tokens, c.segments)
         x = self.embed(tokens)
-        if self.config.scaled_embedding:  # by a number of the model's dtype, as transformers does
-            x = x * float(x.dtype.type(np.float32(math.sqrt(self.config.width))))
+        if c.scaled_embedding:  # by a number of the model's dtype, as transformers does
+            x = x * float(x.dtype.type(np.float32(math.sqrt(c.width))))
         places = array_module(tokens).arange(start, start + tokens.shape[1])
         if self.position:
-            x = x + self.position(places)
-        if self.segment:
-            x = x + self.segment(places * 0)  # segment 0: all tokens are of one text
+            counts = c.positions == "counted"
+            x = x + self.position(counted(tokens, c.padding, start) if counts else places)
+        if self.segment:  # 0: all tokens are of one text
+            x = x + self.segment(places * 0 if segments is None else segments)
         if self.embed_norm:
             x = self.embed_norm(x)
         return self.drop(x)
@@ -254,19 +285,14 @@ class Transformer(Module):
             x = checkpoint(segment, x)
         return x
 
-    def _checked(self, tokens, start):
-        """tokens as an array of integers (B, T). ValueError if they are anything else.
 
-        NumPy's tokens stay on the CPU, where ops.embedding checks their ids.
-        """
-        tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)
-        context = self.config.context
-        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"tokens must be integers (B, T), got {tokens.dtype} {tokens.shape}")
-        T = start + tokens.shape[1]
-        if tokens.shape[1] == 0 or T > context:
-            raise ValueError(f"T must be 1 to {context}, the model's context; got {T}")
-        return tokens
+def make_head(c: Config, rng) -> Module | None:
+    """The head over the vocabulary, or over the classes of a text."""
+    if c.head == "masked":
+        return MaskedHead(c, rng)
+    if c.head == "classes":
+        return Linear(c.width, len(c.labels), rng, bias=bool(c.pooler))
+    return None if c.head == "none" else Linear(c.width, c.vocab_size, rng, bias=False)
 
 
 def residual_std(c: Config) -> float:

@@ -168,7 +168,7 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
         else:
             arrays |= save_4bit(_join(module, weights), f"{module}.weight", raw["dtype"])
     raw["quantization_config"]["llm_int8_skip_modules"] = left
-    write_folder(path, raw, arrays)
+    write_folder(path, raw, arrays, model.ends)
 
 
 def _state(name, array, kind, nested) -> dict:

@@ -42,17 +42,23 @@ def describe_ends(ends: Ends) -> dict:
     return {FIELDS["bos"]: ends.bos, FIELDS["eos"]: eos, FIELDS["pad"]: ends.pad}
 
 
+def with_ends(raw: dict, ends: Ends) -> dict:
+    """config.json with the ends. Its pad_token_id stays if it has one: there it is the id that the
+    embedding does not train (Config.padding), which need not fill up texts."""
+    return raw | describe_ends(ends._replace(pad=raw.get(FIELDS["pad"], ends.pad)))
+
+
 def ends_of(model, tokenizer) -> Ends:
     """The model's own ends; a model that has none ends its texts as the tokenizer does."""
     return model.ends if model.ends.eos else model.ends._replace(eos=(tokenizer.end,))
 
 
-def generation_config(folder: Path, raw: dict) -> dict[str, dict]:
-    """{file: fields} for a folder whose config.json gets the fields `raw`.
+def generation_config(folder: Path, ends: Ends) -> dict[str, dict]:
+    """{file: fields} for a folder.
 
     Without ids there is no such file, unless an older model left one: its ids would win.
     """
-    ids = {field: raw[field] for field in FIELDS.values() if raw[field] is not None}
+    ids = {field: id for field, id in describe_ends(ends).items() if id is not None}
     file = "generation_config.json"
     return {file: ids} if ids or (folder / file).exists() else {}
 

@@ -18,11 +18,11 @@ from minilm.config import Config
 from minilm.files import FormatError, json_bytes, read_json, read_tensors, tensor_parts
 from minilm.interop.config_json import describe_config, read_config
 from minilm.interop.ends import (
-    describe_ends,
     ends_of,
     generation_config,
     read_ends,
     tokenizer_files,
+    with_ends,
 )
 from minilm.interop.families import Family
 from minilm.shapes import tensor_shapes
@@ -32,7 +32,7 @@ from minilm.transformer import Transformer
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 # Beside its tensors, these decide a module's results. A Config has one value for all its blocks.
 FACTS = ("heads", "kv_heads", "causal", "window", "rotates", "qk_norm", "activation", "norm_first",
-         "norm_output", "norm_both", "eps", "plus_one", "scale", "cap")
+         "norm_output", "norm_both", "eps", "plus_one", "scale", "cap", "padding")
 
 
 def load_model(
@@ -60,11 +60,11 @@ def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> N
     family, raw = describe(model)
     require_parts(model, Transformer(model.config))
     model.require_finite()
-    beside = {}
+    ends, beside = model.ends, {}
     if tokenizer:
         ends = ends_of(model, tokenizer)
-        raw, beside = raw | describe_ends(ends), tokenizer_files(tokenizer, ends)
-    write_folder(path, raw, arrays_of(model, family), beside)
+        raw, beside = with_ends(raw, ends), tokenizer_files(tokenizer, ends)
+    write_folder(path, raw, arrays_of(model, family), ends, beside)
 
 
 def parse(folder: Path, raw) -> tuple[Family, Config]:
@@ -85,9 +85,13 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
         raise FormatError(file.with_name("config.json"), f"{family.fields['layers']} is "
                           f"{config.layers}, but {file.name} holds {len(arrays)} tensors")
     arrays = _normalised(file, arrays, family, config)
+    pooler = f"{family.modules.get('pooler.dense')}.weight"
+    if config.head == "none" and pooler not in arrays:  # transformers' add_pooling_layer=False
+        config = replace(config, pooler=None)
     check(file, arrays, _shapes(config, family))
     model = Transformer(config)
-    model.ends = read_ends(file.parent)
+    ends = read_ends(file.parent)
+    model.ends = ends._replace(pad=config.padding) if ends.pad is None else ends
     for key, tensors in _places(family, config, dict(model.named_tensors())).items():
         ends = np.cumsum([len(t) for t in tensors])
         for tensor, part in zip(tensors, np.split(turned(key, arrays[key]), ends[:-1])):
@@ -109,7 +113,7 @@ def describe(model: Transformer) -> tuple[Family, dict]:
     family, raw = describe_config(model.config)
     _, first = next(model.named_tensors())
     raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # torch_dtype before version 5
-    return family, raw | describe_ends(model.ends)
+    return family, with_ends(raw, model.ends)
 
 
 def require_parts(model, expected):
@@ -128,10 +132,10 @@ def arrays_of(model, family: Family) -> dict:
     return arrays | {copy: arrays[key] for copy, key in family.copies.items()}
 
 
-def write_folder(path, raw, arrays, beside=None):
+def write_folder(path, raw, arrays, ends, beside=None):
     """config.json with the fields `raw`, model.safetensors, and what is beside, {file: fields}: all
     as one."""
-    fields = (beside or {}) | generation_config(Path(path), raw) | {"config.json": raw}
+    fields = (beside or {}) | generation_config(Path(path), ends) | {"config.json": raw}
     write_together(path, {"model.safetensors": tensor_parts(arrays, {"format": "pt"}),
                           **{file: [json_bytes(values)] for file, values in fields.items()}})
 
@@ -192,10 +196,11 @@ def _normalised(file, arrays, family: Family, c: Config) -> dict:
         plain[key] = array
     ignored = "|".join(re.escape(key).replace(r"\{i\}", r"\d+") for key in family.ignored)
     plain = {key: array for key, array in plain.items() if not re.fullmatch(ignored, key)}
-    head = family.modules["head" if c.head == "linear" else "head.out"]
-    tied = {f"{head}.weight": f"{family.modules['embed']}.weight"} if c.tied else {}
+    head = family.modules.get("head.out" if c.head == "masked" else "head")
+    tied = {f"{head}.weight": f"{family.modules['embed']}.weight"} if c.shared else {}
     for copy, key in (family.copies | tied).items():
-        if copy in plain and not np.array_equal(plain.setdefault(key, plain[copy]), plain[copy]):
+        same = copy not in plain or np.array_equal(plain.setdefault(key, plain[copy]), plain[copy])
+        if not same and c.tied:  # an untied model's copy does not act
             raise FormatError(file, f"{copy} differs from {key}, of which it should be a copy")
         plain.pop(copy, None)
     return plain

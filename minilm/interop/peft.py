@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 
 from minilm.files import FormatError, json_bytes, read_tensors, tensor_parts
-from minilm.interop.families import GPT2
 from minilm.interop.huggingface import check, describe, finite
 from minilm.interop.peft_config import choose, read_config, resolve
 from minilm.interop.peft_formats import FORMATS, Format
@@ -109,12 +108,19 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     others = [module for module in whole.modules if module not in forms]
     raw = {"peft_type": kind, "base_model_name_or_path": base and os.fspath(base),
            "inference_mode": True, "modules_to_save": saved or None,
-           "fan_in_fan_out": family is GPT2,
-           "task_type": "CAUSAL_LM" if model.config.causal else None}
+           "fan_in_fan_out": ".c_" in family.block["mlp.up"],
+           "task_type": _task(model.config, saved)}
     raw |= method.describe(forms, others, adapters.values(), bias)
     parts = tensor_parts(arrays | tensors, {"format": "pt"})
     write_together(path, {"adapter_model.safetensors": parts,
                           "adapter_config.json": [json_bytes(raw)]})
+
+
+def _task(c, saved) -> str | None:
+    """What PEFT wraps the model for. For SEQ_CLS it trains the classifier as a whole."""
+    if c.language and c.causal:
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if c.labels and saved else None
 
 
 def _whole(model, family) -> Whole:

@@ -114,6 +114,7 @@ def layer_rows(F):
         Row("embedding", lambda W, ids: ops.embedding(ids, W),
             lambda W, ids: F.embedding(ids, W), lookup),
         Row("relu", ops.relu, F.relu, lambda *a: ([apart(*a)], [])),
+        Row("tanh", ops.tanh, torch.tanh, one),
         Row("silu", ops.silu, F.silu, one),
         Row("swiglu", ops.swiglu, lambda gate, up: F.silu(gate) * up, gated),
         Row("gelu", ops.gelu, F.gelu, one),
