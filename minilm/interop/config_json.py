@@ -27,7 +27,7 @@ def read_config(raw) -> tuple[Family, Config]:
         allowed = expected if isinstance(expected, tuple) else (expected,)
         require(raw.get(field, allowed[0]) in allowed, raw, field, repr(expected))
     plain = raw.get("quantization_config") is None
-    require(plain, raw, "quantization_config", "null; minilm.interop.bitsandbytes reads 4 bits")
+    require(plain, raw, "quantization_config", "null; minilm.interop.load_model reads 4 and 8 bits")
     facts, types = {}, {field.name: field.type for field in fields(Config)}
     for ours, theirs in family.fields.items():
         null = theirs in OPTIONAL and raw.get(theirs) is None

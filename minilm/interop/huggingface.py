@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +26,9 @@ from minilm.interop.ends import (
     tokenizer_files,
 )
 from minilm.interop.families import Family
+from minilm.interop.shards import open_arrays, require_folder, some
 from minilm.shapes import tensor_shapes
-from minilm.tensorfiles import read_tensors, tensor_parts
+from minilm.tensorfiles import tensor_parts
 from minilm.together import settle, write_together
 from minilm.transformer import Transformer
 
@@ -46,8 +48,10 @@ def load_model(
     what it says.
     """
     settle(path := Path(path))
+    require_folder(path)
     family, config = parse(path, read_json(path / "config.json"))
-    return build(family, replace(config, dropout=dropout), *read_arrays(path), dtype)
+    with open_arrays(path) as (file, arrays):
+        return build(family, replace(config, dropout=dropout), file, arrays, dtype)
 
 
 def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> None:
@@ -59,7 +63,7 @@ def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> N
     the model, if its modules are not those of its Config, or if a weight is not finite.
     """
     family, raw = describe(model)
-    require_parts(model, Transformer(model.config))
+    require_parts(model, Transformer(model.config, seed=None))
     model.require_finite()
     beside = {}
     if tokenizer:
@@ -76,8 +80,22 @@ def parse(folder: Path, raw) -> tuple[Family, Config]:
         raise FormatError(folder / "config.json", str(error)) from None
 
 
+class Coded(NamedTuple):
+    """The place of a weight that bitsandbytes.py reads: `build` leaves it unwritten."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype = np.dtype("float32")
+
+    def equals(self, other):
+        return False
+
+
 def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) -> Transformer:
-    """The model with the arrays that were read from file, each cast to dtype."""
+    """The model with the arrays, {key: Stored or Coded}, of an open file, each cast to dtype.
+
+    One after another is read, straight into its place if it is a tensor here too. So this takes as
+    much memory as the model, and for a moment its largest tensor.
+    """
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {FLOATS}, got {dtype!r}")
     # A damaged size must not ask for all the memory and time there is: nothing is built before the
@@ -87,12 +105,16 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
                           f"{config.layers}, but {file.name} holds {len(arrays)} tensors")
     arrays = _normalised(file, arrays, family, config)
     check(file, arrays, _shapes(config, family))
-    model = Transformer(config)
+    model = Transformer(config, seed=None)
     model.ends = read_ends(file.parent)
     for key, tensors in _places(family, config, dict(model.named_tensors())).items():
-        ends = np.cumsum([len(t) for t in tensors])
-        for tensor, part in zip(tensors, np.split(turned(key, arrays[key]), ends[:-1])):
-            tensor.become(finite(file, key, part, dtype))  # keeps ties
+        if isinstance(arrays[key], Coded):
+            continue
+        whole = arrays[key].read(dtype, finite=True)
+        parts = np.split(turned(key, whole), np.cumsum([len(t) for t in tensors])[:-1])
+        for tensor, part in zip(tensors, parts):  # a tensor that is shared stays so
+            tensor.become(whole if part.shape == whole.shape and part.flags.c_contiguous
+                          else part.copy("C"))
     return model
 
 
@@ -117,7 +139,7 @@ def require_parts(model, expected):
     """ValueError if the two models differ in their modules, shapes or FACTS."""
     if differences := _parts(model) ^ _parts(expected):
         texts = {f"{path}: {getattr(what, '__name__', what)}" for path, what in differences}
-        raise ValueError(f"not the modules of Transformer(config); differing: {_some(texts)}")
+        raise ValueError(f"not the modules of Transformer(config); differing: {some(texts)}")
 
 
 def arrays_of(model, family: Family) -> dict:
@@ -160,28 +182,6 @@ def turned(key, array):
     return array.T if ".c_" in key else array
 
 
-def read_arrays(folder) -> tuple[Path, dict]:
-    """(model.safetensors or the index of its shards, the arrays in them)."""
-    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if file.exists() or not index.exists():
-        return file, read_tensors(file)
-    raw, arrays = read_json(index), {}
-    shards = raw.get("weight_map") if isinstance(raw, dict) else None
-    if not isinstance(shards, dict):
-        raise FormatError(index, f"weight_map is {shards!r}, expected keys and their files")
-    for shard in sorted(set(map(str, shards.values()))):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", shard, re.ASCII):
-            raise FormatError(index, f"weight_map names {shard!r}, expected a .safetensors file")
-        try:
-            part = read_tensors(folder / shard)
-        except FileNotFoundError:
-            raise FormatError(index, f"weight_map names {shard!r}, which is not there") from None
-        if twice := part.keys() & arrays.keys():
-            raise FormatError(folder / shard, f"has what another shard has: {_some(twice)}")
-        arrays |= part
-    return index, arrays
-
-
 def _normalised(file, arrays, family: Family, c: Config) -> dict:
     """The arrays under today's keys, each once, without those that are ignored."""
     plain = {}
@@ -196,7 +196,7 @@ def _normalised(file, arrays, family: Family, c: Config) -> dict:
     head = family.modules["head" if c.head == "linear" else "head.out"]
     tied = {f"{head}.weight": f"{family.modules['embed']}.weight"} if c.tied else {}
     for copy, key in (family.copies | tied).items():
-        if copy in plain and not np.array_equal(plain.setdefault(key, plain[copy]), plain[copy]):
+        if copy in plain and not plain.setdefault(key, plain[copy]).equals(plain[copy]):
             raise FormatError(file, f"{copy} differs from {key}, of which it should be a copy")
         plain.pop(copy, None)
     return plain
@@ -218,11 +218,5 @@ def check(file: Path, arrays: dict, shapes: dict):
              if arrays[key].shape != shapes[key] or arrays[key].dtype.name not in FLOATS]
     problems = {"missing keys: ": shapes.keys() - arrays.keys(),
                 "unexpected keys: ": arrays.keys() - shapes.keys(), "": wrong}
-    if text := "; ".join(kind + _some(names) for kind, names in problems.items() if names):
+    if text := "; ".join(kind + some(names) for kind, names in problems.items() if names):
         raise FormatError(file, text)
-
-
-def _some(names) -> str:
-    """The first five, and how many more there are."""
-    first, more = sorted(names)[:5], len(names) - 5
-    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
