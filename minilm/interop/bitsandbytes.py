@@ -28,6 +28,7 @@ from minilm.interop.four_bits import (
 from minilm.interop.huggingface import (
     Coded,
     arrays_of,
+    as_it_is,
     build,
     describe,
     parse,
@@ -80,18 +81,18 @@ def load_model(
     return model
 
 
-def save_model(model: Transformer, path: str | os.PathLike) -> None:
+def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> None:
     """Write a model of `quantize_model` as a folder that transformers and `load_model` read.
 
-    Its kind is nf4, fp4 or llm.int8. Raises what huggingface.save_model raises. ValueError, before
-    anything is written, if the layers have several kinds, compute dtypes or thresholds, or if the
-    format cannot express them.
+    Its kind is nf4, fp4 or llm.int8. tokenizer: as for huggingface.save_model. Raises what that
+    raises. ValueError, before anything is written, if the layers have several kinds, compute dtypes
+    or thresholds, or if the format cannot express them.
     """
     family, raw = describe(model)
     layers = {p: m for p, m in model.named_modules() if type(m) is QuantizedLinear}
     in_8_bits = any(m.threshold is not None for m in layers.values())
     raw["quantization_config"] = (_in_8_bits if in_8_bits else _in_4_bits)(layers, raw["dtype"])
-    plain = Transformer(model.config, seed=None)
+    plain = Transformer(as_it_is(model), seed=None)
     linear = {p: m for p, m in plain.named_modules() if type(m) is Linear}
     modules = family.joined(model.config.layers, linear)
     for p, m in layers.items():
@@ -112,7 +113,7 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
         else:
             arrays |= save_4bit(join_4bit(module, weights), f"{module}.weight", raw["dtype"])
     raw["quantization_config"]["llm_int8_skip_modules"] = left
-    write_folder(path, raw, arrays)
+    write_folder(model, path, raw, arrays, tokenizer)
 
 
 def read_settings(path: Path, raw) -> Settings:

@@ -43,13 +43,13 @@ def read_config(raw) -> tuple[Family, Config]:
     return family, family.config(**facts)
 
 
-def describe_config(c: Config) -> tuple[Family, dict]:
-    """The first family that expresses c, and its config.json. ValueError if there is none, which
-    says what the nearest one cannot express."""
+def describe_config(c: Config, wanted: Family | None = None) -> tuple[Family, dict]:
+    """The wanted family, or else the first one that expresses c, and its config.json. ValueError if
+    there is none, which says what the nearest one cannot express."""
     nearest = (LLAMA if c.positions == "rotary" else GPT2 if c.head == "linear"
                else BERT if c.segments else DISTILBERT)
     reason = None
-    for family in (nearest, *FAMILIES.values()):
+    for family in ([wanted] if wanted else []) + [nearest, *FAMILIES.values()]:
         try:
             return family, _described(family, c)
         except ValueError as error:

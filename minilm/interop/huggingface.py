@@ -1,9 +1,9 @@
 """Models in Hugging Face folders: config.json, generation_config.json and model.safetensors.
 
 The tables of families.py say what each architecture calls its parts. The loader reads them one way,
-the saver the other. What Transformer cannot express is refused, never ignored. Two things are
-neither read nor written: dropout, which belongs to a training run and not to the weights, and
-settings that only matter for sampling, initialisation or other tasks.
+the saver the other. What Transformer cannot express is refused, never ignored. Two things do not
+matter here: dropout, which belongs to a training run and not to the weights, and settings for
+sampling, initialisation or other tasks. They are remembered, and saved again.
 """
 
 import os
@@ -18,15 +18,18 @@ from minilm.backend import to_device
 from minilm.config import Config
 from minilm.files import FormatError, json_bytes, read_json
 from minilm.interop.config_json import describe_config, read_config
-from minilm.interop.ends import (
-    describe_ends,
-    ends_of,
+from minilm.interop.ends import describe_ends, ends_of, read_ends
+from minilm.interop.ends import tokenizer_files as files_of
+from minilm.interop.families import Family
+from minilm.interop.remembered import (
+    family_of,
     generation_config,
-    read_ends,
+    kept_fields,
+    remember,
     tokenizer_files,
 )
-from minilm.interop.families import Family
 from minilm.interop.shards import open_arrays, require_folder, some
+from minilm.nn import Embedding, Linear
 from minilm.shapes import tensor_shapes
 from minilm.tensorfiles import tensor_parts
 from minilm.together import settle, write_together
@@ -57,19 +60,17 @@ def load_model(
 def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> None:
     """Write a folder that transformers and `load_model` read, in the model's own dtype.
 
-    tokenizer: written into the folder too, for AutoTokenizer and `data.load_tokenizer`; a model
-    that knows no end of a text gets the tokenizer's. A model that is there is replaced as a whole
-    or, after an error, not at all. ValueError, before anything is written, if no family expresses
-    the model, if its modules are not those of its Config, or if a weight is not finite.
+    A model that was loaded gives back what its folder said beside the weights (remembered.py).
+    tokenizer: written into the folder too, for AutoTokenizer and `data.load_tokenizer`, in place of
+    another one that is remembered; a model that knows no end of a text gets the tokenizer's. A
+    model that is there is replaced as a whole or, after an error, not at all. ValueError, before
+    anything is written, if no family expresses the model, if its modules are not those of its
+    Config, or if a weight is not finite.
     """
     family, raw = describe(model)
-    require_parts(model, Transformer(model.config, seed=None))
+    require_parts(model, Transformer(as_it_is(model), seed=None))
     model.require_finite()
-    beside = {}
-    if tokenizer:
-        ends = ends_of(model, tokenizer)
-        raw, beside = raw | describe_ends(ends), tokenizer_files(tokenizer, ends)
-    write_folder(path, raw, arrays_of(model, family), beside)
+    write_folder(model, path, raw, arrays_of(model, family), tokenizer)
 
 
 def parse(folder: Path, raw) -> tuple[Family, Config]:
@@ -106,7 +107,7 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
     arrays = _normalised(file, arrays, family, config)
     check(file, arrays, _shapes(config, family))
     model = Transformer(config, seed=None)
-    model.ends = read_ends(file.parent)
+    model.ends, model.origin = read_ends(file.parent), remember(file.parent)
     for key, tensors in _places(family, config, dict(model.named_tensors())).items():
         if isinstance(arrays[key], Coded):
             continue
@@ -129,10 +130,20 @@ def finite(file: Path, key: str, array, dtype):
 
 def describe(model: Transformer) -> tuple[Family, dict]:
     """The model's family and its config.json; ValueError if no family expresses its Config."""
-    family, raw = describe_config(model.config)
+    family, raw = describe_config(as_it_is(model), family_of(model.origin))
     _, first = next(model.named_tensors())
     raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # torch_dtype before version 5
-    return family, raw | describe_ends(model.ends)
+    raw |= describe_ends(model.ends)
+    return family, raw | {field: value for field, value in kept_fields(model.origin, family).items()
+                          if field not in raw}
+
+
+def as_it_is(model) -> Config:
+    """The model's Config. A tied head or embedding that was trained by itself is tied no more."""
+    c, ends = model.config, (model.embed, model.head.out if model.config.head == "masked"
+                             else model.head)
+    plain = c.tied and [type(end) for end in ends] == [Embedding, Linear]
+    return replace(c, tied=False) if plain and ends[0].weight is not ends[1].weight else c
 
 
 def require_parts(model, expected):
@@ -144,19 +155,25 @@ def require_parts(model, expected):
 
 def arrays_of(model, family: Family) -> dict:
     """{their key: array} of the model's weights and biases."""
-    arrays = {}
-    for key, tensors in _places(family, model.config, dict(model.named_tensors())).items():
+    arrays, c = {}, as_it_is(model)
+    for key, tensors in _places(family, c, dict(model.named_tensors())).items():
         if key.endswith((".weight", ".bias")):  # not the arrays inside a quantized weight
-            arrays[key] = turned(key, np.concatenate([to_device(t.data, "cpu") for t in tensors]))
+            parts = [to_device(t.data, "cpu") for t in tensors]
+            arrays[key] = turned(key, parts[0] if len(parts) == 1 else np.concatenate(parts))
     return arrays | {copy: arrays[key] for copy, key in family.copies.items()}
 
 
-def write_folder(path, raw, arrays, beside=None):
-    """config.json with the fields `raw`, model.safetensors, and what is beside, {file: fields}: all
-    as one."""
-    fields = (beside or {}) | generation_config(Path(path), raw) | {"config.json": raw}
+def write_folder(model, path, raw: dict, arrays: dict, tokenizer=None):
+    """config.json with the fields `raw`, model.safetensors, and what the model remembers: all as
+    one."""
+    given = None
+    if tokenizer:
+        ends = ends_of(model, tokenizer)
+        raw, given = raw | describe_ends(ends), files_of(tokenizer, ends)
+    files = tokenizer_files(model.origin, given)
+    files |= generation_config(Path(path), raw, model.origin) | {"config.json": json_bytes(raw)}
     write_together(path, {"model.safetensors": tensor_parts(arrays, {"format": "pt"}),
-                          **{file: [json_bytes(values)] for file, values in fields.items()}})
+                          **{name: [data] for name, data in files.items()}})
 
 
 def _parts(model) -> set:
