@@ -163,8 +163,10 @@ class Transformer(Module):
     its last one that is not padding. Without a head they are the hidden states (B, T, C).
     ValueError for other tokens, masks or segments. The weights are drawn from `seed` as GPT-2's:
     N(0, 0.02^2), but output projections of the residual branches are divided by sqrt(2 layers).
+    With seed None nothing is drawn: the weights are to be put in place.
     checkpoint_every = k runs every k blocks under `checkpoint`; 0 keeps all activations.
     ends: what the folder names that the model was loaded from; a new model has none.
+    origin: the small files of that folder, (name, bytes) each, which saving gives back.
 
     >>> model = Transformer(Config.gpt2(vocab_size=256, context=8, layers=2, heads=4, width=32))
     >>> model(np.array([[72, 105, 33]])).shape
@@ -173,9 +175,9 @@ class Transformer(Module):
     33920
     """
 
-    def __init__(self, config: Config, seed: int = 0):
-        c, rng = config, np.random.default_rng(seed)
-        self.config, self.checkpoint_every, self.ends = c, 0, Ends()
+    def __init__(self, config: Config, seed: int | None = 0):
+        c, rng = config, None if seed is None else np.random.default_rng(seed)
+        self.config, self.checkpoint_every, self.ends, self.origin = c, 0, Ends(), ()
         self.embed = Embedding(c.vocab_size, c.width, rng, padding=c.padding)
         unplaced = c.padding if c.positions == "counted" else None
         self.position = Embedding(c.places, c.width, rng, padding=unplaced) if c.places else None

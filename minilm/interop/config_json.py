@@ -35,7 +35,7 @@ def read_config(raw) -> tuple[Family, Config]:
         allowed = expected if isinstance(expected, tuple) else (expected,)
         require(raw.get(field, allowed[0]) in allowed, raw, field, repr(expected))
     plain = raw.get("quantization_config") is None
-    require(plain, raw, "quantization_config", "null; minilm.interop.bitsandbytes reads 4 bits")
+    require(plain, raw, "quantization_config", "null; minilm.interop.load_model reads 4 and 8 bits")
     facts, types = {}, {field.name: field.type for field in fields(Config)}
     for ours, theirs in family.fields.items():
         null = theirs in OPTIONAL and raw.get(theirs) is None
@@ -53,14 +53,14 @@ def read_config(raw) -> tuple[Family, Config]:
     return family, family.config(**facts)
 
 
-def describe_config(c: Config) -> tuple[Family, dict]:
-    """The first family that expresses c, and its config.json. ValueError if there is none, which
-    says what the nearest one cannot express."""
+def describe_config(c: Config, wanted: str | None = None) -> tuple[Family, dict]:
+    """The first family that expresses c, and its config.json; of the wanted model_type if that
+    does. ValueError if there is none, which says what the nearest one cannot express."""
     decoder = c.head == "linear" or (c.causal and c.head != "masked")
     nearest = ("llama" if c.positions == "rotary" else "gpt2" if decoder else
                "roberta" if c.positions == "counted" else "bert" if c.segments else "distilbert")
     reason = None
-    for kind in (nearest, *FAMILIES):
+    for kind in ([wanted] if wanted else []) + [nearest, *FAMILIES]:
         family = HEADS[kind].get(c.head, FAMILIES[kind])
         try:
             return family, _described(kind, family, c)
