@@ -19,7 +19,7 @@ array([[ 0.    ,  0.1423],
 import numpy as np
 
 from minilm import cuda
-from minilm.activations import gelu, relu, silu, swiglu
+from minilm.activations import gelu, relu, silu, swiglu, tanh
 from minilm.arrays import (
     by_rows,
     described,
@@ -41,6 +41,7 @@ __all__ = [
     "add", "attention", "concat", "cosine_embedding", "cross_entropy", "dropout", "embedding",
     "gelu", "kl_divergence", "layer_norm", "linear", "log_softmax", "matmul", "merge_heads", "mse",
     "mul", "relu", "rms_norm", "rotary", "silu", "softmax", "split_heads", "swiglu",
+    "tanh",
 ]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from minilm import ops
 from minilm.backend import array_module
+from minilm.cache import Joined
 from minilm.config import Config
 from minilm.nn import Dropout, Embedding, LayerNorm, Linear, Module, RMSNorm
 from minilm.ranges import check, whole
@@ -126,6 +127,21 @@ class MaskedHead(Module):
         return self.out(self.norm(ops.gelu(self.transform(x))))
 
 
+class Front(Module):
+    """What is in front of the text: nothing.
+
+    It takes the model from tokens to the last hidden states, as `hidden` says. A method that puts
+    rows in front adapts this module (see peft/front.py): it runs both halves with its rows, and
+    gives back those of the text. A cache that is not empty has the rows in it already.
+    """
+
+    tokenwise, length = True, 0  # length: the rows in front
+
+    def forward(self, model, tokens, mask=None, cache=None):  # (B, T) -> (B, T, C)
+        x = model.embedded(tokens, cache.length if cache else 0)
+        return model.run(x, mask, cache=cache)
+
+
 class Transformer(Module):
     """model(tokens, mask=None) -> logits.
 
@@ -158,6 +174,12 @@ class Transformer(Module):
         self.head = MaskedHead(c, rng) if masked else Linear(c.width, c.vocab_size, rng, bias=False)
         if c.tied:
             (self.head.out if masked else self.head).weight = self.embed.weight
+        self.front = Front()
+
+    @property
+    def room(self) -> int:
+        """How many tokens of a text fit: the context, without what is in front."""
+        return self.config.context - self.front.length
 
     def forward(self, tokens, mask=None, cache=None) -> Tensor:
         return self.head(self.hidden(tokens, mask, cache))
@@ -167,8 +189,7 @@ class Transformer(Module):
 
         cache: a Cache of what is in front of these tokens; their own keys and values are added.
         """
-        x = self.embedded(tokens, cache.length if cache else 0)
-        return self.run(x, mask, cache=cache)
+        return self.front(self, tokens, mask, cache)
 
     def embedded(self, tokens, start: int = 0) -> Tensor:
         """The input of the first block: (B, T) -> (B, T, C).
@@ -177,10 +198,13 @@ class Transformer(Module):
         gives start=P. If positions are learned, the method decides which ones its rows get.
         """
         tokens = self._checked(tokens, start)
-        x = self.embed(tokens)
+        places = array_module(tokens).arange(start, start + tokens.shape[1])
+        return self.placed(self.embed(tokens), places)
+
+    def placed(self, x, places) -> Tensor:
+        """Rows x (B, T, C), as the table of embeddings has them, at the places (T,) of the text."""
         if self.config.scaled_embedding:  # by a number of the model's dtype, as transformers does
             x = x * float(x.dtype.type(np.float32(math.sqrt(self.config.width))))
-        places = array_module(tokens).arange(start, start + tokens.shape[1])
         if self.position:
             x = x + self.position(places)
         if self.segment:
@@ -194,7 +218,8 @@ class Transformer(Module):
 
         mask: (B, S), 1 for a key that may be seen; the cached keys come first, then those of x.
         angles: tables of rotary positions (see rope.py), by default from cache.length on.
-        cache: as in `hidden`. With a cache no block runs under `checkpoint`.
+        cache: as in `hidden`. Under `checkpoint` it must be a Cache.of(prefix), and is used up. No
+        block runs under `checkpoint` if it is one of buffers.
 
         >>> model = Transformer(Config.gpt2(vocab_size=9, context=8, layers=1, heads=2, width=4))
         >>> prompt = Tensor(np.zeros((1, 3, 4), np.float32), requires_grad=True)
@@ -215,7 +240,7 @@ class Transformer(Module):
             if (xp is np or mask.dtype.kind == "f") and not ((mask == 0) | (mask == 1)).all():
                 raise ValueError("mask must be 1 for a token that may be seen, 0 for padding")
             mask = (mask != 0)[:, None, None, :]
-        if past and past + T > self.config.steady < self.config.context:
+        if angles is None and past and past + T > self.config.steady < self.config.context:
             raise ValueError(f"beyond {self.config.steady} tokens this model's rope turns the "
                              "earlier ones by other angles: run the whole text without a cache")
         if angles is None and not self.position:
@@ -227,16 +252,20 @@ class Transformer(Module):
 
     def _run_blocks(self, x, mask, angles, cache):
         check({"checkpoint_every": whole(0)}, checkpoint_every=self.checkpoint_every)
-        if cache or not self.checkpoint_every:
+        layers = cache.layers if cache else []
+        if not self.checkpoint_every or (layers and type(layers[0]) is not Joined):
             for i, block in enumerate(self.blocks):
-                x = block(x, mask, angles, cache and cache.layers[i])
+                x = block(x, mask, angles, cache and layers[i])
             return x
         for i in range(0, len(self.blocks), self.checkpoint_every):
-            def segment(x, blocks=self.blocks[i : i + self.checkpoint_every]):
-                for block in blocks:
-                    x = block(x, mask, angles)
+            def segment(x, *kv, blocks=self.blocks[i : i + self.checkpoint_every]):
+                for j, block in enumerate(blocks):  # it may run twice, so it joins anew
+                    x = block(x, mask, angles, Joined(*kv[2 * j : 2 * j + 2]) if kv else None)
                 return x
-            x = checkpoint(segment, x)
+            prefix = [t for m in layers[i : i + self.checkpoint_every] for t in (m.k, m.v)]
+            x = checkpoint(segment, x, *prefix)
+        if cache:
+            cache.layers = []
         return x
 
     def _checked(self, tokens, start):
@@ -250,7 +279,8 @@ class Transformer(Module):
             raise ValueError(f"tokens must be integers (B, T), got {tokens.dtype} {tokens.shape}")
         T = start + tokens.shape[1]
         if tokens.shape[1] == 0 or T > context:
-            raise ValueError(f"T must be 1 to {context}, the model's context; got {T}")
+            rows = f", {start} of which are in front" if start else ""
+            raise ValueError(f"T must be 1 to {context}, the model's context; got {T}{rows}")
         return tokens
 
 

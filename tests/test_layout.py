@@ -50,6 +50,7 @@ WITHIN = {  # the arrows inside a floor
     ("activations", "tensor"),
     ("attention", "tensor"),
     ("config", "rope"),
+    ("transformer", "cache"),
     ("transformer", "config"),
     ("transformer", "nn"),
     ("transformer", "rope"),
@@ -93,6 +94,9 @@ NARROWER = {
 }
 PEFT = {  # methods of peft/ that know another one; all others know adapted.py alone
     "adapted": set(),
+    "front": {"adapted"},  # of prompts and prefixes
+    "prompt": {"adapted", "front"},
+    "prefix": {"adapted", "front"},
     "lora": {"adapted", "qlora"},
     "requantize": {"adapted", "lora"},  # merged LoRA in codes again
 }
