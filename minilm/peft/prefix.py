@@ -96,7 +96,8 @@ class Prefix(Adapter):
         x, angles = model.embedded(tokens, start=p), None
         if cache:
             for layer, (k, v) in zip(cache.layers, self.pairs()):
-                layer.append(for_rows(k, len(x)), for_rows(v, len(x)))
+                # k itself may require a gradient inside no_grad() too; k[:] may not
+                layer.append(for_rows(k[:], len(x)), for_rows(v[:], len(x)))
             cache.length = p
         if not model.position:
             places = array_module(x.data).arange(p, p + x.shape[1])
