@@ -52,8 +52,8 @@ def length_and_ids(model: Transformer, length, ids):
 
 def seen(mask, p: int, tokens, cache=None):  # (B, S) -> (B, p + S)
     """The text's mask with ones for the rows in front. ValueError if it is not the text's."""
-    if mask is None:
-        return None
+    if mask is None or np.ndim(tokens) != 2:  # tokens that model.embedded() refuses
+        return mask
     past = cache.length - p if cache and cache.length else 0
     (B, T), mask = np.shape(tokens), mask if hasattr(mask, "dtype") else np.asarray(mask)
     if mask.shape != (B, past + T):
