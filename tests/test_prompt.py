@@ -1,4 +1,4 @@
-"""minilm.peft.prompt: rows of real tokens act as these tokens, for every family; what rows start as;
+"""minilm.peft.prompt: rows of real tokens act as these tokens, for every family; rows at the start;
 how many numbers there are, GPT-3's too. What prompts share with prefixes is in test_front.py."""
 
 import numpy as np
