@@ -1,5 +1,5 @@
-"""minilm.peft.prefix: keys and values of a real text act as that text, equation (3) and He et al.'s
-(7), the MLP and what settling keeps of it, and how many numbers there are, GPT-3's too. What
+"""minilm.peft.prefix: keys and values of a real text act as that text; equation (3) and what He et al.
+make of it; the MLP, and what settling keeps of it; how many numbers there are, GPT-3's too. What
 prefixes share with prompts is in test_front.py."""
 
 import numpy as np
@@ -77,7 +77,7 @@ def test_ids_are_read_by_the_model_as_it_is():
 
 @given(seed=st.integers(0, 999), p=st.integers(1, 4), T=st.integers(1, 5))
 def test_attention_with_a_prefix(seed, p, T):
-    """(3) in the first block, and (7) of He et al.: each head mixes the text with the prefix."""
+    """(3) in the first block, and He et al., section 3.1: a head mixes the text with the prefix."""
     model = stir(add_prefix(make("gpt2"), p), seed)
     m, rows = model.blocks[0].attention, model.front.adapters["default"].layers[0]
     x = np.random.default_rng(seed).standard_normal((1, T, C))
@@ -93,7 +93,7 @@ def test_attention_with_a_prefix(seed, p, T):
     all_ *= np.tri(T, p + T, p, dtype=bool)
     g = ours.sum(-1, keepdims=True) / all_.sum(-1, keepdims=True)
     text, prefix = plain_attention(Q, K, V, causal=True), plain_attention(Q, P_k, P_v)
-    close(heads, (1 - g) * text + g * prefix, "float64")  # eq. (7)
+    close(heads, (1 - g) * text + g * prefix, "float64")
 
 
 @given(seed=st.integers(0, 999), p=st.integers(1, 4), h=st.integers(1, 7))

@@ -7,17 +7,20 @@ and values V of a layer, with p rows P_k and P_v of its own:
 
 Nothing else is trained: 2 p K D numbers a layer. It adapts `model.front`, which gives the model a
 cache that holds the rows, as if a text had been there; so attention joins them as it joins those of
-earlier tokens, and neither it nor the model is changed. P_k gets no positions of any kind.
+earlier tokens, and neither it nor the model is changed. P_k gets no positions of any kind. GPT-3's
+18.9M for p = 8 are the LoRA paper's L d (l_p + l_i) for 8 + 8; its table has 20.2M.
 
-The paper trains a small table E and an MLP instead, which is steadier (section 4.3):
+The paper trains a small table E, its P', and an MLP instead, which is steadier (section 4.3):
 
     [P_k; P_v] = MLP(E) = tanh(E W^T + b) W_i^T + b_i      for layer i,  E (p, C), W (h, C)
 
 After training only the rows are kept: `settle_prefix`.
 
-He et al. 2022, arXiv:2110.04366, (7): each head gives (1 - g) attention(Q, K, V) + g attention(Q,
-P_k, P_v) with g the softmax's weight of the prefix. So no rows change nothing: they always take
-some of it.
+He et al. 2022, arXiv:2110.04366, section 3.1: each head then gives
+
+    (1 - g) attention(Q, K, V) + g attention(Q, P_k, P_v)
+
+with g the share of the softmax that the prefix has. g > 0 for any rows, so none are the identity.
 """
 
 import numpy as np
