@@ -145,7 +145,7 @@ class Front(Module):
 class Transformer(Module):
     """model(tokens, mask=None) -> logits.
 
-    tokens: integers (B, T), T <= config.context. mask: (B, T), 1 for a token and 0 for padding.
+    tokens: integers (B, T), T <= model.room. mask: (B, T), 1 for a token and 0 for padding.
     cache: keys and values in front of the tokens; a mask then covers those too (see cache.py).
     logits: Tensor (B, T, V), float32 unless `astype` changed the model. ValueError for other tokens
     or masks. The weights are drawn from `seed` as GPT-2's: N(0, 0.02^2), but output projections of
@@ -199,12 +199,17 @@ class Transformer(Module):
         """
         tokens = self._checked(tokens, start)
         places = array_module(tokens).arange(start, start + tokens.shape[1])
-        return self.placed(self.embed(tokens), places)
+        return self.placed(self.looked_up(tokens), places)
 
-    def placed(self, x, places) -> Tensor:
-        """Rows x (B, T, C), as the table of embeddings has them, at the places (T,) of the text."""
+    def looked_up(self, tokens) -> Tensor:
+        """The tokens' rows without their places: (...) -> (..., C)."""
+        x = self.embed(tokens)
         if self.config.scaled_embedding:  # by a number of the model's dtype, as transformers does
             x = x * float(x.dtype.type(np.float32(math.sqrt(self.config.width))))
+        return x
+
+    def placed(self, x, places) -> Tensor:
+        """Rows x (B, T, C), of tokens or not, at the places (T,) of the text: (B, T, C)."""
         if self.position:
             x = x + self.position(places)
         if self.segment:

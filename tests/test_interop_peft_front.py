@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_interop_peft import (
     CONFIG,
     CONFIGS,
+    SMALL,
     TENSORS,
     TOKENS,
     VALUES,
@@ -27,10 +28,12 @@ from test_interop_peft import (
 from minilm import ops
 from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
 from minilm.generate import generate
+from minilm.interop.huggingface import load_model, save_model
 from minilm.interop.peft import base_of, load_adapter, save_adapter
 from minilm.interop.peft_front import FRONTS, INERT
 from minilm.peft import add_lora, add_prefix, add_prompt, settle_prefix, unload_lora
 from minilm.peft.adapted import Adapter, adapted_layers, insert_adapters
+from minilm.transformer import Config, Transformer
 
 __all__ = ["peer", "theirs"]  # fixtures
 P, TEXT = 3, TOKENS[:, :6]
@@ -259,6 +262,27 @@ def test_peer_reads(peer, theirs, tmp_path, name, kind, settings):
     found = model.generate(input_ids=start, attention_mask=torch.ones_like(start), do_sample=False,
                            max_new_tokens=5, min_new_tokens=5, pad_token_id=0).numpy()
     assert generate(ours, TEXT[:, :2], 5, temperature=0).tolist() == found.tolist()
+
+
+OTHERS = {"window": Config.llama(**SMALL, hidden=24, kv_heads=2, window=4),
+          "heads": Config.llama(**SMALL, hidden=24, kv_heads=2, qk_norm="head", head_width=6),
+          "gemma": Config.llama(**SMALL, hidden=24, kv_heads=2, norm_plus_one=True, tied=True,
+                                scaled_embedding=True, activation="geglu_tanh", head_width=4)}
+
+
+@with_peers
+@kinds
+@pytest.mark.parametrize("name", OTHERS)
+def test_later_llamas(peer, tmp_path, name, kind):
+    """A window that leaves the rows behind, heads of their own width, a table with a factor."""
+    _, transformers, peft = peer
+    ours = stirred(Transformer(OTHERS[name]))
+    save_model(ours, tmp_path / "model")
+    save_adapter(stirred(KINDS[kind](ours, P)), tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model = peft.PeftModel.from_pretrained(model, tmp_path).double()
+    wide = load_adapter(load_model(tmp_path / "model", "float64"), tmp_path).eval()
+    agree(wide(TEXT).data, text_logits(peer, model), 1e-6)
 
 
 @with_peers

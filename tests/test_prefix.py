@@ -1,6 +1,6 @@
-"""minilm.peft.prefix: keys and values of a real text act as that text; equation (3) and what He et al.
-make of it; the MLP, and what settling keeps of it; how many numbers there are, GPT-3's too. What
-prefixes share with prompts is in test_front.py."""
+"""minilm.peft.prefix: keys and values of a real text act as that text; equation (3) and what He et
+al. make of it; the MLP, and what settling keeps of it; how many numbers there are, of GPT-3 too.
+What prefixes share with prompts is in test_front.py."""
 
 import numpy as np
 import pytest

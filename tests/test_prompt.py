@@ -81,6 +81,8 @@ def test_ids_are_repeated_or_cut(p, n, seed):
     table = model.embed.weight.data
     assert np.array_equal(rows(add_prompt(model, p, ids)), table[np.tile(ids, 9)[:p]])
     assert np.array_equal(rows(add_prompt(make("gpt2"), ids=[*ids])), table[ids])
+    assert np.array_equal(rows(add_prompt(make("gemma"), ids=ids)),
+                          4 * make("gemma").embed.weight.data[ids])  # times sqrt(C)
 
 
 def test_the_rows_are_those_of_the_table_that_acts():
@@ -101,6 +103,8 @@ def test_random_rows_have_the_tables_size(seed):
     assert np.array_equal(one, two) and one.dtype == np.float32
     assert (rows(add_prompt(make("llama"), 11, seed=seed + 1)) != one).all()
     assert one.std() == pytest.approx(model.embed.weight.data.std(), rel=0.3)
+    large = rows(add_prompt(make("gemma", "float32"), 11, seed=seed))
+    assert large.std() == pytest.approx(4 * model.embed.weight.data.std(), rel=0.3)
 
 
 @pytest.mark.parametrize("ids, text", [

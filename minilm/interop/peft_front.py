@@ -6,7 +6,7 @@ The folder holds one table, prompt_embeddings, and no modules:
     PREFIX_TUNING    (p, 2 L K D): for each row k and v of layer 0, k and v of layer 1, ..
 
 With prefix_projection PEFT trains an MLP, but it saves what the MLP gives, as a prefix here is
-saved too. P_TUNING is refused: its rows come from an encoder that PEFT does not save.
+saved too. P_TUNING is refused: an encoder makes its rows, and is not in the folder.
 """
 
 from collections.abc import Callable

@@ -1,15 +1,16 @@
 """Prompt tuning: rows of an embedding in front of the text, which no token has.
 
 Lester et al. 2021, arXiv:2104.08691, section 2; the LoRA paper calls it PrefixEmbed. For rows P_e
-(p, C) and a text X_e (T, C), both as the table of embeddings has them:
+(p, C) and the rows X_e (T, C) of a text's tokens, both without positions:
 
     logits = model([P_e; X_e])[p:]
 
 P_e alone is trained: p C numbers. It adapts `model.front`, since rows change the length of what all
 blocks see, which no layer can; the model has that one place for it, and needs no subclass.
 
-P_e goes through all that a token's row goes through: positions 0 .. p - 1 if they are learned, as
-PEFT has it, Gemma's factor, BERT's segment and norm. So rows of real tokens act as these tokens.
+P_e gets all that the tokens' rows get: positions 0 .. p - 1 if they are learned, as PEFT has it,
+and BERT's segment and norm. So rows of real tokens act as these tokens. Gemma multiplies its
+table's rows; P_e is what comes after that.
 
 Left out: the LoRA paper's rows inside the text (l_i = 0 here), and its ensembling of prompts.
 """
@@ -20,11 +21,12 @@ from minilm import ops
 from minilm.arrays import wide
 from minilm.backend import array_module, to_device
 from minilm.cache import for_rows
-from minilm.graph import no_dropout
-from minilm.peft.adapted import Adapter, placed, unadapted
+from minilm.peft.adapted import Adapter, placed
 from minilm.peft.front import length_and_ids, put_in_front, seen
 from minilm.tensor import Tensor, no_grad
 from minilm.transformer import Transformer
+
+SAMPLE = 256  # tokens whose rows say how large random ones are
 
 
 class Prompt(Adapter):
@@ -55,7 +57,7 @@ def add_prompt(model: Transformer, length: int | None = None, ids=None, name: st
 
     length: p. ids (n,): tokens whose rows they start as, such as those of a text that describes the
     task; repeated or cut to p, which is n by default. Without ids they are random, of the size of
-    the table's rows. The rows act together with the layers' adapters of the same name. ValueError
+    tokens' rows. The rows act together with the layers' adapters of the same name. ValueError
     if p rows leave no room for a text, for ids that are not the model's, if the name is taken, and
     while an adapter is merged; the model is then as it was.
 
@@ -68,10 +70,11 @@ def add_prompt(model: Transformer, length: int | None = None, ids=None, name: st
     (1, 2, 50)
     """
     p, ids = length_and_ids(model, length, ids)
+    rng = np.random.default_rng(seed)
+    with no_grad():
+        given = rng.integers(model.config.vocab_size, size=SAMPLE) if ids is None else ids
+        P = model.looked_up(given).data
     if ids is None:
-        W = wide(to_device(unadapted(model)["embed"].weight.data, "cpu"))
-        P = np.random.default_rng(seed).standard_normal((p, W.shape[1])) * W.std()
-    else:
-        with no_grad(), no_dropout():
-            P = model.embed(ids).data
+        size = wide(to_device(P, "cpu")).std()
+        P = rng.standard_normal((p, model.config.width)) * size
     return put_in_front(model, name, Prompt(placed(model, P)))
