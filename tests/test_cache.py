@@ -205,7 +205,7 @@ def test_a_prefix_under_checkpoint(family, every):
     for model.checkpoint_every in (0, every):
         pairs = prefix(family, 4)
         cache = Cache.of(pairs)
-        ops.cross_entropy(model(tokens, cache=cache), targets).backward()
+        ops.cross_entropy(model(tokens[:, :3], cache=cache), targets[:, :3]).backward()
         found.append([x.grad for pair in pairs for x in pair])
     assert all(np.array_equal(a, b) and a.any() for a, b in zip(*found))
     with pytest.raises(ValueError, match="a cache of 0 layers"):
