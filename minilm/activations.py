@@ -23,10 +23,10 @@ def relu(x):
 
 @op
 def tanh(x):
-    """tanh(x)."""
+    """(e^x - e^-x) / (e^x + e^-x)."""
     floating("tanh", x=x)
-    y = array_module(x).tanh(x)
-    return y, lambda dy: dy * (1 - y * y)
+    y = array_module(x).tanh(wide(x))
+    return y.astype(x.dtype, copy=False), lambda dy: dy * (1 - y * y)
 
 
 @op

@@ -16,7 +16,8 @@ def checked(tokens, start: int, context: int):
         raise ValueError(f"tokens must be integers (B, T), got {tokens.dtype} {tokens.shape}")
     T = start + tokens.shape[1]
     if tokens.shape[1] == 0 or T > context:
-        raise ValueError(f"T must be 1 to {context}, the model's context; got {T}")
+        rows = f", {start} of which are in front" if start else ""
+        raise ValueError(f"T must be 1 to {context}, the model's context; got {T}{rows}")
     return tokens
 
 

@@ -50,6 +50,7 @@ WITHIN = {  # the arrows inside a floor
     ("activations", "tensor"),
     ("attention", "tensor"),
     ("config", "rope"),
+    ("transformer", "cache"),
     ("transformer", "config"),
     ("transformer", "nn"),
     ("transformer", "rope"),
@@ -93,6 +94,9 @@ NARROWER = {
 }
 PEFT = {  # methods of peft/ that know another one; all others know adapted.py alone
     "adapted": set(),
+    "front": {"adapted"},  # of prompts and prefixes
+    "prompt": {"adapted", "front"},
+    "prefix": {"adapted", "front"},
     "lora": {"adapted", "qlora"},
     "requantize": {"adapted", "lora"},  # merged LoRA in codes again
 }
@@ -115,7 +119,8 @@ PUBLIC = {  # what other programs rely on
     "optim": "AdamW SGD PagedAdamW LossScaler clip_grad_norm cosine_schedule",
     "quantize": "quantize_int8 Int8 Int8.dequantize int8_matmul_outliers quantize_4bit FourBit "
     "FourBit.dequantize QuantizedLinear quantize_model",
-    "peft": "add_lora add_ia3 use_adapter merge_lora unmerge_lora unload_lora requantize_lora "
+    "peft": "add_prompt add_prefix settle_prefix "
+    "add_lora add_ia3 use_adapter merge_lora unmerge_lora unload_lora requantize_lora "
     "trainable_parameters",
     "peft.adapted": "Adapter AdaptedLinear insert_adapters merge unmerge unload chosen",
     "interop.huggingface": "load_model save_model",

@@ -2,6 +2,7 @@
 
     peft_config.py   what the fields mean, and which modules they choose
     peft_formats.py  what PEFT calls the numbers and settings of each method
+    peft_front.py    the same for methods that put rows in front of the text
     peft_whole.py    what is trained whole beside a method: heads, embeddings, norms, biases
 
 What they choose and what the file holds must agree. A folder is refused if our modules cannot
@@ -16,14 +17,17 @@ from minilm.files import FormatError, json_bytes
 from minilm.interop.huggingface import check, describe, finite
 from minilm.interop.peft_config import choose, read_config, resolve
 from minilm.interop.peft_formats import FORMATS, Format
+from minilm.interop.peft_front import FRONTS, read_front, write_front
 from minilm.interop.peft_whole import PREFIX, Whole, without_copies
 from minilm.peft.adapted import (
+    FRONT,
     LINEAR,
     adapted_layers,
     insert_adapters,
     placed,
     unadapted,
 )
+from minilm.peft.front import put_in_front
 from minilm.peft.retrained import Retrained
 from minilm.tensorfiles import read_tensors, tensor_parts
 from minilm.together import settle, write_together
@@ -45,6 +49,8 @@ def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
         raise FormatError(old, "is a pickle, which may run any program; PEFT reads it, and its "
                                "save_pretrained writes adapter_model.safetensors")
     arrays = read_tensors(file)
+    if method in FRONTS.values():
+        return put_in_front(model, name, read_front(path, file, method, config, arrays, model))
     config = resolve(path, config, whole.modules)
     arrays = without_copies(file, arrays, family, config)
     sizes, there = _sizes(whole), {m for m in whole.modules if _tensors(method, m, arrays)}
@@ -91,6 +97,11 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     adapters = {p: m.adapters[name] for p, m in layers.items() if name in m.adapters}
     if not adapters:
         raise ValueError(f"this model has no adapter {name!r}")
+    raw = {"peft_type": None, "base_model_name_or_path": base and os.fspath(base),
+           "inference_mode": True, "modules_to_save": None, "fan_in_fan_out": family is GPT2,
+           "task_type": "CAUSAL_LM" if model.config.causal else None}
+    if FRONT in adapters:
+        return _write(path, *write_front(name, adapters, model.config, raw))
     if lost := sorted(adapters.keys() - set(chain(*whole.modules.values()))):
         raise ValueError(f"{lost[0]} is no layer that PEFT would find in a {family.architecture}")
     for adapter in adapters.values():
@@ -107,12 +118,13 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
             arrays |= {_key(module, end): array for end, array in tensors.items()}
     tensors, saved, bias = whole.write(retrained, forms)
     others = [module for module in whole.modules if module not in forms]
-    raw = {"peft_type": kind, "base_model_name_or_path": base and os.fspath(base),
-           "inference_mode": True, "modules_to_save": saved or None,
-           "fan_in_fan_out": ".c_" in family.block["mlp.up"],
-           "task_type": _task(model.config, saved)}
+    raw |= {"peft_type": kind, "modules_to_save": saved or None}
     raw |= method.describe(forms, others, adapters.values(), bias)
-    parts = tensor_parts(arrays | tensors, {"format": "pt"})
+    _write(path, arrays | tensors, raw)
+
+
+def _write(path, arrays, raw):
+    parts = tensor_parts(arrays, {"format": "pt"})
     write_together(path, {"adapter_model.safetensors": parts,
                           "adapter_config.json": [json_bytes(raw)]})
 

@@ -16,6 +16,8 @@ Names of modules are compared as PEFT does it:
 from minilm.files import FormatError, read_json
 from minilm.interop.patterns import match
 from minilm.interop.peft_formats import FORMATS, Format, names
+from minilm.interop.peft_front import FRONTS, FrontFormat
+from minilm.interop.peft_front import INERT as INERT_IN_FRONT
 from minilm.peft.adapted import ends_with
 
 READ = {  # of all methods: (default, test of a value, the values that pass, in words)
@@ -36,23 +38,26 @@ REFUSED = {  # other methods, and other places than linear layers: unless null o
 }
 
 
-def read_config(path) -> tuple[Format, dict]:
+def read_config(path) -> tuple[Format | FrontFormat, dict]:
     """(the method, its fields). FormatError if a value does not fit, or for an unknown field."""
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise FormatError(path, f"is {type(raw).__name__}, expected fields")
     kind = raw.get("peft_type")
-    if not isinstance(kind, str) or kind not in FORMATS:
-        raise FormatError(path, f"peft_type is {kind!r}, expected one of {list(FORMATS)}")
-    fields = READ | FORMATS[kind].fields
+    methods = FORMATS | FRONTS
+    if not isinstance(kind, str) or kind not in methods:
+        raise FormatError(path, f"peft_type is {kind!r}, expected one of {list(methods)}")
+    in_front = kind in FRONTS
+    fields = methods[kind].fields if in_front else READ | methods[kind].fields
+    inert = INERT | INERT_IN_FRONT if in_front else INERT
     config = {field: raw.get(field, default) for field, (default, _, _) in fields.items()}
     for field, (_, fits, expected) in fields.items():
         if not fits(config[field]):
             raise FormatError(path, f"{field} is {config[field]!r}, expected {expected}")
     for field, value in raw.items():
-        if field not in fields and field not in INERT and value is not None and value is not False:
+        if field not in fields and field not in inert and value is not None and value is not False:
             raise FormatError(path, f"{field} is {value!r}, which is not supported")
-    return FORMATS[kind], config
+    return methods[kind], config
 
 
 def resolve(path, config: dict, modules) -> dict:

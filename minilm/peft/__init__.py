@@ -9,9 +9,11 @@ from minilm.peft.adapted import unload as unload_lora
 from minilm.peft.adapted import unmerge as unmerge_lora
 from minilm.peft.ia3 import add_ia3
 from minilm.peft.lora import add_lora
+from minilm.peft.prefix import add_prefix, settle_prefix
+from minilm.peft.prompt import add_prompt
 from minilm.peft.requantize import requantize_lora
 
 __all__ = [
-    "add_ia3", "add_lora", "merge_lora", "requantize_lora", "trainable_parameters", "unload_lora",
-    "unmerge_lora", "use_adapter",
+    "add_ia3", "add_lora", "add_prefix", "add_prompt", "merge_lora", "requantize_lora",
+    "settle_prefix", "trainable_parameters", "unload_lora", "unmerge_lora", "use_adapter",
 ]

@@ -116,6 +116,7 @@ def layer_rows(F):
         Row("relu", ops.relu, F.relu, lambda *a: ([apart(*a)], [])),
         Row("tanh", ops.tanh, torch.tanh, one),
         Row("silu", ops.silu, F.silu, one),
+        Row("tanh", ops.tanh, torch.tanh, one),
         Row("swiglu", ops.swiglu, lambda gate, up: F.silu(gate) * up, gated),
         Row("gelu", ops.gelu, F.gelu, one),
         Row("gelu tanh", lambda x: ops.gelu(x, approximate="tanh"),
