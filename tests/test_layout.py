@@ -93,6 +93,8 @@ NARROWER = {
 }
 PEFT = {  # methods of peft/ that know another one; all others know adapted.py alone
     "adapted": set(),
+    "bitfit": {"adapted", "retrained"},
+    "bottleneck": {"adapted", "retrained"},
     "lora": {"adapted", "qlora"},
     "requantize": {"adapted", "lora"},  # merged LoRA in codes again
 }
@@ -115,8 +117,8 @@ PUBLIC = {  # what other programs rely on
     "optim": "AdamW SGD PagedAdamW LossScaler clip_grad_norm cosine_schedule",
     "quantize": "quantize_int8 Int8 Int8.dequantize int8_matmul_outliers quantize_4bit FourBit "
     "FourBit.dequantize QuantizedLinear quantize_model",
-    "peft": "add_lora add_ia3 use_adapter merge_lora unmerge_lora unload_lora requantize_lora "
-    "trainable_parameters",
+    "peft": "add_lora add_ia3 add_bitfit add_bottleneck train_top use_adapter merge_lora "
+    "unmerge_lora unload_lora requantize_lora trainable_parameters",
     "peft.adapted": "Adapter AdaptedLinear insert_adapters merge unmerge unload chosen",
     "interop.huggingface": "load_model save_model",
     "interop.peft": "load_adapter save_adapter",
