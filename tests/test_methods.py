@@ -11,14 +11,17 @@ from minilm import ops
 from minilm.generate import generate
 from minilm.optim import AdamW
 from minilm.peft import (
+    add_adalora,
     add_bitfit,
     add_bottleneck,
+    add_dora,
     merge_lora,
     unload_lora,
     unmerge_lora,
     use_adapter,
 )
 from minilm.peft.adapted import adapted_layers
+from minilm.peft.dora import DoRA
 from minilm.quantize import quantize_model
 from minilm.tensor import no_grad
 from minilm.transformer import Config, Transformer
@@ -35,9 +38,11 @@ METHODS = {
     "L": partial(add_bottleneck, m=3, form="L", activation="gelu"),
     "D": partial(add_bottleneck, m=3, form="P", skip=1, activation="silu"),
     "bitfit": add_bitfit,
+    "dora": partial(add_dora, r=2, alpha=4, targets=("q", "o", "down")),
+    "adalora": partial(add_adalora, r=3, alpha=6),
 }
-MERGES = {"bitfit"}
-FIXED = {}  # what a method's gradient takes as a constant: (its class, the name of its function)
+MERGES = {"bitfit", "dora", "adalora"}
+FIXED = {"dora": (DoRA, "norm")}  # (class, method): what a gradient takes as a constant
 methods = pytest.mark.parametrize("method", METHODS)
 families = pytest.mark.parametrize("family", CONFIGS)
 bases = pytest.mark.parametrize("base", ["plain", "nf4", "int8", "llm.int8"])
