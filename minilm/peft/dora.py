@@ -53,8 +53,7 @@ class DoRA(Adapter):
 
     def norm(self, base):
         """||W0 + s B A||, of each row, in m's dtype: (O,)."""
-        return array_module(self.m.data).linalg.norm(self.direction(base), axis=1).astype(
-            self.m.dtype)
+        return norms(self.direction(base)).astype(self.m.dtype)
 
 
 def add_dora(model: Module, r: int, alpha: float, targets=("q", "v"), dropout: float = 0.0,
@@ -87,6 +86,15 @@ def at_rest(lora: LoRA, base) -> DoRA:
     adapter = DoRA(lora, lora.B.data[:, 0])
     adapter.m.become(adapter.norm(base))
     return adapter
+
+
+def row_norms(base):
+    """||W0||, of each row of a layer's weight, in at least float32: (O,)."""
+    return norms(wide(base.plain().weight.data))
+
+
+def norms(W):  # (O, I) -> (O,)
+    return array_module(W).linalg.norm(W, axis=1)
 
 
 def without_bias(base: Module) -> Module:
