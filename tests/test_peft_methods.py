@@ -288,7 +288,7 @@ def test_peer_trains_adalora_and_drops_ranks(peer, theirs, tmp_path, name, targe
     config = peft.AdaLoraConfig(init_r=3, target_r=1, total_step=6, tfinal=1, lora_alpha=5,
                                 target_modules=targets, task_type="CAUSAL_LM")
     model = peft.get_peft_model(theirs(name).float(), config)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.1)
     for step in range(1, 7):
         optimizer.zero_grad()
         model(torch.tensor(TOKENS), labels=torch.tensor(TOKENS)).loss.backward()
@@ -298,7 +298,7 @@ def test_peer_trains_adalora_and_drops_ranks(peer, theirs, tmp_path, name, targe
     ranks = [sum(kept) for kept in read_json(tmp_path / "a" / CONFIG)["rank_pattern"].values()]
     assert sum(ranks) == 4 and 0 in ranks
     expected = peer_logits(peer, model)
-    assert np.abs(expected - base(name)(TOKENS).data).max() > 0.003
+    assert np.abs(expected - base(name)(TOKENS).data).max() > 0.01
     ours = load_adapter(base(name), tmp_path / "a").eval()
     agree(ours(TOKENS).data, expected, 1e-6)
     agree(merge_lora(ours)(TOKENS).data, expected, 1e-6)
