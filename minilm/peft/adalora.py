@@ -6,9 +6,9 @@ Zhang et al. 2023, arXiv:2303.10512, for W0 (O, I), P (O, r), Lambda a diagonal 
     R(P, Q) = ||P^T P - I||_F^2 + ||Q Q^T - I||_F^2                           (4)
 
 P and Q are drawn from N(0, 0.02^2) and Lambda starts as zeros, so training starts from the model as
-it is. R is added to the loss, so that P and Q become orthogonal. budget.py has the rest: which
-singular values are kept. One that is set to zero may grow again, since its row of Q and column of P
-stay.
+it is. R is added to the loss, so that P and Q become orthogonal. (PEFT adds the mean of the norms,
+not the sum of their squares.) budget.py has the rest: which singular values are kept. One that is
+set to zero may grow again, since its row of Q and its column of P stay.
 
     P, Q, lam    P, Q and Lambda as a column (r, 1); in PEFT lora_B, lora_A and lora_E
     s            alpha / (r + 1e-5), as PEFT and the paper's program have it, for the first r

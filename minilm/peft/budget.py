@@ -26,7 +26,7 @@ places. Layers that share lam (GPT-2's q, k and v from PEFT's files) count as on
 
 import numpy as np
 
-from minilm.backend import to_device
+from minilm.backend import array_module, to_device
 from minilm.nn import Module
 from minilm.peft.adalora import AdaLoRA, acting
 from minilm.ranges import BELOW_1, check, each, whole
@@ -117,7 +117,8 @@ class Budget:
         """Set lam to zero where it is not kept; its master too, if it has 16 bits."""
         masters = self._by_tensor(self.flat.data)
         for parts, kept in zip(self.matrices, self.kept):
-            lam, gone = parts[0].lam, np.flatnonzero(~kept)
+            lam = parts[0].lam
+            gone = array_module(lam.data).asarray(np.flatnonzero(~kept))
             lam.data[gone] = 0
             masters[id(lam)][gone] = 0
 
