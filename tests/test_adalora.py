@@ -154,6 +154,23 @@ def test_what_was_dropped_may_come_back_until_the_end():
             assert a.lam.data[i, 0] != 0 if t == 8 else a.lam.data[i, 0] == 0
 
 
+@pytest.mark.parametrize("workers, processes", [(1, False), (2, False), (2, True)])
+def test_a_training_loop(workers, processes):
+    """Also if forked processes share the parameters, which the budget changes between steps."""
+    model = add_adalora(make("gpt2"), 3, 6)
+    _, optimizer, b = budget(model, lr=0.03, warmup=3, final=5)
+    losses = []
+    with Trainer(model, optimizer, workers, processes, loss=Orthogonal(LabelLoss())) as trainer:
+        for t in range(20):
+            done = trainer.step(t, (TOKENS, TARGETS))
+            assert b.step(done.step) == (b.at(done.step) if done.step < 15 else 2 * 12)
+            losses.append(trainer.evaluate(TOKENS, TARGETS)[0])
+    assert losses[-1] < losses[0] - 0.2
+    for a, kept in zip(acting(model), b.kept):
+        assert np.array_equal(a.lam.data[:, 0] != 0, kept)
+    assert 0 < orthogonality(model).data < orthogonality(add_adalora(make("gpt2"), 3, 6)).data
+
+
 def test_equal_scores_are_ranked_by_place():
     model, optimizer, b = budget(steps=4, last=1)
     learn(model, optimizer)
@@ -234,6 +251,7 @@ def test_masks_are_pefts(every):
     (dict(last=4), "last must be at most the first rank, 3 on average, got 4"),
     (dict(last=0), "last must be at least 1"), (dict(betas=(0.9, 1.0)), "betas must be"),
     (dict(warmup=10, final=10), "warmup 10 and final 10 leave none of 20 steps"),
+    (dict(betas=(0.9,)), "betas must be two numbers"),
     (dict(every=0), "every must be at least 1")])
 def test_budgets_that_cannot_be(settings, text):
     with pytest.raises(ValueError, match=text):

@@ -17,7 +17,7 @@ A training loop makes a Budget after its optimizer, and calls it after each step
 
     budget = Budget(model, optimizer, last=4, steps=1000, warmup=100, final=200)
     for trainer, done in fit(..., loss=Orthogonal(LabelLoss())):
-        if done.targets:
+        if done.targets and not done.skipped:
             budget.step(done.step)
 
 So w is taken after the update, as in PEFT; the paper takes it before. Equal S are ranked by their
@@ -48,6 +48,8 @@ class Budget:
                  final: int = 0, every: int = 1, betas=(0.85, 0.85)):
         check(self.RANGES, last=last, steps=steps, warmup=warmup, final=final, every=every,
               betas=betas)
+        if len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas}")
         self.steps, self.warmup, self.final, self.every = steps, warmup, final, every
         self.betas, self.matrices, self.flat = betas, matrices(acting(model)), optimizer.flat
         ranks = [len(parts[0].lam) for parts in self.matrices]
