@@ -97,6 +97,11 @@ PEFT = {  # methods of peft/ that know another one; all others know adapted.py a
     "front": {"adapted"},  # of prompts and prefixes
     "prompt": {"adapted", "front"},
     "prefix": {"adapted", "front"},
+    "adalora": {"adapted", "lora"},
+    "bitfit": {"adapted", "retrained"},
+    "bottleneck": {"adapted", "retrained"},
+    "budget": {"adalora"},  # which of its singular values are kept
+    "dora": {"adapted", "lora"},
     "lora": {"adapted", "qlora"},
     "requantize": {"adapted", "lora"},  # merged LoRA in codes again
 }
@@ -119,9 +124,9 @@ PUBLIC = {  # what other programs rely on
     "optim": "AdamW SGD PagedAdamW LossScaler clip_grad_norm cosine_schedule",
     "quantize": "quantize_int8 Int8 Int8.dequantize int8_matmul_outliers quantize_4bit FourBit "
     "FourBit.dequantize QuantizedLinear quantize_model",
-    "peft": "add_prompt add_prefix settle_prefix "
-    "add_lora add_ia3 use_adapter merge_lora unmerge_lora unload_lora requantize_lora "
-    "trainable_parameters",
+    "peft": "add_lora add_ia3 add_bitfit add_bottleneck add_dora add_adalora "
+    "Budget Budget.at Budget.step Orthogonal train_top add_prompt add_prefix settle_prefix "
+    "use_adapter merge_lora unmerge_lora unload_lora requantize_lora trainable_parameters",
     "peft.adapted": "Adapter AdaptedLinear insert_adapters merge unmerge unload chosen",
     "interop.huggingface": "load_model save_model",
     "interop.peft": "load_adapter save_adapter",

@@ -111,10 +111,12 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     adapters = {p: a for p, a in adapters.items() if a}
     kind, method = _method(name, adapters)
     arrays, forms = {}, {}
-    for module, sizes in _sizes(whole).items():
-        parts = [adapters.get(ours) for ours in whole.modules[module]]
+    for module in _sizes(whole):
+        paths = whole.modules[module]
+        parts = [adapters.get(ours) for ours in paths]
         if any(parts):
-            tensors, forms[module] = method.join(module, sizes, parts)
+            bases = [whole.bases[ours] for ours in paths]
+            tensors, forms[module] = method.join(module, bases, parts)
             arrays |= {_key(module, end): array for end, array in tensors.items()}
     tensors, saved, bias = whole.write(retrained, forms)
     others = [module for module in whole.modules if module not in forms]
@@ -152,9 +154,9 @@ def _method(name, adapters) -> tuple[str, Format]:
     """What PEFT calls the adapters' method, and its Format."""
     types = {type(adapter) for adapter in adapters.values()}
     for kind, method in FORMATS.items():
-        if types == {method.method}:
+        if len(types) == 1 and types <= {*method.methods}:
             return kind, method
-    found = sorted(t.__name__ for t in types)
+    found = sorted(t.__name__ for t in types) or "whole tensors, without a method beside them"
     raise ValueError(f"the adapter {name!r} is of {found}; PEFT's are {list(FORMATS)}")
 
 

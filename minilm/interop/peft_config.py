@@ -10,6 +10,7 @@ Names of modules are compared as PEFT does it:
     layers_to_transform                 of a list of targets, those in these layers; layers_pattern
                                         says what stands in front of a layer's number
     rank_pattern, alpha_pattern         expressions for the name or its last parts; the first counts
+                                        (AdaLoRA's rank_pattern has names of tensors instead)
     modules_to_save                     the last letters of a module, which is trained as a whole
 """
 
@@ -34,7 +35,7 @@ INERT = {  # these change no number, or only with init_lora_weights that are ref
 REFUSED = {  # other methods, and other places than linear layers: unless null or false
     "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config",
     "layer_replication", "lora_bias", "megatron_config", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 }
 
 
@@ -67,7 +68,8 @@ def resolve(path, config: dict, modules) -> dict:
         raise FormatError(path, f"modules_to_save is {config['modules_to_save']!r}, which names "
                           f"{twice[1]} and {twice[0]} around it: PEFT trains the one, writes the "
                           "other, and reads neither")
-    for field in {"rank_pattern", "alpha_pattern"} & config.keys():
+    patterns = {"rank_pattern", "alpha_pattern"} if "init_r" not in config else set()
+    for field in patterns & config.keys():
         table, of = config[field] or {}, {}
         for key, matched in _match(path, field, table, modules, r"(.*\.)?({})$").items():
             of = dict.fromkeys(matched, table[key]) | of  # the first counts
