@@ -84,14 +84,15 @@ def _rotary_by_kernel(x, cos, sin):
 FUSED = range(16, 129, 16)  # head widths that kernels/attention.cu takes
 
 
-def plain_attention(q, k, v, mask=None, causal=False, window=None):
+def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None):
     """softmax(q k^T / sqrt(D)) v, eq. (1) of Vaswani et al. 2017, for arrays as in `attention`.
 
     A query that may see no key gives nan, because its softmax is 0 / 0.
     """
     (H, T, D), (K, S) = q.shape[1:], k.shape[1:3]
     k, v = k.repeat(H // K, axis=1), v.repeat(H // K, axis=1)
-    scores = q @ k.swapaxes(-1, -2) / math.sqrt(D)  # (B, H, T, S)
+    scores = q @ k.swapaxes(-1, -2)  # (B, H, T, S)
+    scores = scores / math.sqrt(D) if scale is None else scores * scale
     if mask is not None:
         scores = scores + (np.where(mask, 0, -np.inf) if mask.dtype == bool else mask)
     if causal:  # the last query sees every key
@@ -108,22 +109,23 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None):
 # row's largest score is subtracted, or exp would overflow. The query heads of a group lie beside
 # their key/value head, which is not repeated.
 @op
-def attention(q, k, v, mask=None, causal=False, window=None):
+def attention(q, k, v, mask=None, causal=False, window=None, scale=None):
     """softmax(q k^T / sqrt(D) + mask) v, eq. (1) of Vaswani et al. 2017, arXiv:1706.03762.
 
     q (B, H, T, D), k and v (B, K, S, D), of one dtype -> (B, H, T, D). H is a multiple of K: each
     key/value head serves H / K query heads. mask broadcasts to (B, H, T, S): booleans (True may be
     seen) or numbers added to the scores. causal: the last query sees every key, each earlier query
     one key fewer. window: each sees only the last so many of those. If there are none it gives 0.
+    scale: a positive number in place of 1 / sqrt(D).
 
     On a GPU kernels/attention.cu takes bfloat16 without a mask or a window, if D is 16, 32 .. 128.
     """
-    _check(q, k, v, causal, window)
+    _check(q, k, v, causal, window, scale)
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     window = None if window and window >= S else window
-    xp, scale = array_module(q), 1 / math.sqrt(D)
+    xp, scale = array_module(q), 1 / math.sqrt(D) if scale is None else float(scale)
     if xp is not np and q.dtype == "bfloat16" and mask is window is None and D in FUSED:
-        return _fused(q, k, v, causal)
+        return _fused(q, k, v, causal, scale)
     y = xp.empty_like(q)
     kept = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them
@@ -160,7 +162,7 @@ def attention(q, k, v, mask=None, causal=False, window=None):
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
 
 
-def _check(q, k, v, causal, window):
+def _check(q, k, v, causal, window, scale):
     """ValueError or TypeError if the operands do not go together."""
     floating("attention", q=q, k=k, v=v)
     one_dtype("attention", q=q, k=k, v=v)
@@ -172,6 +174,8 @@ def _check(q, k, v, causal, window):
         raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"attention: window {window} must be None, or 1, 2 .. if causal")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"attention: scale {scale} must be None or a positive number")
 
 
 def _operands(q, k, v, scale, grouped):
@@ -185,13 +189,14 @@ def _operands(q, k, v, scale, grouped):
     return q.reshape(grouped), k[:, :, None], v[:, :, None]
 
 
-def _fused(q, k, v, causal):
+def _fused(q, k, v, causal, scale):
     """The same in kernels that never write the scores to memory, forward or backward."""
     q, k, v = cuda.aligned(q), cuda.aligned(k), cuda.aligned(v)
-    y, lse = cuda.attention_forward(q, k, v, causal)
+    y, lse = cuda.attention_forward(q, k, v, causal, scale)
 
     @once
-    def gradients(dy): return cuda.attention_backward(cuda.aligned(dy), q, k, v, y, lse, causal)
+    def gradients(dy):
+        return cuda.attention_backward(cuda.aligned(dy), q, k, v, y, lse, causal, scale)
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
 
 

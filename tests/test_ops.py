@@ -149,6 +149,7 @@ BAD = {
     "attention: T > S": (lambda: attend(q=f(2, 4, 6, 6), causal=True), ValueError, "does not go"),
     "attention: window": (lambda: attend(window=2), ValueError, "window 2"),
     "attention: no window": (lambda: attend(window=0, causal=True), ValueError, "window 0"),
+    "attention: scale": (lambda: attend(scale=0.0), ValueError, "scale 0.0"),
     "attention: mask": (lambda: attend(mask=f(5, 4)), ValueError, r"\(5, 4\)"),
     "cross_entropy: shapes": (lambda: ops.cross_entropy(f(2, 3, 4), i(6)), ValueError, r"\(6,\)"),
     "cross_entropy: class": (lambda: ops.cross_entropy(f(2, 4), i(3, 5)), ValueError,
@@ -243,7 +244,7 @@ def test_numbers_that_would_be_rounded_are_refused(name, dtype):
 
 @st.composite
 def attention_inputs(draw):
-    """q, k, v in float64, a mask, `causal` and `window`; sizes around the 64 rows of a tile."""
+    """q, k, v in float64, a mask and settings; sizes around the 64 rows of a tile."""
     rng = np.random.default_rng(draw(seeds))
     B, K, group, D = (draw(st.integers(1, n)) for n in (3, 2, 3, 5))
     T, past = draw(st.sampled_from([1, 2, 63, 64, 65, 127, 128, 200])), draw(st.integers(0, 70))
@@ -253,17 +254,19 @@ def attention_inputs(draw):
     seen = rng.random(shape) < 0.8
     masks = [None, seen, rng.standard_normal(shape), np.where(seen, 0.0, -np.inf)]
     causal, window = draw(st.booleans()), draw(st.none() | st.integers(1, 90))
-    return [q, k, v], masks[draw(st.integers(0, 3))], causal, window if causal else None
+    scale = draw(st.sampled_from([None, 0.3, 1.0]))
+    settings = dict(causal=causal, window=window if causal else None, scale=scale)
+    return [q, k, v], masks[draw(st.integers(0, 3))], settings
 
 
 @given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
 def test_attention_is_pytorchs(inputs, block):
     """Tiles over rows and batch, every kind of mask, S > T, queries that see nothing."""
-    (q, k, v), mask, causal, window = inputs
-    T, S = q.shape[2], k.shape[2]
+    (q, k, v), mask, settings = inputs
+    T, S, causal, window = q.shape[2], k.shape[2], settings["causal"], settings["window"]
 
     def ours(q, k, v):
-        return ops.attention(q, k, v, mask=mask, causal=causal, window=window)
+        return ops.attention(q, k, v, mask=mask, **settings)
 
     def twin(q, k, v):
         bias = torch.zeros(T, S, dtype=q.dtype)
@@ -275,7 +278,8 @@ def test_attention_is_pytorchs(inputs, block):
         if window:
             past = torch.ones(T, S, dtype=bool).tril(S - T - window)
             bias = bias.masked_fill(past, -math.inf)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, bias, scale=settings["scale"], enable_gqa=True)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
@@ -285,12 +289,12 @@ def test_attention_is_pytorchs(inputs, block):
 
 @given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
 def test_attention_is_the_papers(inputs, block):
-    (q, k, v), mask, causal, window = inputs
+    (q, k, v), mask, settings = inputs
     with np.errstate(invalid="ignore"):  # a query that may see nothing
-        expected = attention.plain_attention(q, k, v, mask, causal, window)
+        expected = attention.plain_attention(q, k, v, mask, **settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
-        y = ops.attention(q, k, v, mask=mask, causal=causal, window=window).data
+        y = ops.attention(q, k, v, mask=mask, **settings).data
     close(y, np.nan_to_num(expected, nan=0.0), "float64", scale=1)
 
 

@@ -152,11 +152,11 @@ def attention_rows(F):
         return qkv(r, B, T, C, K=4), [r.random((B, 1, 1, T)) < 0.7]
 
     def biased(r, B, T, C): return qkv(r, B, T, C, K=1), [normal(r, 4, T, T)]
-    def sdpa(q, k, v, mask=None, causal=False):
+    def sdpa(q, k, v, mask=None, causal=False, scale=None):
         if causal:  # our last query sees all keys; PyTorch's is_causal lets its first see one key
             seen = torch.ones(q.shape[2], k.shape[2], dtype=bool).tril(k.shape[2] - q.shape[2])
             mask = seen if mask is None else mask.masked_fill(~seen, -math.inf)
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
     return [
         Row("rotary", ops.rotary, turn, angles),
@@ -167,6 +167,8 @@ def attention_rows(F):
         Row("attention additive mask, causal",
             lambda q, k, v, m: ops.attention(q, k, v, mask=m, causal=True),
             lambda q, k, v, m: sdpa(q, k, v, m, causal=True), biased),
+        Row("attention scaled", lambda q, k, v: ops.attention(q, k, v, scale=1.0),
+            lambda q, k, v: sdpa(q, k, v, scale=1.0), lambda *a: (qkv(*a), [])),
     ]
 
 
