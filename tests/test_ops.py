@@ -151,6 +151,9 @@ BAD = {
     "attention: no window": (lambda: attend(window=0, causal=True), ValueError, "window 0"),
     "attention: scale": (lambda: attend(scale=0.0), ValueError, "scale 0.0"),
     "attention: mask": (lambda: attend(mask=f(5, 4)), ValueError, r"\(5, 4\)"),
+    "attention: bias": (lambda: attend(bias=f(1, 4, 5, 4)), ValueError, r"\(1, 4, 5, 4\) must"),
+    "attention: bias's axes": (lambda: attend(bias=f(5, 5)), ValueError, r"bias \(5, 5\) must"),
+    "attention: bias's dtype": (lambda: attend(bias=single(1, 4, 5, 5)), TypeError, "bias float32"),
     "cross_entropy: shapes": (lambda: ops.cross_entropy(f(2, 3, 4), i(6)), ValueError, r"\(6,\)"),
     "cross_entropy: class": (lambda: ops.cross_entropy(f(2, 4), i(3, 5)), ValueError,
                              "3 to 4, but V is 4"),
@@ -285,6 +288,36 @@ def test_attention_is_pytorchs(inputs, block):
         patch.setattr(attention, "BLOCK", block)
         actual = run_ours(ours, [q, k, v], [])
     assert max(op_error(actual, run_torch(twin, [q, k, v], []))) <= TOLERANCE["float64"]
+
+
+@given(inputs=attention_inputs(), seed=seeds, block=st.sampled_from([1 << 10, 1 << 16]))
+def test_attentions_bias_is_a_mask_with_a_gradient(inputs, seed, block):
+    """The same bias for all texts, or one of each, beside every kind of mask."""
+    (q, k, v), mask, settings = inputs
+    shape = (len(q) if seed % 2 else 1, *q.shape[1:3], k.shape[2])
+    bias, hidden = normal(*shape, seed=seed), 0 if mask is None else mask
+    if mask is not None and mask.dtype == bool:
+        hidden = np.where(mask, 0, -np.inf)
+
+    def ours(q, k, v, bias):
+        return ops.attention(q, k, v, mask, bias, **settings)
+
+    def twin(q, k, v, bias):
+        T, S, far = q.shape[2], k.shape[2], settings["window"] or k.shape[2]
+        seen = torch.ones(T, S, dtype=bool)
+        if settings["causal"]:
+            seen = seen.tril(S - T).triu(S - T + 1 - far)
+        added = (bias + torch.as_tensor(hidden)).masked_fill(~seen, -math.inf)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, added, scale=settings["scale"], enable_gqa=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "BLOCK", block)
+        actual = run_ours(ours, [q, k, v, bias], [])
+    assert max(op_error(actual, run_torch(twin, [q, k, v, bias], []))) <= TOLERANCE["float64"]
+    with np.errstate(invalid="ignore"):
+        expected = attention.plain_attention(q, k, v, mask, bias=bias, **settings)
+    close(actual[0], np.nan_to_num(expected, nan=0.0), "float64", scale=1)
 
 
 @given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
