@@ -121,7 +121,7 @@ def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=No
     scale: a positive number in place of 1 / sqrt(D). bias (1 or B, H, T, S), of q's dtype, is added
     to the scores as such a mask is, and has a gradient: T5's positions.
 
-    On a GPU kernels/attention.cu takes bfloat16 without mask, bias or window, if D is 16, 32 .. 128.
+    On a GPU kernels/attention.cu takes bfloat16 without mask, bias, window, if D is 16, 32 .. 128.
     """
     _check(q, k, v, bias, causal, window, scale)
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
@@ -187,7 +187,7 @@ def _check(q, k, v, bias, causal, window, scale):
         floating("attention", bias=bias)
         one_dtype("attention", q=q, bias=bias)
         if bias.shape not in ((1, H, T, S), (B, H, T, S)):
-            raise ValueError(f"attention: bias {bias.shape} must be {(B, H, T, S)}, or have 1 for B")
+            raise ValueError(f"attention: bias {bias.shape} must be {(B, H, T, S)}, or 1 for B")
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"attention: scale {scale} must be None or a positive number")
 

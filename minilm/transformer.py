@@ -208,13 +208,7 @@ class Transformer(Module):
             raise ValueError(f"a cache of {len(cache.layers)} layers does not go with "
                              f"{len(self.blocks)} blocks")
         if mask is not None:
-            mask, wanted = xp.asarray(mask), (B, past + T)  # a number for each token
-            if mask.shape != wanted:
-                raise ValueError(f"mask {mask.shape} must have the shape {wanted}, as the tokens")
-            # Floats may be one that is to be added to the scores: it has 0 for what may be seen.
-            if (xp is np or mask.dtype.kind == "f") and not ((mask == 0) | (mask == 1)).all():
-                raise ValueError("mask must be 1 for a token that may be seen, 0 for padding")
-            mask = (mask != 0)[:, None, None, :]
+            mask = seen(mask, (B, past + T), xp)
         if past and past + T > self.config.steady < self.config.context:
             raise ValueError(f"beyond {self.config.steady} tokens this model's rope turns the "
                              "earlier ones by other angles: run the whole text without a cache")
@@ -252,6 +246,17 @@ class Transformer(Module):
         if tokens.shape[1] == 0 or T > context:
             raise ValueError(f"T must be 1 to {context}, the model's context; got {T}")
         return tokens
+
+
+def seen(mask, wanted, xp):  # (B, S) -> booleans (B, 1, 1, S)
+    """The mask for attention. ValueError unless it has the shape `wanted`, and only 0 and 1."""
+    mask = xp.asarray(mask)
+    if mask.shape != wanted:
+        raise ValueError(f"mask {mask.shape} must have the shape {wanted}, as the tokens")
+    # Floats may be one that is to be added to the scores: it has 0 for what may be seen.
+    if (xp is np or mask.dtype.kind == "f") and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask must be 1 for a token that may be seen, 0 for padding")
+    return (mask != 0)[:, None, None, :]
 
 
 def residual_std(c: Config) -> float:
