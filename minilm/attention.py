@@ -84,7 +84,7 @@ def _rotary_by_kernel(x, cos, sin):
 FUSED = range(16, 129, 16)  # head widths that kernels/attention.cu takes
 
 
-def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, bias=None):
+def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, cap=None, bias=None):
     """softmax(q k^T / sqrt(D)) v, eq. (1) of Vaswani et al. 2017, for arrays as in `attention`.
 
     A query that may see no key gives nan, because its softmax is 0 / 0.
@@ -93,6 +93,8 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, b
     k, v = k.repeat(H // K, axis=1), v.repeat(H // K, axis=1)
     scores = q @ k.swapaxes(-1, -2)  # (B, H, T, S)
     scores = scores / math.sqrt(D) if scale is None else scores * scale
+    if cap:  # Riviere et al. 2024, arXiv:2408.00118, section 2
+        scores = cap * np.tanh(scores / cap)
     if bias is not None:
         scores = scores + bias
     if mask is not None:
@@ -111,23 +113,26 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, b
 # row's largest score is subtracted, or exp would overflow. The query heads of a group lie beside
 # their key/value head, which is not repeated.
 @op
-def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=None):
+def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=None, cap=None):
     """softmax(q k^T / sqrt(D) + mask) v, eq. (1) of Vaswani et al. 2017, arXiv:1706.03762.
 
     q (B, H, T, D), k and v (B, K, S, D), of one dtype -> (B, H, T, D). H is a multiple of K: each
     key/value head serves H / K query heads. mask broadcasts to (B, H, T, S): booleans (True may be
     seen) or numbers added to the scores. causal: the last query sees every key, each earlier query
     one key fewer. window: each sees only the last so many of those. If there are none it gives 0.
-    scale: a positive number in place of 1 / sqrt(D). bias (1 or B, H, T, S), of q's dtype, is added
+    scale: a positive number in place of 1 / sqrt(D). cap: the scores become cap tanh(scores / cap)
+    before the mask, and stay between -cap and cap. bias (1 or B, H, T, S), of q's dtype, is added
     to the scores as such a mask is, and has a gradient: T5's positions.
 
-    On a GPU kernels/attention.cu takes bfloat16 without mask, bias, window, if D is 16, 32 .. 128.
+    On a GPU kernels/attention.cu takes bfloat16 without a mask, a bias, a window or a cap, if D is
+    16, 32 .. 128.
     """
-    _check(q, k, v, bias, causal, window, scale)
+    _check(q, k, v, bias, causal, window, scale=scale, cap=cap)
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     window = None if window and window >= S else window
     xp, scale = array_module(q), 1 / math.sqrt(D) if scale is None else float(scale)
-    if xp is not np and q.dtype == "bfloat16" and mask is bias is window is None and D in FUSED:
+    plain = mask is bias is window is cap is None
+    if xp is not np and q.dtype == "bfloat16" and plain and D in FUSED:
         return _fused(q, k, v, causal, scale)
     y = xp.empty_like(q)
     kept = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)
@@ -139,12 +144,13 @@ def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=No
     for b, t in _tiles(q, S):
         s = _keys(t, S - T, S, causal, window)  # the keys that some of the tile's rows see
         scores = qg[b, :, :, t] @ kg[b, :, :, s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
+        slope = _capped(scores, cap, xp) if cap else None
         if added is not None:
             scores += added[b, :, :, t, s]
         old = window and t.start + S - T - window - s.start  # the last key too old for row 0
         P, l = _weights(scores, causal, old, None if mask is None else mask[b, :, :, t, s], xp)
         yg[b, :, :, t] = P @ vg[b, :, :, s] * l  # eq. (1)
-        tiles.append((b, t, s, P, l))
+        tiles.append((b, t, s, P, l, slope))
 
     @once
     def gradients(dy):
@@ -155,13 +161,15 @@ def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=No
         dbias = None if bias is None else xp.zeros((len(bias), *grouped[1:4], S), qg.dtype)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
         while tiles:  # the last tile comes first: it has all keys, or else adds to zeros
-            b, t, s, P, l = tiles.pop()
+            b, t, s, P, l, slope = tiles.pop()
             g = dyg[b, :, :, t] * l
             dS = g @ vg[b, :, :, s].swapaxes(-1, -2)
             dS -= row_dot(g, yg[b, :, :, t])
             dS *= P
             if bias is not None:
                 _add(dbias[b if len(bias) == B else slice(1), :, :, t, s], dS)
+            if cap:
+                dS *= slope
             _into(dv[b, :, s], P.swapaxes(-1, -2) @ g, t.stop == T)
             _into(dk[b, :, s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
             dqg[b, :, :, t] = dS @ kg[b, :, :, s]
@@ -171,7 +179,7 @@ def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=No
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(5))  # dq, dk, dv, none, dbias
 
 
-def _check(q, k, v, bias, causal, window, scale):
+def _check(q, k, v, bias, causal, window, **positive):
     """ValueError or TypeError if the operands do not go together."""
     floating("attention", q=q, k=k, v=v)
     one_dtype("attention", q=q, k=k, v=v)
@@ -188,8 +196,9 @@ def _check(q, k, v, bias, causal, window, scale):
         one_dtype("attention", q=q, bias=bias)
         if bias.shape not in ((1, H, T, S), (B, H, T, S)):
             raise ValueError(f"attention: bias {bias.shape} must be {(B, H, T, S)}, or 1 for B")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"attention: scale {scale} must be None or a positive number")
+    for name, x in positive.items():
+        if x is not None and not 0 < x < math.inf:
+            raise ValueError(f"attention: {name} {x} must be None or a positive number")
 
 
 def _operands(q, k, v, scale, grouped):
@@ -212,6 +221,15 @@ def _fused(q, k, v, causal, scale):
     def gradients(dy):
         return cuda.attention_backward(cuda.aligned(dy), q, k, v, y, lse, causal, scale)
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
+
+
+def _capped(scores, cap, xp):
+    """Turn the scores into cap tanh(scores / cap), and return its slope, 1 - tanh^2."""
+    scores /= cap
+    xp.tanh(scores, out=scores)
+    slope = 1 - scores * scores
+    scores *= cap
+    return slope
 
 
 def _weights(scores, causal, old, bias, xp):  # (..., t, s) -> (..., t, s), (..., t, 1)

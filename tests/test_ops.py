@@ -150,6 +150,8 @@ BAD = {
     "attention: window": (lambda: attend(window=2), ValueError, "window 2"),
     "attention: no window": (lambda: attend(window=0, causal=True), ValueError, "window 0"),
     "attention: scale": (lambda: attend(scale=0.0), ValueError, "scale 0.0"),
+    "attention: cap": (lambda: attend(cap=-1.0), ValueError, "cap -1.0"),
+    "soft_cap": (lambda: ops.soft_cap(f(2), 0.0), ValueError, "got 0.0"),
     "attention: mask": (lambda: attend(mask=f(5, 4)), ValueError, r"\(5, 4\)"),
     "attention: bias": (lambda: attend(bias=f(1, 4, 5, 4)), ValueError, r"\(1, 4, 5, 4\) must"),
     "attention: bias's axes": (lambda: attend(bias=f(5, 5)), ValueError, r"bias \(5, 5\) must"),
@@ -226,7 +228,8 @@ def test_another_librarys_array_is_named(call):
 
 
 FLOATS = {
-    "softmax": ops.softmax, "log_softmax": ops.log_softmax, "gelu": ops.gelu, "silu": ops.silu,
+    "softmax": ops.softmax, "soft_cap": lambda x: ops.soft_cap(x, 1.0),
+    "log_softmax": ops.log_softmax, "gelu": ops.gelu, "silu": ops.silu,
     "swiglu": lambda x: ops.swiglu(x, x), "rms_norm": lambda x: ops.rms_norm(x, f(3)),
     "layer_norm": lambda x: ops.layer_norm(x, f(3), f(3)),
     "dropout": lambda x: ops.dropout(x, 0.5, np.random.default_rng(0)),
@@ -258,21 +261,34 @@ def attention_inputs(draw):
     masks = [None, seen, rng.standard_normal(shape), np.where(seen, 0.0, -np.inf)]
     causal, window = draw(st.booleans()), draw(st.none() | st.integers(1, 90))
     scale = draw(st.sampled_from([None, 0.3, 1.0]))
-    settings = dict(causal=causal, window=window if causal else None, scale=scale)
+    settings = dict(causal=causal, window=window if causal else None, scale=scale,
+                    cap=draw(st.none() | st.just(0.8)))
     return [q, k, v], masks[draw(st.integers(0, 3))], settings
 
 
-@given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
-def test_attention_is_pytorchs(inputs, block):
-    """Tiles over rows and batch, every kind of mask, S > T, queries that see nothing."""
+def with_bias(inputs, biased):
+    """[q, k, v] or [q, k, v, bias], the mask, the settings; a bias for all texts, or for each."""
     (q, k, v), mask, settings = inputs
-    T, S, causal, window = q.shape[2], k.shape[2], settings["causal"], settings["window"]
+    shape = (1 if biased == "one" else len(q), *q.shape[1:3], k.shape[2])
+    return [q, k, v] + [normal(*shape)] * (biased != "none"), mask, settings
 
-    def ours(q, k, v):
-        return ops.attention(q, k, v, mask=mask, **settings)
 
-    def twin(q, k, v):
-        bias = torch.zeros(T, S, dtype=q.dtype)
+biases = st.sampled_from(["none", "one", "each"])
+
+
+@given(inputs=attention_inputs(), biased=biases, block=st.sampled_from([1 << 10, 1 << 16]))
+def test_attention_is_pytorchs(inputs, biased, block):
+    """Tiles over rows and batch, every kind of mask, S > T, queries that see nothing."""
+    inputs, mask, settings = with_bias(inputs, biased)
+    q, k = inputs[:2]
+    T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    causal, window, scale, cap = settings.values()
+
+    def ours(q, k, v, bias=None):
+        return ops.attention(q, k, v, mask, bias, **settings)
+
+    def twin(q, k, v, bias=None):
+        bias = torch.zeros(T, S, dtype=q.dtype) if bias is None else bias
         if mask is not None:
             hidden = np.where(mask, 0, -np.inf) if mask.dtype == bool else mask
             bias = bias + torch.tensor(hidden)
@@ -281,53 +297,29 @@ def test_attention_is_pytorchs(inputs, block):
         if window:
             past = torch.ones(T, S, dtype=bool).tril(S - T - window)
             bias = bias.masked_fill(past, -math.inf)
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, bias, scale=settings["scale"], enable_gqa=True)
+        if cap is None:
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, bias, scale=scale, enable_gqa=True)
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = cap * torch.tanh(q @ k.mT * (scale or q.shape[-1] ** -0.5) / cap) + bias
+        nothing = (scores == -math.inf).all(-1, keepdim=True)  # such a row gives 0
+        return scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ v
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
-        actual = run_ours(ours, [q, k, v], [])
-    assert max(op_error(actual, run_torch(twin, [q, k, v], []))) <= TOLERANCE["float64"]
+        actual = run_ours(ours, inputs, [])
+    assert max(op_error(actual, run_torch(twin, inputs, []))) <= TOLERANCE["float64"]
 
 
-@given(inputs=attention_inputs(), seed=seeds, block=st.sampled_from([1 << 10, 1 << 16]))
-def test_attentions_bias_is_a_mask_with_a_gradient(inputs, seed, block):
-    """The same bias for all texts, or one of each, beside every kind of mask."""
-    (q, k, v), mask, settings = inputs
-    shape = (len(q) if seed % 2 else 1, *q.shape[1:3], k.shape[2])
-    bias, hidden = normal(*shape, seed=seed), 0 if mask is None else mask
-    if mask is not None and mask.dtype == bool:
-        hidden = np.where(mask, 0, -np.inf)
-
-    def ours(q, k, v, bias):
-        return ops.attention(q, k, v, mask, bias, **settings)
-
-    def twin(q, k, v, bias):
-        T, S, far = q.shape[2], k.shape[2], settings["window"] or k.shape[2]
-        seen = torch.ones(T, S, dtype=bool)
-        if settings["causal"]:
-            seen = seen.tril(S - T).triu(S - T + 1 - far)
-        added = (bias + torch.as_tensor(hidden)).masked_fill(~seen, -math.inf)
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, added, scale=settings["scale"], enable_gqa=True)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "BLOCK", block)
-        actual = run_ours(ours, [q, k, v, bias], [])
-    assert max(op_error(actual, run_torch(twin, [q, k, v, bias], []))) <= TOLERANCE["float64"]
-    with np.errstate(invalid="ignore"):
-        expected = attention.plain_attention(q, k, v, mask, bias=bias, **settings)
-    close(actual[0], np.nan_to_num(expected, nan=0.0), "float64", scale=1)
-
-
-@given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
-def test_attention_is_the_papers(inputs, block):
-    (q, k, v), mask, settings = inputs
+@given(inputs=attention_inputs(), biased=biases, block=st.sampled_from([1 << 10, 1 << 16]))
+def test_attention_is_the_papers(inputs, biased, block):
+    (q, k, v, *bias), mask, settings = with_bias(inputs, biased)
+    given = settings | dict(bias=bias[0] if bias else None)
     with np.errstate(invalid="ignore"):  # a query that may see nothing
-        expected = attention.plain_attention(q, k, v, mask, **settings)
+        expected = attention.plain_attention(q, k, v, mask, **given)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
-        y = ops.attention(q, k, v, mask=mask, **settings).data
+        y = ops.attention(q, k, v, mask=mask, **given).data
     close(y, np.nan_to_num(expected, nan=0.0), "float64", scale=1)
 
 
