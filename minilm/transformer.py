@@ -133,7 +133,8 @@ class Transformer(Module):
     cache: keys and values in front of the tokens; a mask then covers those too (see cache.py).
     logits: Tensor (B, T, V), float32 unless `astype` changed the model. ValueError for other tokens
     or masks. The weights are drawn from `seed` as GPT-2's: N(0, 0.02^2), but output projections of
-    the residual branches are divided by sqrt(2 layers).
+    the residual branches are divided by sqrt(2 layers). With seed None nothing is drawn: the
+    weights are to be put in place.
     checkpoint_every = k runs every k blocks under `checkpoint`; 0 keeps all activations.
     ends: what the folder names that the model was loaded from; a new model has none.
 
@@ -144,8 +145,8 @@ class Transformer(Module):
     33920
     """
 
-    def __init__(self, config: Config, seed: int = 0):
-        c, rng = config, np.random.default_rng(seed)
+    def __init__(self, config: Config, seed: int | None = 0):
+        c, rng = config, None if seed is None else np.random.default_rng(seed)
         self.config, self.checkpoint_every, self.ends = c, 0, Ends()
         self.embed = Embedding(c.vocab_size, c.width, rng)
         self.position = Embedding(c.context, c.width, rng) if c.positions == "learned" else None

@@ -12,13 +12,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from minilm.files import FormatError, read_json, write_json
 from minilm.interop.families import FAMILIES
 from minilm.interop.huggingface import load_model, save_model
 from minilm.nn import Linear as LinearLayer
 from minilm.nn import Module
 from minilm.rope import Dynamic, Linear, Llama3, Long, Yarn
 from minilm.shapes import tensor_shapes
+from minilm.tensorfiles import read_tensors, write_tensors
 from minilm.transformer import Config, Transformer
 
 SMALL = dict(vocab_size=23, context=11, layers=2, heads=4, width=16)

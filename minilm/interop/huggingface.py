@@ -15,7 +15,7 @@ import numpy as np
 
 from minilm.backend import to_device
 from minilm.config import Config
-from minilm.files import FormatError, json_bytes, read_json, read_tensors, tensor_parts
+from minilm.files import FormatError, json_bytes, read_json
 from minilm.interop.config_json import describe_config, read_config
 from minilm.interop.ends import (
     describe_ends,
@@ -26,6 +26,7 @@ from minilm.interop.ends import (
 )
 from minilm.interop.families import Family
 from minilm.shapes import tensor_shapes
+from minilm.tensorfiles import read_tensors, tensor_parts
 from minilm.together import settle, write_together
 from minilm.transformer import Transformer
 
