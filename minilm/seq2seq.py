@@ -59,8 +59,8 @@ class T5:
     start: int = 0  # the token in front of what the decoder writes: T5's padding
     dropout: float = 0.0  # after the embedding and at the end of each residual branch
 
-    causal = True  # for `generate`: the decoder
-    context = steady = 2**31  # neither a table nor an angle ends anywhere
+    # What others ask a Config: the decoder writes, and neither a table nor an angle ends anywhere.
+    causal, head, context, steady = True, "linear", 2**31, 2**31
 
     def __post_init__(self):
         check(RANGES, **{name: getattr(self, name) for name in RANGES})

@@ -20,9 +20,10 @@ def read_config(raw) -> tuple[Family, Config]:
     it."""
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"model_type is {kind!r}, expected one of {list(FAMILIES)}")
+        raise ValueError(f"model_type is {kind!r}, expected one of {list(FAMILIES)}"
+                         + "; interop.t5 reads T5s" * (kind == "t5"))
     family = FAMILIES[kind]
-    raw = family.absent | _respelled(raw, family.spellings)
+    raw = family.absent | respelled(raw, family.spellings)
     for field, expected in (ONLY | family.only).items():
         allowed = expected if isinstance(expected, tuple) else (expected,)
         require(raw.get(field, allowed[0]) in allowed, raw, field, repr(expected))
@@ -46,6 +47,9 @@ def read_config(raw) -> tuple[Family, Config]:
 def describe_config(c: Config) -> tuple[Family, dict]:
     """The first family that expresses c, and its config.json. ValueError if there is none, which
     says what the nearest one cannot express."""
+    if not isinstance(c, Config):
+        raise TypeError(f"expected a Transformer's Config, got a {type(c).__name__}; interop.t5 "
+                        "writes T5s")
     nearest = (LLAMA if c.positions == "rotary" else GPT2 if c.head == "linear"
                else BERT if c.segments else DISTILBERT)
     reason = None
@@ -57,7 +61,7 @@ def describe_config(c: Config) -> tuple[Family, dict]:
     raise reason
 
 
-def _respelled(raw, spellings) -> dict:
+def respelled(raw, spellings) -> dict:
     """raw with the names that families.py uses. ValueError for two that contradict each other."""
     raw = dict(raw)
     for other, name in spellings.items():

@@ -52,7 +52,8 @@ def generation_config(folder: Path, raw: dict) -> dict[str, dict]:
 
     Without ids there is no such file, unless an older model left one: its ids would win.
     """
-    ids = {field: raw[field] for field in FIELDS.values() if raw[field] is not None}
+    ids = {field: raw[field] for field in (*FIELDS.values(), "decoder_start_token_id")
+           if raw.get(field) is not None}
     file = "generation_config.json"
     return {file: ids} if ids or (folder / file).exists() else {}
 

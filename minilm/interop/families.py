@@ -16,6 +16,8 @@ from minilm.interop.spelled import (
     biases,
     head_width,
 )
+from minilm.shapes import tensor_shapes
+from minilm.transformer import Transformer
 
 FIELDS = {"vocab_size": "vocab_size", "context": "max_position_embeddings",
           "layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size",
@@ -47,6 +49,8 @@ class Family(NamedTuple):
     respell: dict = {}  # pattern -> replacement: keys of older files
     copies: dict = {}  # key -> another key of the same tensor; both are written
     ignored: tuple = ()  # keys that do not affect the logits
+    model: Callable = Transformer  # of a Config
+    shapes: Callable = tensor_shapes  # of a Config: our paths and shapes, without the model
 
     def names(self, layers: int) -> dict[str, str]:
         """{path of our module: theirs} for a model with this many layers."""

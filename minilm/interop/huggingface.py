@@ -25,7 +25,6 @@ from minilm.interop.ends import (
     tokenizer_files,
 )
 from minilm.interop.families import Family
-from minilm.shapes import tensor_shapes
 from minilm.tensorfiles import read_tensors, tensor_parts
 from minilm.together import settle, write_together
 from minilm.transformer import Transformer
@@ -87,7 +86,7 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
                           f"{config.layers}, but {file.name} holds {len(arrays)} tensors")
     arrays = _normalised(file, arrays, family, config)
     check(file, arrays, _shapes(config, family))
-    model = Transformer(config)
+    model = family.model(config)
     model.ends = read_ends(file.parent)
     for key, tensors in _places(family, config, dict(model.named_tensors())).items():
         ends = np.cumsum([len(t) for t in tensors])
@@ -205,7 +204,7 @@ def _normalised(file, arrays, family: Family, c: Config) -> dict:
 def _shapes(c: Config, family: Family) -> dict:
     """{their key: the shape that it should have in the file}."""
     shapes = {}
-    for key, parts in _places(family, c, tensor_shapes(c)).items():
+    for key, parts in _places(family, c, family.shapes(c)).items():
         shape = (sum(O for O, *_ in parts), *parts[0][1:])
         shapes[key] = shape[::-1] if ".c_" in key else shape
     return shapes
