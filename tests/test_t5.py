@@ -4,7 +4,6 @@ class is read, refused or known not to matter."""
 
 import copy
 import dataclasses
-import json
 import os
 
 import numpy as np
@@ -15,7 +14,6 @@ from minilm.files import FormatError, read_json, write_json
 from minilm.generate import generate
 from minilm.interop import bitsandbytes, huggingface, peft, t5
 from minilm.peft import add_lora
-from minilm.quantize import QuantizedLinear, quantize_model
 from minilm.tensorfiles import read_tensors, write_tensors
 
 pytestmark = pytest.mark.peers
@@ -189,3 +187,97 @@ def test_every_field_is_read_refused_or_harmless(peer):
     assert all(getattr(read, ours) == getattr(config, theirs)
                for ours, theirs in t5.FIELDS.items() if theirs != "feed_forward_proj")
     assert read.activation == config.feed_forward_proj and read.scaled_head and read.start == 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_adapters(peer, pair, tmp_path):
+    """Its LoRA of all linear layers here, and ours there, and here again."""
+    torch, _ = peer
+    library = pytest.importorskip("peft")
+    theirs, _, folder = pair
+    settings = library.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, lora_alpha=3, bias="none",
+                                  target_modules=["q", "v", "wo"])
+    adapted = library.get_peft_model(copy.deepcopy(theirs), settings)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    adapted.save_pretrained(tmp_path / "theirs")
+    ours = peft.load_adapter(t5.load_model(folder), tmp_path / "theirs")
+    mask, decoder_mask = padding(20, [20, 13, 5], "left"), padding(15, [15, 9, 4], "right")
+    kept = decoder_mask == 1
+    expected = logits_of(peer, adapted.eval(), mask, decoder_mask)[kept]
+    agree(ours(TOKENS, WRITTEN, mask, decoder_mask).data[kept], expected, 2e-6)
+    assert np.abs(expected - logits_of(peer, theirs, mask, decoder_mask)[kept]).max() > 0.1
+
+    peft.save_adapter(ours, tmp_path / "ours")
+    assert read_json(tmp_path / "ours" / "adapter_config.json")["task_type"] == "SEQ_2_SEQ_LM"
+    there = library.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    assert np.array_equal(logits_of(peer, there, mask, decoder_mask)[kept], expected)
+    again = peft.load_adapter(t5.load_model(folder), tmp_path / "ours")
+    assert np.array_equal(again(TOKENS, WRITTEN).data, ours(TOKENS, WRITTEN).data)
+
+
+def changed(folder, path, tensors=None, **fields):
+    """A copy of the folder with other fields in config.json, or other tensors."""
+    path.mkdir()
+    write_json(path / "config.json", read_json(folder / "config.json") | fields)
+    arrays = read_tensors(folder / "model.safetensors")
+    write_tensors(path / "model.safetensors", tensors(arrays) if tensors else arrays)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(peer, tmp_path_factory):
+    """A tied v1.0."""
+    _, transformers = peer
+    path = tmp_path_factory.mktemp("v1.0")
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**BASE)).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("field, value, said", [
+    ("model_type", "mt5", "'mt5', expected 't5'"), ("is_decoder", True, "is_decoder is True"),
+    ("feed_forward_proj", "gated-silu", "'gated-silu', expected one of"),
+    ("dense_act_fn", "gelu", "'gelu', expected 'relu', as feed_forward_proj"),
+    ("is_gated_act", True, "is_gated_act is True"), ("d_kv", None, "d_kv is None"),
+    ("num_layers", 10**6, "at most"), ("num_decoder_layers", 9**5, "holds 55 tensors"),
+    ("num_layers", 9**5, "holds 55 tensors"), ("d_ff", 25, "expected float"),
+    ("decoder_start_token_id", -1, "expected an id"), ("decoder_start_token_id", 23, "below 23"),
+    ("relative_attention_max_distance", 4, "more than half of the 8 buckets"),
+    ("tie_word_embeddings", None, "tie_word_embeddings is None"),
+    ("tie_word_embeddings", False, "missing keys: lm_head.weight"),
+    ("head_dim", 4, "head_dim is 4, expected d_kv's value"),
+    ("quantization_config", {"load_in_4bit": True}, "quantization_config")])
+def test_what_it_cannot_express_is_refused(folder, tmp_path, field, value, said):
+    with pytest.raises(FormatError, match=said):
+        t5.load_model(changed(folder, tmp_path / "other", **{field: value}))
+
+
+def test_copies_of_the_embedding(folder, tmp_path):
+    """Older files have them under other names: equal ones are one, others are refused."""
+    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    model = t5.load_model(folder)
+    same = changed(folder, tmp_path / "same", lambda a: a | dict.fromkeys(
+        (*copies, "lm_head.weight"), a["shared.weight"]))
+    renamed = changed(folder, tmp_path / "renamed", lambda a: {
+        {"shared.weight": copies[0]}.get(key, key): array for key, array in a.items()})
+    for path in (same, renamed):
+        again = t5.load_model(path)
+        assert again.config == model.config and again.head.weight is again.embed.weight
+        assert np.array_equal(again(TOKENS, WRITTEN).data, model(TOKENS, WRITTEN).data)
+    other = changed(folder, tmp_path / "other", lambda a: a | {copies[1]: a["shared.weight"] + 1})
+    with pytest.raises(FormatError, match=r"decoder.embed_tokens.weight differs from shared.we"):
+        t5.load_model(other)
+
+
+def test_others_say_who_reads_and_writes_a_t5(folder, tmp_path):
+    with pytest.raises(FormatError, match=r"'t5', expected one of .*; interop.t5 reads T5s"):
+        huggingface.load_model(folder)
+    model = t5.load_model(folder)
+    for save in (huggingface.save_model, bitsandbytes.save_model):
+        with pytest.raises(TypeError, match=r"got a T5; interop.t5 writes T5s"):
+            save(model, tmp_path / "new")
+    with pytest.raises(ValueError, match="not the modules"):
+        t5.save_model(add_lora(model, r=2, alpha=2), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
