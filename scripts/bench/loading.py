@@ -4,10 +4,10 @@
     python scripts/bench/loading.py --rounds 3
 
 The folders are made at random: a Llama of 12 layers, width 768 and 32000 tokens. The time is that
-of load_model or from_pretrained, after imports and with the file in the system's cache, by the
-clock and of all cores (a busy machine slows down the clock alone). The memory
-is what the process takes at its highest moment beyond what it took before: its own (anonymous), and
-as a user sees it (resident: with the pages of mapped files). Median (lowest - highest).
+of load_model or from_pretrained, after imports and with the file in the system's cache: by the
+clock, and as the work of a core, which a busy machine lengthens less. The memory is what the
+process takes at its highest moment beyond what it took before: its own (anonymous), and as a user
+sees it (resident: with the pages of mapped files). Median (lowest - highest).
 """
 
 import json
@@ -47,7 +47,7 @@ def main(rounds: int = 7, layers: int = 12):
                     results.append(measured(side, path, dtype))
             size = (path / "model.safetensors").stat().st_size / 2**20
             for side, results in found.items():
-                cells = [spread(values, digits) for values, digits in zip(zip(*results), (2, 2, 0, 0))]
+                cells = map(spread, zip(*results), (2, 2, 0, 0))
                 print(f"| {title} | {side} | {size:.0f} | {' | '.join(cells)} |", flush=True)
 
 
@@ -63,7 +63,7 @@ def write_folders(place: Path, config: Config):
 
 
 def measured(side: str, path: Path, dtype: str) -> list[float]:
-    """[seconds, those of a core, MiB of its own, resident MiB] of one load in a process of its own."""
+    """[seconds, those of a core, MiB of its own, resident MiB] of one load in a new process."""
     done = subprocess.run([sys.executable, "-W", "ignore", __file__, side, path, dtype],
                           capture_output=True, text=True)
     if done.returncode:
