@@ -274,7 +274,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     tied = out.plain().weight is embedding  # not if the head is adapted or quantized
     config = replace(teacher.config.of_layers(layers), tied=tied)
     student = Transformer(config).astype(embedding.dtype)
-    student.ends = teacher.ends
+    student.ends, student.origin = teacher.ends, teacher.origin
     theirs, state = dict(teacher.named_modules()), {}
     for path, _ in student.named_tensors():
         owner, _, name = path.rpartition(".")

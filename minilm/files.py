@@ -20,6 +20,8 @@ from pathlib import Path
 from minilm.locks import hold
 from minilm.strict import parse
 
+LFS = b"version https://git-lfs"  # the first bytes of what git-lfs leaves in a file's place
+
 
 class FormatError(ValueError):
     """A file does not hold what it should; the text is "path: message", which is cut if it is long.
@@ -189,4 +191,12 @@ def parse_json(path: str | os.PathLike, data: bytes) -> object:
     try:
         return parse(data)
     except (ValueError, RecursionError) as error:
+        require_no_pointer(path, data)
         raise FormatError(path, f"not valid JSON: {error}") from error
+
+
+def require_no_pointer(path: str | os.PathLike, data: bytes) -> None:
+    """FormatError if the bytes of a file are git-lfs's name of one that was not fetched."""
+    if data.startswith(LFS):
+        raise FormatError(path, "is a pointer of git-lfs, not the file itself: `git lfs pull` in "
+                                "its folder fetches it")

@@ -189,17 +189,17 @@ class EncoderDecoder(Module):
     tokens: integers (B, S), the texts that are read. decoder_tokens: integers (B, T), those written
     so far; `shifted` makes them from targets. The masks have their shapes, with 1 for a token and 0
     for padding. logits: Tensor (B, T, V). ValueError for other tokens or masks. The weights are
-    drawn from `seed` with T5's standard deviations.
-    ends: what the folder names that the model was loaded from; a new model has none.
+    drawn from `seed` with T5's standard deviations; None leaves them unwritten.
+    ends, origin: what the folder says that the model was loaded from, as a Transformer's.
 
     >>> model = EncoderDecoder(T5(256, 2, 2, heads=4, width=32, hidden=64, head_width=8))
     >>> model(np.array([[72, 105, 33]]), np.array([[0, 72]])).shape
     (1, 2, 256)
     """
 
-    def __init__(self, config: T5, seed: int = 0):
-        c, rng = config, np.random.default_rng(seed)
-        self.config, self.ends = c, Ends()
+    def __init__(self, config: T5, seed: int | None = 0):
+        c, rng = config, None if seed is None else np.random.default_rng(seed)
+        self.config, self.ends, self.origin = c, Ends(), ()
         self.embed = Embedding(c.vocab_size, c.width, rng, std=1.0)
         self.encoder, self.decoder = Stack(c, rng, causal=False), Stack(c, rng, causal=True)
         self.head = Linear(c.width, c.vocab_size, rng, bias=False, std=c.width**-0.5)

@@ -19,7 +19,14 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from minilm.files import FormatError, of_file, parse_json, write_atomically
+from minilm.files import (
+    LFS,
+    FormatError,
+    of_file,
+    parse_json,
+    require_no_pointer,
+    write_atomically,
+)
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -101,16 +108,10 @@ class Stored:
         """
         array = _empty(self.path, self.shape, self.dtype if dtype is None else dtype)
         flat, cast = array.reshape(-1), array.dtype != self.dtype
-        buffer = np.empty(min(PIECE, self.size), self.dtype) if cast else None
-        self.file.seek(self.start)
+        buffer = self._buffer() if cast else None
         for i in range(0, self.size, PIECE):
             part = flat[i : i + PIECE]
-            stored = buffer[: part.size] if cast else part
-            if self.file.readinto(stored.view(np.uint8)) != stored.nbytes:
-                raise FormatError(self.path, f"ends within the tensor {self.name!r}")
-            if self.dtype == bool and stored.view(np.uint8).max() > 1:
-                raise FormatError(self.path, f"tensor {self.name!r} has a bool that is neither 0 "
-                                             "nor 1")
+            stored = self._fill(i, buffer[: part.size] if cast else part)
             if cast:
                 with np.errstate(over="ignore", invalid="ignore"):
                     part[...] = stored
@@ -118,6 +119,27 @@ class Stored:
                 raise FormatError(self.path, f"{self.name} has numbers that are not finite in "
                                              f"{array.dtype}")
         return array
+
+    def equals(self, other) -> bool:
+        """Whether another stored tensor has the same shape, dtype and bits."""
+        if not isinstance(other, Stored) or (self.shape, self.dtype) != (other.shape, other.dtype):
+            return False
+        a, b = self._buffer(), self._buffer()
+        return all((self._fill(i, a[: self.size - i]).view(np.uint8)
+                    == other._fill(i, b[: self.size - i]).view(np.uint8)).all()
+                   for i in range(0, self.size, PIECE))
+
+    def _buffer(self):
+        return np.empty(min(PIECE, self.size), self.dtype)
+
+    def _fill(self, i, block):
+        """The block, with the numbers from i on read into it."""
+        self.file.seek(self.start + i * self.dtype.itemsize)
+        if self.file.readinto(block.view(np.uint8)) != block.nbytes:
+            raise FormatError(self.path, f"ends within the tensor {self.name!r}")
+        if self.dtype == bool and block.view(np.uint8).max() > 1:
+            raise FormatError(self.path, f"tensor {self.name!r} has a bool that is neither 0 nor 1")
+        return block
 
 
 def all_finite(x: np.ndarray) -> bool:
@@ -140,6 +162,7 @@ def open_tensors(path: str | os.PathLike) -> Iterator[dict[str, Stored]]:
             with safe_open(path, "np"):
                 end = os.fstat(file.fileno()).st_size
         except (SafetensorError, OSError) as error:
+            require_no_pointer(path, file.read(len(LFS)))
             raise FormatError(path, f"not a safetensors file: {error}") from error
         size = int.from_bytes(file.read(8), "little")
         header = parse_json(path, file.read(min(size, end)))  # no name may appear twice

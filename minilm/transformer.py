@@ -137,6 +137,7 @@ class Transformer(Module):
     weights are to be put in place.
     checkpoint_every = k runs every k blocks under `checkpoint`; 0 keeps all activations.
     ends: what the folder names that the model was loaded from; a new model has none.
+    origin: the small files of that folder, (name, bytes) each, which saving gives back.
 
     >>> model = Transformer(Config.gpt2(vocab_size=256, context=8, layers=2, heads=4, width=32))
     >>> model(np.array([[72, 105, 33]])).shape
@@ -147,7 +148,7 @@ class Transformer(Module):
 
     def __init__(self, config: Config, seed: int | None = 0):
         c, rng = config, None if seed is None else np.random.default_rng(seed)
-        self.config, self.checkpoint_every, self.ends = c, 0, Ends()
+        self.config, self.checkpoint_every, self.ends, self.origin = c, 0, Ends(), ()
         self.embed = Embedding(c.vocab_size, c.width, rng)
         self.position = Embedding(c.context, c.width, rng) if c.positions == "learned" else None
         self.segment = Embedding(c.segments, c.width, rng) if c.segments else None

@@ -28,7 +28,7 @@ def read_config(raw) -> tuple[Family, Config]:
         allowed = expected if isinstance(expected, tuple) else (expected,)
         require(raw.get(field, allowed[0]) in allowed, raw, field, repr(expected))
     plain = raw.get("quantization_config") is None
-    require(plain, raw, "quantization_config", "null; minilm.interop.bitsandbytes reads 4 bits")
+    require(plain, raw, "quantization_config", "null; minilm.interop.load_model reads 4 and 8 bits")
     facts, types = {}, {field.name: field.type for field in fields(Config)}
     for ours, theirs in family.fields.items():
         null = theirs in OPTIONAL and raw.get(theirs) is None
@@ -44,16 +44,16 @@ def read_config(raw) -> tuple[Family, Config]:
     return family, family.config(**facts)
 
 
-def describe_config(c: Config) -> tuple[Family, dict]:
-    """The first family that expresses c, and its config.json. ValueError if there is none, which
-    says what the nearest one cannot express."""
+def describe_config(c: Config, wanted: Family | None = None) -> tuple[Family, dict]:
+    """The wanted family, or else the first one that expresses c, and its config.json. ValueError if
+    there is none, which says what the nearest one cannot express."""
     if not isinstance(c, Config):
         raise TypeError(f"expected a Transformer's Config, got a {type(c).__name__}; interop.t5 "
                         "writes T5s")
     nearest = (LLAMA if c.positions == "rotary" else GPT2 if c.head == "linear"
                else BERT if c.segments else DISTILBERT)
     reason = None
-    for family in (nearest, *FAMILIES.values()):
+    for family in ([wanted] if wanted else []) + [nearest, *FAMILIES.values()]:
         try:
             return family, _described(family, c)
         except ValueError as error:

@@ -47,17 +47,6 @@ def ends_of(model, tokenizer) -> Ends:
     return model.ends if model.ends.eos else model.ends._replace(eos=(tokenizer.end,))
 
 
-def generation_config(folder: Path, raw: dict) -> dict[str, dict]:
-    """{file: fields} for a folder whose config.json gets the fields `raw`.
-
-    Without ids there is no such file, unless an older model left one: its ids would win.
-    """
-    ids = {field: raw[field] for field in (*FIELDS.values(), "decoder_start_token_id")
-           if raw.get(field) is not None}
-    file = "generation_config.json"
-    return {file: ids} if ids or (folder / file).exists() else {}
-
-
 def tokenizer_files(tokenizer, ends: Ends) -> dict[str, dict]:
     """{file: fields} of a tokenizer, for load_tokenizer and AutoTokenizer."""
     named = {id: name for name, id in tokenizer.special.items()}

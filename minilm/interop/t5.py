@@ -11,19 +11,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from minilm.files import FormatError, read_json
 from minilm.interop.config_json import LAYERS, respelled
-from minilm.interop.ends import describe_ends, ends_of, tokenizer_files
+from minilm.interop.ends import describe_ends
 from minilm.interop.families import HARMLESS, Family
-from minilm.interop.huggingface import (
-    arrays_of,
-    build,
-    read_arrays,
-    require_parts,
-    write_folder,
-)
+from minilm.interop.huggingface import arrays_of, as_it_is, build, require_parts, write_folder
+from minilm.interop.remembered import kept_fields
+from minilm.interop.shards import open_arrays, require_folder
 from minilm.interop.spelled import require, value
 from minilm.seq2seq import T5, EncoderDecoder
 from minilm.together import settle
@@ -52,21 +46,22 @@ def load_model(
 ) -> EncoderDecoder:
     """The EncoderDecoder in a folder, its weights cast to dtype. Raises as huggingface's does."""
     settle(path := Path(path))
+    require_folder(path)
     try:
         c = replace(read_config(read_json(path / "config.json")), dropout=dropout)
     except ValueError as error:
         raise FormatError(path / "config.json", str(error)) from None
-    file, arrays = read_arrays(path)
-    for name in COPIES:
-        copy = arrays.pop(name, None)
-        if copy is not None and not np.array_equal(arrays.setdefault(SHARED, copy), copy):
-            raise FormatError(file, f"{name} differs from {SHARED}, of which it should be a copy")
-    if {HEAD, SHARED} <= arrays.keys() and not np.array_equal(arrays[HEAD], arrays[SHARED]):
-        c = replace(c, tied=False)
-    if c.decoder_layers > len(arrays):
-        raise FormatError(path / "config.json", f"num_decoder_layers is {c.decoder_layers}, but "
-                                                f"{file.name} holds {len(arrays)} tensors")
-    return build(family_of(c), c, file, arrays, dtype)
+    with open_arrays(path) as (file, arrays):
+        for name in [name for name in COPIES if name in arrays]:
+            if not arrays.setdefault(SHARED, arrays[name]).equals(arrays.pop(name)):
+                raise FormatError(file, f"{name} differs from {SHARED}, of which it should be a "
+                                        "copy")
+        if {HEAD, SHARED} <= arrays.keys() and not arrays[HEAD].equals(arrays[SHARED]):
+            c = replace(c, tied=False)
+        if c.decoder_layers > len(arrays):
+            raise FormatError(path / "config.json", f"num_decoder_layers is {c.decoder_layers}, "
+                                                    f"but {file.name} holds {len(arrays)} tensors")
+        return build(family_of(c), c, file, arrays, dtype)
 
 
 def save_model(model: EncoderDecoder, path: str | os.PathLike, tokenizer=None) -> None:
@@ -74,13 +69,9 @@ def save_model(model: EncoderDecoder, path: str | os.PathLike, tokenizer=None) -
     if type(model) is not EncoderDecoder:
         raise TypeError(f"expected an EncoderDecoder, got a {type(model).__name__}")
     family, raw = describe(model)
-    require_parts(model, EncoderDecoder(model.config))
+    require_parts(model, EncoderDecoder(as_it_is(model), seed=None))
     model.require_finite()
-    beside = {}
-    if tokenizer:
-        ends = ends_of(model, tokenizer)
-        raw, beside = raw | describe_ends(ends), tokenizer_files(tokenizer, ends)
-    write_folder(path, raw, arrays_of(model, family), beside)
+    write_folder(model, path, raw, arrays_of(model, family), tokenizer)
 
 
 def read_config(raw) -> T5:
@@ -118,7 +109,7 @@ def _start(raw) -> int:
 
 def describe(model: EncoderDecoder) -> tuple[Family, dict]:
     """The names of the model's parts there, and its config.json."""
-    c, names = model.config, {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    c, names = as_it_is(model), {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     gated, inner = INNER[c.activation]
     raw = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}
     raw |= {theirs: getattr(c, ours) for ours, theirs in FIELDS.items()} | ONLY
@@ -126,7 +117,9 @@ def describe(model: EncoderDecoder) -> tuple[Family, dict]:
             "tie_word_embeddings": c.tied, "scale_decoder_outputs": c.scaled_head}
     del raw["quantization_config"]
     raw["dtype"] = raw["torch_dtype"] = model.embed.weight.dtype.name
-    return family_of(c), raw | describe_ends(model.ends) | {"decoder_start_token_id": c.start}
+    raw |= describe_ends(model.ends) | {"decoder_start_token_id": c.start}
+    family = family_of(c)
+    return family, kept_fields(model.origin, family) | raw
 
 
 def family_of(c: T5) -> Family:
@@ -146,7 +139,7 @@ def family_of(c: T5) -> Family:
         modules |= {f"{stack}.blocks.{i}.{ours}": f"{stack}.block.{i}.layer.{theirs}"
                     for i in range(layers) for ours, theirs in block.items()}
     return Family("T5ForConditionalGeneration", T5, FIELDS, ACTIVATIONS, modules, "", {},
-                  model=EncoderDecoder, shapes=tensor_shapes, ignored=(
+                  spellings=SPELLINGS, model=EncoderDecoder, shapes=tensor_shapes, ignored=(
                       "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",))
 
 
