@@ -14,6 +14,7 @@ from minilm.files import FormatError, read_json, write_json
 from minilm.generate import generate
 from minilm.interop import bitsandbytes, huggingface, peft, t5
 from minilm.peft import add_lora
+from minilm.seq2seq import T5, EncoderDecoder
 from minilm.tensorfiles import read_tensors, write_tensors
 
 pytestmark = pytest.mark.peers
@@ -171,6 +172,21 @@ def test_saved_and_read_there(peer, pair, tmp_path):
     mine = t5.load_model(tmp_path)
     assert mine.config == ours.config and mine.ends == ours.ends
     assert np.array_equal(mine(TOKENS, WRITTEN).data, ours(TOKENS, WRITTEN).data)
+
+
+def test_what_a_folder_says_beside_comes_back(peer, folder, tmp_path):
+    """How it samples and its dropout; what the decoder starts with also for a new model."""
+    _, transformers = peer
+    asked = changed(folder, tmp_path / "asked", dropout_rate=0.25, n_positions=512)
+    write_json(asked / "generation_config.json", dict(
+        decoder_start_token_id=0, eos_token_id=1, pad_token_id=0, num_beams=4))
+    t5.save_model(t5.load_model(asked), tmp_path / "again")
+    raw = read_json(tmp_path / "again" / "config.json")
+    assert raw["dropout_rate"] == 0.25 and raw["n_positions"] == 512
+    assert read_json(tmp_path / "again" / "generation_config.json")["num_beams"] == 4
+    t5.save_model(EncoderDecoder(T5(9, 1, 1, 1, 4, 4, 4, start=3)), tmp_path / "new")
+    there = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "new")
+    assert there.generation_config.decoder_start_token_id == 3
 
 
 def test_every_field_is_read_refused_or_harmless(peer):
