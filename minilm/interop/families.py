@@ -103,7 +103,7 @@ LLAMA = Family(
      "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
      "attention.o": "self_attn.o_proj", "norm2": "post_attention_layernorm",
      "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"},
-    spelled=(head_width(divides=True), NO_WINDOW, ROTARY,
+    spelled=(head_width(divides=True), ROTARY, NO_WINDOW,
              biases({"attention_bias": LINEAR[:4], "mlp_bias": LINEAR[4:]})),
     harmless=(*HARMLESS, "attention_dropout", "pretraining_tp"),
     only={"partial_rotary_factor": 1.0, "is_causal": True},
@@ -114,7 +114,7 @@ NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 
 MISTRAL = LLAMA._replace(
     architecture="MistralForCausalLM",
-    spelled=(head_width(), WINDOW, ROTARY),
+    spelled=(head_width(), ROTARY, WINDOW),
     only=LLAMA.only | NO_BIAS,
     absent={"num_key_value_heads": 8, "sliding_window": 4096},
 )
@@ -122,7 +122,7 @@ MISTRAL = LLAMA._replace(
 QWEN2 = LLAMA._replace(
     architecture="Qwen2ForCausalLM",
     config=functools.partial(Config.llama, bias=LINEAR[:3]),
-    spelled=(head_width(), UPPER_WINDOW, ROTARY),
+    spelled=(head_width(), ROTARY, UPPER_WINDOW),
     absent={"num_key_value_heads": 32, "sliding_window": 4096},
 )
 
@@ -131,14 +131,14 @@ QWEN3 = LLAMA._replace(
     config=functools.partial(Config.llama, qk_norm="head"),
     block=LLAMA.block | {"attention.q_norm": "self_attn.q_norm",
                          "attention.k_norm": "self_attn.k_norm"},
-    spelled=(head_width(), UPPER_WINDOW, ROTARY, biases({"attention_bias": LINEAR[:4]})),
+    spelled=(head_width(), ROTARY, UPPER_WINDOW, biases({"attention_bias": LINEAR[:4]})),
     absent={"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 )
 
 SMOLLM3 = LLAMA._replace(
     architecture="SmolLM3ForCausalLM",
     config=functools.partial(Config.llama, rope_theta=2e6),
-    spelled=(head_width(), UNROTATED, UNROTATED_WINDOW, *LLAMA.spelled[2:]),
+    spelled=(head_width(), ROTARY, UNROTATED, UNROTATED_WINDOW, LLAMA.spelled[-1]),
     absent={"num_key_value_heads": 4, "tie_word_embeddings": True},
 )
 
@@ -147,7 +147,7 @@ OLMO2 = QWEN3._replace(
     config=functools.partial(Config.llama, qk_norm="width", norm_output=True, norm_eps=1e-5),
     block=QWEN3.block | {"norm1": "post_attention_layernorm",
                          "norm2": "post_feedforward_layernorm"},
-    spelled=(head_width(), NO_WINDOW, ROTARY, biases({"attention_bias": LINEAR[:4]})),
+    spelled=(head_width(), ROTARY, NO_WINDOW, biases({"attention_bias": LINEAR[:4]})),
     absent={},
 )
 
@@ -157,7 +157,7 @@ PHI3 = LLAMA._replace(
     block=LLAMA.block | dict.fromkeys(("attention.q", "attention.k", "attention.v"),
                                       "self_attn.qkv_proj")
     | dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj"),
-    spelled=(head_width(), WINDOW, ROTARY),
+    spelled=(head_width(), ROTARY, WINDOW),
     harmless=(*LLAMA.harmless, "resid_pdrop", "embd_pdrop"),
     only=LLAMA.only | NO_BIAS,
 )
@@ -167,7 +167,7 @@ GEMMA = LLAMA._replace(
     config=functools.partial(Config.llama, norm_plus_one=True, scaled_embedding=True),
     activations={"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu_tanh", "gelu_new": "geglu_tanh",
                  "silu": "swiglu"},  # "gelu" was written for the tanh form
-    spelled=(head_width(), NO_WINDOW, ROTARY, biases({"attention_bias": LINEAR[:4]})),
+    spelled=(head_width(), ROTARY, NO_WINDOW, biases({"attention_bias": LINEAR[:4]})),
     only=LLAMA.only | {"use_bidirectional_attention": (None, False)},
     absent={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
 )
