@@ -125,11 +125,17 @@ def attention(q, k, v, mask=None, causal=False, window=None, scale=None, cap=Non
     .. 128.
     """
     _check(q, k, v, causal, window, scale=scale, cap=cap)
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    D, S = k.shape[3], k.shape[2]
     window = None if window and window >= S else window
     xp, scale = array_module(q), 1 / math.sqrt(D) if scale is None else float(scale)
     if xp is not np and q.dtype == "bfloat16" and mask is window is cap is None and D in FUSED:
         return _fused(q, k, v, causal, scale)
+    return _tiled(q, k, v, mask, causal, window, scale, cap)
+
+
+def _tiled(q, k, v, mask, causal, window, scale, cap):
+    """The same by tiles."""
+    xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
     y = xp.empty_like(q)
     kept = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them

@@ -388,6 +388,8 @@ REFUSED = [  # (model, field, value) that would change the logits or that is no 
     ("gemma3_text", "rope_parameters", {"rope_type": "default", "rope_theta": 50.0}),
     ("gemma3_text", "rope_parameters", {"sliding_attention": {"rope_type": "linear",
                                                               "factor": 2.0}}),
+    ("gemma3_text", "rope_scaling", {"type": "longrope", "short_factor": [1.0, 1.0],
+                                     "long_factor": [2.0, 2.0], "factor": 2.0}),
     ("gemma3_text", "rope_local_base_freq", 8.0),  # rope_parameters says 7
     ("gemma3_text", "rope_theta", 51.0),
     ("gemma2", "head_dim", 0),

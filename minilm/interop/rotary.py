@@ -124,6 +124,9 @@ def read_by_type(raw, facts) -> dict:
     require(fits, raw, "rope_parameters", f"null or what holds for each of {TYPES}")
     full, near = (by_type.get(kind) for kind in TYPES)
     found = {"rope_theta": 1e6} | read(raw | {"rope_parameters": full}, facts)
+    fits = type(found["rope"]) is not Long and getattr(found["rope"], "truncate", True)
+    require(fits, raw, "rope_parameters", "no longrope by layer type, nor a yarn's truncate: "
+            "transformers looks for them elsewhere")
     near = read({"rope_parameters": near}, facts)
     require(near["rope"] is None, raw, "rope_parameters", f"no stretching of {TYPES[1]}")
     given = "rope_local_base_freq" in raw
