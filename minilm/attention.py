@@ -128,12 +128,18 @@ def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=No
     16, 32 .. 128.
     """
     _check(q, k, v, bias, causal, window, scale=scale, cap=cap)
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    D, S = k.shape[3], k.shape[2]
     window = None if window and window >= S else window
     xp, scale = array_module(q), 1 / math.sqrt(D) if scale is None else float(scale)
     plain = mask is bias is window is cap is None
     if xp is not np and q.dtype == "bfloat16" and plain and D in FUSED:
         return _fused(q, k, v, causal, scale)
+    return _tiled(q, k, v, mask, bias, causal, window, scale, cap)
+
+
+def _tiled(q, k, v, mask, bias, causal, window, scale, cap):
+    """The same by tiles."""
+    xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
     y = xp.empty_like(q)
     kept = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them

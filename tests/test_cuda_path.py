@@ -38,6 +38,10 @@ FAMILIES = {
                           unrotated=(0,), bias=("q", "k", "v"), rope=Llama3(4.0, 6)),
     "gemma": Config.llama(**SHAPE, hidden=24, qk_norm="width", norm_output=True, norm_plus_one=True,
                           scaled_embedding=True, activation="geglu_tanh", rope=Dynamic(2.0, 4)),
+    "gemma 2": Config.llama(**SHAPE, hidden=24, head_width=16, norm_both=True, window=3,
+                            unwindowed=(1,), window_theta=50.0, attention_scale=0.3,
+                            attention_cap=2.0, logits_cap=3.0),
+    "scaled": Config.llama(**SHAPE, hidden=24, head_width=16, attention_scale=0.5),
     "stretched": Config.llama(**SHAPE, hidden=24, rope=Yarn(2.0, 5)),
     "long": Config.llama(**SHAPE, hidden=24, rope=Long((1.0,) * 4, (2.0,) * 4, 5)),
 }

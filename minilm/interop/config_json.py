@@ -20,8 +20,12 @@ def read_config(raw) -> tuple[Family, Config]:
     it."""
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"model_type is {kind!r}, expected one of {list(FAMILIES)}"
-                         + "; interop.t5 reads T5s" * (kind == "t5"))
+        text = raw.get("text_config") if isinstance(raw, dict) else None
+        of_text = text.get("model_type") if isinstance(text, dict) else None
+        hint = (f"; its text_config is {of_text!r}: save that part as a model of its own"
+                if isinstance(of_text, str) and of_text in FAMILIES else
+                "; interop.t5 reads T5s" if kind == "t5" else "")
+        raise ValueError(f"model_type is {kind!r}, expected one of {list(FAMILIES)}{hint}")
     family = FAMILIES[kind]
     raw = family.absent | respelled(raw, family.spellings)
     for field, expected in (ONLY | family.only).items():
@@ -89,9 +93,14 @@ def _described(family: Family, c: Config) -> dict:
 
 def _normal(c: Config) -> Config:
     """c without facts that say nothing: a head width that is width / heads, a window that hides
-    nothing."""
+    nothing, a theta that is the other's."""
+    if c.window_theta == c.rope_theta and c.rope is None:
+        c = replace(c, window_theta=None)
+    if c.attention_scale == c.D**-0.5:
+        c = replace(c, attention_scale=None)
     if c.head_width and c.head_width * c.heads == c.width:
         c = replace(c, head_width=None)
-    if c.window and (c.window >= c.context or len(c.unwindowed) == c.layers):
-        c = replace(c, window=None, unwindowed=())
+    hides = c.window_theta or (c.window and c.window < c.context)
+    if c.window and (not hides or len(c.unwindowed) == c.layers):
+        c = replace(c, window=None, unwindowed=(), window_theta=None)
     return c

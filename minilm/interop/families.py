@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from minilm.config import LINEAR, Config
-from minilm.interop.rotary import ROTARY
+from minilm.interop.rotary import ROTARY, ROTARY_BY_TYPE
 from minilm.interop.spelled import (
     NO_WINDOW,
+    SCALE,
     UNROTATED,
     UNROTATED_WINDOW,
     UPPER_WINDOW,
@@ -15,6 +16,8 @@ from minilm.interop.spelled import (
     Spelled,
     biases,
     head_width,
+    optional,
+    window_but_of_every,
 )
 from minilm.shapes import tensor_shapes
 from minilm.transformer import Transformer
@@ -104,7 +107,7 @@ LLAMA = Family(
      "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
      "attention.o": "self_attn.o_proj", "norm2": "post_attention_layernorm",
      "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"},
-    spelled=(head_width(divides=True), NO_WINDOW, ROTARY,
+    spelled=(head_width(divides=True), ROTARY, NO_WINDOW,
              biases({"attention_bias": LINEAR[:4], "mlp_bias": LINEAR[4:]})),
     harmless=(*HARMLESS, "attention_dropout", "pretraining_tp"),
     only={"partial_rotary_factor": 1.0, "is_causal": True},
@@ -115,7 +118,7 @@ NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 
 MISTRAL = LLAMA._replace(
     architecture="MistralForCausalLM",
-    spelled=(head_width(), WINDOW, ROTARY),
+    spelled=(head_width(), ROTARY, WINDOW),
     only=LLAMA.only | NO_BIAS,
     absent={"num_key_value_heads": 8, "sliding_window": 4096},
 )
@@ -123,7 +126,7 @@ MISTRAL = LLAMA._replace(
 QWEN2 = LLAMA._replace(
     architecture="Qwen2ForCausalLM",
     config=functools.partial(Config.llama, bias=LINEAR[:3]),
-    spelled=(head_width(), UPPER_WINDOW, ROTARY),
+    spelled=(head_width(), ROTARY, UPPER_WINDOW),
     absent={"num_key_value_heads": 32, "sliding_window": 4096},
 )
 
@@ -132,14 +135,14 @@ QWEN3 = LLAMA._replace(
     config=functools.partial(Config.llama, qk_norm="head"),
     block=LLAMA.block | {"attention.q_norm": "self_attn.q_norm",
                          "attention.k_norm": "self_attn.k_norm"},
-    spelled=(head_width(), UPPER_WINDOW, ROTARY, biases({"attention_bias": LINEAR[:4]})),
+    spelled=(head_width(), ROTARY, UPPER_WINDOW, biases({"attention_bias": LINEAR[:4]})),
     absent={"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 )
 
 SMOLLM3 = LLAMA._replace(
     architecture="SmolLM3ForCausalLM",
     config=functools.partial(Config.llama, rope_theta=2e6),
-    spelled=(head_width(), UNROTATED, UNROTATED_WINDOW, *LLAMA.spelled[2:]),
+    spelled=(head_width(), ROTARY, UNROTATED, UNROTATED_WINDOW, LLAMA.spelled[-1]),
     absent={"num_key_value_heads": 4, "tie_word_embeddings": True},
 )
 
@@ -148,7 +151,7 @@ OLMO2 = QWEN3._replace(
     config=functools.partial(Config.llama, qk_norm="width", norm_output=True, norm_eps=1e-5),
     block=QWEN3.block | {"norm1": "post_attention_layernorm",
                          "norm2": "post_feedforward_layernorm"},
-    spelled=(head_width(), NO_WINDOW, ROTARY, biases({"attention_bias": LINEAR[:4]})),
+    spelled=(head_width(), ROTARY, NO_WINDOW, biases({"attention_bias": LINEAR[:4]})),
     absent={},
 )
 
@@ -158,7 +161,7 @@ PHI3 = LLAMA._replace(
     block=LLAMA.block | dict.fromkeys(("attention.q", "attention.k", "attention.v"),
                                       "self_attn.qkv_proj")
     | dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj"),
-    spelled=(head_width(), WINDOW, ROTARY),
+    spelled=(head_width(), ROTARY, WINDOW),
     harmless=(*LLAMA.harmless, "resid_pdrop", "embd_pdrop"),
     only=LLAMA.only | NO_BIAS,
 )
@@ -168,9 +171,36 @@ GEMMA = LLAMA._replace(
     config=functools.partial(Config.llama, norm_plus_one=True, scaled_embedding=True),
     activations={"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu_tanh", "gelu_new": "geglu_tanh",
                  "silu": "swiglu"},  # "gelu" was written for the tanh form
-    spelled=(head_width(), NO_WINDOW, ROTARY, biases({"attention_bias": LINEAR[:4]})),
+    spelled=(head_width(), ROTARY, NO_WINDOW, biases({"attention_bias": LINEAR[:4]})),
     only=LLAMA.only | {"use_bidirectional_attention": (None, False)},
     absent={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+)
+
+GEMMA2 = GEMMA._replace(
+    architecture="Gemma2ForCausalLM",
+    config=functools.partial(GEMMA.config, norm_both=True),
+    fields=GEMMA.fields | {"activation": "hidden_activation"},
+    activations={k: v for k, v in GEMMA.activations.items() if k != "gelu"},
+    block=LLAMA.block | {"end1": "post_attention_layernorm", "norm2": "pre_feedforward_layernorm",
+                         "end2": "post_feedforward_layernorm"},
+    spelled=(head_width(divides=True), ROTARY, window_but_of_every(2), SCALE,
+             optional(attention_cap="attn_logit_softcapping", logits_cap="final_logit_softcapping"),
+             GEMMA.spelled[-1]),
+    absent=GEMMA.absent | {"num_key_value_heads": 4, "sliding_window": 4096,
+                           "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+                           "final_logit_softcapping": 30.0},
+)
+
+GEMMA3 = GEMMA2._replace(
+    architecture="Gemma3ForCausalLM",
+    config=functools.partial(GEMMA2.config, qk_norm="head"),
+    block=GEMMA2.block | {name: QWEN3.block[name] for name in ("attention.q_norm",
+                                                               "attention.k_norm")},
+    spelled=(head_width(divides=True), ROTARY_BY_TYPE,
+             window_but_of_every(6, ("sliding_window_pattern",)), SCALE,
+             optional(logits_cap="final_logit_softcapping"), GEMMA.spelled[-1]),
+    only=GEMMA.only | {"attn_logit_softcapping": None},
+    absent={k: v for k, v in GEMMA2.absent.items() if "softcapping" not in k},
 )
 
 BERT = Family(
@@ -219,5 +249,5 @@ DISTILBERT = Family(
 )
 
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3,
-            "smollm3": SMOLLM3, "olmo2": OLMO2, "phi3": PHI3, "gemma": GEMMA, "bert": BERT,
-            "distilbert": DISTILBERT}
+            "smollm3": SMOLLM3, "olmo2": OLMO2, "phi3": PHI3, "gemma": GEMMA, "gemma2": GEMMA2,
+            "gemma3_text": GEMMA3, "bert": BERT, "distilbert": DISTILBERT}

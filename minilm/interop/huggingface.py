@@ -37,7 +37,7 @@ from minilm.transformer import Transformer
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 # Beside its tensors, these decide a module's results. A Config has one value for all its blocks.
 FACTS = ("heads", "kv_heads", "causal", "window", "rotates", "qk_norm", "activation", "norm_first",
-         "norm_output", "eps", "plus_one")
+         "norm_output", "norm_both", "eps", "plus_one", "scale", "cap")
 
 
 def load_model(
