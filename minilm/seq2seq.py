@@ -248,13 +248,16 @@ class Reader(Module):
         return self.decoder.blocks
 
     def forward(self, tokens, mask=None, cache=None) -> Tensor:
-        return self.head(self.hidden(tokens, mask, cache))
+        return self.logits(self.hidden(tokens, mask, cache))
 
     def hidden(self, tokens, mask=None, cache=None) -> Tensor:
-        """What the head takes: (B, T, C)."""
+        """The decoder's last rows: (B, T, C)."""
         x = self.drop(self.embed(checked(tokens)))
-        x = self.decoder(x, mask, self.texts, self.text_mask, cache)
-        return x * self.config.width**-0.5 if self.config.scaled_head else x
+        return self.decoder(x, mask, self.texts, self.text_mask, cache)
+
+    def logits(self, x) -> Tensor:  # (..., C) -> (..., V)
+        """What the head makes of the decoder's rows."""
+        return self.head(x * self.config.width**-0.5 if self.config.scaled_head else x)
 
 
 def checked(tokens):
