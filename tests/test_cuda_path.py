@@ -24,6 +24,7 @@ from minilm.peft import add_lora, merge_lora, requantize_lora
 from minilm.quantize import quantize_model
 from minilm.rope import Dynamic, Llama3, Long, Yarn
 from minilm.run import RunDirectory
+from minilm.seq2seq import T5, EncoderDecoder
 from minilm.tensor import Tensor, no_grad
 from minilm.train import Diverged, Trainer
 from minilm.transformer import Config, Transformer
@@ -411,3 +412,23 @@ def test_sums_are_not_rounded_on_the_way(cupy, dtype):
     y = matmul(cupy.asarray(a), cupy.asarray(a.T), alpha=2.0**-10)
     assert (on_cpu(y) == float(np.asarray((1 + 2**-5) ** 2 * 32).astype(dtype))).all()
     assert getattr(cublas, "math_mode", 16) == 16  # the stand-in keeps it
+
+
+@pytest.mark.parametrize("activation", ["relu", "geglu_tanh"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_t5(cupy, activation, dtype):
+    """Its biases of distances, with padding, and what it writes one token at a time."""
+    facts = T5(13, 2, 1, heads=2, width=16, hidden=24, head_width=16, buckets=8, max_distance=12,
+               activation=activation)
+    cpu, gpu = (EncoderDecoder(facts).astype(dtype).to(device) for device in ("cpu", "cuda"))
+    written = np.maximum(TARGETS, 0)
+    logits = [model(TOKENS, model.shifted(TARGETS), MASK) for model in (cpu, gpu)]
+    same(logits[1].data, logits[0].data, dtype)
+    for y in logits:
+        ops.cross_entropy(y, written).backward()
+    largest = max(float(abs(p.grad).max()) for p in cpu.parameters())
+    for p, q in zip(gpu.parameters(), cpu.parameters(), strict=True):
+        same(p.grad, q.grad, dtype, scale=largest)
+    if dtype == "float32":
+        drawn = [generate(model, TOKENS, 6, temperature=0, eos=()) for model in (cpu, gpu)]
+        assert np.array_equal(*drawn)

@@ -18,6 +18,7 @@ from minilm.peft import add_ia3, add_lora, merge_lora
 from minilm.peft.adapted import Adapter, insert_adapters
 from minilm.quantize import QuantizedLinear, quantize_model
 from minilm.seq2seq import T5, EncoderDecoder, Stack, bucket
+from minilm.train import AnswerLoss, Trainer
 
 SIZES = dict(vocab_size=23, layers=2, decoder_layers=3, heads=4, width=16, hidden=24, head_width=3,
              buckets=8, max_distance=12)
@@ -164,6 +165,30 @@ def test_it_learns_to_write_backwards():
     text = rng.integers(1, 8, (64, 2))
     written = generate(model, text, 2, temperature=0)
     assert (written[:, 1:] == text[:, ::-1]).mean() > 0.95
+
+
+def test_training_is_the_same_however_a_batch_is_split():
+    """In parts, on two threads: the losses and norms of the whole batch, with padding and without
+    one text's targets."""
+    text, targets = drawn(0, 4, 9), drawn(1, 4, 5)
+    mask, targets[2], targets[3, 3:] = (np.arange(9) < [[9], [4], [9], [2]]).astype(int), -100, -100
+
+    def steps(workers, accumulate):
+        model = model_of("v1.1")
+        optimizer = AdamW(model.parameters(), lr=0.01)
+        with Trainer(model, optimizer, workers=workers, loss=AnswerLoss()) as trainer:
+            done = [trainer.step(i, (text, targets, mask), accumulate=accumulate) for i in (0, 1)]
+        assert [s.targets for s in done] == [13, 13]
+        return [x for s in done for x in (s.loss, s.norm)]
+
+    whole = steps(1, 1)
+    close(steps(1, 3), whole, "float64")
+    close(steps(2, 1), whole, "float64")
+    model = model_of("v1.1")
+    logits = model(text, model.shifted(targets), mask).data
+    P = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    kept = targets != -100
+    close(whole[0], -np.log(P[kept, targets[kept]]).mean(), "float64")
 
 
 def test_lora_on_four_bits():
