@@ -263,6 +263,8 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     >>> bool((ours == theirs).all()), ours is theirs
     (True, False)
     """
+    if not isinstance(teacher, Transformer):
+        raise TypeError(f"the teacher must be a Transformer, not an {type(teacher).__name__}")
     depth = teacher.config.layers
     layers = list(range(0, depth, 2) if layers is None else layers)
     whole = all(isinstance(n, int | np.integer) and type(n) is not bool for n in layers)

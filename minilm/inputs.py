@@ -37,6 +37,17 @@ def checked_segments(segments, tokens, count: int):
     return segments
 
 
+def seen(mask, wanted, xp):  # (B, S) -> booleans (B, 1, 1, S)
+    """The mask for attention. ValueError unless it has the shape `wanted`, and only 0 and 1."""
+    mask = xp.asarray(mask)
+    if mask.shape != wanted:
+        raise ValueError(f"mask {mask.shape} must have the shape {wanted}, as the tokens")
+    # Floats may be one that is to be added to the scores: it has 0 for what may be seen.
+    if (xp is np or mask.dtype.kind == "f") and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask must be 1 for a token that may be seen, 0 for padding")
+    return (mask != 0)[:, None, None, :]
+
+
 def counted(tokens, padding: int, start: int = 0):
     """RoBERTa's positions, which count only the tokens that are not padding: (B, T) -> (B, T).
 

@@ -24,7 +24,7 @@ from minilm import ops
 from minilm.backend import array_module
 from minilm.cache import Joined
 from minilm.config import Config
-from minilm.inputs import checked, checked_segments, counted, last
+from minilm.inputs import checked, checked_segments, counted, last, seen
 from minilm.nn import Dropout, Embedding, LayerNorm, Linear, Module, RMSNorm
 from minilm.ranges import check, whole
 from minilm.rope import rotary_tables
@@ -287,13 +287,7 @@ class Transformer(Module):
             raise ValueError(f"a cache of {len(cache.layers)} layers does not go with "
                              f"{len(self.blocks)} blocks")
         if mask is not None:
-            mask, wanted = xp.asarray(mask), (B, past + T)  # a number for each token
-            if mask.shape != wanted:
-                raise ValueError(f"mask {mask.shape} must have the shape {wanted}, as the tokens")
-            # Floats may be one that is to be added to the scores: it has 0 for what may be seen.
-            if (xp is np or mask.dtype.kind == "f") and not ((mask == 0) | (mask == 1)).all():
-                raise ValueError("mask must be 1 for a token that may be seen, 0 for padding")
-            mask = (mask != 0)[:, None, None, :]
+            mask = seen(mask, (B, past + T), xp)
         if angles is None and past and past + T > self.config.steady < self.config.context:
             raise ValueError(f"beyond {self.config.steady} tokens this model's rope turns the "
                              "earlier ones by other angles: run the whole text without a cache")

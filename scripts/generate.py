@@ -33,7 +33,7 @@ from minilm.data import (
 )
 from minilm.dialogue import Dialogue
 from minilm.generate import stream
-from minilm.interop import huggingface, peft
+from minilm.interop import load_model, peft
 from minilm.loop import refuse_unused
 from minilm.peft import merge_lora, unload_lora
 from minilm.run import newest_model
@@ -97,7 +97,7 @@ def load(model: Path | None, adapter: Path | None) -> tuple[Path, Transformer]:
         print(f"{folder}:", file=sys.stderr)
     elif adapter and Path(peft.base_of(adapter) or model).absolute() != model.absolute():
         print(f"{adapter} was made for {peft.base_of(adapter)}", file=sys.stderr)
-    transformer = huggingface.load_model(folder).eval()
+    transformer = load_model(folder).eval()
     if not transformer.config.causal:
         raise ValueError(f"{folder} fills in masked tokens; only a causal model writes on")
     if adapter:

@@ -31,6 +31,7 @@ from minilm.peft import (
 from minilm.quantize import quantize_model
 from minilm.rope import Dynamic, Llama3, Long, Yarn
 from minilm.run import RunDirectory
+from minilm.seq2seq import T5, EncoderDecoder
 from minilm.tensor import Tensor, no_grad
 from minilm.train import Diverged, Trainer
 from minilm.transformer import Config, Transformer
@@ -45,6 +46,10 @@ FAMILIES = {
                           unrotated=(0,), bias=("q", "k", "v"), rope=Llama3(4.0, 6)),
     "gemma": Config.llama(**SHAPE, hidden=24, qk_norm="width", norm_output=True, norm_plus_one=True,
                           scaled_embedding=True, activation="geglu_tanh", rope=Dynamic(2.0, 4)),
+    "gemma 2": Config.llama(**SHAPE, hidden=24, head_width=16, norm_both=True, window=3,
+                            unwindowed=(1,), window_theta=50.0, attention_scale=0.3,
+                            attention_cap=2.0, logits_cap=3.0),
+    "scaled": Config.llama(**SHAPE, hidden=24, head_width=16, attention_scale=0.5),
     "stretched": Config.llama(**SHAPE, hidden=24, rope=Yarn(2.0, 5)),
     "long": Config.llama(**SHAPE, hidden=24, rope=Long((1.0,) * 4, (2.0,) * 4, 5)),
 }
@@ -438,3 +443,23 @@ def test_sums_are_not_rounded_on_the_way(cupy, dtype):
     y = matmul(cupy.asarray(a), cupy.asarray(a.T), alpha=2.0**-10)
     assert (on_cpu(y) == float(np.asarray((1 + 2**-5) ** 2 * 32).astype(dtype))).all()
     assert getattr(cublas, "math_mode", 16) == 16  # the stand-in keeps it
+
+
+@pytest.mark.parametrize("activation", ["relu", "geglu_tanh"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_t5(cupy, activation, dtype):
+    """Its biases of distances, with padding, and what it writes one token at a time."""
+    facts = T5(13, 2, 1, heads=2, width=16, hidden=24, head_width=16, buckets=8, max_distance=12,
+               activation=activation)
+    cpu, gpu = (EncoderDecoder(facts).astype(dtype).to(device) for device in ("cpu", "cuda"))
+    written = np.maximum(TARGETS, 0)
+    logits = [model(TOKENS, model.shifted(TARGETS), MASK) for model in (cpu, gpu)]
+    same(logits[1].data, logits[0].data, dtype)
+    for y in logits:
+        ops.cross_entropy(y, written).backward()
+    largest = max(float(abs(p.grad).max()) for p in cpu.parameters())
+    for p, q in zip(gpu.parameters(), cpu.parameters(), strict=True):
+        same(p.grad, q.grad, dtype, scale=largest)
+    if dtype == "float32":
+        drawn = [generate(model, TOKENS, 6, temperature=0, eos=()) for model in (cpu, gpu)]
+        assert np.array_equal(*drawn)

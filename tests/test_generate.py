@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilm
-from minilm import ops
+from minilm import ops, seq2seq
 from minilm.cache import Cache
 from minilm.data import BPETokenizer, ByteTokenizer, CharTokenizer, printable
 from minilm.decode import caches, decode, decodes
@@ -307,10 +307,12 @@ def test_a_subclass_does_not_inherit_tokenwise():
 
 def test_every_module_says_whether_it_is_tokenwise():
     """Those that are not yet known to the cache, and are not tokenwise, make generation slow."""
+    known = (Transformer, Block, Attention, seq2seq.EncoderDecoder, seq2seq.Reader, seq2seq.Stack,
+             seq2seq.Block, seq2seq.Attention)
     for module in pkgutil.walk_packages(minilm.__path__, "minilm."):
         for m in vars(importlib.import_module(module.name)).values():
             if isinstance(m, type) and issubclass(m, Module):
-                assert "tokenwise" in vars(m) or m in (Transformer, Block, Attention), m
+                assert "tokenwise" in vars(m) or m in known, m
 
 
 def test_threads_share_a_model_that_trains():

@@ -33,6 +33,8 @@ LATER = {
     "OLMo 2": replace(LLAMA, qk_norm="width", norm_output=True),
     "Gemma": replace(LLAMA, activation="geglu_tanh", norm_plus_one=True, scaled_embedding=True,
                      hidden=600, tied=True),
+    "caps": replace(LLAMA, attention_cap=20.0, logits_cap=30.0, attention_scale=0.1),
+    "norm_both": replace(LLAMA, norm_both=True),
     "window": replace(LLAMA, context=128, window=8)}
 GB = 1e9
 

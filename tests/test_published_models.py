@@ -49,6 +49,9 @@ CASES = {  # name -> (family, changes of BASE)
     "mistral": ("Mistral", {}),
     "mistral, window": ("Mistral", dict(sliding_window=4)),
     "mistral, window of one": ("Mistral", dict(sliding_window=1)),
+    "mistral, window beyond what stretches": ("Mistral", dict(
+        sliding_window=10, max_position_embeddings=8,
+        rope_parameters=dict(rope_type="dynamic", factor=4.0, **THETA))),
     "mistral nemo": ("Mistral", dict(head_dim=6, sliding_window=None)),
     "qwen2": ("Qwen2", {}),
     "qwen2, tied, yarn": ("Qwen2", dict(tie_word_embeddings=True, rope_parameters=YARN)),
@@ -69,7 +72,7 @@ CASES = {  # name -> (family, changes of BASE)
     "gemma": ("Gemma", dict(head_dim=8)),
     "gemma 2": ("Gemma2", dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=4)),
     "gemma 2, other scale": ("Gemma2", dict(
-        head_dim=4, query_pre_attn_scalar=25, sliding_window=1, attn_logit_softcapping=2.0,
+        head_dim=4, query_pre_attn_scalar=25, sliding_window=3, attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0, layer_types=["full_attention", "sliding_attention",
                                                   "sliding_attention"])),
     "gemma 2, no caps": ("Gemma2", dict(

@@ -66,7 +66,7 @@ def load_model(
     settings = read_settings(path / "config.json", raw)
     family, config = parse(path, raw | {"quantization_config": None})
     with open_arrays(path) as (file, stored):
-        arrays, weights = _take_weights(file, stored, settings.bits)
+        arrays, weights = take_weights(file, stored, settings.bits)
         model = build(family, replace(config, dropout=dropout), file, arrays, dtype)
         layers = {p: m for p, m in model.named_modules()
                   if type(m) is Linear and m.weight is not model.embed.weight}
@@ -139,7 +139,7 @@ def read_settings(path: Path, raw) -> Settings:
     return Settings(8, threshold=float(threshold) or math.inf)
 
 
-def _take_weights(file, stored: dict[str, Stored], bits: int) -> tuple[dict, dict]:
+def take_weights(file, stored: dict[str, Stored], bits: int) -> tuple[dict, dict]:
     """(the other arrays and places for the weights, {module: its tensors}). Their sizes fit."""
     arrays, weights = dict(stored), {}
     mark, parts = (STATE, four_bits.PARTS) if bits == 4 else (".SCB", eight_bits.PARTS)

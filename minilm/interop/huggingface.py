@@ -30,7 +30,6 @@ from minilm.interop.remembered import (
 )
 from minilm.interop.shards import open_arrays, require_folder, some
 from minilm.nn import Embedding, Linear
-from minilm.shapes import tensor_shapes
 from minilm.tensorfiles import tensor_parts
 from minilm.together import settle, write_together
 from minilm.transformer import Transformer
@@ -109,7 +108,7 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
     if config.head == "none" and pooler not in arrays:  # transformers' add_pooling_layer=False
         config = replace(config, pooler=None)
     check(file, arrays, _shapes(config, family))
-    model = Transformer(config, seed=None)
+    model = family.model(config, seed=None)
     ends, model.origin = read_ends(file.parent), remember(file.parent)
     model.ends = ends._replace(pad=config.padding) if ends.pad is None else ends
     for key, tensors in _places(family, config, dict(model.named_tensors())).items():
@@ -177,7 +176,8 @@ def write_folder(model, path, raw: dict, arrays: dict, tokenizer=None):
         ends = ends_of(model, tokenizer)
         raw, given = with_ends(raw, ends), files_of(tokenizer, ends)
     files = tokenizer_files(model.origin, given)
-    files |= generation_config(Path(path), ends, model.origin) | {"config.json": json_bytes(raw)}
+    files |= generation_config(Path(path), raw, ends, model.origin)
+    files["config.json"] = json_bytes(raw)
     write_together(path, {"model.safetensors": tensor_parts(arrays, {"format": "pt"}),
                           **{name: [data] for name, data in files.items()}})
 
@@ -229,7 +229,7 @@ def _normalised(file, arrays, family: Family, c: Config) -> dict:
 def _shapes(c: Config, family: Family) -> dict:
     """{their key: the shape that it should have in the file}."""
     shapes = {}
-    for key, parts in _places(family, c, tensor_shapes(c)).items():
+    for key, parts in _places(family, c, family.shapes(c)).items():
         shape = (sum(O for O, *_ in parts), *parts[0][1:])
         shapes[key] = shape[::-1] if ".c_" in key else shape
     return shapes

@@ -14,6 +14,8 @@ from itertools import chain
 from pathlib import Path
 
 from minilm.files import FormatError, json_bytes
+from minilm.interop import t5
+from minilm.interop.families import Family
 from minilm.interop.huggingface import check, describe, finite
 from minilm.interop.peft_config import choose, read_config, resolve
 from minilm.interop.peft_formats import FORMATS, Format
@@ -29,12 +31,14 @@ from minilm.peft.adapted import (
 )
 from minilm.peft.front import put_in_front
 from minilm.peft.retrained import Retrained
+from minilm.seq2seq import EncoderDecoder
 from minilm.tensorfiles import read_tensors, tensor_parts
 from minilm.together import settle, write_together
 from minilm.transformer import Transformer
 
 
-def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "default") -> Transformer:
+def load_adapter(model: Transformer | EncoderDecoder, path: str | os.PathLike,
+                 name: str = "default") -> Transformer | EncoderDecoder:
     """Put the folder's adapter on the model, in the model's dtype, and let it act.
 
     Returns the model. Raises FileNotFoundError. Raises FormatError, naming the field or the keys,
@@ -43,7 +47,7 @@ def load_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     """
     settle(path)
     path, file = Path(path) / "adapter_config.json", Path(path) / "adapter_model.safetensors"
-    family, _ = describe(model)
+    family = _family(model)
     (method, config), whole = read_config(path), _whole(model, family)
     if not file.exists() and (old := file.with_suffix(".bin")).exists():
         raise FormatError(old, "is a pickle, which may run any program; PEFT reads it, and its "
@@ -83,8 +87,8 @@ def base_of(path: str | os.PathLike) -> str | None:
     return read_config(Path(path) / "adapter_config.json")[1]["base_model_name_or_path"] or None
 
 
-def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "default",
-                 base: str | os.PathLike | None = None) -> None:
+def save_adapter(model: Transformer | EncoderDecoder, path: str | os.PathLike,
+                 name: str = "default", base: str | os.PathLike | None = None) -> None:
     """Write the model's adapter of this name as a folder for PEFT and `load_adapter`.
 
     base: the folder of the model that the adapter is for, which `base_of` tells. PEFT looks there
@@ -92,14 +96,14 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
     before anything is written, if there is no such adapter, if PEFT's format cannot express it, or
     if a number of it is not finite.
     """
-    family, _ = describe(model)
+    family = _family(model)
     whole, layers = _whole(model, family), adapted_layers(model)
     adapters = {p: m.adapters[name] for p, m in layers.items() if name in m.adapters}
     if not adapters:
         raise ValueError(f"this model has no adapter {name!r}")
     raw = {"peft_type": None, "base_model_name_or_path": base and os.fspath(base),
-           "inference_mode": True, "modules_to_save": None, "fan_in_fan_out": family is GPT2,
-           "task_type": "CAUSAL_LM" if model.config.causal else None}
+           "inference_mode": True, "modules_to_save": None,
+           "fan_in_fan_out": ".c_" in family.block.get("mlp.up", ""), "task_type": _task(model)}
     if FRONT in adapters:
         return _write(path, *write_front(name, adapters, model.config, raw))
     if lost := sorted(adapters.keys() - set(chain(*whole.modules.values()))):
@@ -120,7 +124,7 @@ def save_adapter(model: Transformer, path: str | os.PathLike, name: str = "defau
             arrays |= {_key(module, end): array for end, array in tensors.items()}
     tensors, saved, bias = whole.write(retrained, forms)
     others = [module for module in whole.modules if module not in forms]
-    raw |= {"peft_type": kind, "modules_to_save": saved or None}
+    raw |= {"peft_type": kind, "modules_to_save": saved or None, "task_type": _task(model, saved)}
     raw |= method.describe(forms, others, adapters.values(), bias)
     _write(path, arrays | tensors, raw)
 
@@ -131,11 +135,17 @@ def _write(path, arrays, raw):
                           "adapter_config.json": [json_bytes(raw)]})
 
 
-def _task(c, saved) -> str | None:
+def _task(model, saved=()) -> str | None:
     """What PEFT wraps the model for. For SEQ_CLS it trains the classifier as a whole."""
-    if c.language and c.causal:
+    if type(model) is EncoderDecoder:
+        return "SEQ_2_SEQ_LM"
+    if model.config.language and model.config.causal:
         return "CAUSAL_LM"
-    return "SEQ_CLS" if c.labels and saved else None
+    return "SEQ_CLS" if model.config.labels and saved else None
+
+
+def _family(model) -> Family:
+    return (t5.describe if type(model) is EncoderDecoder else describe)(model)[0]
 
 
 def _whole(model, family) -> Whole:

@@ -124,10 +124,15 @@ def read_by_type(raw, facts) -> dict:
     require(fits, raw, "rope_parameters", f"null or what holds for each of {TYPES}")
     full, near = (by_type.get(kind) for kind in TYPES)
     found = {"rope_theta": 1e6} | read(raw | {"rope_parameters": full}, facts)
-    own = {"rope_theta": raw["rope_local_base_freq"]} if "rope_local_base_freq" in raw else {}
-    near = {"rope_theta": 1e4} | read({"rope_parameters": near} | own, facts)
+    fits = type(found["rope"]) is not Long and getattr(found["rope"], "truncate", True)
+    require(fits, raw, "rope_parameters", "no longrope by layer type, nor a yarn's truncate: "
+            "transformers looks for them elsewhere")
+    near = read({"rope_parameters": near}, facts)
     require(near["rope"] is None, raw, "rope_parameters", f"no stretching of {TYPES[1]}")
-    theta = near["rope_theta"]
+    given = "rope_local_base_freq" in raw
+    theta = value(raw, "rope_local_base_freq", float) if given else near.get("rope_theta", 1e4)
+    require(theta == near.get("rope_theta", theta), raw, "rope_local_base_freq",
+            "what rope_parameters says")
     same = theta == found["rope_theta"] and found["rope"] is None
     return found | {"window_theta": None if same else theta}
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from minilm.arrays import BLOCK
 from minilm.config import Config
 from minilm.quantize.fourbit import GROUP
-from minilm.shapes import linear_layers, qk_norms
+from minilm.shapes import linear_layers, tensor_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -122,14 +122,9 @@ class Step:
 
 def parameters(c: Config) -> int:
     """Numbers in a model, each shared tensor once."""
-    masked, layers = c.head == "masked", linear_layers(c).items()
-    block = sum(O * I + O * c.has_bias(path) for path, (O, I) in layers)
-    block += sum(n for n, in qk_norms(c).values())
-    rows = c.vocab_size * (1 if c.tied else 2) + c.segments
-    rows += c.context if c.positions == "learned" else 0
-    head = c.width * c.width + c.width + c.vocab_size if masked else 0
-    norms = (2 * c.layers + 1 + masked) * (2 if c.norm == "layer" else 1)
-    return c.layers * block + c.width * (rows + norms) + head
+    sizes = {path: math.prod(s) for path, s in tensor_shapes(c.of_layers([0])).items()}
+    block = sum(n for path, n in sizes.items() if path.startswith("blocks."))
+    return sum(sizes.values()) + (c.layers - 1) * block
 
 
 def trainable(s: Step) -> int:
@@ -229,7 +224,9 @@ def block(s: Step, alive: int, flows: bool) -> list[Op]:
     if not s.config.norm_first or s.config.norm_output:
         return [attend, norm(s, alive, flows), mlp(s, alive, flows), norm(s, alive, True)]
     alive2 = alive + s.array(s.config.width)  # the block's input is held beside the sum after it
-    return [norm(s, alive, flowed), attend, norm(s, alive2, flows), mlp(s, alive2, flows)]
+    each = [norm(s, alive, flowed), attend, norm(s, alive, flows),
+            norm(s, alive2, flows), mlp(s, alive2, flows), norm(s, alive2, True)]
+    return each if s.config.norm_both else each[:2] + each[3:5]
 
 
 def norm(s: Step, alive: int, flows: bool) -> Op:
@@ -245,7 +242,8 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     """q, k, v, softmax(q k^T) v, and o.
 
     Saved: the input, for the dW or dA of q, k, v; the scaled q, k, v; the result y, also the input
-    of o; each tile's P (b, H, t, s) and l (b, H, t, 1). 16-bit q, k, v are widened in both passes.
+    of o; each tile's P (b, H, t, s), a cap's slope like P, and l (b, H, t, 1). 16-bit q, k, v are
+    widened in both passes.
     """
     c, names = s.config, ("attention.q", "attention.k", "attention.v")
     x, y = s.array(c.width), s.array(c.heads * c.D)
@@ -254,7 +252,7 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     graph = flows or bool(s.adapted & set(names))
     entry = s.keeps(*names) * x
     P, tile = probabilities(s)
-    own = s.array(qkv) + P + s.array(c.heads, wide=True)
+    own = s.array(qkv) + (2 if c.attention_cap else 1) * P + s.array(c.heads, wide=True)
     if c.qk_norm:  # xhat and rstd
         rows = c.heads + c.kv_heads if c.qk_norm == "head" else 2
         own += s.array(normed, wide=s.device == "cpu") + s.array(rows, wide=True)
@@ -316,5 +314,7 @@ def head(s: Step) -> Op:
     p = s.array(c.vocab_size, wide=True)
     transform = x + 2 * s.array(c.width, wide=True) if c.head == "masked" else 0
     table = full * c.vocab_size * c.width * s.size
-    forward = x + transform + logits + p + s.temporaries(p, 0, blocks=2)
-    return Op(full * x + transform + p, forward, x + table)
+    slope = p if c.logits_cap else 0  # of the cap, which makes dlogits anew
+    forward = x + transform + logits + p + slope + s.temporaries(p, 0, blocks=4 if slope else 2)
+    backward = max(x + table, logits if slope else 0)
+    return Op(full * x + transform + p + slope, forward, backward)
