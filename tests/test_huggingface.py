@@ -417,7 +417,7 @@ def test_missing_fields(edit, field):
 def test_a_model_of_text_and_images_is_refused_with_a_word_on_its_text(edit):
     folder = edit("gpt2", model_type="gemma3", text_config={"model_type": "gemma3_text"})
     expect(folder, folder / "config.json", "model_type is 'gemma3'",
-           "text_config is 'gemma3_text': save its language_model and head as such a model")
+           "text_config is 'gemma3_text': save its language_model and head as one")
 
 
 def test_refused_combinations(edit):
