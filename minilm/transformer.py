@@ -1,7 +1,8 @@
 """One transformer in three families: GPT-2, Llama and those after it, BERT/DistilBERT.
 
 `Config` holds what differs. The families share all code below except for these choices, and what
-later Llamas add: a head width of their own, norms of q and k, windows, layers without rotation:
+later Llamas add: a head width of their own, norms of q and k or at both ends of a branch, windows,
+layers without rotation, caps of scores and logits:
 
                  GPT-2             Llama, Mistral      BERT, DistilBERT
     positions    learned           rotary              learned

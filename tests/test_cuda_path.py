@@ -269,6 +269,22 @@ def test_qlora_launches_the_kernels_and_nothing_in_their_place(cupy, launched):
                         "rotary": 2 * 2}
 
 
+@pytest.mark.parametrize("settings, fused", [({}, 1), (dict(scale=0.5), 1), (dict(cap=2.0), 0),
+                                             (dict(scale=0.5, cap=2.0), 0)])
+def test_a_scale_goes_to_the_kernel_and_a_cap_to_the_tiles(cupy, launched, settings, fused):
+    """Both ways give what the CPU gives."""
+    rng, results = np.random.default_rng(0), []
+    q, k, v, dy = rng.standard_normal((4, 1, 2, 5, 16)).astype("bfloat16")
+    for device in ("cuda", "cpu"):
+        leaves = [Tensor(to_device(x, device), requires_grad=True) for x in (q, k, v)]
+        y = ops.attention(*leaves, causal=True, **settings)
+        y.backward(to_device(dy, device))
+        results.append([y.data, *(x.grad for x in leaves)])
+    assert launched["attention_forward"] == fused
+    for actual, expected in zip(*results):
+        close(on_cpu(actual), on_cpu(expected), "bfloat16", scale=1)
+
+
 def qlora_step(layers):
     """A function that trains a bfloat16 Llama for a step, with more rows than nf4_matmul takes."""
     tokens = np.random.default_rng(0).integers(0, 13, (2, 9))

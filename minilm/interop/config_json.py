@@ -23,7 +23,7 @@ def read_config(raw) -> tuple[Family, Config]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         text = raw.get("text_config") if isinstance(raw, dict) else None
         of_text = text.get("model_type") if isinstance(text, dict) else None
-        hint = (f"; its text_config is {of_text!r}: save that part as a model of its own"
+        hint = (f"; its text_config is {of_text!r}: save its language_model and head as one"
                 if isinstance(of_text, str) and of_text in FAMILIES else
                 "; interop.t5 reads T5s" if kind == "t5" else "")
         raise ValueError(f"model_type is {kind!r}, expected one of {list(FAMILIES)}{hint}")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from minilm.config import LINEAR, Config
-from minilm.interop.rotary import ROTARY, ROTARY_BY_TYPE
+from minilm.interop.rotary import ROTARY, rotary_by_type
 from minilm.interop.spelled import (
     COUNTED,
     NO_WINDOW,
@@ -157,6 +157,12 @@ OLMO2 = QWEN3._replace(
     absent={"pad_token_id": 1},
 )
 
+OLMO3 = OLMO2._replace(
+    architecture="Olmo3ForCausalLM",
+    spelled=(head_width(), rotary_by_type(5e5, 5e5), window_but_of_every(4), OLMO2.spelled[-1]),
+    absent={"sliding_window": 4096, "pad_token_id": 1},
+)
+
 PHI3 = LLAMA._replace(
     architecture="Phi3ForCausalLM",
     config=functools.partial(Config.llama, norm_eps=1e-5),
@@ -200,7 +206,7 @@ GEMMA3 = GEMMA2._replace(
     config=functools.partial(GEMMA2.config, qk_norm="head"),
     block=GEMMA2.block | {name: QWEN3.block[name] for name in ("attention.q_norm",
                                                                "attention.k_norm")},
-    spelled=(head_width(divides=True), ROTARY_BY_TYPE,
+    spelled=(head_width(divides=True), rotary_by_type(1e6, 1e4, "rope_local_base_freq"),
              window_but_of_every(6, ("sliding_window_pattern",)), SCALE,
              optional(logits_cap="final_logit_softcapping"), GEMMA.spelled[-1]),
     only=GEMMA.only | {"attn_logit_softcapping": None},
@@ -274,6 +280,6 @@ ROBERTA = BERT._replace(
 XLM_ROBERTA = ROBERTA._replace(architecture="XLMRobertaForMaskedLM")
 
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3,
-            "smollm3": SMOLLM3, "olmo2": OLMO2, "phi3": PHI3, "gemma": GEMMA, "gemma2": GEMMA2,
-            "gemma3_text": GEMMA3, "bert": BERT, "distilbert": DISTILBERT, "roberta": ROBERTA,
-            "xlm-roberta": XLM_ROBERTA}
+            "smollm3": SMOLLM3, "olmo2": OLMO2, "olmo3": OLMO3, "phi3": PHI3, "gemma": GEMMA,
+            "gemma2": GEMMA2, "gemma3_text": GEMMA3, "bert": BERT, "distilbert": DISTILBERT,
+            "roberta": ROBERTA, "xlm-roberta": XLM_ROBERTA}
