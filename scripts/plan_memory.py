@@ -107,7 +107,7 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
     print(f"{parameters(config):,} parameters, {batch} x {length} tokens, {dtype} on {device}")
     print_table(steps, plans, card)
     if held:
-        print_folder(held, generating(config, batch, length, dtype), batch, length)
+        print_folder(held, generating(config, batch, length, dtype, bits), batch, length)
 
 
 def of_codes(model: Path, bits: int, method, given: Given):

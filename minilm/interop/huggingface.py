@@ -88,7 +88,7 @@ class Coded(NamedTuple):
     dtype: np.dtype = np.dtype("float32")
 
     def equals(self, other):
-        return False
+        return self is other
 
 
 def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) -> Transformer:
