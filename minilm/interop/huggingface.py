@@ -18,8 +18,7 @@ from minilm.backend import to_device
 from minilm.config import Config
 from minilm.files import FormatError, json_bytes, read_json
 from minilm.interop.config_json import describe_config, read_config
-from minilm.interop.ends import describe_ends, ends_of, read_ends
-from minilm.interop.ends import tokenizer_files as files_of
+from minilm.interop.ends import describe_ends, ends_of, read_ends, tokenizer_fields
 from minilm.interop.families import Family
 from minilm.interop.remembered import (
     family_of,
@@ -30,6 +29,8 @@ from minilm.interop.remembered import (
 )
 from minilm.interop.shards import open_arrays, require_folder, some
 from minilm.nn import Embedding, Linear
+from minilm.peft.adapted import AdaptedLinear
+from minilm.quantize.linear import QuantizedLinear
 from minilm.shapes import tensor_shapes
 from minilm.tensorfiles import tensor_parts
 from minilm.together import settle, write_together
@@ -150,7 +151,12 @@ def require_parts(model, expected):
     """ValueError if the two models differ in their modules, shapes or FACTS."""
     if differences := _parts(model) ^ _parts(expected):
         texts = {f"{path}: {getattr(what, '__name__', what)}" for path, what in differences}
-        raise ValueError(f"not the modules of Transformer(config); differing: {some(texts)}")
+        kinds = {type(module) for _, module in model.named_modules()}
+        hints = {AdaptedLinear: "; interop.peft.save_adapter saves the adapters, or merge_lora and "
+                                "unload_lora put them into the weights",
+                 QuantizedLinear: "; interop.save_model writes quantized layers"}
+        raise ValueError(f"not the modules of Transformer(config); differing: {some(texts)}"
+                         + "".join(hint for kind, hint in hints.items() if kind in kinds))
 
 
 def arrays_of(model, family: Family) -> dict:
@@ -169,7 +175,7 @@ def write_folder(model, path, raw: dict, arrays: dict, tokenizer=None):
     given = None
     if tokenizer:
         ends = ends_of(model, tokenizer)
-        raw, given = raw | describe_ends(ends), files_of(tokenizer, ends)
+        raw, given = raw | describe_ends(ends), tokenizer_fields(tokenizer, ends)
     files = tokenizer_files(model.origin, given)
     files |= generation_config(Path(path), raw, model.origin) | {"config.json": json_bytes(raw)}
     write_together(path, {"model.safetensors": tensor_parts(arrays, {"format": "pt"}),
