@@ -12,9 +12,10 @@ from test_remembered import family_folder
 from minilm.files import FormatError, read_json, write_json
 from minilm.generate import generate
 from minilm.interop import load_model, save_model
+from minilm.interop.bitsandbytes import save_4bit
 from minilm.interop.sizes import read_shape, sizes
 from minilm.measure.fit import available, generating
-from minilm.quantize import quantize_model
+from minilm.quantize import quantize_4bit, quantize_model
 from minilm.tensorfiles import read_tensors, write_tensors
 from minilm.transformer import Config, Transformer
 
@@ -58,6 +59,18 @@ def test_joined_tables_of_codes(tmp_path):
     for kind in ("nf4", "llm.int8"):
         save_model(quantize_model(load_model(folder), kind), tmp_path / kind)
         assert sizes(tmp_path / kind).weights == held(load_model(tmp_path / kind))
+
+
+def test_parts_that_keep_their_8_bit_constants(tmp_path):
+    """As bitsandbytes makes them: all of c_attn has one offset, and a third is whole groups."""
+    folder = folder_of(tmp_path, CONFIGS["gpt2, whole groups"], "nf4")
+    key, file = "transformer.h.0.attn.c_attn.weight", folder / "model.safetensors"
+    W = np.random.default_rng(0).standard_normal((384, 128), np.float32)
+    write_tensors(file, {k: a for k, a in read_tensors(file).items() if not k.startswith(key)}
+                  | save_4bit(quantize_4bit(W), key))
+    model = load_model(folder)
+    assert model.blocks[0].attention.v.weight.c1 is not None
+    assert sizes(folder).weights == held(model)
 
 
 def test_no_weight_is_read(tmp_path):

@@ -78,20 +78,17 @@ def test_loading_takes_the_model_and_one_tensor(folders, folder, dtype, monkeypa
 
     monkeypatch.setattr(np.random, "default_rng", drawn)
     made = []
-    monkeypatch.setattr("minilm.interop.huggingface.Transformer",
-                        lambda *args, **how: made.append(skeleton()) or made[0])
-    config = huggingface.parse(folders, read_json(folders / folder / "config.json") | {
-        "quantization_config": None})[1]
 
-    def skeleton():
+    def skeleton(*args, **how):
         """Built outside of what is measured: its memory is not written before it is replaced."""
         traced = tracemalloc.is_tracing()
         tracemalloc.stop()
-        model = Transformer(config, seed=None)
+        made.append(Transformer(*args, **how))
         if traced:
             tracemalloc.start()
-        return model
+        return made[-1]
 
+    monkeypatch.setattr("minilm.interop.huggingface.Transformer", skeleton)
     model, peak = peak_of(lambda: load_model(folders / folder, dtype))
     held = sum(t.data.nbytes for _, t in model.named_tensors())
     largest = max(t.data.nbytes for _, t in model.named_tensors())
@@ -135,6 +132,12 @@ def test_a_stored_tensor_reads_as_astype_casts(tmp_path_factory, bits, stored, d
         else:
             with pytest.raises(FormatError, match="x has numbers that are not finite"):
                 tensors["x"].read(dtype, finite=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+def test_every_exponent_of_16_bits_is_told_apart(dtype):
+    x = np.arange(0, 2**16, 32, dtype=np.uint16).view(dtype)
+    assert [all_finite(x[i : i + 1]) for i in range(len(x))] == np.isfinite(x).tolist()
 
 
 @pytest.mark.parametrize("at", [0, PIECE - 1, PIECE, 2 * PIECE + 6])
