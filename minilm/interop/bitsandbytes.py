@@ -168,7 +168,7 @@ def take_weights(file, stored: dict[str, Stored], bits: int) -> tuple[dict, dict
 
 def _read(file, module: str, parts: dict, rows: list[int], bits: int) -> list:
     """The weights that a module joins, with so many rows each."""
-    arrays = {key: part.read() if isinstance(part, Stored) else part
+    arrays = {key: part.mapped() if isinstance(part, Stored) else part
               for key, part in parts.items()}
     try:
         if bits == 8:

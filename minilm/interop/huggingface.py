@@ -96,7 +96,8 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
     """The model with the arrays, {key: Stored or Coded}, of an open file, each cast to dtype.
 
     One after another is read, straight into its place if it is a tensor here too. So this takes as
-    much memory as the model, and for a moment its largest tensor.
+    much memory as the model, and for a moment its largest tensor. What needs no cast is not even
+    read, but is the file's own pages.
     """
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {FLOATS}, got {dtype!r}")
@@ -112,7 +113,7 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
     for key, tensors in _places(family, config, dict(model.named_tensors())).items():
         if isinstance(arrays[key], Coded):
             continue
-        whole = arrays[key].read(dtype, finite=True)
+        whole = arrays[key].mapped(dtype, finite=True)
         parts = np.split(turned(key, whole), np.cumsum([len(t) for t in tensors])[:-1])
         for tensor, part in zip(tensors, parts):  # a tensor that is shared stays so
             tensor.become(whole if part.shape == whole.shape and part.flags.c_contiguous
