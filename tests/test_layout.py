@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
     {"extras", "backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together",
-     "stored", "ranges"},
+     "stored", "ranges", "tensorfiles"},
     {"graph", "tensor", "ops", "activations", "attention", "losses"},
     {"rope", "config", "nn", "transformer", "seq2seq", "shapes", "cache", "decode", "generate",
      "dialogue"},
@@ -33,6 +33,7 @@ WITHIN = {  # the arrows inside a floor
     ("files", "locks"),
     ("files", "strict"),
     ("stored", "files"),
+    ("tensorfiles", "files"),
     ("together", "files"),
     ("together", "locks"),
     ("backend", "extras"),
@@ -133,6 +134,7 @@ PUBLIC = {  # what other programs rely on
     "Budget Budget.at Budget.step Orthogonal train_top add_prompt add_prefix settle_prefix "
     "use_adapter merge_lora unmerge_lora unload_lora requantize_lora trainable_parameters",
     "peft.adapted": "Adapter AdaptedLinear insert_adapters merge unmerge unload chosen",
+    "interop": "load_model save_model",
     "interop.huggingface": "load_model save_model",
     "interop.peft": "load_adapter save_adapter",
     "interop.bitsandbytes": "load_4bit save_4bit load_model save_model",
