@@ -59,8 +59,8 @@ class Config:
     window: int | None = None  # a query sees so many tokens, with itself; None: all before it
     unwindowed: tuple[int, ...] = ()  # layers that see all even so
     head: str = "linear"  # or "masked": BERT's transform in front of the output; "classes"; "none"
-    labels: tuple[str, ...] = ()  # the classes of a text, each by its name, for head "classes"
-    pooler: str | None = None  # the first token stands for a text: through a layer, "tanh" or "relu"
+    labels: tuple[str, ...] = ()  # the classes of a text, by their names, for head "classes"
+    pooler: str | None = None  # of the first token, for the text: its activation, "tanh" or "relu"
     tied: bool = True  # the head over the vocabulary, if it has one, shares the embedding's weight
     bias: bool | tuple[str, ...] = True  # in a block's linear layers; or the names of those
     scaled_embedding: bool = False  # times sqrt(width): Gemma
@@ -129,6 +129,12 @@ class Config:
     def language(self) -> bool:
         """Whether the head gives a logit for each token of the vocabulary."""
         return self.head in ("linear", "masked")
+
+    def require_language(self, whose="this model"):
+        """ValueError if the head gives anything else than logits of tokens."""
+        if not self.language:
+            does = "gives classes of whole texts" if self.labels else "has no head"
+            raise ValueError(f"{whose} {does}; a language model is needed here")
 
     @property
     def shared(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a model is given beside its weights: tokens and segments, checked, and what follows from ids.
+"""What a model is given: tokens and segments, checked, and what follows from the ids.
 
 Shapes: B batch, T tokens. NumPy's arrays stay on the CPU, where ops.embedding checks their ids.
 """

@@ -53,7 +53,8 @@ class Step:
 
 
 class LabelLoss:
-    """Cross-entropy of targets (B, T) under the model's logits for tokens (B, T).
+    """Cross-entropy of targets (B, T) under the model's logits for tokens (B, T). If it classifies
+    whole texts, the targets are (B,).
 
     Targets of -100 do not count. A third array may be a mask (B, T), 0 for padding, whose targets
     do not count either. ValueError if a masked model is to predict tokens that it sees.

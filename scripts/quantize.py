@@ -46,6 +46,7 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     tune_allocator()
     folder = model or newest_model(Path("runs"), "pretrain-*")
     loaded = huggingface.load_model(folder)
+    loaded.config.require_language(folder)
     if not loaded.config.causal:
         raise ValueError(f"{folder} fills in masked tokens; perplexity needs a causal model")
     weights = [m.weight.data for path, m in loaded.named_modules()

@@ -56,13 +56,16 @@ def alike(model, targets, *mask, batch: int) -> Iterator[tuple[np.ndarray, int]]
 
 
 def refuse_seen_answers(model, tokens, targets):
-    """ValueError if a masked model is asked for the next tokens, all of which it sees.
+    """ValueError if a masked model is asked for the next tokens, all of which it sees, or a model
+    without a head for anything.
 
     A masked model's task never looks like that: of eight neighbouring targets the corruption would
     have left each one in sight, and it leaves one in ten.
     """
     config = getattr(model, "config", None)
-    if config is None or config.causal:
+    if config is not None and config.head == "none":
+        raise ValueError("this model has no head: its hidden states are no logits of targets")
+    if config is None or config.causal or config.labels:
         return
     counted = targets != data.IGNORED
     pairs = counted[:, :-1] & counted[:, 1:]

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from minilm.arrays import BLOCK
 from minilm.config import Config
 from minilm.quantize.fourbit import GROUP
-from minilm.shapes import linear_layers, qk_norms
+from minilm.shapes import linear_layers, tensor_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -56,6 +56,7 @@ class Step:
     device: str = "cpu"
 
     def __post_init__(self):
+        self.config.require_language()
         choices = {"method": ("full", "lora", "qlora"), "dtype": tuple(BYTES),
                    "device": ("cpu", "cuda")}
         for name, allowed in choices.items():
@@ -122,14 +123,9 @@ class Step:
 
 def parameters(c: Config) -> int:
     """Numbers in a model, each shared tensor once."""
-    masked, layers = c.head == "masked", linear_layers(c).items()
-    block = sum(O * I + O * c.has_bias(path) for path, (O, I) in layers)
-    block += sum(n for n, in qk_norms(c).values())
-    rows = c.vocab_size * (1 if c.tied else 2) + c.segments
-    rows += c.context if c.positions == "learned" else 0
-    head = c.width * c.width + c.width + c.vocab_size if masked else 0
-    norms = (2 * c.layers + 1 + masked) * (2 if c.norm == "layer" else 1)
-    return c.layers * block + c.width * (rows + norms) + head
+    sizes = {path: math.prod(s) for path, s in tensor_shapes(c.of_layers([0])).items()}
+    block = sum(n for path, n in sizes.items() if path.startswith("blocks."))
+    return sum(sizes.values()) + (c.layers - 1) * block
 
 
 def trainable(s: Step) -> int:
