@@ -136,6 +136,12 @@ class Config:
             does = "gives classes of whole texts" if self.labels else "has no head"
             raise ValueError(f"{whose} {does}; a language model is needed here")
 
+    def require_writer(self, whose, does: str):
+        """ValueError unless this is a causal language model, which alone does this."""
+        self.require_language(whose)
+        if not self.causal:
+            raise ValueError(f"{whose} fills in masked tokens; only a causal model {does}")
+
     @property
     def shared(self) -> bool:
         """Whether the head and the embedding have one weight."""

@@ -16,7 +16,7 @@ from minilm.files import FormatError, json_bytes, read_tensors, tensor_parts
 from minilm.interop.huggingface import check, describe, finite
 from minilm.interop.peft_config import choose, read_config, resolve
 from minilm.interop.peft_formats import FORMATS, Format
-from minilm.interop.peft_whole import PREFIX, Whole, without_copies
+from minilm.interop.peft_whole import CLASSIFIER, PREFIX, Whole, without_copies
 from minilm.peft.adapted import (
     LINEAR,
     adapted_layers,
@@ -120,7 +120,7 @@ def _task(c, saved) -> str | None:
     """What PEFT wraps the model for. For SEQ_CLS it trains the classifier as a whole."""
     if c.language and c.causal:
         return "CAUSAL_LM"
-    return "SEQ_CLS" if c.labels and saved else None
+    return "SEQ_CLS" if {CLASSIFIER, "score"} & {*saved} else None
 
 
 def _whole(model, family) -> Whole:
