@@ -194,7 +194,11 @@ class Config:
 
     @classmethod
     def bert(cls, vocab_size, context, layers, heads, width, hidden, segments=2, **changes):
-        """BERT for masked LM (Devlin et al. 2018, arXiv:1810.04805); with segments=0 DistilBERT."""
+        """BERT for masked LM (Devlin et al. 2018, arXiv:1810.04805); with segments=0 DistilBERT.
+
+        RoBERTa (Liu et al. 2019, arXiv:1907.11692) has positions="counted" and a padding. To
+        classify texts, head="classes" has labels, and a pooler: "tanh", or DistilBERT's "relu".
+        """
         return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
                           width=width, hidden=hidden, kv_heads=heads, norm_first=False,
                           norm_eps=1e-12, activation="gelu", causal=False, head="masked",

@@ -51,6 +51,7 @@ def counted(tokens, padding: int, start: int = 0):
 
 def last(x, tokens, mask, padding: int | None):
     """The row of each text's last token that is neither padding nor masked: (B, T, C) -> (B, C).
+    Transformers looks for the padding's id alone.
 
     >>> from minilm.tensor import Tensor
     >>> x = Tensor(np.arange(6.0).reshape(2, 3, 1))

@@ -160,8 +160,11 @@ def test_classes_are_of_the_first_token_or_of_the_last():
     model, padded = noisy("llama, classes"), np.where(MASK, TOKENS, 1)
     found = model(padded).data  # by the padding's id, with no mask at all
     assert np.allclose(found, model(padded, MASK).data, atol=1e-5)
+    masked = model(TOKENS, MASK).data
     for row, n in enumerate((8, 5, 7, 2)):
-        assert np.allclose(found[row], model(TOKENS[row : row + 1, :n]).data, atol=1e-5)
+        alone = model(TOKENS[row : row + 1, :n]).data
+        assert np.allclose(found[row], alone, atol=1e-5)
+        assert np.allclose(masked[row], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert, untied", "roberta"])
