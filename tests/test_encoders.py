@@ -15,7 +15,7 @@ from minilm.interop.families import FAMILIES, ONLY
 from minilm.interop.heads import HEADS
 from minilm.interop.huggingface import load_model, save_model
 from minilm.interop.peft import load_adapter, save_adapter
-from minilm.peft import add_lora
+from minilm.peft import add_lora, retrain
 from minilm.shapes import tensor_shapes
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings(
@@ -295,6 +295,29 @@ def test_lora_on_a_classifier_is_read_there(peer, pair, tmp_path):
     agree(model(tokens, mask).data, run(peer, again, tokens, mask), 2e-6)
 
 
+def test_a_classifier_trained_beside_lora_is_read_there(peer, pair, tmp_path):
+    """DistilBERT's two layers have names that PEFT cannot tell apart, so both must be trained."""
+    peft = pytest.importorskip("peft")
+    theirs, ours, folder = pair
+    if not ours.config.labels:
+        return
+    for paths in (["head"], ["head", "pooler.dense"]) if ours.config.pooler else (["head"],):
+        model = retrain(add_lora(load_model(folder), 2, 4), paths)
+        rng = np.random.default_rng(0)
+        for t in model.parameters():
+            t.data += rng.normal(0, 0.1, t.shape).astype(np.float32)
+        if ours.config.pooler == "relu" and len(paths) == 1:
+            with pytest.raises(ValueError, match=r"cannot train classifier .*pre_classifier"):
+                save_adapter(model, tmp_path)
+            continue
+        save_adapter(model, tmp_path)
+        tokens, mask = text(theirs, MASKS["right"]), MASKS["right"]
+        assert np.array_equal(load_adapter(load_model(folder), tmp_path)(tokens, mask).data,
+                              model(tokens, mask).data)
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path).eval()
+        agree(model(tokens, mask).data, run(peer, again, tokens, mask), 2e-6)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("head", ["none", "classes"])
 def test_every_field_is_read_refused_or_harmless(peer, kind, head):
@@ -306,6 +329,21 @@ def test_every_field_is_read_refused_or_harmless(peer, kind, head):
     for field in dataclasses.fields(config):
         places = sum(field.name in names for names in lists)
         assert places == 1, f"{field.name} is in {places} of the lists"
+
+
+def test_a_prefix_may_be_missing_from_a_decoders_keys(peer, tmp_path):
+    theirs = made(peer, "LlamaForCausalLM", LLAMA, tmp_path)
+    file, tokens = tmp_path / "model.safetensors", text(theirs, MASKS["none"])
+    expected = load_model(tmp_path)(tokens).data
+    write_tensors(file, {k.removeprefix("model."): a for k, a in read_tensors(file).items()})
+    assert np.array_equal(load_model(tmp_path)(tokens).data, expected)
+
+
+@pytest.mark.parametrize("name", ["gelu_python", "gelu_accurate", "gelu", "gelu_new"])
+def test_activations_by_other_names(peer, tmp_path, name):
+    theirs = made(peer, "GPT2LMHeadModel", GPT2 | dict(activation_function=name), tmp_path)
+    tokens = text(theirs, MASKS["none"])
+    agree(load_model(tmp_path)(tokens).data, run(peer, theirs, tokens, MASKS["none"]), 2e-6)
 
 
 @pytest.mark.parametrize("changes", [

@@ -19,7 +19,7 @@ from minilm.interop.peft import load_adapter, save_adapter
 from minilm.measure.losses import loss_of
 from minilm.measure.plan import Step, parameters
 from minilm.optim import AdamW
-from minilm.peft import add_lora, merge_lora
+from minilm.peft import add_lora, merge_lora, retrain
 from minilm.quantize import quantize_model
 from minilm.shapes import tensor_shapes
 from minilm.train import Trainer
@@ -189,7 +189,7 @@ def test_a_classifier_learns(name, lora):
     """Trainer's own loss, with a mask, and the labels (B,)."""
     model, labels = noisy(name), np.array([0, 1, 2, 1])
     if lora:
-        add_lora(model, 4, 8, "all-linear")
+        retrain(add_lora(model, 4, 8), ["head"])
     with Trainer(model, AdamW(model.parameters(), lr=0.02)) as trainer:
         losses = [trainer.step(i, (TOKENS, labels, MASK)).loss for i in range(25)]
         loss, right = trainer.evaluate(TOKENS, labels, MASK)

@@ -118,7 +118,7 @@ PUBLIC = {  # what other programs rely on
     "quantize": "quantize_int8 Int8 Int8.dequantize int8_matmul_outliers quantize_4bit FourBit "
     "FourBit.dequantize QuantizedLinear quantize_model",
     "peft": "add_lora add_ia3 use_adapter merge_lora unmerge_lora unload_lora requantize_lora "
-    "trainable_parameters",
+    "retrain trainable_parameters",
     "peft.adapted": "Adapter AdaptedLinear insert_adapters merge unmerge unload chosen",
     "interop.huggingface": "load_model save_model",
     "interop.peft": "load_adapter save_adapter",

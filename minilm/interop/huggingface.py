@@ -2,9 +2,9 @@
 
 The tables of families.py say what each architecture calls its parts. The loader reads them one way,
 the saver the other. heads.py has the same families without a head, or with one for classes of
-texts. What Transformer cannot express is refused, never ignored. Two things are
-neither read nor written: dropout, which belongs to a training run and not to the weights, and
-settings that only matter for sampling, initialisation or other tasks.
+texts. What Transformer cannot express is refused, never ignored. Two things are neither read nor
+written: dropout, which belongs to a training run and not to the weights, and settings that only
+matter for sampling, initialisation or other tasks.
 """
 
 import os

@@ -10,8 +10,9 @@ from minilm.peft.adapted import unmerge as unmerge_lora
 from minilm.peft.ia3 import add_ia3
 from minilm.peft.lora import add_lora
 from minilm.peft.requantize import requantize_lora
+from minilm.peft.retrained import retrain
 
 __all__ = [
-    "add_ia3", "add_lora", "merge_lora", "requantize_lora", "trainable_parameters", "unload_lora",
-    "unmerge_lora", "use_adapter",
+    "add_ia3", "add_lora", "merge_lora", "requantize_lora", "retrain", "trainable_parameters",
+    "unload_lora", "unmerge_lora", "use_adapter",
 ]
