@@ -91,6 +91,22 @@ def _swiglu_backward(dy, gate, up):
     return dgate.astype(gate.dtype, copy=False), dup.astype(gate.dtype, copy=False)
 
 
+@op
+def soft_cap(x, cap):
+    """cap tanh(x / cap), which stays between -cap and cap (Riviere et al. 2024, arXiv:2408.00118,
+    section 2). ValueError if cap is not positive."""
+    floating("soft_cap", x=x)
+    if not 0 < cap < math.inf:
+        raise ValueError(f"soft_cap: cap must be positive and finite, got {cap}")
+
+    def formula(x):
+        tanh = array_module(x).tanh(wide(x) / cap)
+        return cap * tanh, 1 - tanh * tanh
+
+    y, slope = by_rows(formula, x)
+    return y.astype(x.dtype, copy=False), lambda dy: dy * slope
+
+
 def plain_gelu(x):
     """x P(Z <= x) for a standard normal Z, of an array. Section 2 of Hendrycks & Gimpel 2016."""
     return x * (1 + erf(x / math.sqrt(2))) / 2

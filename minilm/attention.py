@@ -84,14 +84,17 @@ def _rotary_by_kernel(x, cos, sin):
 FUSED = range(16, 129, 16)  # head widths that kernels/attention.cu takes
 
 
-def plain_attention(q, k, v, mask=None, causal=False, window=None):
+def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, cap=None):
     """softmax(q k^T / sqrt(D)) v, eq. (1) of Vaswani et al. 2017, for arrays as in `attention`.
 
     A query that may see no key gives nan, because its softmax is 0 / 0.
     """
     (H, T, D), (K, S) = q.shape[1:], k.shape[1:3]
     k, v = k.repeat(H // K, axis=1), v.repeat(H // K, axis=1)
-    scores = q @ k.swapaxes(-1, -2) / math.sqrt(D)  # (B, H, T, S)
+    scores = q @ k.swapaxes(-1, -2)  # (B, H, T, S)
+    scores = scores / math.sqrt(D) if scale is None else scores * scale
+    if cap:  # Riviere et al. 2024, arXiv:2408.00118, section 2
+        scores = cap * np.tanh(scores / cap)
     if mask is not None:
         scores = scores + (np.where(mask, 0, -np.inf) if mask.dtype == bool else mask)
     if causal:  # the last query sees every key
@@ -108,22 +111,25 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None):
 # row's largest score is subtracted, or exp would overflow. The query heads of a group lie beside
 # their key/value head, which is not repeated.
 @op
-def attention(q, k, v, mask=None, causal=False, window=None):
+def attention(q, k, v, mask=None, causal=False, window=None, scale=None, cap=None):
     """softmax(q k^T / sqrt(D) + mask) v, eq. (1) of Vaswani et al. 2017, arXiv:1706.03762.
 
     q (B, H, T, D), k and v (B, K, S, D), of one dtype -> (B, H, T, D). H is a multiple of K: each
     key/value head serves H / K query heads. mask broadcasts to (B, H, T, S): booleans (True may be
     seen) or numbers added to the scores. causal: the last query sees every key, each earlier query
     one key fewer. window: each sees only the last so many of those. If there are none it gives 0.
+    scale: a positive number in place of 1 / sqrt(D). cap: the scores become cap tanh(scores / cap)
+    before the mask, and stay between -cap and cap.
 
-    On a GPU kernels/attention.cu takes bfloat16 without a mask or a window, if D is 16, 32 .. 128.
+    On a GPU kernels/attention.cu takes bfloat16 without a mask, a window or a cap, if D is 16, 32
+    .. 128.
     """
-    _check(q, k, v, causal, window)
+    _check(q, k, v, causal, window, scale=scale, cap=cap)
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     window = None if window and window >= S else window
-    xp, scale = array_module(q), 1 / math.sqrt(D)
-    if xp is not np and q.dtype == "bfloat16" and mask is window is None and D in FUSED:
-        return _fused(q, k, v, causal)
+    xp, scale = array_module(q), 1 / math.sqrt(D) if scale is None else float(scale)
+    if xp is not np and q.dtype == "bfloat16" and mask is window is cap is None and D in FUSED:
+        return _fused(q, k, v, causal, scale)
     y = xp.empty_like(q)
     kept = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them
@@ -133,10 +139,11 @@ def attention(q, k, v, mask=None, causal=False, window=None):
     for b, t in _tiles(q, S):
         s = _keys(t, S - T, S, causal, window)  # the keys that some of the tile's rows see
         scores = qg[b, :, :, t] @ kg[b, :, :, s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
+        slope = _capped(scores, cap, xp) if cap else None
         old = window and t.start + S - T - window - s.start  # the last key too old for row 0
         P, l = _weights(scores, causal, old, None if bias is None else bias[b, :, :, t, s], xp)
         yg[b, :, :, t] = P @ vg[b, :, :, s] * l  # eq. (1)
-        tiles.append((b, t, s, P, l))
+        tiles.append((b, t, s, P, l, slope))
 
     @once
     def gradients(dy):
@@ -146,11 +153,13 @@ def attention(q, k, v, mask=None, causal=False, window=None):
         dq, dk, dv = (fresh(x, dtype=qg.dtype) for x in kept)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
         while tiles:  # the last tile comes first: it has all keys, or else adds to zeros
-            b, t, s, P, l = tiles.pop()
+            b, t, s, P, l, slope = tiles.pop()
             g = dyg[b, :, :, t] * l
             dS = g @ vg[b, :, :, s].swapaxes(-1, -2)
             dS -= row_dot(g, yg[b, :, :, t])
             dS *= P
+            if cap:
+                dS *= slope
             _into(dv[b, :, s], P.swapaxes(-1, -2) @ g, t.stop == T)
             _into(dk[b, :, s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
             dqg[b, :, :, t] = dS @ kg[b, :, :, s]
@@ -160,7 +169,7 @@ def attention(q, k, v, mask=None, causal=False, window=None):
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
 
 
-def _check(q, k, v, causal, window):
+def _check(q, k, v, causal, window, **positive):
     """ValueError or TypeError if the operands do not go together."""
     floating("attention", q=q, k=k, v=v)
     one_dtype("attention", q=q, k=k, v=v)
@@ -172,6 +181,9 @@ def _check(q, k, v, causal, window):
         raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"attention: window {window} must be None, or 1, 2 .. if causal")
+    for name, x in positive.items():
+        if x is not None and not 0 < x < math.inf:
+            raise ValueError(f"attention: {name} {x} must be None or a positive number")
 
 
 def _operands(q, k, v, scale, grouped):
@@ -185,14 +197,24 @@ def _operands(q, k, v, scale, grouped):
     return q.reshape(grouped), k[:, :, None], v[:, :, None]
 
 
-def _fused(q, k, v, causal):
+def _fused(q, k, v, causal, scale):
     """The same in kernels that never write the scores to memory, forward or backward."""
     q, k, v = cuda.aligned(q), cuda.aligned(k), cuda.aligned(v)
-    y, lse = cuda.attention_forward(q, k, v, causal)
+    y, lse = cuda.attention_forward(q, k, v, causal, scale)
 
     @once
-    def gradients(dy): return cuda.attention_backward(cuda.aligned(dy), q, k, v, y, lse, causal)
+    def gradients(dy):
+        return cuda.attention_backward(cuda.aligned(dy), q, k, v, y, lse, causal, scale)
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
+
+
+def _capped(scores, cap, xp):
+    """Turn the scores into cap tanh(scores / cap), and return its slope, 1 - tanh^2."""
+    scores /= cap
+    xp.tanh(scores, out=scores)
+    slope = 1 - scores * scores
+    scores *= cap
+    return slope
 
 
 def _weights(scores, causal, old, bias, xp):  # (..., t, s) -> (..., t, s), (..., t, 1)

@@ -19,16 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minilm.files import (
-    FormatError,
-    read_json,
-    read_tensors,
-    remove,
-    sha256,
-    sync_folder,
-    write_json,
-    write_tensors,
-)
+from minilm.files import FormatError, read_json, remove, sha256, sync_folder, write_json
+from minilm.tensorfiles import read_tensors, write_tensors
 
 FILES = ("tensors.safetensors", "state.json")
 

@@ -13,7 +13,8 @@ from minilm.rope import Dynamic, Linear, Llama3, Long, Yarn, check_rope
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")  # the linear layers of a block
 GATED = ("swiglu", "geglu_tanh")
 SIZE = whole(1)._replace(words="positive")
-FLAGS = ("norm_first", "norm_output", "norm_plus_one", "causal", "tied", "scaled_embedding")
+FLAGS = ("norm_first", "norm_output", "norm_both", "norm_plus_one", "causal", "tied",
+         "scaled_embedding")
 RANGES = dict.fromkeys(
     ("vocab_size", "context", "layers", "heads", "width", "hidden", "kv_heads"), SIZE) | {
     "head_width": optional(SIZE), "window": optional(SIZE), "norm": one_of("layer", "rms"),
@@ -22,7 +23,9 @@ RANGES = dict.fromkeys(
     "activation": one_of("gelu_tanh", "gelu", *GATED),
     "head": one_of("linear", "masked", "classes", "none"),
     "pooler": optional(one_of("tanh", "relu")), "padding": optional(whole(0)),
-    "segments": whole(0), "norm_eps": AT_LEAST_0, "rope_theta": POSITIVE, "dropout": BELOW_1}
+    "segments": whole(0), "norm_eps": AT_LEAST_0, "rope_theta": POSITIVE, "dropout": BELOW_1,
+    **dict.fromkeys(("attention_scale", "attention_cap", "logits_cap", "window_theta"),
+                    optional(POSITIVE))}
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Config:
     norm: str = "layer"  # or "rms"
     norm_first: bool = True  # pre-norm; False: post-norm, as in the original transformer
     norm_output: bool = False  # pre-norm's norms are at the end of the branches: OLMo 2
+    norm_both: bool = False  # pre-norm, and norms at the end of the branches too: Gemma 2 and 3
     norm_plus_one: bool = False  # RMSNorm multiplies by 1 + weight: Gemma
     norm_eps: float = 1e-5
     qk_norm: str | None = None  # RMSNorm of q and k: of each "head", or of all as one "width"
@@ -54,10 +58,14 @@ class Config:
     rope_theta: float = 10000.0
     rope: Linear | Dynamic | Llama3 | Yarn | Long | None = None  # how its angles are stretched
     unrotated: tuple[int, ...] = ()  # layers that know no positions: SmolLM3
+    window_theta: float | None = None  # rope_theta of layers with a window, unstretched: Gemma 3
+    attention_scale: float | None = None  # of the scores; None: 1 / sqrt(the width of a head)
+    attention_cap: float | None = None  # cap tanh(scores / cap): Gemma 2
     activation: str = "gelu_tanh"  # or "gelu", "swiglu", "geglu_tanh"
     causal: bool = True
     window: int | None = None  # a query sees so many tokens, with itself; None: all before it
     unwindowed: tuple[int, ...] = ()  # layers that see all even so
+    logits_cap: float | None = None  # cap tanh(logits / cap): Gemma 2
     head: str = "linear"  # or "masked": BERT's transform in front of the output; "classes"; "none"
     labels: tuple[str, ...] = ()  # the classes of a text, by their names, for head "classes"
     pooler: str | None = None  # of the first token, for the text: its activation, "tanh" or "relu"
@@ -115,6 +123,10 @@ class Config:
                 (self.causal or not self.window, "window", "a causal model"),
                 (self.window or not self.unwindowed, "unwindowed", "a window"),
                 (self.norm_first or not self.norm_output, "norm_output", "norm_first"),
+                (not self.norm_both or (self.norm_first and not self.norm_output), "norm_both",
+                 "norm_first and without norm_output"),
+                (not self.window_theta or (self.window and self.positions == "rotary"),
+                 "window_theta", "a window and rotary positions"),
                 (self.norm == "rms" or not (self.norm_plus_one or self.qk_norm),
                  "norm_plus_one or qk_norm", "norm 'rms'")):
             if not fits:

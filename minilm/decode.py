@@ -71,10 +71,13 @@ def decode(model: Transformer, token: int, cache) -> np.ndarray:
             x = x + norm(block.norm1, attend(block.attention, x, angles, kept))
             x = x + norm(block.norm2, mlp(block.mlp, x))
         else:
-            x = x + attend(block.attention, norm(block.norm1, x), angles, kept)
-            x = x + mlp(block.mlp, norm(block.norm2, x))
+            y = attend(block.attention, norm(block.norm1, x), angles, kept)
+            x = x + (norm(block.end1, y) if block.norm_both else y)
+            y = mlp(block.mlp, norm(block.norm2, x))
+            x = x + (norm(block.end2, y) if block.norm_both else y)
     cache.length += 1
-    return linear(model.head, norm(model.norm, x))
+    logits = linear(model.head, norm(model.norm, x))
+    return c.logits_cap * np.tanh(logits / c.logits_cap) if c.logits_cap else logits
 
 
 def attend(m, x, angles, kept):  # (C,) -> (C,)
@@ -87,11 +90,15 @@ def attend(m, x, angles, kept):  # (C,) -> (C,)
     if m.qk_norm == "head":
         q, k = m.q_norm(Tensor(q)).data, m.k_norm(Tensor(k)).data
     if angles is not None and m.rotates:
-        q, k = turn(q, *angles), turn(k, *angles)
+        cos, sin = angles[-2:] if m.window else angles[:2]
+        q, k = turn(q, cos, sin), turn(k, cos, sin)
     k, v = kept.put(k[None], v[None])  # (1, K, S, D)
     if m.window:
         k, v = k[:, :, -m.window :], v[:, :, -m.window :]
-    P = (q * (1 / math.sqrt(q.shape[-1]))) @ k[0].swapaxes(-1, -2)  # (K, H/K, S)
+    scale = m.scale or 1 / math.sqrt(q.shape[-1])
+    P = (q * scale) @ k[0].swapaxes(-1, -2)  # (K, H/K, S)
+    if m.cap:
+        P = m.cap * np.tanh(P / m.cap)
     P -= np.maximum.reduce(P, -1, keepdims=True)
     np.exp(P, out=P)
     y = P @ v[0]

@@ -233,7 +233,7 @@ class Distillation:
         if self.weights[2]:
             hidden = (self.project(ours) if self.project else ours), theirs
         # The logits get no names here, so that the loss can free them.
-        return distillation_loss(student.head(ours), self._answers(theirs),
+        return distillation_loss(student.logits(ours), self._answers(theirs),
                                  losses.of_text(targets, mask), self.temperature, self.weights,
                                  hidden, counted, self.masked_only, self.reverse, totals)
 
@@ -246,7 +246,7 @@ class Distillation:
 
     def _answers(self, hidden):
         with no_grad(), no_dropout():
-            logits = self.teacher.head(hidden)
+            logits = self.teacher.logits(hidden)
         return top_k(logits, self.top_k, self.temperature) if self.top_k is not None else logits
 
 
@@ -278,7 +278,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
         tied = out.plain().weight is embedding  # not if the head is adapted or quantized
     config = replace(teacher.config.of_layers(layers), tied=tied)
     student = Transformer(config).astype(embedding.dtype)
-    student.ends = teacher.ends
+    student.ends, student.origin = teacher.ends, teacher.origin
     theirs, state = dict(teacher.named_modules()), {}
     for path, _ in student.named_tensors():
         owner, _, name = path.rpartition(".")

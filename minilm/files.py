@@ -3,46 +3,24 @@
 A write goes to a temporary file in the same folder, is forced to the disk, and is then renamed over
 the target. So a crash leaves the old file or the new one, never a part. What a kill leaves of a
 temporary file is removed by the next write to its target. A read accepts only what is well formed
-and raises FormatError for anything else. Tensors are stored as safetensors. The header is written
-here, for two reasons: the library's own writer puts metadata in a random order, and this way
-tensors go to the file without a copy. The library does the reading; tests try hostile files.
+and raises FormatError for anything else.
 """
 
 import errno
 import glob
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import ml_dtypes
-import numpy as np
-from safetensors import SafetensorError, deserialize
 
 from minilm.locks import hold
 from minilm.strict import parse
 
-DTYPES = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
-CODES = {dtype.name: code for code, dtype in DTYPES.items()}
+LFS = b"version https://git-lfs"  # the first bytes of what git-lfs leaves in a file's place
 
 
 class FormatError(ValueError):
@@ -148,7 +126,7 @@ def read_json(path: str | os.PathLike) -> object:
 
     Raises FormatError, FileNotFoundError.
     """
-    return _parse_json(path, read_bytes(path))
+    return parse_json(path, read_bytes(path))
 
 
 def read_json_lines(path: str | os.PathLike) -> list:
@@ -161,62 +139,16 @@ def read_json_lines(path: str | os.PathLike) -> list:
         lines.pop()
     for i, line in enumerate(lines, 1):
         try:
-            values.append(_parse_json(path, line))
+            values.append(parse_json(path, line))
         except FormatError as error:
             if i < len(lines):
                 raise FormatError(path, f"line {i}: {error.args[1]}") from None
     return values
 
 
-def write_tensors(
-    path: str | os.PathLike,
-    tensors: dict[str, np.ndarray],
-    metadata: dict[str, str] | None = None,
-) -> None:
-    """Write named arrays as safetensors; the same input gives the same bytes.
-
-    TypeError for a dtype that is not in DTYPES. Only arrays that are not C-contiguous are copied.
-    """
-    write_atomically(path, *tensor_parts(tensors, metadata))
-
-
-def tensor_parts(
-    tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
-) -> Iterator[bytes]:
-    """What `write_tensors` writes, part by part; an array is copied only when its turn comes."""
-    codes = {name: _code(name, array) for name, array in tensors.items()}
-    # Large items first: every tensor then starts at a multiple of its item size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    header = {} if metadata is None else {"__metadata__": _checked(metadata)}
-    end = 0
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": codes[name], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    bodies = (_bytes_of(tensors[name], DTYPES[codes[name]]) for name in names)
-    return itertools.chain([len(text).to_bytes(8, "little"), text], bodies)
-
-
-def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Read a safetensors file as writable arrays, sorted by name; metadata is not returned.
-
-    Its peak memory is twice the file's size. Raises FormatError, FileNotFoundError.
-    """
-    data = read_bytes(path)
-    try:
-        views = deserialize(data)
-    except SafetensorError as error:
-        raise FormatError(path, f"not a safetensors file: {error}") from error
-    header_size = int.from_bytes(data[:8], "little")
-    _parse_json(path, data[8 : 8 + header_size])  # the library accepts a name that appears twice
-    return {name: _array(path, name, view) for name, view in sorted(views)}
-
-
 def sha256(path: str | os.PathLike) -> str:
     """SHA-256 of a file, in hex. Raises FormatError, FileNotFoundError."""
-    return _of_file(path, lambda file: hashlib.file_digest(file, "sha256").hexdigest())
+    return of_file(path, lambda file: hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
@@ -224,10 +156,11 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
     A pipe would wait for its writer for ever, and a device may have no end.
     """
-    return _of_file(path, lambda file: file.read())
+    return of_file(path, lambda file: file.read())
 
 
-def _of_file(path, read):
+def of_file(path: str | os.PathLike, read: Callable):
+    """read(the open file). Raises what `read_bytes` raises."""
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
@@ -253,45 +186,17 @@ def _kind(mode):
     return kinds.get(stat.S_IFMT(mode), "device")
 
 
-def _parse_json(path, data):
+def parse_json(path: str | os.PathLike, data: bytes) -> object:
+    """What `read_json` makes of the bytes of a file."""
     try:
         return parse(data)
     except (ValueError, RecursionError) as error:
+        require_no_pointer(path, data)
         raise FormatError(path, f"not valid JSON: {error}") from error
 
 
-def _checked(metadata):
-    for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise TypeError(f"metadata must map str to str, got {key!r}: {value!r}")
-    return dict(sorted(metadata.items()))
-
-
-def _code(name, array):
-    if not isinstance(name, str):
-        raise TypeError(f"tensor names must be str, got {name!r}")
-    if name == "__metadata__":
-        raise ValueError("a tensor cannot be named '__metadata__': safetensors reserves it")
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"tensor {name!r} must be a numpy array, got {type(array).__name__}")
-    if array.dtype.name not in CODES:
-        raise TypeError(f"tensor {name!r} has dtype {array.dtype}, expected one of {list(CODES)}")
-    return CODES[array.dtype.name]
-
-
-def _bytes_of(array, dtype):
-    return np.asarray(array, dtype, order="C").reshape(-1).view(np.uint8)
-
-
-def _array(path, name, view):
-    if view["dtype"] not in DTYPES:
-        raise FormatError(
-            path, f"tensor {name!r} has dtype {view['dtype']}, expected one of {list(DTYPES)}"
-        )
-    try:
-        array = np.frombuffer(view["data"], DTYPES[view["dtype"]]).reshape(view["shape"])
-    except ValueError as error:
-        raise FormatError(path, f"tensor {name!r}, shape {view['shape']}: {error}") from error
-    if view["dtype"] == "BOOL" and array.view(np.uint8).max(initial=0) > 1:
-        raise FormatError(path, f"tensor {name!r} has a bool that is neither 0 nor 1")
-    return array
+def require_no_pointer(path: str | os.PathLike, data: bytes) -> None:
+    """FormatError if the bytes of a file are git-lfs's name of one that was not fetched."""
+    if data.startswith(LFS):
+        raise FormatError(path, "is a pointer of git-lfs, not the file itself: `git lfs pull` in "
+                                "its folder fetches it")

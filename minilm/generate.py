@@ -109,7 +109,7 @@ def logits_after(model, new, cache: Cache | None, fast: bool):  # (B, T) -> (B, 
         elif fast and new.shape == (1, 1):
             logits = decode(model, new[0, 0], cache)[None]
         else:
-            logits = model.head(model.hidden(new, cache=cache)[:, -1]).data
+            logits = model.logits(model.hidden(new, cache=cache)[:, -1]).data
     return to_device(logits, "cpu")
 
 

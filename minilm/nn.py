@@ -249,5 +249,8 @@ def parameter(data) -> Tensor:
 
 
 def normal(rng, shape, std) -> Tensor:
-    """A parameter drawn from N(0, std^2)."""
+    """A parameter drawn from N(0, std^2); without a generator it is memory that nobody has written.
+    """
+    if rng is None:
+        return parameter(np.empty(shape, np.float32))
     return parameter(rng.standard_normal(shape, dtype=np.float32) * np.float32(std))

@@ -19,7 +19,7 @@ array([[ 0.    ,  0.1423],
 import numpy as np
 
 from minilm import cuda
-from minilm.activations import gelu, relu, silu, swiglu, tanh
+from minilm.activations import gelu, relu, silu, soft_cap, swiglu, tanh
 from minilm.arrays import (
     by_rows,
     described,
@@ -40,7 +40,7 @@ from minilm.tensor import add, concat, matmul, mul, op
 __all__ = [
     "add", "attention", "concat", "cosine_embedding", "cross_entropy", "dropout", "embedding",
     "gelu", "kl_divergence", "layer_norm", "linear", "log_softmax", "matmul", "merge_heads", "mse",
-    "mul", "relu", "rms_norm", "rotary", "silu", "softmax", "split_heads", "swiglu",
+    "mul", "relu", "rms_norm", "rotary", "silu", "soft_cap", "softmax", "split_heads", "swiglu",
     "tanh",
 ]
 

@@ -179,8 +179,9 @@ def check_rope(rope, theta: float, D: int):
 def rotary_tables(c, places, dtype):
     """cos and sin of the angles at these places, from float32 as in transformers: (T, D/2) each.
 
-    c: a Config. places: increasing positions. Where the angles depend on the length of the text,
-    it ends at the last place.
+    c: a Config. With a window_theta the layers with a window have tables of their own, which come
+    behind the others. places: increasing positions. Where the angles depend on the length of the
+    text, it ends at the last place.
     """
     xp = array_module(places)
     if c.rope is None:
@@ -188,7 +189,14 @@ def rotary_tables(c, places, dtype):
     else:
         T = int(places[-1]) + 1 if c.rope.steady else None
         w, scale = c.rope.frequencies(c.rope_theta, c.D, T, xp), c.rope.scale
-    angles = places[:, None].astype(np.float32) * w
+    tables = _tables(places, w, scale, dtype)
+    if c.window_theta:
+        tables += _tables(places, frequencies(c.window_theta, c.D, xp), 1.0, dtype)
+    return tables
+
+
+def _tables(places, w, scale, dtype):
+    xp, angles = array_module(places), places[:, None].astype(np.float32) * w
     cos, sin = xp.cos(angles), xp.sin(angles)
     if scale != 1:
         cos, sin = cos * scale, sin * scale

@@ -23,7 +23,9 @@ def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     block = {}
     for path, (O, I) in linear_layers(c).items():
         block |= _linear(path, O, I, c.has_bias(path))
-    block |= _below("norm1", norm) | _below("norm2", norm) | qk_norms(c)
+    for name in ("norm1", "norm2", *(("end1", "end2") if c.norm_both else ())):
+        block |= _below(name, norm)
+    block |= qk_norms(c)
     for i in range(c.layers):
         shapes |= _below(f"blocks.{i}", block)
     shapes |= _below("norm" if c.norm_first else "embed_norm", norm)

@@ -1,7 +1,7 @@
 """One transformer in three families: GPT-2, Llama and those after it, BERT/DistilBERT.
 
 `Config` holds what differs. The families share all code below except for these choices, and what
-later Llamas add: a head width of their own, norms of q and k, a window, layers without rotation:
+later Llamas add: a head width of their own, norms of q and k, windows, layers without rotation:
 
                  GPT-2             Llama, Mistral      BERT, DistilBERT
     positions    learned           rotary              learned
@@ -45,6 +45,7 @@ class Attention(Module):
         self.heads, self.kv_heads, self.causal = c.heads, c.kv_heads, c.causal
         self.window = None if i in c.unwindowed else c.window
         self.rotates, self.qk_norm = i not in c.unrotated, c.qk_norm
+        self.scale, self.cap = c.attention_scale, c.attention_cap
         q, kv = c.heads * c.D, c.kv_heads * c.D
         self.q = Linear(c.width, q, rng, c.has_bias("q"))
         self.k = Linear(c.width, kv, rng, c.has_bias("k"))
@@ -64,10 +65,12 @@ class Attention(Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None and self.rotates:
-            q, k = ops.rotary(q, *angles), ops.rotary(k, *angles)
+            cos, sin = angles[-2:] if self.window else angles[:2]
+            q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D), the cached ones first
-        y = ops.attention(q, k, v, mask=mask, causal=self.causal, window=self.window)
+        y = ops.attention(q, k, v, mask=mask, causal=self.causal, window=self.window,
+                          scale=self.scale, cap=self.cap)
         return self.o(ops.merge_heads(y))
 
 
@@ -97,11 +100,15 @@ class MLP(Module):
 
 
 class Block(Module):
-    """Attention and MLP, each in a residual branch, with a norm before, after or inside it."""
+    """Attention and MLP, each in a residual branch, with a norm before, after or inside it, or with
+    one at its start and one at its end."""
 
     def __init__(self, c: Config, rng, i: int = 0):  # i: the layer's number
-        self.norm_first, self.norm_output = c.norm_first, c.norm_output
+        self.norm_first, self.norm_output, self.norm_both = (
+            c.norm_first, c.norm_output, c.norm_both)
         self.norm1, self.norm2 = make_norm(c), make_norm(c)
+        if c.norm_both:
+            self.end1, self.end2 = make_norm(c), make_norm(c)
         self.attention, self.mlp = Attention(c, rng, i), MLP(c, rng)
         self.drop = Dropout(c.dropout)
 
@@ -109,6 +116,9 @@ class Block(Module):
         if self.norm_output:
             x = x + self.drop(self.norm1(self.attention(x, mask, angles, cache)))
             return x + self.drop(self.norm2(self.mlp(x)))
+        if self.norm_both:
+            x = x + self.drop(self.end1(self.attention(self.norm1(x), mask, angles, cache)))
+            return x + self.drop(self.end2(self.mlp(self.norm2(x))))
         if self.norm_first:
             x = x + self.drop(self.attention(self.norm1(x), mask, angles, cache))
             return x + self.drop(self.mlp(self.norm2(x)))
@@ -153,8 +163,10 @@ class Transformer(Module):
     its last one that is not padding. Without a head they are the hidden states (B, T, C).
     ValueError for other tokens, masks or segments. The weights are drawn from `seed` as GPT-2's:
     N(0, 0.02^2), but output projections of the residual branches are divided by sqrt(2 layers).
+    With seed None nothing is drawn: the weights are to be put in place.
     checkpoint_every = k runs every k blocks under `checkpoint`; 0 keeps all activations.
     ends: what the folder names that the model was loaded from; a new model has none.
+    origin: the small files of that folder, (name, bytes) each, which saving gives back.
 
     >>> model = Transformer(Config.gpt2(vocab_size=256, context=8, layers=2, heads=4, width=32))
     >>> model(np.array([[72, 105, 33]])).shape
@@ -163,9 +175,9 @@ class Transformer(Module):
     33920
     """
 
-    def __init__(self, config: Config, seed: int = 0):
-        c, rng = config, np.random.default_rng(seed)
-        self.config, self.checkpoint_every, self.ends = c, 0, Ends()
+    def __init__(self, config: Config, seed: int | None = 0):
+        c, rng = config, None if seed is None else np.random.default_rng(seed)
+        self.config, self.checkpoint_every, self.ends, self.origin = c, 0, Ends(), ()
         self.embed = Embedding(c.vocab_size, c.width, rng, padding=c.padding)
         unplaced = c.padding if c.positions == "counted" else None
         self.position = Embedding(c.places, c.width, rng, padding=unplaced) if c.places else None
@@ -183,7 +195,8 @@ class Transformer(Module):
         x = self.hidden(tokens, mask, cache, segments)
         if self.config.labels:
             x = self.pooled(x) if self.pooler else last(x, tokens, mask, self.config.padding)
-        return self.head(x) if self.head else x
+            return self.head(x)
+        return self.logits(x) if self.head else x
 
     def pooled(self, x) -> Tensor:
         """What stands for each text, from its hidden states: (B, T, C) -> (B, C)."""
@@ -198,6 +211,11 @@ class Transformer(Module):
         """
         x = self.embedded(tokens, cache.length if cache else 0, segments)
         return self.run(x, mask, cache=cache)
+
+    def logits(self, x) -> Tensor:
+        """What the head says of hidden states: (..., C) -> (..., V)."""
+        cap, logits = self.config.logits_cap, self.head(x)
+        return ops.soft_cap(logits, cap) if cap else logits
 
     def embedded(self, tokens, start: int = 0, segments=None) -> Tensor:
         """The input of the first block: (B, T) -> (B, T, C).

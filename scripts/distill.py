@@ -169,7 +169,7 @@ def distill(run, s: Settings, teacher, tokenizer, texts):
     for name, (student, loss) in make_students(s, teacher).items():
         arms[name] = Arm(student, train(run, s, name, student, texts, s.steps, loss))
     student = list(arms)[1]
-    arms[student].model.ends = teacher.ends
+    arms[student].model.ends, arms[student].model.origin = teacher.ends, teacher.origin
     huggingface.save_model(arms[student].model, run.path / "student", tokenizer)
     print_table(arms, speeds({name: arm.model for name, arm in arms.items()}, texts[1][0]), student)
     picture = draw(run.path / "distill.png", arms, s.prompt,

@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilm.files import DTYPES, FormatError
+from minilm.files import FormatError
+from minilm.tensorfiles import DTYPES
 
 SECONDS, BYTES = 2, 1 << 30
 HANGS = 60  # seconds on the clock for a hundred inputs, then the process ends

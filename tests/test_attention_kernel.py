@@ -33,11 +33,11 @@ def draw(heads, T, S, D, seed, kind=(1, 0)):
     return [a.astype("bfloat16") for a in (size * q + shared, k + abs(shared), v, dy)]
 
 
-def run(cupy, q, k, v, dy, causal):
+def run(cupy, q, k, v, dy, causal, scale=None):
     """y, lse, dq, dk, dv of the kernels."""
     q, k, v, dy = (cupy.asarray(a) for a in (q, k, v, dy))
-    y, lse = attention_forward(q, k, v, causal)
-    return [a.get() for a in (y, lse, *attention_backward(dy, q, k, v, y, lse, causal))]
+    y, lse = attention_forward(q, k, v, causal, scale)
+    return [a.get() for a in (y, lse, *attention_backward(dy, q, k, v, y, lse, causal, scale))]
 
 
 def spec(q, k, v, dy, causal):
@@ -104,6 +104,14 @@ def test_the_error_is_of_the_size_of_pytorchs(cupy, causal):
     found = run(cupy, *inputs, causal)
     for ours, twin, expected in zip([found[0], *found[2:]], theirs, [exact[0], *exact[2:]]):
         assert rms(ours - expected) < 1.2 * rms(twin - expected)
+
+
+def test_a_scale_is_that_of_scaled_queries(cupy):
+    """16^-0.5 (2 q) k^T has the numbers of 0.5 q k^T; powers of two round nothing."""
+    q, k, v, dy = draw((1, 2, 1), 67, 70, 16, 3)
+    y, lse, dq, dk, dv = run(cupy, q, k, v, dy, True, scale=0.5)
+    found = y, lse, (dq / 2).astype("bfloat16"), dk, dv
+    assert bits(found) == bits(run(cupy, (2 * q).astype("bfloat16"), k, v, dy, True))
 
 
 def rms(a):

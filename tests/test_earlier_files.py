@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilm.files import read_tensors, write_tensors
 from minilm.interop import bitsandbytes, huggingface, peft
 from minilm.peft import add_lora, trainable_parameters
 from minilm.quantize import quantize_model
 from minilm.run import RunDirectory
+from minilm.tensorfiles import read_tensors, write_tensors
 from minilm.transformer import Config, Transformer
 
 VERSIONS = sorted((Path(__file__).parent / "files").iterdir())

@@ -27,6 +27,8 @@ LLAMA = BERT | dict(num_key_value_heads=2, pad_token_id=1)
 SMALL = dict(vocab_size=23, dim=16, hidden_dim=24, n_layers=2, n_heads=4,
              max_position_embeddings=24)
 GPT2 = dict(vocab_size=23, n_embd=16, n_layer=2, n_head=4, n_positions=24)
+GEMMA = LLAMA | dict(head_dim=4, query_pre_attn_scalar=4, sliding_window=6,
+                     final_logit_softcapping=0.5)
 UNTIED = dict(tie_word_embeddings=False)
 NAMES = dict(id2label={"0": "no", "1": "perhaps", "2": "yes"})
 CASES = {  # name -> (transformers' class, its config)
@@ -54,6 +56,10 @@ CASES = {  # name -> (transformers' class, its config)
     "llama, classes": ("LlamaForSequenceClassification", LLAMA | NAMES),
     "qwen3, bare": ("Qwen3Model", LLAMA | dict(head_dim=4)),
     "gemma, classes": ("GemmaForSequenceClassification", LLAMA | dict(head_dim=4)),
+    "gemma 2, bare": ("Gemma2Model", GEMMA),
+    "gemma 2, classes": ("Gemma2ForSequenceClassification", GEMMA),
+    "gemma 3, bare": ("Gemma3TextModel", GEMMA),
+    "gemma 3, classes": ("Gemma3TextForSequenceClassification", GEMMA),
 }
 T = 20
 LENGTHS = np.array([[T], [13], [5]])

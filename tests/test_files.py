@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from minilm import files
-from minilm.files import DTYPES, FormatError, read_json, read_tensors, write_json, write_tensors
+from minilm.files import FormatError, read_json, write_json
+from minilm.tensorfiles import DTYPES, read_tensors, write_tensors
 
 
 @st.composite

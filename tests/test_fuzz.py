@@ -18,7 +18,7 @@ from report import picture
 from minilm import checkpoint, data
 from minilm.data.instructions import load_records, save_records
 from minilm.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
-from minilm.files import FormatError, read_tensors, write_json, write_tensors
+from minilm.files import FormatError, write_json
 from minilm.interop import bitsandbytes, huggingface, peft
 from minilm.measure.verdict import verdict
 from minilm.nn import Module, parameter
@@ -27,6 +27,7 @@ from minilm.peft import add_ia3, add_lora, unload_lora
 from minilm.quantize import quantize_int8, quantize_model
 from minilm.results import Result, table, verdicts
 from minilm.run import RunDirectory
+from minilm.tensorfiles import read_tensors, write_tensors
 from minilm.transformer import Config, Ends, Transformer
 
 INPUTS, SEED = int(os.environ.get("FUZZ", 60)), int(os.environ.get("FUZZ_SEED", 0))

@@ -2,6 +2,7 @@
 load, a damaged or unsupported folder raises FormatError naming the key or field, and (marked
 peers) transformers computes the same logits from the same files, whoever wrote them."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -12,13 +13,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from minilm.files import FormatError, read_json, write_json
 from minilm.interop.families import FAMILIES
 from minilm.interop.huggingface import load_model, save_model
 from minilm.nn import Linear as LinearLayer
 from minilm.nn import Module
 from minilm.rope import Dynamic, Linear, Llama3, Long, Yarn
 from minilm.shapes import tensor_shapes
+from minilm.tensor import Tensor
+from minilm.tensorfiles import read_tensors, write_tensors
 from minilm.transformer import Config, Transformer
 
 SMALL = dict(vocab_size=23, context=11, layers=2, heads=4, width=16)
@@ -537,11 +540,27 @@ def test_foreign_modules(tmp_path):
     model.replace("blocks.1.mlp.up", LinearLayer(16, 60, rng))
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.up\.weight: \(60, 16\)"):
         save_model(model, tmp_path / "x")
-    model = Transformer(CONFIGS["gpt2"])
-    model.replace("head", LinearLayer(16, 23, rng, bias=False))  # config says that it is tied
-    with pytest.raises(ValueError, match=r"head\.weight"):
+    model = Transformer(CONFIGS["llama"])
+    model.replace("head", LinearLayer(16, 23, rng))
+    with pytest.raises(ValueError, match=r"head\.bias"):
         save_model(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "gemma", "bert", "distilbert"])
+@pytest.mark.parametrize("end", ["head", "embed"])
+def test_a_head_that_was_tied_is_saved_by_itself(tmp_path, name, end):
+    """As after an adapter with a head of its own was merged."""
+    model = noisy(CONFIGS[name])
+    masked = model.config.head == "masked"
+    path = end if end == "embed" or not masked else "head.out"
+    layer = copy.copy(dict(model.named_modules())[path])
+    layer.weight = Tensor(np.random.default_rng(7).standard_normal(layer.weight.shape, np.float32))
+    model.replace(path, layer)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert model.config.tied and not loaded.config.tied
+    assert np.array_equal(loaded(TOKENS, MASK).data, model(TOKENS, MASK).data)
 
 
 class Wrapped(Module):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from minilm.files import FormatError, read_json, write_json
 from minilm.interop import huggingface
 from minilm.interop.bitsandbytes import load_4bit, load_model, save_4bit, save_model
 from minilm.interop.peft import load_adapter
@@ -23,6 +23,7 @@ from minilm.nn import Linear
 from minilm.peft import add_lora
 from minilm.quantize import QuantizedLinear, quantize_4bit, quantize_model
 from minilm.quantize.fourbit import BLOCK_SIZES, double_quantize
+from minilm.tensorfiles import read_tensors, write_tensors
 from minilm.transformer import Config, Transformer
 
 SMALL = dict(vocab_size=23, context=11, layers=2, heads=4, width=64)
@@ -350,7 +351,7 @@ def test_settings(tmp_path, saved):
 
 
 def test_either_reader_names_the_other(saved, tmp_path):
-    with pytest.raises(FormatError, match=r"quantization_config.*interop\.bitsandbytes"):
+    with pytest.raises(FormatError, match=r"quantization_config.*interop\.load_model"):
         huggingface.load_model(saved["llama"])
     huggingface.save_model(base("llama"), tmp_path)
     expect(tmp_path, "config.json", "quantization_config is None")

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from minilm.files import FormatError, read_json, write_json
 from minilm.interop import patterns
 from minilm.interop.huggingface import save_model
 from minilm.interop.peft import base_of, load_adapter, save_adapter
@@ -34,6 +34,7 @@ from minilm.peft.adapted import adapted_layers, insert_adapters
 from minilm.peft.ia3 import IA3
 from minilm.peft.lora import LoRA
 from minilm.quantize import quantize_model
+from minilm.tensorfiles import read_tensors, write_tensors
 from minilm.transformer import Config, Transformer
 
 SMALL = dict(vocab_size=23, context=11, layers=2, heads=4, width=16)

@@ -149,6 +149,9 @@ BAD = {
     "attention: T > S": (lambda: attend(q=f(2, 4, 6, 6), causal=True), ValueError, "does not go"),
     "attention: window": (lambda: attend(window=2), ValueError, "window 2"),
     "attention: no window": (lambda: attend(window=0, causal=True), ValueError, "window 0"),
+    "attention: scale": (lambda: attend(scale=0.0), ValueError, "scale 0.0"),
+    "attention: cap": (lambda: attend(cap=-1.0), ValueError, "cap -1.0"),
+    "soft_cap": (lambda: ops.soft_cap(f(2), 0.0), ValueError, "got 0.0"),
     "attention: mask": (lambda: attend(mask=f(5, 4)), ValueError, r"\(5, 4\)"),
     "cross_entropy: shapes": (lambda: ops.cross_entropy(f(2, 3, 4), i(6)), ValueError, r"\(6,\)"),
     "cross_entropy: class": (lambda: ops.cross_entropy(f(2, 4), i(3, 5)), ValueError,
@@ -222,8 +225,8 @@ def test_another_librarys_array_is_named(call):
 
 
 FLOATS = {
-    "softmax": ops.softmax, "log_softmax": ops.log_softmax, "gelu": ops.gelu, "silu": ops.silu,
-    "tanh": ops.tanh,
+    "softmax": ops.softmax, "soft_cap": lambda x: ops.soft_cap(x, 1.0), "tanh": ops.tanh,
+    "log_softmax": ops.log_softmax, "gelu": ops.gelu, "silu": ops.silu,
     "swiglu": lambda x: ops.swiglu(x, x), "rms_norm": lambda x: ops.rms_norm(x, f(3)),
     "layer_norm": lambda x: ops.layer_norm(x, f(3), f(3)),
     "dropout": lambda x: ops.dropout(x, 0.5, np.random.default_rng(0)),
@@ -244,7 +247,7 @@ def test_numbers_that_would_be_rounded_are_refused(name, dtype):
 
 @st.composite
 def attention_inputs(draw):
-    """q, k, v in float64, a mask, `causal` and `window`; sizes around the 64 rows of a tile."""
+    """q, k, v in float64, a mask and settings; sizes around the 64 rows of a tile."""
     rng = np.random.default_rng(draw(seeds))
     B, K, group, D = (draw(st.integers(1, n)) for n in (3, 2, 3, 5))
     T, past = draw(st.sampled_from([1, 2, 63, 64, 65, 127, 128, 200])), draw(st.integers(0, 70))
@@ -254,17 +257,21 @@ def attention_inputs(draw):
     seen = rng.random(shape) < 0.8
     masks = [None, seen, rng.standard_normal(shape), np.where(seen, 0.0, -np.inf)]
     causal, window = draw(st.booleans()), draw(st.none() | st.integers(1, 90))
-    return [q, k, v], masks[draw(st.integers(0, 3))], causal, window if causal else None
+    scale = draw(st.sampled_from([None, 0.3, 1.0]))
+    settings = dict(causal=causal, window=window if causal else None, scale=scale,
+                    cap=draw(st.none() | st.just(0.8)))
+    return [q, k, v], masks[draw(st.integers(0, 3))], settings
 
 
 @given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
 def test_attention_is_pytorchs(inputs, block):
     """Tiles over rows and batch, every kind of mask, S > T, queries that see nothing."""
-    (q, k, v), mask, causal, window = inputs
-    T, S = q.shape[2], k.shape[2]
+    (q, k, v), mask, settings = inputs
+    T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    causal, window, scale, cap = settings.values()
 
     def ours(q, k, v):
-        return ops.attention(q, k, v, mask=mask, causal=causal, window=window)
+        return ops.attention(q, k, v, mask=mask, **settings)
 
     def twin(q, k, v):
         bias = torch.zeros(T, S, dtype=q.dtype)
@@ -276,7 +283,13 @@ def test_attention_is_pytorchs(inputs, block):
         if window:
             past = torch.ones(T, S, dtype=bool).tril(S - T - window)
             bias = bias.masked_fill(past, -math.inf)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
+        if cap is None:
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, bias, scale=scale, enable_gqa=True)
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = cap * torch.tanh(q @ k.mT * (scale or q.shape[-1] ** -0.5) / cap) + bias
+        nothing = (scores == -math.inf).all(-1, keepdim=True)  # such a row gives 0
+        return scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ v
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
@@ -286,12 +299,12 @@ def test_attention_is_pytorchs(inputs, block):
 
 @given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
 def test_attention_is_the_papers(inputs, block):
-    (q, k, v), mask, causal, window = inputs
+    (q, k, v), mask, settings = inputs
     with np.errstate(invalid="ignore"):  # a query that may see nothing
-        expected = attention.plain_attention(q, k, v, mask, causal, window)
+        expected = attention.plain_attention(q, k, v, mask, **settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
-        y = ops.attention(q, k, v, mask=mask, causal=causal, window=window).data
+        y = ops.attention(q, k, v, mask=mask, **settings).data
     close(y, np.nan_to_num(expected, nan=0.0), "float64", scale=1)
 
 

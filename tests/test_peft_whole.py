@@ -20,13 +20,14 @@ from test_interop_peft import (
 )
 
 from minilm import ops
-from minilm.files import FormatError, read_json, read_tensors
+from minilm.files import FormatError, read_json
 from minilm.interop.peft import load_adapter, save_adapter
 from minilm.interop.peft_config import INERT, READ, REFUSED
 from minilm.interop.peft_formats import FORMATS
 from minilm.optim import AdamW
 from minilm.peft import merge_lora, unmerge_lora, use_adapter
 from minilm.peft.adapted import adapted_layers
+from minilm.tensorfiles import read_tensors
 
 __all__ = ["peer", "theirs"]  # fixtures
 TIED = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning",

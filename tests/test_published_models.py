@@ -26,6 +26,8 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, **THETA)
 LONG = dict(rope_type="longrope", short_factor=[1.0, 1.5], long_factor=[2.0, 3.5],
             original_max_position_embeddings=12, **THETA)
+BY_TYPE = {"full_attention": dict(rope_type="default", **THETA),
+           "sliding_attention": dict(rope_type="default", rope_theta=20.0)}
 WINDOWED = dict(use_sliding_window=True, sliding_window=3)
 CASES = {  # name -> (family, changes of BASE)
     "llama, wide heads": ("Llama", dict(head_dim=8)),
@@ -65,6 +67,20 @@ CASES = {  # name -> (family, changes of BASE)
     "phi3, window": ("Phi3", dict(sliding_window=5)),
     "phi3, longrope": ("Phi3", dict(rope_parameters=LONG, original_max_position_embeddings=12)),
     "gemma": ("Gemma", dict(head_dim=8)),
+    "gemma 2": ("Gemma2", dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=4)),
+    "gemma 2, other scale": ("Gemma2", dict(
+        head_dim=4, query_pre_attn_scalar=25, sliding_window=1, attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0, layer_types=["full_attention", "sliding_attention",
+                                                  "sliding_attention"])),
+    "gemma 2, no caps": ("Gemma2", dict(
+        head_dim=4, attn_logit_softcapping=None, final_logit_softcapping=None,
+        attention_bias=True)),
+    "gemma 3": ("Gemma3Text", dict(head_dim=8, sliding_window=4, sliding_window_pattern=3,
+                                   rope_parameters=BY_TYPE)),
+    "gemma 3, linear": ("Gemma3Text", dict(
+        head_dim=8, sliding_window=30, sliding_window_pattern=2, final_logit_softcapping=4.0,
+        num_key_value_heads=1, rope_parameters=BY_TYPE | {"full_attention": dict(
+            rope_type="linear", factor=8.0, **THETA)})),
     "gemma, one key head": ("Gemma", dict(head_dim=4, num_key_value_heads=1)),
 }
 ENDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -94,7 +110,7 @@ def pair(request, peer, tmp_path_factory):
     family, changes = CASES[request.param]
     config = getattr(transformers, f"{family}Config")(**BASE | ENDS | changes)
     torch.manual_seed(0)
-    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():  # norms of 1 and biases of 0 would hide swaps
             parameter += 0.15 * torch.randn_like(parameter)
@@ -109,9 +125,12 @@ def forget(theirs):
 
 
 def logits_of(peer, model, tokens, mask):
+    """With softmax in the model's dtype: Gemma 2's in float32 overflows at a float64 mask."""
     torch, _ = peer
+    softmax = torch.nn.functional.softmax
     forget(model)
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype: softmax(x, dim))
         return model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits.numpy()
 
 

@@ -15,7 +15,6 @@ import pytest
 from conftest import close
 
 from minilm import ops
-from minilm.files import read_tensors, write_tensors
 from minilm.generate import generate
 from minilm.nn import Linear
 from minilm.optim import SGD, AdamW, PagedAdamW
@@ -30,6 +29,7 @@ from minilm.quantize import (
 )
 from minilm.quantize.linear import KINDS, quantize_weight, quantized_linear
 from minilm.tensor import Tensor
+from minilm.tensorfiles import read_tensors, write_tensors
 from minilm.transformer import Config, Transformer
 
 V, CONTEXT, LAYERS = 23, 8, 2

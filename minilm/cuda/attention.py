@@ -6,32 +6,39 @@ from minilm.backend import array_module
 from minilm.cuda.raw import kernel
 
 
-def attention_forward(q, k, v, causal: bool):
+def attention_forward(q, k, v, causal: bool, scale: float | None = None):
     """(y, lse) of softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, K, S, D), all bfloat16.
 
     H is a multiple of K. D is a multiple of 16, up to 128. causal: the last query sees every key,
-    each earlier query one key fewer. lse (B, H, T) float32 is the logarithm of the softmax's
-    denominator; attention_backward needs it.
+    each earlier query one key fewer. scale: a positive number in place of 1 / sqrt(D).
+    lse (B, H, T) float32 is the logarithm of the softmax's denominator; attention_backward needs
+    it.
     """
     _check_attention("attention_forward", q, k, v, causal)
-    xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
+    xp, (B, H, T, D) = array_module(q), q.shape
     y, lse = xp.empty((B, H, T, D), "bfloat16"), xp.empty((B, H, T), "float32")
     kernel("attention.cu", "attention_forward", "bfloat16", HEAD_WIDTH=D)(
-        (B * H, -(-T // _rows(D))), (128,), q, k, v, y, lse, T, S, H // K, causal, 1 / math.sqrt(D))
+        (B * H, -(-T // _rows(D))), (128,), q, k, v, y, lse, *_sizes(q, k, causal, scale))
     return y, lse
 
 
-def attention_backward(dy, q, k, v, y, lse, causal: bool):
+def attention_backward(dy, q, k, v, y, lse, causal: bool, scale: float | None = None):
     """(dq, dk, dv) of attention_forward, for dy shaped like its y; the same bits every time."""
     _check_attention("attention_backward", q, k, v, causal, dy=dy, y=y, lse=lse)
     xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
     dq, dk, dv = (xp.empty(a.shape, "bfloat16") for a in (q, k, v))
-    delta, sizes = xp.empty((B, H, T), "float32"), (T, S, H // K, causal, 1 / math.sqrt(D))
+    delta, sizes = xp.empty((B, H, T), "float32"), _sizes(q, k, causal, scale)
     kernel("attention_backward.cu", "attention_dq", "bfloat16", HEAD_WIDTH=D)(
         (B * H, -(-T // _rows(D))), (128,), dy, q, k, v, y, lse, delta, dq, *sizes)  # writes delta
     kernel("attention_backward.cu", "attention_dk_dv", "bfloat16", HEAD_WIDTH=D)(
         (B * K, -(-S // 64)), (256,), dy, q, k, v, lse, delta, dk, dv, *sizes)
     return dq, dk, dv
+
+
+def _sizes(q, k, causal, scale):
+    """What the kernels call T, S, group, causal and scale."""
+    (H, T, D), (K, S) = q.shape[1:], k.shape[1:3]
+    return T, S, H // K, causal, 1 / math.sqrt(D) if scale is None else scale
 
 
 def _rows(D):

@@ -1,5 +1,9 @@
-"""Other libraries' files: Hugging Face models, PEFT adapters, bitsandbytes' 4-bit tensors.
+"""Other libraries' files: Hugging Face models, PEFT adapters, bitsandbytes' 4 and 8 bits.
 
 Only formats are here: files become modules and arrays of the floors below, and are written from
 them.
 """
+
+from minilm.interop.folder import load_model
+
+__all__ = ["load_model"]

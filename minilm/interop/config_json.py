@@ -21,7 +21,11 @@ def read_config(raw) -> tuple[Family, Config]:
     it."""
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"model_type is {kind!r}, expected one of {list(FAMILIES)}")
+        text = raw.get("text_config") if isinstance(raw, dict) else None
+        of_text = text.get("model_type") if isinstance(text, dict) else None
+        hint = (f"; its text_config is {of_text!r}: save that part as a model of its own"
+                if isinstance(of_text, str) and of_text in FAMILIES else "")
+        raise ValueError(f"model_type is {kind!r}, expected one of {list(FAMILIES)}{hint}")
     names = raw.get("architectures")
     name = names[0] if type(names) is list and names and type(names[0]) is str else None
     family = next((other for other in HEADS[kind].values() if other.architecture == name),
@@ -31,7 +35,7 @@ def read_config(raw) -> tuple[Family, Config]:
         allowed = expected if isinstance(expected, tuple) else (expected,)
         require(raw.get(field, allowed[0]) in allowed, raw, field, repr(expected))
     plain = raw.get("quantization_config") is None
-    require(plain, raw, "quantization_config", "null; minilm.interop.bitsandbytes reads 4 bits")
+    require(plain, raw, "quantization_config", "null; minilm.interop.load_model reads 4 and 8 bits")
     facts, types = {}, {field.name: field.type for field in fields(Config)}
     for ours, theirs in family.fields.items():
         null = theirs in OPTIONAL and raw.get(theirs) is None
@@ -49,14 +53,14 @@ def read_config(raw) -> tuple[Family, Config]:
     return family, family.config(**facts)
 
 
-def describe_config(c: Config) -> tuple[Family, dict]:
-    """The first family that expresses c, and its config.json. ValueError if there is none, which
-    says what the nearest one cannot express."""
+def describe_config(c: Config, wanted: str | None = None) -> tuple[Family, dict]:
+    """The first family that expresses c, and its config.json; of the wanted model_type if that
+    does. ValueError if there is none, which says what the nearest one cannot express."""
     decoder = c.head == "linear" or (c.causal and c.head != "masked")
     nearest = ("llama" if c.positions == "rotary" else "gpt2" if decoder else
                "roberta" if c.positions == "counted" else "bert" if c.segments else "distilbert")
     reason = None
-    for kind in (nearest, *FAMILIES):
+    for kind in ([wanted] if wanted else []) + [nearest, *FAMILIES]:
         family = HEADS[kind].get(c.head, FAMILIES[kind])
         try:
             return family, _described(kind, family, c)
@@ -94,9 +98,14 @@ def _described(kind: str, family: Family, c: Config) -> dict:
 
 def _normal(c: Config) -> Config:
     """c without facts that say nothing: a head width that is width / heads, a window that hides
-    nothing."""
+    nothing, a theta that is the other's."""
+    if c.window_theta == c.rope_theta and c.rope is None:
+        c = replace(c, window_theta=None)
+    if c.attention_scale == c.D**-0.5:
+        c = replace(c, attention_scale=None)
     if c.head_width and c.head_width * c.heads == c.width:
         c = replace(c, head_width=None)
-    if c.window and (c.window >= c.context or len(c.unwindowed) == c.layers):
-        c = replace(c, window=None, unwindowed=())
+    hides = c.window_theta or (c.window and c.window < c.context)
+    if c.window and (not hides or len(c.unwindowed) == c.layers):
+        c = replace(c, window=None, unwindowed=(), window_theta=None)
     return c

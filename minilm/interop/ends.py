@@ -53,16 +53,6 @@ def ends_of(model, tokenizer) -> Ends:
     return model.ends if model.ends.eos else model.ends._replace(eos=(tokenizer.end,))
 
 
-def generation_config(folder: Path, ends: Ends) -> dict[str, dict]:
-    """{file: fields} for a folder.
-
-    Without ids there is no such file, unless an older model left one: its ids would win.
-    """
-    ids = {field: id for field, id in describe_ends(ends).items() if id is not None}
-    file = "generation_config.json"
-    return {file: ids} if ids or (folder / file).exists() else {}
-
-
 def tokenizer_files(tokenizer, ends: Ends) -> dict[str, dict]:
     """{file: fields} of a tokenizer, for load_tokenizer and AutoTokenizer."""
     named = {id: name for name, id in tokenizer.special.items()}

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from minilm.config import LINEAR, Config
-from minilm.interop.rotary import ROTARY
+from minilm.interop.rotary import ROTARY, ROTARY_BY_TYPE
 from minilm.interop.spelled import (
     COUNTED,
     NO_WINDOW,
+    SCALE,
     UNROTATED,
     UNROTATED_WINDOW,
     UPPER_WINDOW,
@@ -16,6 +17,8 @@ from minilm.interop.spelled import (
     Spelled,
     biases,
     head_width,
+    optional,
+    window_but_of_every,
 )
 
 FIELDS = {"vocab_size": "vocab_size", "context": "max_position_embeddings",
@@ -175,6 +178,33 @@ GEMMA = LLAMA._replace(
             "pad_token_id": 0},
 )
 
+GEMMA2 = GEMMA._replace(
+    architecture="Gemma2ForCausalLM",
+    config=functools.partial(GEMMA.config, norm_both=True),
+    fields=GEMMA.fields | {"activation": "hidden_activation"},
+    activations={k: v for k, v in GEMMA.activations.items() if k != "gelu"},
+    block=LLAMA.block | {"end1": "post_attention_layernorm", "norm2": "pre_feedforward_layernorm",
+                         "end2": "post_feedforward_layernorm"},
+    spelled=(head_width(divides=True), ROTARY, window_but_of_every(2), SCALE,
+             optional(attention_cap="attn_logit_softcapping", logits_cap="final_logit_softcapping"),
+             GEMMA.spelled[-1]),
+    absent=GEMMA.absent | {"num_key_value_heads": 4, "sliding_window": 4096,
+                           "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+                           "final_logit_softcapping": 30.0},
+)
+
+GEMMA3 = GEMMA2._replace(
+    architecture="Gemma3ForCausalLM",
+    config=functools.partial(GEMMA2.config, qk_norm="head"),
+    block=GEMMA2.block | {name: QWEN3.block[name] for name in ("attention.q_norm",
+                                                               "attention.k_norm")},
+    spelled=(head_width(divides=True), ROTARY_BY_TYPE,
+             window_but_of_every(6, ("sliding_window_pattern",)), SCALE,
+             optional(logits_cap="final_logit_softcapping"), GEMMA.spelled[-1]),
+    only=GEMMA.only | {"attn_logit_softcapping": None},
+    absent={k: v for k, v in GEMMA2.absent.items() if "softcapping" not in k},
+)
+
 BERT = Family(
     "BertForMaskedLM",
     Config.bert,
@@ -242,5 +272,6 @@ ROBERTA = BERT._replace(
 XLM_ROBERTA = ROBERTA._replace(architecture="XLMRobertaForMaskedLM")
 
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3,
-            "smollm3": SMOLLM3, "olmo2": OLMO2, "phi3": PHI3, "gemma": GEMMA, "bert": BERT,
-            "distilbert": DISTILBERT, "roberta": ROBERTA, "xlm-roberta": XLM_ROBERTA}
+            "smollm3": SMOLLM3, "olmo2": OLMO2, "phi3": PHI3, "gemma": GEMMA, "gemma2": GEMMA2,
+            "gemma3_text": GEMMA3, "bert": BERT, "distilbert": DISTILBERT, "roberta": ROBERTA,
+            "xlm-roberta": XLM_ROBERTA}

@@ -50,7 +50,7 @@ def headless(kind: str, family: Family) -> Family:
                if not ours.startswith("head")}
     pooler = {"pooler": POOLED[kind]} if kind in POOLED else {}
     return family._replace(
-        architecture=f"{_stem(family)}Model",
+        architecture=f"{_stem(kind, family)}Model",
         config=functools.partial(family.config, head="none", **pooler),
         modules=modules | ({"pooler.dense": "pooler.dense"} if pooler else {}),
         layer=family.layer.removeprefix(prefix), copies={},
@@ -63,7 +63,7 @@ def classifier(kind: str, family: Family) -> Family:
     pooler, modules = CLASSIFIERS.get(kind, (None, {"head": "score"}))
     body = {ours: theirs for ours, theirs in family.modules.items() if not ours.startswith("head")}
     return family._replace(
-        architecture=f"{_stem(family)}ForSequenceClassification",
+        architecture=f"{_stem(kind, family)}ForSequenceClassification",
         config=functools.partial(family.config, head="classes", pooler=pooler),
         modules=body | modules, copies={}, spelled=(*family.spelled, LABELS),
         harmless=tuple(field for field in family.harmless if field not in LABELS.fields),
@@ -71,8 +71,9 @@ def classifier(kind: str, family: Family) -> Family:
                       if key.rpartition(".")[0] not in modules.values()))
 
 
-def _stem(family: Family) -> str:
-    return re.sub("ForCausalLM|LMHeadModel|ForMaskedLM", "", family.architecture)
+def _stem(kind: str, family: Family) -> str:
+    stem = re.sub("ForCausalLM|LMHeadModel|ForMaskedLM", "", family.architecture)
+    return f"{stem}Text" if kind == "gemma3_text" else stem  # Gemma3Model sees images too
 
 
 HEADS = {kind: {"none": headless(kind, family), "classes": classifier(kind, family)}

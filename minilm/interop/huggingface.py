@@ -2,38 +2,44 @@
 
 The tables of families.py say what each architecture calls its parts. The loader reads them one way,
 the saver the other. heads.py has the same families without a head, or with one for classes of
-texts. What Transformer cannot express is refused, never ignored. Two things are neither read nor
-written: dropout, which belongs to a training run and not to the weights, and settings that only
-matter for sampling, initialisation or other tasks.
+texts. What Transformer cannot express is refused, never ignored. Two things do not matter here:
+dropout, which belongs to a training run and not to the weights, and settings for sampling,
+initialisation or other tasks. They are remembered, and saved again.
 """
 
 import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from minilm.backend import to_device
 from minilm.config import Config
-from minilm.files import FormatError, json_bytes, read_json, read_tensors, tensor_parts
+from minilm.files import FormatError, json_bytes, read_json
 from minilm.interop.config_json import describe_config, read_config
-from minilm.interop.ends import (
-    ends_of,
-    generation_config,
-    read_ends,
-    tokenizer_files,
-    with_ends,
-)
+from minilm.interop.ends import ends_of, read_ends, with_ends
+from minilm.interop.ends import tokenizer_files as files_of
 from minilm.interop.families import Family
+from minilm.interop.remembered import (
+    generation_config,
+    kept_fields,
+    model_type,
+    remember,
+    tokenizer_files,
+)
+from minilm.interop.shards import open_arrays, require_folder, some
+from minilm.nn import Embedding, Linear
 from minilm.shapes import tensor_shapes
+from minilm.tensorfiles import tensor_parts
 from minilm.together import settle, write_together
 from minilm.transformer import Transformer
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 # Beside its tensors, these decide a module's results. A Config has one value for all its blocks.
 FACTS = ("heads", "kv_heads", "causal", "window", "rotates", "qk_norm", "activation", "norm_first",
-         "norm_output", "eps", "plus_one", "padding")
+         "norm_output", "norm_both", "eps", "plus_one", "scale", "cap", "padding")
 
 
 def load_model(
@@ -46,26 +52,26 @@ def load_model(
     what it says.
     """
     settle(path := Path(path))
+    require_folder(path)
     family, config = parse(path, read_json(path / "config.json"))
-    return build(family, replace(config, dropout=dropout), *read_arrays(path), dtype)
+    with open_arrays(path) as (file, arrays):
+        return build(family, replace(config, dropout=dropout), file, arrays, dtype)
 
 
 def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> None:
     """Write a folder that transformers and `load_model` read, in the model's own dtype.
 
-    tokenizer: written into the folder too, for AutoTokenizer and `data.load_tokenizer`; a model
-    that knows no end of a text gets the tokenizer's. A model that is there is replaced as a whole
-    or, after an error, not at all. ValueError, before anything is written, if no family expresses
-    the model, if its modules are not those of its Config, or if a weight is not finite.
+    A model that was loaded gives back what its folder said beside the weights (remembered.py).
+    tokenizer: written into the folder too, for AutoTokenizer and `data.load_tokenizer`, in place of
+    another one that is remembered; a model that knows no end of a text gets the tokenizer's. A
+    model that is there is replaced as a whole or, after an error, not at all. ValueError, before
+    anything is written, if no family expresses the model, if its modules are not those of its
+    Config, or if a weight is not finite.
     """
     family, raw = describe(model)
-    require_parts(model, Transformer(model.config))
+    require_parts(model, Transformer(as_it_is(model), seed=None))
     model.require_finite()
-    ends, beside = model.ends, {}
-    if tokenizer:
-        ends = ends_of(model, tokenizer)
-        raw, beside = with_ends(raw, ends), tokenizer_files(tokenizer, ends)
-    write_folder(path, raw, arrays_of(model, family), ends, beside)
+    write_folder(model, path, raw, arrays_of(model, family), tokenizer)
 
 
 def parse(folder: Path, raw) -> tuple[Family, Config]:
@@ -76,8 +82,22 @@ def parse(folder: Path, raw) -> tuple[Family, Config]:
         raise FormatError(folder / "config.json", str(error)) from None
 
 
+class Coded(NamedTuple):
+    """The place of a weight that bitsandbytes.py reads: `build` leaves it unwritten."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype = np.dtype("float32")
+
+    def equals(self, other):
+        return False
+
+
 def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) -> Transformer:
-    """The model with the arrays that were read from file, each cast to dtype."""
+    """The model with the arrays, {key: Stored or Coded}, of an open file, each cast to dtype.
+
+    One after another is read, straight into its place if it is a tensor here too. So this takes as
+    much memory as the model, and for a moment its largest tensor.
+    """
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {FLOATS}, got {dtype!r}")
     # A damaged size must not ask for all the memory and time there is: nothing is built before the
@@ -90,13 +110,17 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
     if config.head == "none" and pooler not in arrays:  # transformers' add_pooling_layer=False
         config = replace(config, pooler=None)
     check(file, arrays, _shapes(config, family))
-    model = Transformer(config)
-    ends = read_ends(file.parent)
+    model = Transformer(config, seed=None)
+    ends, model.origin = read_ends(file.parent), remember(file.parent)
     model.ends = ends._replace(pad=config.padding) if ends.pad is None else ends
     for key, tensors in _places(family, config, dict(model.named_tensors())).items():
-        ends = np.cumsum([len(t) for t in tensors])
-        for tensor, part in zip(tensors, np.split(turned(key, arrays[key]), ends[:-1])):
-            tensor.become(finite(file, key, part, dtype))  # keeps ties
+        if isinstance(arrays[key], Coded):
+            continue
+        whole = arrays[key].read(dtype, finite=True)
+        parts = np.split(turned(key, whole), np.cumsum([len(t) for t in tensors])[:-1])
+        for tensor, part in zip(tensors, parts):  # a tensor that is shared stays so
+            tensor.become(whole if part.shape == whole.shape and part.flags.c_contiguous
+                          else part.copy("C"))
     return model
 
 
@@ -111,34 +135,52 @@ def finite(file: Path, key: str, array, dtype):
 
 def describe(model: Transformer) -> tuple[Family, dict]:
     """The model's family and its config.json; ValueError if no family expresses its Config."""
-    family, raw = describe_config(model.config)
+    family, raw = describe_config(as_it_is(model), model_type(model.origin))
     _, first = next(model.named_tensors())
     raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # torch_dtype before version 5
-    return family, with_ends(raw, model.ends)
+    raw = with_ends(raw, model.ends)
+    return family, raw | {field: value for field, value in kept_fields(model.origin, family).items()
+                          if field not in raw}
+
+
+def as_it_is(model) -> Config:
+    """The model's Config. A tied head or embedding that was trained by itself is tied no more."""
+    c = model.config
+    if not c.shared:
+        return c
+    ends = model.embed, model.head.out if c.head == "masked" else model.head
+    plain = [type(end) for end in ends] == [Embedding, Linear]
+    return replace(c, tied=False) if plain and ends[0].weight is not ends[1].weight else c
 
 
 def require_parts(model, expected):
     """ValueError if the two models differ in their modules, shapes or FACTS."""
     if differences := _parts(model) ^ _parts(expected):
         texts = {f"{path}: {getattr(what, '__name__', what)}" for path, what in differences}
-        raise ValueError(f"not the modules of Transformer(config); differing: {_some(texts)}")
+        raise ValueError(f"not the modules of Transformer(config); differing: {some(texts)}")
 
 
 def arrays_of(model, family: Family) -> dict:
     """{their key: array} of the model's weights and biases."""
-    arrays = {}
-    for key, tensors in _places(family, model.config, dict(model.named_tensors())).items():
+    arrays, c = {}, as_it_is(model)
+    for key, tensors in _places(family, c, dict(model.named_tensors())).items():
         if key.endswith((".weight", ".bias")):  # not the arrays inside a quantized weight
-            arrays[key] = turned(key, np.concatenate([to_device(t.data, "cpu") for t in tensors]))
+            parts = [to_device(t.data, "cpu") for t in tensors]
+            arrays[key] = turned(key, parts[0] if len(parts) == 1 else np.concatenate(parts))
     return arrays | {copy: arrays[key] for copy, key in family.copies.items()}
 
 
-def write_folder(path, raw, arrays, ends, beside=None):
-    """config.json with the fields `raw`, model.safetensors, and what is beside, {file: fields}: all
-    as one."""
-    fields = (beside or {}) | generation_config(Path(path), ends) | {"config.json": raw}
+def write_folder(model, path, raw: dict, arrays: dict, tokenizer=None):
+    """config.json with the fields `raw`, model.safetensors, and what the model remembers: all as
+    one."""
+    ends, given = model.ends, None
+    if tokenizer:
+        ends = ends_of(model, tokenizer)
+        raw, given = with_ends(raw, ends), files_of(tokenizer, ends)
+    files = tokenizer_files(model.origin, given)
+    files |= generation_config(Path(path), ends, model.origin) | {"config.json": json_bytes(raw)}
     write_together(path, {"model.safetensors": tensor_parts(arrays, {"format": "pt"}),
-                          **{file: [json_bytes(values)] for file, values in fields.items()}})
+                          **{name: [data] for name, data in files.items()}})
 
 
 def _parts(model) -> set:
@@ -164,28 +206,6 @@ def turned(key, array):
     return array.T if ".c_" in key else array
 
 
-def read_arrays(folder) -> tuple[Path, dict]:
-    """(model.safetensors or the index of its shards, the arrays in them)."""
-    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if file.exists() or not index.exists():
-        return file, read_tensors(file)
-    raw, arrays = read_json(index), {}
-    shards = raw.get("weight_map") if isinstance(raw, dict) else None
-    if not isinstance(shards, dict):
-        raise FormatError(index, f"weight_map is {shards!r}, expected keys and their files")
-    for shard in sorted(set(map(str, shards.values()))):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", shard, re.ASCII):
-            raise FormatError(index, f"weight_map names {shard!r}, expected a .safetensors file")
-        try:
-            part = read_tensors(folder / shard)
-        except FileNotFoundError:
-            raise FormatError(index, f"weight_map names {shard!r}, which is not there") from None
-        if twice := part.keys() & arrays.keys():
-            raise FormatError(folder / shard, f"has what another shard has: {_some(twice)}")
-        arrays |= part
-    return index, arrays
-
-
 def _normalised(file, arrays, family: Family, c: Config) -> dict:
     """The arrays under today's keys, each once, without those that are ignored."""
     plain = {}
@@ -200,7 +220,7 @@ def _normalised(file, arrays, family: Family, c: Config) -> dict:
     head = family.modules.get("head.out" if c.head == "masked" else "head")
     tied = {f"{head}.weight": f"{family.modules['embed']}.weight"} if c.shared else {}
     for copy, key in (family.copies | tied).items():
-        same = copy not in plain or np.array_equal(plain.setdefault(key, plain[copy]), plain[copy])
+        same = copy not in plain or plain.setdefault(key, plain[copy]).equals(plain[copy])
         if not same and c.tied:  # an untied model's copy does not act
             raise FormatError(file, f"{copy} differs from {key}, of which it should be a copy")
         plain.pop(copy, None)
@@ -223,11 +243,5 @@ def check(file: Path, arrays: dict, shapes: dict):
              if arrays[key].shape != shapes[key] or arrays[key].dtype.name not in FLOATS]
     problems = {"missing keys: ": shapes.keys() - arrays.keys(),
                 "unexpected keys: ": arrays.keys() - shapes.keys(), "": wrong}
-    if text := "; ".join(kind + _some(names) for kind, names in problems.items() if names):
+    if text := "; ".join(kind + some(names) for kind, names in problems.items() if names):
         raise FormatError(file, text)
-
-
-def _some(names) -> str:
-    """The first five, and how many more there are."""
-    first, more = sorted(names)[:5], len(names) - 5
-    return ", ".join(first) + (f" and {more} more" if more > 0 else "")

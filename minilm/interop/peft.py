@@ -12,7 +12,7 @@ import os
 from itertools import chain
 from pathlib import Path
 
-from minilm.files import FormatError, json_bytes, read_tensors, tensor_parts
+from minilm.files import FormatError, json_bytes
 from minilm.interop.huggingface import check, describe, finite
 from minilm.interop.peft_config import choose, read_config, resolve
 from minilm.interop.peft_formats import FORMATS, Format
@@ -25,6 +25,7 @@ from minilm.peft.adapted import (
     unadapted,
 )
 from minilm.peft.retrained import Retrained
+from minilm.tensorfiles import read_tensors, tensor_parts
 from minilm.together import settle, write_together
 from minilm.transformer import Transformer
 

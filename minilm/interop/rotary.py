@@ -1,14 +1,16 @@
 """Rotary positions in config.json: rope_theta and the stretching of angles, in all spellings.
 
 Version 5 of transformers writes rope_parameters, which holds rope_theta too. Those before wrote
-rope_scaling beside rope_theta. Their kind is rope_type or type. All that are there must agree.
+rope_scaling beside rope_theta. Their kind is rope_type or type. All that are there must agree. If
+layers with a window turn by angles of their own, rope_parameters holds two of them by layer type,
+and rope_local_base_freq was the other theta.
 """
 
 import math
 from dataclasses import fields
 
 from minilm.config import Config
-from minilm.interop.spelled import Spelled, require, value
+from minilm.interop.spelled import TYPES, Spelled, require, value
 from minilm.rope import Dynamic, Linear, Llama3, Long, Yarn
 
 ORIGINAL = "original_max_position_embeddings"
@@ -115,4 +117,28 @@ def _number(where, rope, field, kind):
     return None
 
 
-ROTARY = Spelled(("rope_parameters", "rope_scaling", "rope_theta", ORIGINAL), read, write)
+def read_by_type(raw, facts) -> dict:
+    """What `read` says of full_attention, and window_theta: the theta of sliding_attention."""
+    by_type = raw.get("rope_parameters") or {}
+    fits = isinstance(by_type, dict) and by_type.keys() <= {*TYPES}
+    require(fits, raw, "rope_parameters", f"null or what holds for each of {TYPES}")
+    full, near = (by_type.get(kind) for kind in TYPES)
+    found = {"rope_theta": 1e6} | read(raw | {"rope_parameters": full}, facts)
+    own = {"rope_theta": raw["rope_local_base_freq"]} if "rope_local_base_freq" in raw else {}
+    near = {"rope_theta": 1e4} | read({"rope_parameters": near} | own, facts)
+    require(near["rope"] is None, raw, "rope_parameters", f"no stretching of {TYPES[1]}")
+    theta = near["rope_theta"]
+    same = theta == found["rope_theta"] and found["rope"] is None
+    return found | {"window_theta": None if same else theta}
+
+
+def write_by_type(c: Config) -> dict:
+    raw, theta = write(c), c.window_theta or c.rope_theta
+    near = {"rope_type": "default", "rope_theta": theta}
+    by_type = dict(zip(TYPES, (raw["rope_parameters"], near)))
+    return raw | {"rope_parameters": by_type, "rope_local_base_freq": theta}
+
+
+FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", ORIGINAL)
+ROTARY = Spelled(FIELDS, read, write)
+ROTARY_BY_TYPE = Spelled((*FIELDS, "rope_local_base_freq"), read_by_type, write_by_type)  # Gemma 3

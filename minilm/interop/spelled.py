@@ -34,6 +34,28 @@ def require(fits, raw, field, expected):
         raise ValueError(f"{field} is {found}, expected {expected}")
 
 
+def optional(**fields: str) -> Spelled:
+    """fact=field for positive numbers that may be null."""
+    def read(raw, facts):
+        return {fact: None if raw.get(field) is None else value(raw, field, float)
+                for fact, field in fields.items()}
+
+    return Spelled(tuple(fields.values()), read,
+                   lambda c: {field: getattr(c, fact) for fact, field in fields.items()})
+
+
+def _scale(raw, facts):
+    n = value(raw, "query_pre_attn_scalar", int)
+    D = facts["head_width"] or facts["width"] // facts["heads"]
+    return {"attention_scale": None if n == D else n**-0.5}
+
+
+def _scalar(c):
+    scale = c.attention_scale
+    return {"query_pre_attn_scalar": round(min(1 / scale / scale, 1e9)) if scale else c.D}
+
+
+SCALE = Spelled(("query_pre_attn_scalar",), _scale, _scalar)  # scores are divided by its root
 def padding(raw, field, vocab_size: int) -> int | None:
     """The id that fills up a text; None if the vocabulary has no such id."""
     id = raw.get(field)
@@ -103,15 +125,25 @@ WINDOW = Spelled(("sliding_window",), lambda raw, facts: {"window": _window(raw,
 TYPES = ("full_attention", "sliding_attention")
 
 
+def _types(raw, facts):
+    """layer_types, or None."""
+    types, layers = raw.get("layer_types"), facts["layers"]
+    fits = types is None or (type(types) is list and len(types) == layers)
+    require(fits and all(t in TYPES for t in types or ()), raw, "layer_types",
+            f"{layers} of {TYPES}")
+    return types
+
+
+def types_of(c: Config) -> list[str]:
+    """layer_types of c."""
+    return [TYPES[bool(c.window) and i not in c.unwindowed] for i in range(c.layers)]
+
+
 def _window_of_some(windowed: Callable[[dict, dict, int], bool]) -> Spelled:
-    """A window of those layers that layer_types names, or else of those for which windowed says so:
-    (config.json, facts, the layer's number)."""
+    """A window, if use_sliding_window, of those layers that layer_types names, or else of those for
+    which windowed says so: (config.json, facts, the layer's number)."""
     def read(raw, facts):
-        types, layers = raw.get("layer_types"), range(facts["layers"])
-        if types is not None:
-            fits = type(types) is list and len(types) == len(layers)
-            require(fits and all(t in TYPES for t in types if fits), raw, "layer_types",
-                    f"{len(layers)} of {TYPES}")
+        types, layers = _types(raw, facts), range(facts["layers"])
         used = "use_sliding_window" in raw and value(raw, "use_sliding_window", bool)
         window = _window(raw, facts) if used else None
         slides = [types[i] == TYPES[1] if types is not None else used and windowed(raw, facts, i)
@@ -124,9 +156,8 @@ def _window_of_some(windowed: Callable[[dict, dict, int], bool]) -> Spelled:
         return {"window": window, "unwindowed": tuple(i for i in layers if not slides[i])}
 
     def write(c):
-        types = [TYPES[bool(c.window) and i not in c.unwindowed] for i in range(c.layers)]
         return {"use_sliding_window": c.window is not None, "sliding_window": c.window,
-                "layer_types": types}
+                "layer_types": types_of(c)}
 
     return Spelled(("use_sliding_window", "sliding_window", "layer_types"), read, write)
 
@@ -141,6 +172,30 @@ _upper_layers = _window_of_some(_upper)
 UPPER_WINDOW = _upper_layers._replace(  # of the layers from max_window_layers on: Qwen2 and 3
     fields=(*_upper_layers.fields, "max_window_layers"),
     write=lambda c: _upper_layers.write(c) | {"max_window_layers": c.layers})
+
+
+def window_but_of_every(n: int, fields=()) -> Spelled:
+    """A window of the layers that layer_types names, or else of all but every n-th one. fields may
+    hold sliding_window_pattern, another n. A window of more than the context stays if its layers
+    turn by other angles."""
+    def read(raw, facts):
+        types, layers = _types(raw, facts), range(facts["layers"])
+        given = {field: raw[field] for field in fields if field in raw}
+        every = value({"sliding_window_pattern": n} | given, "sliding_window_pattern", int)
+        unwindowed = tuple(i for i in layers if (
+            (i + 1) % every == 0 if types is None else types[i] == TYPES[0]))
+        if len(unwindowed) == len(layers):
+            return {"window_theta": None}
+        window = value(raw, "sliding_window", int)
+        if window >= facts["context"] and not facts.get("window_theta"):
+            return {}
+        return {"window": window, "unwindowed": unwindowed}
+
+    def write(c):
+        return {"sliding_window": c.window or c.context, "layer_types": types_of(c)}
+
+    return Spelled(("sliding_window", "layer_types", *fields), read, write)
+
 
 UNROTATED_WINDOW = _window_of_some(lambda raw, facts, i: i in facts["unrotated"])  # SmolLM3
 

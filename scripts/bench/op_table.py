@@ -120,6 +120,7 @@ def layer_rows(F):
         Row("gelu", ops.gelu, F.gelu, one),
         Row("gelu tanh", lambda x: ops.gelu(x, approximate="tanh"),
             lambda x: F.gelu(x, approximate="tanh"), one),
+        Row("soft_cap", lambda x: ops.soft_cap(x, 1.5), lambda x: 1.5 * torch.tanh(x / 1.5), one),
         Row("softmax", ops.softmax, lambda x: F.softmax(x, -1), one),
         Row("log_softmax", ops.log_softmax, lambda x: F.log_softmax(x, -1), one),
         Row("layer_norm", lambda x, g, b: ops.layer_norm(x, g, b, eps=eps),
@@ -153,12 +154,18 @@ def attention_rows(F):
         return qkv(r, B, T, C, K=4), [r.random((B, 1, 1, T)) < 0.7]
 
     def biased(r, B, T, C): return qkv(r, B, T, C, K=1), [normal(r, 4, T, T)]
-    def sdpa(q, k, v, mask=None, causal=False):
+    def sdpa(q, k, v, mask=None, causal=False, scale=None):
         if causal:  # our last query sees all keys; PyTorch's is_causal lets its first see one key
             seen = torch.ones(q.shape[2], k.shape[2], dtype=bool).tril(k.shape[2] - q.shape[2])
             mask = seen if mask is None else mask.masked_fill(~seen, -math.inf)
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
+    def capped_twin(q, k, v):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = 0.7 * torch.tanh(q @ k.mT / q.shape[-1] ** 0.5 / 0.7)
+        seen = torch.ones(scores.shape[-2:], dtype=bool).tril(k.shape[2] - q.shape[2])
+        return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
+    capped = (lambda q, k, v: ops.attention(q, k, v, causal=True, cap=0.7)), capped_twin
     return [
         Row("rotary", ops.rotary, turn, angles),
         Row("attention", ops.attention, sdpa, lambda *a: (qkv(*a, K=4), [])),
@@ -168,6 +175,9 @@ def attention_rows(F):
         Row("attention additive mask, causal",
             lambda q, k, v, m: ops.attention(q, k, v, mask=m, causal=True),
             lambda q, k, v, m: sdpa(q, k, v, m, causal=True), biased),
+        Row("attention scaled", lambda q, k, v: ops.attention(q, k, v, scale=1.0),
+            lambda q, k, v: sdpa(q, k, v, scale=1.0), lambda *a: (qkv(*a), [])),
+        Row("attention capped, causal", *capped, lambda *a: (qkv(*a, more=2), [])),
     ]
 
 
