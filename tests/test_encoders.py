@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minilm import ops
-from minilm.files import read_json, read_tensors, write_json, write_tensors
+from minilm.files import read_json, write_json
 from minilm.interop.config_json import describe_config
 from minilm.interop.families import FAMILIES, ONLY
 from minilm.interop.heads import HEADS
@@ -17,6 +17,7 @@ from minilm.interop.huggingface import load_model, save_model
 from minilm.interop.peft import load_adapter, save_adapter
 from minilm.peft import add_lora, retrain
 from minilm.shapes import tensor_shapes
+from minilm.tensorfiles import read_tensors, write_tensors
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")]
@@ -110,10 +111,14 @@ def text(theirs, mask):
 
 
 def run(peer, theirs, tokens, mask, **others):
-    """Their logits, or hidden states: a Tensor."""
+    """Their logits, or hidden states: a Tensor. With softmax in the model's dtype: Gemma 2's in
+    float32 overflows at a float64 mask."""
     torch, _ = peer
     given = {name: torch.tensor(array) for name, array in others.items()}
-    out = theirs(torch.tensor(tokens), attention_mask=torch.tensor(mask), **given)
+    softmax = torch.nn.functional.softmax
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype: softmax(x, dim))
+        out = theirs(torch.tensor(tokens), attention_mask=torch.tensor(mask), **given)
     return out.logits if "logits" in out else out.last_hidden_state
 
 
