@@ -67,8 +67,8 @@ class Config:
     unwindowed: tuple[int, ...] = ()  # layers that see all even so
     logits_cap: float | None = None  # cap tanh(logits / cap): Gemma 2
     head: str = "linear"  # or "masked": BERT's transform in front of the output; "classes"; "none"
-    labels: tuple[str, ...] = ()  # the classes of a text, each by its name, for head "classes"
-    pooler: str | None = None  # the first token stands for a text: through a layer, "tanh" or "relu"
+    labels: tuple[str, ...] = ()  # the classes of a text, by their names, for head "classes"
+    pooler: str | None = None  # of the first token, for the text: its activation, "tanh" or "relu"
     tied: bool = True  # the head over the vocabulary, if it has one, shares the embedding's weight
     bias: bool | tuple[str, ...] = True  # in a block's linear layers; or the names of those
     scaled_embedding: bool = False  # times sqrt(width): Gemma
@@ -142,6 +142,18 @@ class Config:
         """Whether the head gives a logit for each token of the vocabulary."""
         return self.head in ("linear", "masked")
 
+    def require_language(self, whose="this model"):
+        """ValueError if the head gives anything else than logits of tokens."""
+        if not self.language:
+            does = "gives classes of whole texts" if self.labels else "has no head"
+            raise ValueError(f"{whose} {does}; a language model is needed here")
+
+    def require_writer(self, whose, does: str):
+        """ValueError unless this is a causal language model, which alone does this."""
+        self.require_language(whose)
+        if not self.causal:
+            raise ValueError(f"{whose} fills in masked tokens; only a causal model {does}")
+
     @property
     def shared(self) -> bool:
         """Whether the head and the embedding have one weight."""
@@ -194,7 +206,11 @@ class Config:
 
     @classmethod
     def bert(cls, vocab_size, context, layers, heads, width, hidden, segments=2, **changes):
-        """BERT for masked LM (Devlin et al. 2018, arXiv:1810.04805); with segments=0 DistilBERT."""
+        """BERT for masked LM (Devlin et al. 2018, arXiv:1810.04805); with segments=0 DistilBERT.
+
+        RoBERTa (Liu et al. 2019, arXiv:1907.11692) has positions="counted" and a padding. To
+        classify texts, head="classes" has labels, and a pooler: "tanh", or DistilBERT's "relu".
+        """
         return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
                           width=width, hidden=hidden, kv_heads=heads, norm_first=False,
                           norm_eps=1e-12, activation="gelu", causal=False, head="masked",

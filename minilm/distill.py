@@ -188,6 +188,8 @@ class Distillation:
                  weights: tuple[float, float, float] = (5.0, 2.0, 1.0), masked_only: bool = False,
                  reverse: bool = False, top_k: int | None = None, seed: int = 0):
         ours, theirs = student.config, teacher.config
+        ours.require_language("the student")
+        theirs.require_language("the teacher")
         if ours.vocab_size != theirs.vocab_size:
             raise ValueError(f"the student has a vocabulary of {ours.vocab_size} tokens, the "
                              f"teacher one of {theirs.vocab_size}")
@@ -272,8 +274,10 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
         raise ValueError(f"layers must be increasing numbers from 0 to {depth - 1}, the teacher's; "
                          f"got {layers}")
     embedding, head = teacher.embed.plain().weight, teacher.head
-    out = head.out if teacher.config.head == "masked" else head
-    tied = out.plain().weight is embedding  # not if the head is adapted or quantized
+    tied = teacher.config.tied
+    if teacher.config.language:
+        out = head.out if teacher.config.head == "masked" else head
+        tied = out.plain().weight is embedding  # not if the head is adapted or quantized
     config = replace(teacher.config.of_layers(layers), tied=tied)
     student = Transformer(config).astype(embedding.dtype)
     student.ends, student.origin = teacher.ends, teacher.origin

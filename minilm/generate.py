@@ -82,6 +82,7 @@ def settled(model, tokens, temperature, top_k, top_p, seed) -> np.random.Generat
     if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
         raise ValueError(f"tokens from {tokens.min()} to {tokens.max()}, but the table has "
                          f"{model.config.vocab_size} rows")
+    model.config.require_language()
     if not model.config.causal:
         raise ValueError("only a causal model generates; this one sees later tokens too")
     _require(_number(temperature) and 0 <= temperature < math.inf, temperature=temperature,

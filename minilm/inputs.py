@@ -1,4 +1,4 @@
-"""What a model is given beside its weights: tokens and segments, checked, and what follows from ids.
+"""What a model is given: tokens and segments, checked, and what follows from the ids.
 
 Shapes: B batch, T tokens. NumPy's arrays stay on the CPU, where ops.embedding checks their ids.
 """
@@ -61,17 +61,22 @@ def counted(tokens, padding: int, start: int = 0):
     return (counts.cumsum(-1) + start) * counts + padding
 
 
-def last(tokens, mask, padding: int | None):
-    """The index of each text's last token that is neither padding nor masked: (B,), (B,).
+def last(x, tokens, mask, padding: int | None):
+    """The row of each text's last token that is neither padding nor masked: (B, T, C) -> (B, C).
+    Transformers looks for the padding's id alone.
 
-    >>> last(np.array([[7, 8, 0], [0, 7, 8]]), None, padding=0)
-    (array([0, 1]), array([1, 2]))
+    >>> from minilm.tensor import Tensor
+    >>> x = Tensor(np.arange(6.0).reshape(2, 3, 1))
+    >>> last(x, np.array([[7, 8, 0], [0, 7, 8]]), None, padding=0).data
+    array([[1.],
+           [5.]])
     """
-    xp = array_module(tokens := _array(tokens))
+    xp = array_module(x.data)
+    tokens = xp.asarray(tokens)
     seen = xp.ones(tokens.shape, bool) if padding is None else tokens != padding
     if mask is not None:
         seen = seen & (xp.asarray(mask) != 0)
-    return xp.arange(len(tokens)), (seen * xp.arange(tokens.shape[1])).argmax(-1)
+    return x[xp.arange(len(tokens)), (seen * xp.arange(tokens.shape[1])).argmax(-1)]
 
 
 def _array(x):

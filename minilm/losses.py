@@ -13,8 +13,11 @@ from minilm.tensor import op
 
 
 def of_text(targets, mask=None, ignore_index=-100):
-    """The targets (B, T) with ignore_index where mask (B, T) is 0: padding is never counted."""
-    if mask is None:
+    """The targets (B, T) with ignore_index where mask (B, T) is 0: padding is never counted.
+
+    Targets (B,) are of whole texts, which all count.
+    """
+    if mask is None or getattr(targets, "ndim", 2) == 1:
         return targets
     xp, shape = array_module(targets), getattr(mask, "shape", None)
     if shape != targets.shape:

@@ -54,7 +54,8 @@ class Step:
 
 
 class LabelLoss:
-    """Cross-entropy of targets (B, T) under the model's logits for tokens (B, T).
+    """Cross-entropy of targets (B, T) under the model's logits for tokens (B, T). If it classifies
+    whole texts, the targets are (B,).
 
     Targets of -100 do not count. A third array may be a mask (B, T), 0 for padding, whose targets
     do not count either. ValueError if a masked model is to predict tokens that it sees.
@@ -164,7 +165,7 @@ class Trainer:
         """(mean loss, share of targets predicted rightly) over all rows, without dropout.
 
         mask (B, T): 0 for padding, which the model must not see and which does not count. batch:
-        rows at a time. ValueError if no target counts.
+        rows at a time. Targets (B,) are of whole texts. ValueError if no target counts.
         """
         _length((tokens, targets, *mask))
         check({"batch": whole(1)}, batch=batch)
@@ -173,7 +174,8 @@ class Trainer:
         if not counted:
             raise ValueError(f"there is nothing to evaluate: every target is {IGNORED}")
         for rows, width in alike(self.model, targets, *mask, batch=batch):
-            parts = [tuple(a[r, :width] for a in arrays) for r in self._split(rows)]
+            parts = [tuple(a[r, :width] if a.ndim > 1 else a[r] for a in arrays)
+                     for r in self._split(rows)]
             totals += np.sum(self.workers.run(Trainer._evaluate, parts), axis=0)
         loss, right = totals / counted
         return float(loss), float(right)

@@ -217,7 +217,8 @@ class Transformer(Module):
     def forward(self, tokens, mask=None, cache=None, segments=None) -> Tensor:
         x = self.hidden(tokens, mask, cache, segments)
         if self.config.labels:
-            x = self.pooled(x) if self.pooler else x[last(tokens, mask, self.config.padding)]
+            x = self.pooled(x) if self.pooler else last(x, tokens, mask, self.config.padding)
+            return self.head(x)
         return self.logits(x) if self.head else x
 
     def pooled(self, x) -> Tensor:

@@ -191,6 +191,7 @@ def load_teacher(s: Settings):
     folder = Path(s.teacher)
     teacher = load_model(folder)
     tokenizer, c = data.load_tokenizer(folder / "tokenizer.json"), teacher.config
+    c.require_language(folder)
     if c.causal != (s.objective == "causal"):
         raise ValueError(f"{folder} has a {'causal' if c.causal else 'masked'} teacher, the "
                          f"objective is {s.objective}")

@@ -156,8 +156,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if run:
         run.check(described, "the model or the data are not those", decisive)
     base = load_model(folder)
-    if not base.config.causal:
-        raise ValueError(f"{folder} fills in masked tokens; only a causal model gives answers")
+    base.config.require_writer(folder, "gives answers")
     data.adopt_end(tokenizer, base.ends.eos)
     teach, by = ((conversations, data.load_chat(folder, tokenizer, templates)) if talks
                  else (instructions, tokenizer))

@@ -98,8 +98,7 @@ def load(model: Path | None, adapter: Path | None) -> tuple[Path, Transformer]:
     elif adapter and Path(peft.base_of(adapter) or model).absolute() != model.absolute():
         print(f"{adapter} was made for {peft.base_of(adapter)}", file=sys.stderr)
     transformer = load_model(folder).eval()
-    if not transformer.config.causal:
-        raise ValueError(f"{folder} fills in masked tokens; only a causal model writes on")
+    transformer.config.require_writer(folder, "writes on")
     if adapter:
         unload_lora(merge_lora(peft.load_adapter(transformer, adapter)))
     return folder, transformer

@@ -48,6 +48,7 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     loaded = load_model(folder)
     if is_quantized(loaded):
         raise ValueError(f"{folder} is quantized already: give the folder of the model in floats")
+    loaded.config.require_language(folder)
     if not loaded.config.causal:
         raise ValueError(f"{folder} fills in masked tokens; perplexity needs a causal model")
     weights = [m.weight.data for path, m in loaded.named_modules()

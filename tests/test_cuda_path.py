@@ -6,6 +6,7 @@ has, and mixes no NumPy array in. Values are compared with the same work on the 
 
 import cProfile
 import pstats
+from dataclasses import replace
 from pathlib import Path
 
 import emulated_cupy
@@ -42,6 +43,7 @@ FAMILIES = {
     "gpt2": Config.gpt2(**SHAPE, dropout=0.1),
     "llama": Config.llama(**SHAPE | {"heads": 4}, kv_heads=2, hidden=24),
     "bert": Config.bert(**SHAPE, hidden=32, dropout=0.1),
+    "roberta": Config.bert(**SHAPE, hidden=32, positions="counted", padding=3, segments=1),
     "later": Config.llama(**SHAPE, hidden=24, head_width=16, qk_norm="head", window=3,
                           unrotated=(0,), bias=("q", "k", "v"), rope=Llama3(4.0, 6)),
     "gemma": Config.llama(**SHAPE, hidden=24, qk_norm="width", norm_output=True, norm_plus_one=True,
@@ -118,6 +120,26 @@ def test_logits_and_gradients(cupy, family, dtype):
     largest = max(float(abs(p.grad).max()) for p in cpu.parameters())
     for p, q in zip(gpu.parameters(), cpu.parameters(), strict=True):
         same(p.grad, q.grad, dtype, scale=largest)  # those of k's bias cancel to nothing
+
+
+@pytest.mark.parametrize("on_card", [False, True])
+@pytest.mark.parametrize("family, pooler", [("bert", "tanh"), ("bert", "relu"), ("llama", None)])
+def test_classes_of_texts(cupy, monkeypatch, family, pooler, on_card):
+    """With padding by its id as well. Tokens, mask and segments are NumPy's, or on the card."""
+    config = replace(FAMILIES[family], head="classes", labels=("a", "b"), pooler=pooler, padding=3)
+    monkeypatch.setitem(FAMILIES, family, config)
+    cpu, gpu = pair(family)
+    labels, segments = np.array([0, 1, 1, 0]), (TOKENS > 6) * 1
+    given = (TOKENS, MASK, None, segments if config.segments else None)
+    moved = [a if a is None or not on_card else cupy.asarray(a) for a in given]
+    found = gpu.eval()(*moved), cpu.eval()(*given)
+    same(found[0].data, found[1].data)
+    for y in found:
+        ops.cross_entropy(y, labels).backward()
+    largest = max(float(abs(p.grad).max()) for p in cpu.parameters())
+    for p, q in zip(gpu.parameters(), cpu.parameters(), strict=True):
+        same(p.grad, q.grad, scale=largest)
+    assert not gpu.embed.weight.grad[3].any()
 
 
 @family

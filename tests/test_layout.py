@@ -20,8 +20,8 @@ FLOORS = [
     {"extras", "backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together",
      "stored", "ranges", "tensorfiles"},
     {"graph", "tensor", "ops", "activations", "attention", "losses"},
-    {"rope", "config", "nn", "transformer", "seq2seq", "shapes", "cache", "decode", "generate",
-     "dialogue"},
+    {"rope", "config", "inputs", "nn", "transformer", "seq2seq", "shapes", "cache", "decode",
+     "generate", "dialogue"},
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
@@ -54,6 +54,7 @@ WITHIN = {  # the arrows inside a floor
     ("config", "rope"),
     ("transformer", "cache"),
     ("transformer", "config"),
+    ("transformer", "inputs"),
     ("transformer", "nn"),
     ("transformer", "rope"),
     ("shapes", "config"),
@@ -131,7 +132,7 @@ PUBLIC = {  # what other programs rely on
     "quantize": "quantize_int8 Int8 Int8.dequantize int8_matmul_outliers quantize_4bit FourBit "
     "FourBit.dequantize QuantizedLinear quantize_model",
     "peft": "add_lora add_ia3 add_bitfit add_bottleneck add_dora add_adalora "
-    "Budget Budget.at Budget.step Orthogonal train_top add_prompt add_prefix settle_prefix "
+    "Budget Budget.at Budget.step Orthogonal train_top add_prompt add_prefix settle_prefix retrain "
     "use_adapter merge_lora unmerge_lora unload_lora requantize_lora trainable_parameters",
     "peft.adapted": "Adapter AdaptedLinear insert_adapters merge unmerge unload chosen",
     "interop": "load_model save_model",

@@ -25,6 +25,7 @@ from minilm.transformer import Config, Transformer
 GPT2 = Config.gpt2(256, 64, layers=3, heads=4, width=128)
 LLAMA = Config.llama(300, 32, layers=3, heads=4, width=96, hidden=258, kv_heads=2)
 BERT = Config.bert(300, 64, layers=2, heads=4, width=96, hidden=300)
+ROBERTA = replace(BERT, positions="counted", padding=1, segments=1)
 FAMILIES = [GPT2, LLAMA, BERT, Config.bert(90, 16, 1, 2, 12, 20, segments=0),
             Config.gpt2(90, 16, 1, 2, 12, hidden=20, tied=False)]
 LATER = {
@@ -114,7 +115,7 @@ def test_the_predicted_peak_is_the_measured_one(config, batch, method, targets):
 
 
 @pytest.mark.parametrize("method, targets", METHODS)
-@pytest.mark.parametrize("config", [LLAMA, BERT], ids=["llama", "bert"])
+@pytest.mark.parametrize("config", [LLAMA, BERT, ROBERTA], ids=["llama", "bert", "roberta"])
 def test_it_is_so_for_the_other_families(config, method, targets):
     check(Step(config, method, 16, 32, targets=targets))
 

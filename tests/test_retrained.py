@@ -10,7 +10,7 @@ from minilm import ops
 from minilm.generate import generate
 from minilm.interop import load_model, save_model
 from minilm.interop.peft import load_adapter, save_adapter
-from minilm.peft import add_lora, merge_lora, unload_lora, unmerge_lora, use_adapter
+from minilm.peft import add_lora, merge_lora, retrain, unload_lora, unmerge_lora, use_adapter
 from minilm.peft.adapted import Adapter, adapted_layers, chosen, insert_adapters, unadapted
 from minilm.peft.ia3 import IA3
 from minilm.peft.lora import LoRA
@@ -180,3 +180,33 @@ def test_other_methods_want_linear_layers():
             insert_adapters(model, "x", {path: IA3(np.ones(8, np.float32))})
     with pytest.raises(ValueError, match="is no linear layer"):
         insert_adapters(model, "x", {"nowhere": Retrained(model.norm.base)})
+
+
+@pytest.mark.parametrize("paths", [["head"], ["embed", "blocks.0.attention.q"], ["norm"], "head"])
+def test_layers_that_are_trained_whole_begin_as_they_are(paths):
+    model = add_lora(base("gpt2"), 2, 4)
+    expected, trained = model(TOKENS).data, {p for p, _ in model.named_parameters()}
+    retrain(model, paths)
+    assert np.array_equal(model(TOKENS).data, expected)
+    new = {p for p, _ in model.named_parameters()} - trained
+    first = paths if type(paths) is str else paths[0]
+    assert f"{first}.adapters.default.layer.weight" in new
+    assert all(".adapters.default." in p for p in new)
+    for t in model.parameters():
+        t.data += 0.5
+    assert np.abs(model(TOKENS).data - expected).max() > 1e-2
+    assert np.array_equal(use_adapter(model, None)(TOKENS).data, base("gpt2")(TOKENS).data)
+
+
+@pytest.mark.parametrize("paths, name, said", [
+    (["heads"], "default", "heads is no layer whose weight"), (["blocks.0"], "default", "no layer"),
+    (["blocks.0.mlp.up"], "default", "no layer"), (["head"], "other", "no adapter 'other'")])
+def test_what_cannot_be_trained_whole(paths, name, said):
+    model = add_lora(base(quantized=True), 2, 4)
+    before = [p for p, _ in model.named_tensors()]
+    with pytest.raises(ValueError, match=said):
+        retrain(model, ["norm", *paths], name)
+    assert [p for p, _ in model.named_tensors()] == before
+    retrain(model, ["head"])
+    with pytest.raises(ValueError, match="head is trained whole already"):
+        retrain(model, "head")

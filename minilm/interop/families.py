@@ -80,7 +80,8 @@ GPT2 = Family(
     FIELDS | {"context": "n_positions", "layers": "n_layer", "heads": "n_head", "width": "n_embd",
               "hidden": "n_inner", "norm_eps": "layer_norm_epsilon",
               "activation": "activation_function"},
-    {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"},
+    {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_accurate": "gelu_tanh",
+     "gelu": "gelu", "gelu_python": "gelu"},
     {"embed": "transformer.wte", "position": "transformer.wpe", "norm": "transformer.ln_f",
      "head": "lm_head"},
     "transformer.h.{i}.",
@@ -113,6 +114,7 @@ LLAMA = Family(
              biases({"attention_bias": LINEAR[:4], "mlp_bias": LINEAR[4:]})),
     harmless=(*HARMLESS, "attention_dropout", "pretraining_tp"),
     only={"partial_rotary_factor": 1.0, "is_causal": True},
+    respell={r"^(?=(embed_tokens|norm|layers\.\d+)\.)": "model."},
     ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
 )
 

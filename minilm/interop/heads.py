@@ -23,9 +23,9 @@ CLASSIFIERS = {  # those that look at the first token: the pooler's activation, 
 def _labels(raw, facts):
     """The classes' names. As in transformers, num_labels says how many if it is there."""
     names, count = raw.get("id2label"), raw.get("num_labels")
-    require(names is None or isinstance(names, dict) and all(
+    require(names is None or (isinstance(names, dict) and all(
         re.fullmatch(r"\d{1,9}", i, re.ASCII) and type(name) in (str, int)
-        for i, name in names.items()), raw, "id2label", "numbers and the names of classes")
+        for i, name in names.items())), raw, "id2label", "numbers and the names of classes")
     count = (2 if names is None else len(names)) if count is None else count
     fits = type(count) is int and 0 < count <= CLASSES
     require(fits, raw, "id2label" if "num_labels" not in raw else "num_labels",
@@ -50,7 +50,7 @@ def headless(kind: str, family: Family) -> Family:
                if not ours.startswith("head")}
     pooler = {"pooler": POOLED[kind]} if kind in POOLED else {}
     return family._replace(
-        architecture=f"{_stem(family)}Model",
+        architecture=f"{_stem(kind, family)}Model",
         config=functools.partial(family.config, head="none", **pooler),
         modules=modules | ({"pooler.dense": "pooler.dense"} if pooler else {}),
         layer=family.layer.removeprefix(prefix), copies={},
@@ -59,11 +59,11 @@ def headless(kind: str, family: Family) -> Family:
 
 
 def classifier(kind: str, family: Family) -> Family:
-    """The family's body and the classes of a text: of its first token, or for a decoder its last."""
+    """The family's body and the classes of a text."""
     pooler, modules = CLASSIFIERS.get(kind, (None, {"head": "score"}))
     body = {ours: theirs for ours, theirs in family.modules.items() if not ours.startswith("head")}
     return family._replace(
-        architecture=f"{_stem(family)}ForSequenceClassification",
+        architecture=f"{_stem(kind, family)}ForSequenceClassification",
         config=functools.partial(family.config, head="classes", pooler=pooler),
         modules=body | modules, copies={}, spelled=(*family.spelled, LABELS),
         harmless=tuple(field for field in family.harmless if field not in LABELS.fields),
@@ -71,8 +71,9 @@ def classifier(kind: str, family: Family) -> Family:
                       if key.rpartition(".")[0] not in modules.values()))
 
 
-def _stem(family: Family) -> str:
-    return re.sub("ForCausalLM|LMHeadModel|ForMaskedLM", "", family.architecture)
+def _stem(kind: str, family: Family) -> str:
+    stem = re.sub("ForCausalLM|LMHeadModel|ForMaskedLM", "", family.architecture)
+    return f"{stem}Text" if kind == "gemma3_text" else stem  # Gemma3Model sees images too
 
 
 HEADS = {kind: {"none": headless(kind, family), "classes": classifier(kind, family)}

@@ -1,9 +1,10 @@
 """Models in Hugging Face folders: config.json, generation_config.json and model.safetensors.
 
 The tables of families.py say what each architecture calls its parts. The loader reads them one way,
-the saver the other. What Transformer cannot express is refused, never ignored. Two things do not
-matter here: dropout, which belongs to a training run and not to the weights, and settings for
-sampling, initialisation or other tasks. They are remembered, and saved again.
+the saver the other. heads.py has the same families without a head, or with one for classes of
+texts. What Transformer cannot express is refused, never ignored. Two things do not matter here:
+dropout, which belongs to a training run and not to the weights, and settings for sampling,
+initialisation or other tasks. They are remembered, and saved again.
 """
 
 import os

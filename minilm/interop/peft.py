@@ -20,7 +20,7 @@ from minilm.interop.huggingface import check, describe, finite
 from minilm.interop.peft_config import choose, read_config, resolve
 from minilm.interop.peft_formats import FORMATS, Format
 from minilm.interop.peft_front import FRONTS, read_front, write_front
-from minilm.interop.peft_whole import PREFIX, Whole, without_copies
+from minilm.interop.peft_whole import CLASSIFIER, PREFIX, Whole, without_copies
 from minilm.peft.adapted import (
     FRONT,
     LINEAR,
@@ -141,7 +141,7 @@ def _task(model, saved=()) -> str | None:
         return "SEQ_2_SEQ_LM"
     if model.config.language and model.config.causal:
         return "CAUSAL_LM"
-    return "SEQ_CLS" if model.config.labels and saved else None
+    return "SEQ_CLS" if {CLASSIFIER, "score"} & {*saved} else None
 
 
 def _family(model) -> Family:

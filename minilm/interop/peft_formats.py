@@ -297,12 +297,16 @@ def _split(array, sizes):
 def shortest_end(module, others, apart=()):
     """The fewest last parts of the module's name that are not the last parts of any other name.
 
-    A name in `apart` may not even end with the same letters.
+    A name in `apart` may not even end with the same letters. ValueError if there is no such end.
     """
     parts = module.split(".")
     ends = (".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1))
-    return next(end for end in ends if not any(ends_with(other, end) for other in others)
-                and not any(other.endswith(end) for other in apart))
+    for end in ends:
+        if not any(ends_with(other, end) for other in others) and not any(
+                other.endswith(end) for other in apart):
+            return end
+    also = sorted(other for other in {*others, *apart} if other.endswith(module))
+    raise ValueError(f"PEFT cannot train {module} alone: its name would also name {also}")
 
 
 FORMATS = {

@@ -29,6 +29,7 @@ from minilm.transformer import Transformer
 
 PREFIX = "base_model.model."
 KINDS = ("weight", "bias")
+CLASSIFIER = "classifier"
 
 
 @dataclass
@@ -121,8 +122,16 @@ class Whole:
         for bias, modules in {"none": set(), "lora_only": every & {*adapted}, "all": every}.items():
             if biased == modules:
                 others = self.modules.keys() - {*saved}
-                return arrays, sorted({shortest_end(m, others, others) for m in saved}), bias
+                return arrays, sorted({shortest_end(_head(m, others), others, others)
+                                       for m in saved}), bias
         raise ValueError(f"PEFT trains all biases or those of adapted layers, not {sorted(biased)}")
+
+
+def _head(module, others) -> str:
+    """RoBERTa's classifier is two layers. If both are saved, PEFT wants the name of the whole."""
+    head = f"{CLASSIFIER}."
+    whole = module.startswith(head) and not any(other.startswith(head) for other in others)
+    return CLASSIFIER if whole else module
 
 
 def without_copies(file, arrays: dict, family: Family, config: dict) -> dict:

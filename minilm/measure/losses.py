@@ -41,11 +41,12 @@ def alike(model, targets, *mask, batch: int) -> Iterator[tuple[np.ndarray, int]]
 
     In text for a causal model, what comes after a row's last target decides nothing. So long rows
     come apart from the others, and do not fill them up. With a mask, or for a masked model, and if
-    no row is twice as long as most are, rows come in their order and whole.
+    no row is twice as long as most are, rows come in their order and whole. So they do if the
+    targets are (B,), of whole texts.
     """
-    size, width = targets.shape
+    size, width = (*targets.shape, None)[:2]
     places = [(np.arange(size), width)]
-    if not mask and getattr(getattr(model, "config", None), "causal", False):
+    if width and not mask and getattr(getattr(model, "config", None), "causal", False):
         counted = to_device(targets, "cpu") != data.IGNORED
         taken = np.maximum(1, (counted * np.arange(1, width + 1)).max(1))
         groups, longest = grouped(taken)
@@ -56,13 +57,16 @@ def alike(model, targets, *mask, batch: int) -> Iterator[tuple[np.ndarray, int]]
 
 
 def refuse_seen_answers(model, tokens, targets):
-    """ValueError if a masked model is asked for the next tokens, all of which it sees.
+    """ValueError if a masked model is asked for the next tokens, all of which it sees, or a model
+    without a head for anything.
 
     A masked model's task never looks like that: of eight neighbouring targets the corruption would
     have left each one in sight, and it leaves one in ten.
     """
     config = getattr(model, "config", None)
-    if config is None or config.causal:
+    if config is not None and config.head == "none":
+        raise ValueError("this model has no head: its hidden states are no logits of targets")
+    if config is None or config.causal or config.labels:
         return
     counted = targets != data.IGNORED
     pairs = counted[:, :-1] & counted[:, 1:]

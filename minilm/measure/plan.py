@@ -56,6 +56,7 @@ class Step:
     device: str = "cpu"
 
     def __post_init__(self):
+        self.config.require_language()
         choices = {"method": ("full", "lora", "qlora"), "dtype": tuple(BYTES),
                    "device": ("cpu", "cuda")}
         for name, allowed in choices.items():

@@ -8,10 +8,11 @@ is trained with an adapter, and the biases of BitFit (Ben Zaken et al. 2021, arX
 The base keeps its own tensors and acts again when the adapter does not.
 """
 
+from collections.abc import Iterable
 from copy import copy
 
 from minilm.nn import Linear, Module
-from minilm.peft.adapted import Adapter
+from minilm.peft.adapted import AdaptedLinear, Adapter, adapted_layers, unadapted, use_adapter
 from minilm.quantize.linear import QuantizedLinear
 from minilm.tensor import Tensor
 
@@ -34,11 +35,44 @@ class Retrained(Adapter):
                                                 in vars(plain).items() if isinstance(t, Tensor)})
 
 
-def retrained(layer: Module, *names: str) -> Retrained:
+def retrained(layer: Module, *names: str, inner: Adapter | None = None) -> Retrained:
     """Train copies of the layer's tensors of these names, or of all that it holds itself."""
     own = {name: t for name, t in vars(layer).items() if isinstance(t, Tensor)}
     return Retrained(with_tensors(layer, **{
-        name: Tensor(own[name].data.copy(), requires_grad=True) for name in names or own}))
+        name: Tensor(own[name].data.copy(), requires_grad=True) for name in names or own}), inner)
+
+
+def retrain(model: Module, paths: Iterable[str], name: str = "default") -> Module:
+    """Train the layers at these paths whole, beside the adapter of this name; returns the model.
+
+    So a new head learns together with LoRA. Each layer begins as it is, with tensors of its own: a
+    tied head is then no longer the embedding. The adapter acts from now on. ValueError if there is
+    none, if a path has no layer with floats for a weight or one that is retrained already, and
+    while an adapter is merged; the model is then as it was.
+
+    >>> from minilm.peft import add_lora
+    >>> from minilm.transformer import Config, Transformer
+    >>> model = Transformer(Config.gpt2(vocab_size=50, context=16, layers=1, heads=2, width=8))
+    >>> model = retrain(add_lora(model, r=1, alpha=1), ["head"])
+    >>> [path for path, _ in model.named_parameters()][-1]
+    'head.adapters.default.layer.weight'
+    """
+    paths = [paths] if isinstance(paths, str) else list(paths)
+    bases, slots = unadapted(model), adapted_layers(model)
+    for path in paths:
+        if not isinstance(getattr(bases.get(path), "weight", None), Tensor):
+            raise ValueError(f"{path} is no layer whose weight can be trained")
+        if path in slots and isinstance(slots[path].adapters.get(name), Retrained):
+            raise ValueError(f"{path} is trained whole already")
+    use_adapter(model, name)
+    for path in paths:
+        if path not in slots:
+            slots[path] = AdaptedLinear(bases[path])
+            model.replace(path, slots[path])
+        adapters = slots[path].adapters
+        adapters[name] = retrained(bases[path], inner=adapters.get(name))
+        slots[path].train(model.training)
+    return use_adapter(model, name)
 
 
 def with_tensors(layer: Module, **tensors: Tensor) -> Module:
