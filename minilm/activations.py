@@ -22,6 +22,14 @@ def relu(x):
 
 
 @op
+def tanh(x):
+    """(e^x - e^-x) / (e^x + e^-x)."""
+    floating("tanh", x=x)
+    y = array_module(x).tanh(wide(x))
+    return y.astype(x.dtype, copy=False), lambda dy: dy * (1 - y * y)
+
+
+@op
 def silu(x):
     """x sigmoid(x) (Elfwing et al. 2017, arXiv:1702.03118)."""
     floating("silu", x=x)

@@ -18,8 +18,11 @@ FLAGS = ("norm_first", "norm_output", "norm_both", "norm_plus_one", "causal", "t
 RANGES = dict.fromkeys(
     ("vocab_size", "context", "layers", "heads", "width", "hidden", "kv_heads"), SIZE) | {
     "head_width": optional(SIZE), "window": optional(SIZE), "norm": one_of("layer", "rms"),
-    "qk_norm": optional(one_of("head", "width")), "positions": one_of("learned", "rotary"),
-    "activation": one_of("gelu_tanh", "gelu", *GATED), "head": one_of("linear", "masked"),
+    "qk_norm": optional(one_of("head", "width")),
+    "positions": one_of("learned", "counted", "rotary"),
+    "activation": one_of("gelu_tanh", "gelu", *GATED),
+    "head": one_of("linear", "masked", "classes", "none"),
+    "pooler": optional(one_of("tanh", "relu")), "padding": optional(whole(0)),
     "segments": whole(0), "norm_eps": AT_LEAST_0, "rope_theta": POSITIVE, "dropout": BELOW_1,
     **dict.fromkeys(("attention_scale", "attention_cap", "logits_cap", "window_theta"),
                     optional(POSITIVE))}
@@ -51,7 +54,7 @@ class Config:
     norm_plus_one: bool = False  # RMSNorm multiplies by 1 + weight: Gemma
     norm_eps: float = 1e-5
     qk_norm: str | None = None  # RMSNorm of q and k: of each "head", or of all as one "width"
-    positions: str = "learned"  # or "rotary"
+    positions: str = "learned"  # or "rotary", or "counted": learned, of what is not padding alone
     rope_theta: float = 10000.0
     rope: Linear | Dynamic | Llama3 | Yarn | Long | None = None  # how its angles are stretched
     unrotated: tuple[int, ...] = ()  # layers that know no positions: SmolLM3
@@ -63,11 +66,14 @@ class Config:
     window: int | None = None  # a query sees so many tokens, with itself; None: all before it
     unwindowed: tuple[int, ...] = ()  # layers that see all even so
     logits_cap: float | None = None  # cap tanh(logits / cap): Gemma 2
-    head: str = "linear"  # or "masked": BERT's transform in front of the output
-    tied: bool = True  # the head shares the embedding's weight
+    head: str = "linear"  # or "masked": BERT's transform in front of the output; "classes"; "none"
+    labels: tuple[str, ...] = ()  # the classes of a text, each by its name, for head "classes"
+    pooler: str | None = None  # the first token stands for a text: through a layer, "tanh" or "relu"
+    tied: bool = True  # the head over the vocabulary, if it has one, shares the embedding's weight
     bias: bool | tuple[str, ...] = True  # in a block's linear layers; or the names of those
     scaled_embedding: bool = False  # times sqrt(width): Gemma
     segments: int = 0  # BERT's token types; 0: no embedding of them
+    padding: int | None = None  # the id whose row of the embedding is not trained by look-ups
     dropout: float = 0.0  # after the embedding and at the end of each residual branch
 
     def __post_init__(self):
@@ -98,7 +104,20 @@ class Config:
         if not isinstance(self.bias, bool) and (
                 list(named) != [n for n in own if n in named] or len(named) in (0, len(own))):
             raise ValueError(f"bias must be True, False or some of {own}, got {self.bias!r}")
+        if type(self.labels) is not tuple or not all(type(name) is str for name in self.labels):
+            raise TypeError(f"labels must be a tuple of names, got {self.labels!r}")
+        if self.padding is not None and self.padding >= self.vocab_size:
+            raise ValueError(f"padding must be one of the {self.vocab_size} ids of the vocabulary, "
+                             f"got {self.padding}")
         for fits, name, needs in (
+                (self.padding is not None or self.positions != "counted", "positions 'counted'",
+                 "a padding"),
+                (bool(self.labels) == (self.head == "classes"), "labels", "head 'classes', which "
+                 "has at least one"),
+                (not self.pooler or not self.language, "pooler", "head 'classes' or 'none'"),
+                (not self.pooler or not self.causal, "pooler", "a model that is not causal"),
+                (self.pooler or self.causal or not self.labels, "labels",
+                 "a pooler, or a causal model"),
                 (self.positions == "rotary" or not (self.rope or self.unrotated),
                  "rope or unrotated", "rotary positions"),
                 (self.causal or not self.window, "window", "a causal model"),
@@ -117,6 +136,22 @@ class Config:
     def D(self) -> int:
         """The width of a head."""
         return self.head_width or self.width // self.heads
+
+    @property
+    def language(self) -> bool:
+        """Whether the head gives a logit for each token of the vocabulary."""
+        return self.head in ("linear", "masked")
+
+    @property
+    def shared(self) -> bool:
+        """Whether the head and the embedding have one weight."""
+        return self.tied and self.language
+
+    @property
+    def places(self) -> int:
+        """Rows of the table of positions. Counted ones begin behind the row of the padding."""
+        first = self.padding + 1 if self.positions == "counted" else 0
+        return 0 if self.positions == "rotary" else first + self.context
 
     @property
     def gated(self) -> bool:
@@ -150,7 +185,7 @@ class Config:
         """Llama (Touvron et al. 2023, arXiv:2302.13971); with kv_heads < heads also Mistral.
 
         Later models are the same with other facts: Qwen2 has bias=("q", "k", "v"), Qwen3 qk_norm
-        and head_width, Llama 3.1 a rope, Mistral 7B v0.1 a window.
+        and head_width, Llama 3.1 a rope, Mistral 7B v0.1 a window, Gemma 2 norm_both and caps.
         """
         return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
                           width=width, hidden=hidden, kv_heads=kv_heads or heads, norm="rms",

@@ -277,6 +277,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     config = replace(teacher.config.of_layers(layers), tied=tied)
     student = Transformer(config).astype(embedding.dtype)
     student.ends, student.origin = teacher.ends, teacher.origin
+    teacher.front.plain()  # ValueError for rows in front of the text
     theirs, state = dict(teacher.named_modules()), {}
     for path, _ in student.named_tensors():
         owner, _, name = path.rpartition(".")

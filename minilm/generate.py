@@ -96,13 +96,13 @@ def settled(model, tokens, temperature, top_k, top_p, seed) -> np.random.Generat
 
 
 def _drawn(model, tokens, rng, *settings):
-    context, steady = model.config.context, model.config.steady
+    context, steady, front = model.room, model.config.steady, model.front.length
     cached, fast = caches(model), decodes(model)
     cache, new = Cache.empty(model) if cached else None, tokens
     while True:
         if not cached:
             new = tokens[:, -context:]
-        elif cache.length + new.shape[1] > steady:  # every position or angle changes
+        elif (cache.length or front) + new.shape[1] > steady:  # every position or angle changes
             cache, new = Cache.empty(model), tokens[:, -context:]
         drawn = sample(logits_after(model, new, cache, fast), rng, *settings)
         yield drawn
@@ -118,7 +118,7 @@ def logits_after(model, new, cache: Cache | None, fast: bool):  # (B, T) -> (B, 
     with no_grad(), no_dropout():
         if cache is None:
             logits = model(new).data[:, -1]
-        elif fast and new.shape == (1, 1):
+        elif fast and new.shape == (1, 1) and (cache.length or not model.front.length):
             logits = decode(model, new[0, 0], cache)[None]
         else:
             logits = model.logits(model.hidden(new, cache=cache)[:, -1]).data

@@ -175,15 +175,15 @@ class Linear(Module):
 
 
 class Embedding(Module):
-    """A table of `count` rows, looked up by integers."""
+    """A table of `count` rows, looked up by integers. padding: as in ops.embedding."""
 
     tokenwise = True
 
-    def __init__(self, count, width, rng, std=0.02):
-        self.weight = normal(rng, (count, width), std)
+    def __init__(self, count, width, rng, std=0.02, padding=None):
+        self.weight, self.padding = normal(rng, (count, width), std), padding
 
     def forward(self, ids):  # (...) -> (..., C)
-        return ops.embedding(ids, self.weight)
+        return ops.embedding(ids, self.weight, padding=self.padding)
 
 
 class LayerNorm(Module):

@@ -19,7 +19,7 @@ array([[ 0.    ,  0.1423],
 import numpy as np
 
 from minilm import cuda
-from minilm.activations import gelu, relu, silu, soft_cap, swiglu
+from minilm.activations import gelu, relu, silu, soft_cap, swiglu, tanh
 from minilm.arrays import (
     by_rows,
     described,
@@ -40,8 +40,8 @@ from minilm.tensor import add, concat, matmul, mul, op
 __all__ = [
     "add", "attention", "concat", "cosine_embedding", "cross_entropy", "dropout", "embedding",
     "gelu", "kl_divergence", "layer_norm", "linear", "log_softmax", "matmul", "merge_heads", "mse",
-    "mul", "relu", "rms_norm", "rotary", "silu", "soft_cap", "softmax", "split_heads",
-    "swiglu",
+    "mul", "relu", "rms_norm", "rotary", "silu", "soft_cap", "softmax", "split_heads", "swiglu",
+    "tanh",
 ]
 
 
@@ -65,9 +65,10 @@ def linear(x, W, b=None):
 
 
 @op
-def embedding(ids, W):
+def embedding(ids, W, padding=None):
     """W[ids], ids from 0 to V - 1: integers (...), (V, C) -> (..., C).
 
+    padding: an id that stands for no token. As in PyTorch, its row gets no gradient from here.
     If W is on a GPU, ids may stay NumPy's: checking them on the CPU does not wait for the card.
     """
     if W.ndim != 2:
@@ -80,8 +81,12 @@ def embedding(ids, W):
 
     def dW(dy):
         if xp is not np and dy.dtype in cuda.COMPUTES:
-            return cuda.scatter_add(ids.reshape(-1), cuda.aligned(rows(dy)), V)
-        return scatter_add(xp.asarray(ids).reshape(-1), rows(dy), V)
+            total = cuda.scatter_add(ids.reshape(-1), cuda.aligned(rows(dy)), V)
+        else:
+            total = scatter_add(xp.asarray(ids).reshape(-1), rows(dy), V)
+        if padding is not None:
+            total[padding] = 0
+        return total
     return W[xp.asarray(ids)], None, dW
 
 

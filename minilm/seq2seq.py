@@ -24,10 +24,11 @@ import numpy as np
 
 from minilm import ops
 from minilm.backend import array_module
+from minilm.inputs import seen
 from minilm.nn import Dropout, Embedding, Linear, Module, RMSNorm
 from minilm.ranges import AT_LEAST_0, BELOW_1, check, one_of, whole
 from minilm.tensor import Tensor
-from minilm.transformer import Ends, seen
+from minilm.transformer import Ends
 
 SIZE = whole(1)._replace(words="positive")
 SIZES = ("vocab_size", "layers", "decoder_layers", "heads", "width", "hidden", "head_width")
@@ -60,7 +61,8 @@ class T5:
     dropout: float = 0.0  # after the embedding and at the end of each residual branch
 
     # What others ask a Config: the decoder writes, and neither a table nor an angle ends anywhere.
-    causal, head, context, steady = True, "linear", 2**31, 2**31
+    causal, head, context, steady, padding = True, "linear", 2**31, 2**31, None
+    shared = property(lambda self: self.tied)
 
     def __post_init__(self):
         check(RANGES, **{name: getattr(self, name) for name in RANGES})

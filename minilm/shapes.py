@@ -16,10 +16,9 @@ def linear_layers(c: Config) -> dict[str, tuple[int, int]]:
 
 def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Path -> shape; a shared tensor once, by its first path, as in named_tensors."""
-    C, V, masked = c.width, c.vocab_size, c.head == "masked"
+    C, V = c.width, c.vocab_size
     norm = {"weight": (C,)} | ({"bias": (C,)} if c.norm == "layer" else {})
-    tables = {"embed": V, "position": c.context if c.positions == "learned" else 0,
-              "segment": c.segments}
+    tables = {"embed": V, "position": c.places, "segment": c.segments}
     shapes = {f"{path}.weight": (rows, C) for path, rows in tables.items() if rows}
     block = {}
     for path, (O, I) in linear_layers(c).items():
@@ -30,10 +29,16 @@ def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     for i in range(c.layers):
         shapes |= _below(f"blocks.{i}", block)
     shapes |= _below("norm" if c.norm_first else "embed_norm", norm)
-    if masked:
+    if c.pooler:
+        shapes |= _linear("pooler.dense", C, C, True)
+    if c.labels:
+        shapes |= _linear("head", len(c.labels), C, bool(c.pooler))
+    if c.head == "masked":
         shapes |= _linear("head.transform", C, C, True) | _below("head.norm", norm)
         shapes["head.out.bias"] = (V,)
-    return shapes if c.tied else shapes | {"head.out.weight" if masked else "head.weight": (V, C)}
+    own = c.language and not c.tied
+    return shapes | ({"head.out.weight" if c.head == "masked" else "head.weight": (V, C)} if own
+                     else {})
 
 
 def qk_norms(c: Config) -> dict[str, tuple[int]]:

@@ -1,7 +1,8 @@
 """One transformer in three families: GPT-2, Llama and those after it, BERT/DistilBERT.
 
 `Config` holds what differs. The families share all code below except for these choices, and what
-later Llamas add: a head width of their own, norms of q and k, windows, layers without rotation:
+later Llamas add: a head width of their own, norms of q and k or at both ends of a branch, windows,
+layers without rotation, caps of scores and logits:
 
                  GPT-2             Llama, Mistral      BERT, DistilBERT
     positions    learned           rotary              learned
@@ -9,6 +10,8 @@ later Llamas add: a head width of their own, norms of q and k, windows, layers w
     MLP          GELU (tanh)       SwiGLU              GELU (exact)
     attention    causal            causal, K <= H      bidirectional
     head         tied linear       linear              transform, then tied linear
+
+Instead of a head over the vocabulary each may have classes of whole texts, or no head at all.
 
 Shapes: B batch, T tokens, C width, H heads, K key/value heads, D head width, V vocabulary.
 """
@@ -20,7 +23,9 @@ import numpy as np
 
 from minilm import ops
 from minilm.backend import array_module
+from minilm.cache import Joined
 from minilm.config import Config
+from minilm.inputs import checked, checked_segments, counted, last, seen
 from minilm.nn import Dropout, Embedding, LayerNorm, Linear, Module, RMSNorm
 from minilm.ranges import check, whole
 from minilm.rope import rotary_tables
@@ -136,15 +141,46 @@ class MaskedHead(Module):
         return self.out(self.norm(ops.gelu(self.transform(x))))
 
 
+class Pooler(Module):
+    """What stands for a text: its first token's hidden state, through a linear layer and tanh (BERT
+    and RoBERTa) or ReLU (DistilBERT)."""
+
+    tokenwise = True
+
+    def __init__(self, c: Config, rng):
+        self.dense, self.activation = Linear(c.width, c.width, rng), c.pooler
+
+    def forward(self, x):  # (..., C) -> (..., C)
+        return (ops.tanh if self.activation == "tanh" else ops.relu)(self.dense(x))
+
+
+class Front(Module):
+    """What is in front of the text: nothing.
+
+    It takes the model from tokens to the last hidden states, as `hidden` says. A method that puts
+    rows in front adapts this module (see peft/front.py): it runs both halves with its rows, and
+    gives back those of the text. A cache that is not empty has the rows in it already.
+    """
+
+    tokenwise, length = True, 0  # length: the rows in front
+
+    def forward(self, model, tokens, mask=None, cache=None, segments=None):  # (B, T) -> (B, T, C)
+        x = model.embedded(tokens, cache.length if cache else 0, segments)
+        return model.run(x, mask, cache=cache)
+
+
 class Transformer(Module):
     """model(tokens, mask=None) -> logits.
 
-    tokens: integers (B, T), T <= config.context. mask: (B, T), 1 for a token and 0 for padding.
+    tokens: integers (B, T), T <= model.room. mask: (B, T), 1 for a token and 0 for padding.
     cache: keys and values in front of the tokens; a mask then covers those too (see cache.py).
-    logits: Tensor (B, T, V), float32 unless `astype` changed the model. ValueError for other tokens
-    or masks. The weights are drawn from `seed` as GPT-2's: N(0, 0.02^2), but output projections of
-    the residual branches are divided by sqrt(2 layers). With seed None nothing is drawn: the
-    weights are to be put in place.
+    segments: integers (B, T), each token's segment, by default 0, if config.segments is not 0.
+    logits: Tensor (B, T, V), float32 unless `astype` changed the model. With config.labels they are
+    those of a text's classes, (B, labels): of its pooled first token, or if there is no pooler, of
+    its last one that is not padding. Without a head they are the hidden states (B, T, C).
+    ValueError for other tokens, masks or segments. The weights are drawn from `seed` as GPT-2's:
+    N(0, 0.02^2), but output projections of the residual branches are divided by sqrt(2 layers).
+    With seed None nothing is drawn: the weights are to be put in place.
     checkpoint_every = k runs every k blocks under `checkpoint`; 0 keeps all activations.
     ends: what the folder names that the model was loaded from; a new model has none.
     origin: the small files of that folder, (name, bytes) each, which saving gives back.
@@ -159,49 +195,75 @@ class Transformer(Module):
     def __init__(self, config: Config, seed: int | None = 0):
         c, rng = config, None if seed is None else np.random.default_rng(seed)
         self.config, self.checkpoint_every, self.ends, self.origin = c, 0, Ends(), ()
-        self.embed = Embedding(c.vocab_size, c.width, rng)
-        self.position = Embedding(c.context, c.width, rng) if c.positions == "learned" else None
+        self.embed = Embedding(c.vocab_size, c.width, rng, padding=c.padding)
+        unplaced = c.padding if c.positions == "counted" else None
+        self.position = Embedding(c.places, c.width, rng, padding=unplaced) if c.places else None
         self.segment = Embedding(c.segments, c.width, rng) if c.segments else None
         self.embed_norm = None if c.norm_first else make_norm(c)
         self.drop = Dropout(c.dropout)
         self.blocks = [Block(c, rng, i) for i in range(c.layers)]
         self.norm = make_norm(c) if c.norm_first else None
-        masked = c.head == "masked"
-        self.head = MaskedHead(c, rng) if masked else Linear(c.width, c.vocab_size, rng, bias=False)
-        if c.tied:
-            (self.head.out if masked else self.head).weight = self.embed.weight
+        self.pooler = Pooler(c, rng) if c.pooler else None
+        self.head = make_head(c, rng)
+        if c.shared:
+            (self.head.out if c.head == "masked" else self.head).weight = self.embed.weight
+        self.front = Front()
 
-    def forward(self, tokens, mask=None, cache=None) -> Tensor:
-        return self.logits(self.hidden(tokens, mask, cache))
+    @property
+    def room(self) -> int:
+        """How many tokens of a text fit: the context, without what is in front."""
+        return self.config.context - self.front.length
 
-    def hidden(self, tokens, mask=None, cache=None) -> Tensor:
+    def forward(self, tokens, mask=None, cache=None, segments=None) -> Tensor:
+        x = self.hidden(tokens, mask, cache, segments)
+        if self.config.labels:
+            x = self.pooled(x) if self.pooler else x[last(tokens, mask, self.config.padding)]
+        return self.logits(x) if self.head else x
+
+    def pooled(self, x) -> Tensor:
+        """What stands for each text, from its hidden states: (B, T, C) -> (B, C)."""
+        if self.pooler is None:
+            raise ValueError("this model has no pooler")
+        return self.pooler(x[:, 0])
+
+    def hidden(self, tokens, mask=None, cache=None, segments=None) -> Tensor:
         """The last hidden states, which the head takes: (B, T, C).
 
         cache: a Cache of what is in front of these tokens; their own keys and values are added.
         """
-        x = self.embedded(tokens, cache.length if cache else 0)
-        return self.run(x, mask, cache=cache)
+        return self.front(self, tokens, mask, cache, segments)
 
     def logits(self, x) -> Tensor:
         """What the head says of hidden states: (..., C) -> (..., V)."""
         cap, logits = self.config.logits_cap, self.head(x)
         return ops.soft_cap(logits, cap) if cap else logits
 
-    def embedded(self, tokens, start: int = 0) -> Tensor:
+    def embedded(self, tokens, start: int = 0, segments=None) -> Tensor:
         """The input of the first block: (B, T) -> (B, T, C).
 
         start: the first token's position. A method that puts P rows of its own in front of the text
         gives start=P. If positions are learned, the method decides which ones its rows get.
         """
-        tokens = self._checked(tokens, start)
+        c, tokens = self.config, checked(tokens, start, self.config.context)
+        segments = checked_segments(segments, tokens, c.segments)
+        places = array_module(tokens).arange(start, start + tokens.shape[1])
+        if c.positions == "counted":
+            places = counted(tokens, c.padding, start)
+        return self.placed(self.looked_up(tokens), places, segments)
+
+    def looked_up(self, tokens) -> Tensor:
+        """The tokens' rows without their places: (...) -> (..., C)."""
         x = self.embed(tokens)
         if self.config.scaled_embedding:  # by a number of the model's dtype, as transformers does
             x = x * float(x.dtype.type(np.float32(math.sqrt(self.config.width))))
-        places = array_module(tokens).arange(start, start + tokens.shape[1])
+        return x
+
+    def placed(self, x, places, segments=None) -> Tensor:
+        """Rows x (B, T, C), of tokens or not, at the places (T,) or (B, T): (B, T, C)."""
         if self.position:
             x = x + self.position(places)
-        if self.segment:
-            x = x + self.segment(places * 0)  # segment 0: all tokens are of one text
+        if self.segment:  # 0: all tokens are of one text
+            x = x + self.segment(places * 0 if segments is None else segments)
         if self.embed_norm:
             x = self.embed_norm(x)
         return self.drop(x)
@@ -211,7 +273,8 @@ class Transformer(Module):
 
         mask: (B, S), 1 for a key that may be seen; the cached keys come first, then those of x.
         angles: tables of rotary positions (see rope.py), by default from cache.length on.
-        cache: as in `hidden`. With a cache no block runs under `checkpoint`.
+        cache: as in `hidden`. Under `checkpoint` it must be a Cache.of(prefix), and is used up. No
+        block runs under `checkpoint` if it is one of buffers.
 
         >>> model = Transformer(Config.gpt2(vocab_size=9, context=8, layers=1, heads=2, width=4))
         >>> prompt = Tensor(np.zeros((1, 3, 4), np.float32), requires_grad=True)
@@ -226,7 +289,7 @@ class Transformer(Module):
                              f"{len(self.blocks)} blocks")
         if mask is not None:
             mask = seen(mask, (B, past + T), xp)
-        if past and past + T > self.config.steady < self.config.context:
+        if angles is None and past and past + T > self.config.steady < self.config.context:
             raise ValueError(f"beyond {self.config.steady} tokens this model's rope turns the "
                              "earlier ones by other angles: run the whole text without a cache")
         if angles is None and not self.position:
@@ -238,42 +301,30 @@ class Transformer(Module):
 
     def _run_blocks(self, x, mask, angles, cache):
         check({"checkpoint_every": whole(0)}, checkpoint_every=self.checkpoint_every)
-        if cache or not self.checkpoint_every:
+        layers = cache.layers if cache else []
+        if not self.checkpoint_every or (layers and type(layers[0]) is not Joined):
             for i, block in enumerate(self.blocks):
-                x = block(x, mask, angles, cache and cache.layers[i])
+                x = block(x, mask, angles, cache and layers[i])
             return x
         for i in range(0, len(self.blocks), self.checkpoint_every):
-            def segment(x, blocks=self.blocks[i : i + self.checkpoint_every]):
-                for block in blocks:
-                    x = block(x, mask, angles)
+            def segment(x, *kv, blocks=self.blocks[i : i + self.checkpoint_every]):
+                for j, block in enumerate(blocks):  # it may run twice, so it joins anew
+                    x = block(x, mask, angles, Joined(*kv[2 * j : 2 * j + 2]) if kv else None)
                 return x
-            x = checkpoint(segment, x)
+            prefix = [t for m in layers[i : i + self.checkpoint_every] for t in (m.k, m.v)]
+            x = checkpoint(segment, x, *prefix)
+        if cache:
+            cache.layers = []
         return x
 
-    def _checked(self, tokens, start):
-        """tokens as an array of integers (B, T). ValueError if they are anything else.
 
-        NumPy's tokens stay on the CPU, where ops.embedding checks their ids.
-        """
-        tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)
-        context = self.config.context
-        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"tokens must be integers (B, T), got {tokens.dtype} {tokens.shape}")
-        T = start + tokens.shape[1]
-        if tokens.shape[1] == 0 or T > context:
-            raise ValueError(f"T must be 1 to {context}, the model's context; got {T}")
-        return tokens
-
-
-def seen(mask, wanted, xp):  # (B, S) -> booleans (B, 1, 1, S)
-    """The mask for attention. ValueError unless it has the shape `wanted`, and only 0 and 1."""
-    mask = xp.asarray(mask)
-    if mask.shape != wanted:
-        raise ValueError(f"mask {mask.shape} must have the shape {wanted}, as the tokens")
-    # Floats may be one that is to be added to the scores: it has 0 for what may be seen.
-    if (xp is np or mask.dtype.kind == "f") and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("mask must be 1 for a token that may be seen, 0 for padding")
-    return (mask != 0)[:, None, None, :]
+def make_head(c: Config, rng) -> Module | None:
+    """The head over the vocabulary, or over the classes of a text."""
+    if c.head == "masked":
+        return MaskedHead(c, rng)
+    if c.head == "classes":
+        return Linear(c.width, len(c.labels), rng, bias=bool(c.pooler))
+    return None if c.head == "none" else Linear(c.width, c.vocab_size, rng, bias=False)
 
 
 def residual_std(c: Config) -> float:

@@ -127,7 +127,7 @@ def chat_of(folder: Path, adapter: Path | None, tokenizer: Tokenizer) -> Chat:
 def converse(dialogue: Dialogue, chat: Chat, ends: Collection[int], most: int, system: str):
     """Read messages and answer them until the input ends. An answer has at most `most` tokens."""
     rules = [{"role": "system", "content": system}] if system else []
-    messages, context = rules, dialogue.model.config.context
+    messages, context = rules, dialogue.model.room
     if system:
         chat.text(messages + QUESTION)  # a template that takes no such message says so now
     while (message := ask()) is not None:
@@ -179,7 +179,7 @@ def answer(dialogue: Dialogue, before, tokenizer: Tokenizer, ends: Collection[in
             said.append(id)
             yield id
         if len(said) < most:
-            why = f"the context of {dialogue.model.config.context} tokens is full"
+            why = f"the context of {dialogue.model.room} tokens is full"
 
     try:
         write(drawn(), tokenizer, before.tolist())

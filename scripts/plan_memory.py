@@ -101,13 +101,18 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
     length = config.context if context is None else context
     steps = [Step(config, m, batch, length, rank, chosen, dtype, checkpoint_every, device)
              for m in method]
-    plans, held = [plan(step) for step in steps], model and sizes_of(model, dtype)
+    print_plans(steps, model and sizes_of(model, dtype), bits, card)
+
+
+def print_plans(steps: list[Step], held: Sizes | None, bits: int | None, card: float | None):
+    """Print the table, and of a folder's model what else it takes."""
+    s, plans = steps[0], [plan(step) for step in steps]
     if held and bits:
         plans = [p._replace(weights=held.weights) for p in plans]
-    print(f"{parameters(config):,} parameters, {batch} x {length} tokens, {dtype} on {device}")
+    print(f"{parameters(s.config):,} parameters, {s.batch} x {s.T} tokens, {s.dtype} on {s.device}")
     print_table(steps, plans, card)
     if held:
-        print_folder(held, generating(config, batch, length, dtype), batch, length)
+        print_folder(held, generating(s.config, s.batch, s.T, s.dtype, bits), s.batch, s.T)
 
 
 def of_codes(model: Path, bits: int, method, given: Given):

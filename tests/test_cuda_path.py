@@ -20,7 +20,14 @@ from minilm.blas import matmul
 from minilm.cache import Cache
 from minilm.generate import generate
 from minilm.optim import SGD, AdamW, LossScaler, clip_grad_norm, flat
-from minilm.peft import add_lora, merge_lora, requantize_lora
+from minilm.peft import (
+    add_lora,
+    add_prefix,
+    add_prompt,
+    merge_lora,
+    requantize_lora,
+    settle_prefix,
+)
 from minilm.quantize import quantize_model
 from minilm.rope import Dynamic, Llama3, Long, Yarn
 from minilm.run import RunDirectory
@@ -196,6 +203,30 @@ def test_a_prefix_trains(cupy, family, dtype):
         same(actual, expected, dtype)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma", "bert"])
+@pytest.mark.parametrize("add, settings", [
+    (add_prompt, {}), (add_prompt, dict(ids=[5])), (add_prefix, {}), (add_prefix, dict(ids=[5])),
+    (add_prefix, dict(hidden=4))])
+def test_prompts_and_prefixes(cupy, family, add, settings):
+    """Made on the card, masked, checkpointed and trained; settled; and generation."""
+    cpu, gpu = pair(family)
+    found, tokens = [], TOKENS[:, :5]
+    for model in (cpu, gpu):
+        model.checkpoint_every = 1
+        add(model.eval(), 3, **settings)
+        y = model(tokens, MASK[:, :5])
+        ops.cross_entropy(y, TARGETS[:, :5]).backward()
+        found.append([y.data, *(p.grad for p in model.parameters())])
+    largest = max(float(abs(a).max()) for a in found[0][1:])
+    for actual, expected in zip(*reversed(found), strict=True):
+        same(actual, expected, "float32", scale=largest)
+    if "hidden" in settings:
+        gpu, cpu = settle_prefix(gpu), settle_prefix(cpu)
+    same_parameters(gpu, cpu)
+    if cpu.config.causal:
+        assert np.array_equal(*(generate(m, [[1, 2]], 6, temperature=0) for m in (cpu, gpu)))
+
+
 def test_quantized_on_the_cpu_and_moved(cupy):
     def change(model):
         quantize_model(model, "nf4", double_quant="int8")
@@ -236,6 +267,22 @@ def test_qlora_launches_the_kernels_and_nothing_in_their_place(cupy, launched):
         gpu(TOKENS[:2])
     assert launched == {"nf4_matmul": 14, "attention_forward": 2, "swiglu": 2, "rms_norm": 5,
                         "rotary": 2 * 2}
+
+
+@pytest.mark.parametrize("settings, fused", [({}, 1), (dict(scale=0.5), 1), (dict(cap=2.0), 0),
+                                             (dict(scale=0.5, cap=2.0), 0)])
+def test_a_scale_goes_to_the_kernel_and_a_cap_to_the_tiles(cupy, launched, settings, fused):
+    """Both ways give what the CPU gives."""
+    rng, results = np.random.default_rng(0), []
+    q, k, v, dy = rng.standard_normal((4, 1, 2, 5, 16)).astype("bfloat16")
+    for device in ("cuda", "cpu"):
+        leaves = [Tensor(to_device(x, device), requires_grad=True) for x in (q, k, v)]
+        y = ops.attention(*leaves, causal=True, **settings)
+        y.backward(to_device(dy, device))
+        results.append([y.data, *(x.grad for x in leaves)])
+    assert launched["attention_forward"] == fused
+    for actual, expected in zip(*results):
+        close(on_cpu(actual), on_cpu(expected), "bfloat16", scale=1)
 
 
 def qlora_step(layers):

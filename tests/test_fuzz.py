@@ -23,7 +23,7 @@ from minilm.interop import bitsandbytes, huggingface, peft
 from minilm.measure.verdict import verdict
 from minilm.nn import Module, parameter
 from minilm.optim import AdamW, LossScaler
-from minilm.peft import add_ia3, add_lora, unload_lora
+from minilm.peft import add_adalora, add_dora, add_ia3, add_lora, unload_lora
 from minilm.quantize import quantize_model
 from minilm.results import Result, table, verdicts
 from minilm.run import RunDirectory
@@ -306,6 +306,8 @@ FORMATS = {
     "lora": adapter_of("llama", partial(add_lora, r=2, alpha=4)),
     "lora-gpt2": adapter_of("gpt2", partial(add_lora, r=1, alpha=2.5, targets=("q", "v", "up"))),
     "ia3": adapter_of("bert", add_ia3),
+    "dora": adapter_of("gpt2", partial(add_dora, r=1, alpha=2.5)),
+    "adalora": adapter_of("gpt2", partial(add_adalora, r=1, alpha=2.5, targets=("q", "v", "up"))),
     **{f"tokenizer-{name}": tokenizer_of(make) for name, make in TOKENIZERS.items()},
     "tensors": plain_tensors(),
     "run": run_of(hashes=False),

@@ -42,6 +42,8 @@ CONFIGS = {
     "qwen3": Config.llama(**SMALL, hidden=24, qk_norm="head", head_width=8, norm_eps=1e-5),
     "smollm3": Config.llama(**SMALL, hidden=24, unrotated=(1,), tied=True),
     "olmo2": Config.llama(**SMALL, hidden=24, qk_norm="width", norm_output=True),
+    "olmo3": Config.llama(**SMALL, hidden=24, qk_norm="width", norm_output=True, window=4,
+                          unwindowed=(1,), rope=Yarn(2.0, 5), window_theta=10000.0),
     "gemma": Config.llama(**SMALL, hidden=24, activation="geglu_tanh", norm_plus_one=True,
                           scaled_embedding=True, tied=True, head_width=8),
     "gemma2": Config.llama(**SMALL, **GEMMA, window=4, unwindowed=(1,), attention_cap=5.0,
@@ -53,7 +55,7 @@ CONFIGS = {
     "distilbert": Config.bert(**SMALL, hidden=24, segments=0),
     "distilbert-untied": Config.bert(**SMALL, hidden=24, segments=0, tied=False),
 }
-MODEL_TYPES = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma",
+MODEL_TYPES = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "olmo3", "gemma",
                "gemma2", "gemma3_text", "bert", "distilbert"}
 TOKENS = np.random.default_rng(5).integers(0, 23, (3, 9))
 MASK = (np.arange(9) < np.array([[9], [6], [1]])).astype(np.int64)
@@ -420,7 +422,7 @@ def test_missing_fields(edit, field):
 def test_a_model_of_text_and_images_is_refused_with_a_word_on_its_text(edit):
     folder = edit("gpt2", model_type="gemma3", text_config={"model_type": "gemma3_text"})
     expect(folder, folder / "config.json", "model_type is 'gemma3'",
-           "text_config is 'gemma3_text': save that part as a model of its own")
+           "text_config is 'gemma3_text': save its language_model and head as one")
 
 
 def test_refused_combinations(edit):

@@ -228,7 +228,7 @@ def test_another_librarys_array_is_named(call):
 
 
 FLOATS = {
-    "softmax": ops.softmax, "soft_cap": lambda x: ops.soft_cap(x, 1.0),
+    "softmax": ops.softmax, "soft_cap": lambda x: ops.soft_cap(x, 1.0), "tanh": ops.tanh,
     "log_softmax": ops.log_softmax, "gelu": ops.gelu, "silu": ops.silu,
     "swiglu": lambda x: ops.swiglu(x, x), "rms_norm": lambda x: ops.rms_norm(x, f(3)),
     "layer_norm": lambda x: ops.layer_norm(x, f(3), f(3)),
@@ -376,6 +376,20 @@ def test_erf_is_maths():
         unit = np.spacing(np.abs(expected).astype(dtype)).astype(np.float64)
         assert (np.abs(arrays.erf(x) - expected) / unit).max() <= ulps
         assert np.isnan(arrays.erf(np.array([np.nan], dtype))).all()
+
+
+@given(ids=st.lists(st.integers(0, 6), min_size=1, max_size=40), padding=st.integers(0, 6))
+def test_padding_gives_its_row_no_gradient(ids, padding):
+    """PyTorch's padding_idx: the row is looked up, but it does not learn."""
+    W, dy = normal(7, 3), normal(len(ids), 3, seed=1)
+    ours, theirs = Tensor(W, requires_grad=True), torch.tensor(W, requires_grad=True)
+    y = ops.embedding(np.array(ids), ours, padding=padding)
+    expected = torch.nn.functional.embedding(torch.tensor(ids), theirs, padding_idx=padding)
+    assert np.array_equal(y.data, expected.detach().numpy())
+    (y * dy).sum().backward()
+    (expected * torch.tensor(dy)).sum().backward()
+    assert np.abs(ours.grad - theirs.grad.numpy()).max() < 1e-12
+    assert not ours.grad[padding].any()
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, ml_dtypes.bfloat16])

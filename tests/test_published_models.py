@@ -66,6 +66,10 @@ CASES = {  # name -> (family, changes of BASE)
     "smollm3, window": ("SmolLM3", WINDOWED | dict(no_rope_layers=[1, 0, 1])),
     "olmo2": ("Olmo2", {}),
     "olmo2, biases": ("Olmo2", dict(attention_bias=True)),
+    "olmo3": ("Olmo3", dict(sliding_window=4, num_hidden_layers=4)),
+    "olmo3, yarn": ("Olmo3", dict(sliding_window=30, attention_bias=True, layer_types=[
+        "sliding_attention", "full_attention", "sliding_attention"], rope_parameters=BY_TYPE | {
+            "full_attention": YARN, "sliding_attention": dict(rope_type="default", **THETA)})),
     "phi3": ("Phi3", {}),
     "phi3, window": ("Phi3", dict(sliding_window=5)),
     "phi3, longrope": ("Phi3", dict(rope_parameters=LONG, original_max_position_embeddings=12)),

@@ -472,7 +472,7 @@ def test_a_mask_has_the_shape_of_tokens(shape):
     (dict(norm="batch"), ["norm", "batch", "'rms'"]),
     (dict(positions="alibi"), ["positions", "alibi", "'rotary'"]),
     (dict(activation="relu"), ["activation", "relu", "'swiglu'"]),
-    (dict(head="none"), ["head", "none", "'masked'"]),
+    (dict(head="nothing"), ["head", "nothing", "'masked'"]),
     (dict(width=9), ["width 9", "heads 2"]),
     (dict(heads=4, kv_heads=3), ["heads 4", "kv_heads 3"]),
     (dict(heads=8, kv_heads=8, positions="rotary"), ["even", "got 1"]),

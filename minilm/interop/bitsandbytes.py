@@ -156,8 +156,10 @@ def take_weights(file, stored: dict[str, Stored], bits: int) -> tuple[dict, dict
                 shape = eight_bits.checked(taken, name)
         except ValueError as error:
             raise FormatError(file, str(error)) from None
-        if len(shape) != 2 or 0 in shape or (bits == 4 and name == module):
-            raise FormatError(file, f"{name} has shape {shape}, expected the (O, I) of a weight")
+        if len(shape) != 2 or 0 in shape:
+            raise FormatError(file, f"{name} has shape {shape}, expected (O, I)")
+        if bits == 4 and name == module:
+            raise FormatError(file, f"{name} is quantized, but no weight")
         weights[module] = taken
         key = f"{module}.weight"
         arrays[key] = Coded(shape[::-1] if ".c_" in key else shape)
@@ -166,7 +168,7 @@ def take_weights(file, stored: dict[str, Stored], bits: int) -> tuple[dict, dict
 
 def _read(file, module: str, parts: dict, rows: list[int], bits: int) -> list:
     """The weights that a module joins, with so many rows each."""
-    arrays = {key: part.read() if isinstance(part, Stored) else part
+    arrays = {key: part.mapped() if isinstance(part, Stored) else part
               for key, part in parts.items()}
     try:
         if bits == 8:

@@ -8,8 +8,9 @@ nothing here.
 from dataclasses import fields, replace
 
 from minilm.config import Config
-from minilm.interop.families import BERT, DISTILBERT, FAMILIES, GPT2, LLAMA, ONLY, Family
-from minilm.interop.spelled import require, value
+from minilm.interop.families import FAMILIES, ONLY, Family
+from minilm.interop.heads import HEADS
+from minilm.interop.spelled import padding, require, value
 
 OPTIONAL = ("n_inner", "num_key_value_heads")  # sizes that may be null or absent
 LAYERS = 10**5  # more are damage; measure.plan goes through them without asking for the tensors
@@ -22,11 +23,14 @@ def read_config(raw) -> tuple[Family, Config]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         text = raw.get("text_config") if isinstance(raw, dict) else None
         of_text = text.get("model_type") if isinstance(text, dict) else None
-        hint = (f"; its text_config is {of_text!r}: save that part as a model of its own"
+        hint = (f"; its text_config is {of_text!r}: save its language_model and head as one"
                 if isinstance(of_text, str) and of_text in FAMILIES else
                 "; interop.t5 reads T5s" if kind == "t5" else "")
         raise ValueError(f"model_type is {kind!r}, expected one of {list(FAMILIES)}{hint}")
-    family = FAMILIES[kind]
+    names = raw.get("architectures")
+    name = names[0] if type(names) is list and names and type(names[0]) is str else None
+    family = next((other for other in HEADS[kind].values() if other.architecture == name),
+                  FAMILIES[kind])
     raw = family.absent | respelled(raw, family.spellings)
     for field, expected in (ONLY | family.only).items():
         allowed = expected if isinstance(expected, tuple) else (expected,)
@@ -36,7 +40,9 @@ def read_config(raw) -> tuple[Family, Config]:
     facts, types = {}, {field.name: field.type for field in fields(Config)}
     for ours, theirs in family.fields.items():
         null = theirs in OPTIONAL and raw.get(theirs) is None
-        if not null and (theirs in raw or types[ours] is int):  # else both have the same default
+        if ours == "padding":
+            facts[ours] = padding(raw, theirs, facts["vocab_size"])
+        elif not null and (theirs in raw or types[ours] is int):  # else both have the same default
             facts[ours] = value(raw, theirs, types[ours])
     known, field = family.activations, family.fields["activation"]
     name = facts.get("activation", next(iter(known)))
@@ -48,18 +54,20 @@ def read_config(raw) -> tuple[Family, Config]:
     return family, family.config(**facts)
 
 
-def describe_config(c: Config, wanted: Family | None = None) -> tuple[Family, dict]:
-    """The wanted family, or else the first one that expresses c, and its config.json. ValueError if
-    there is none, which says what the nearest one cannot express."""
+def describe_config(c: Config, wanted: str | None = None) -> tuple[Family, dict]:
+    """The first family that expresses c, and its config.json; of the wanted model_type if that
+    does. ValueError if there is none, which says what the nearest one cannot express."""
     if not isinstance(c, Config):
         raise TypeError(f"expected a Transformer's Config, got a {type(c).__name__}; interop.t5 "
                         "writes T5s")
-    nearest = (LLAMA if c.positions == "rotary" else GPT2 if c.head == "linear"
-               else BERT if c.segments else DISTILBERT)
+    decoder = c.head == "linear" or (c.causal and c.head != "masked")
+    nearest = ("llama" if c.positions == "rotary" else "gpt2" if decoder else
+               "roberta" if c.positions == "counted" else "bert" if c.segments else "distilbert")
     reason = None
-    for family in ([wanted] if wanted else []) + [nearest, *FAMILIES.values()]:
+    for kind in ([wanted] if wanted else []) + [nearest, *FAMILIES]:
+        family = HEADS[kind].get(c.head, FAMILIES[kind])
         try:
-            return family, _described(family, c)
+            return family, _described(kind, family, c)
         except ValueError as error:
             reason = reason or error
     raise reason
@@ -75,16 +83,17 @@ def respelled(raw, spellings) -> dict:
     return raw
 
 
-def _described(family: Family, c: Config) -> dict:
+def _described(kind: str, family: Family, c: Config) -> dict:
     """config.json for c; ValueError if it would not be read as c again."""
     names = {ours: theirs for theirs, ours in reversed(family.activations.items())}
-    model_type = next(name for name, known in FAMILIES.items() if known is family)
-    raw = {"architectures": [family.architecture], "model_type": model_type}
+    raw = {"architectures": [family.architecture], "model_type": kind}
     raw |= {theirs: getattr(c, ours) for ours, theirs in family.fields.items()}
     raw[family.fields["activation"]] = names.get(c.activation, next(iter(family.activations)))
     for spelled in family.spelled:
         raw |= spelled.write(c)
     read = replace(read_config(raw)[1], dropout=c.dropout)
+    if c.head == "none" and c.pooler is None:  # config.json does not say whether there is one
+        read = replace(read, pooler=None)
     for name, given in vars(_normal(c)).items():
         if given != getattr(read, name):
             raise ValueError(f"{family.architecture}, the nearest, cannot express {name}={given!r}")

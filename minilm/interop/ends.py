@@ -42,12 +42,18 @@ def describe_ends(ends: Ends) -> dict:
     return {FIELDS["bos"]: ends.bos, FIELDS["eos"]: eos, FIELDS["pad"]: ends.pad}
 
 
+def with_ends(raw: dict, ends: Ends) -> dict:
+    """config.json with the ends. Its pad_token_id stays if it has one: there it is the id that the
+    embedding does not train (Config.padding), which need not fill up texts."""
+    return raw | describe_ends(ends._replace(pad=raw.get(FIELDS["pad"], ends.pad)))
+
+
 def ends_of(model, tokenizer) -> Ends:
     """The model's own ends; a model that has none ends its texts as the tokenizer does."""
     return model.ends if model.ends.eos else model.ends._replace(eos=(tokenizer.end,))
 
 
-def tokenizer_files(tokenizer, ends: Ends) -> dict[str, dict]:
+def tokenizer_fields(tokenizer, ends: Ends) -> dict[str, dict]:
     """{file: fields} of a tokenizer, for load_tokenizer and AutoTokenizer."""
     named = {id: name for name, id in tokenizer.special.items()}
     eos = tokenizer.end

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from minilm.config import LINEAR, Config
-from minilm.interop.rotary import ROTARY, ROTARY_BY_TYPE
+from minilm.interop.rotary import ROTARY, rotary_by_type
 from minilm.interop.spelled import (
+    COUNTED,
     NO_WINDOW,
     SCALE,
     UNROTATED,
@@ -26,12 +27,13 @@ FIELDS = {"vocab_size": "vocab_size", "context": "max_position_embeddings",
           "layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size",
           "hidden": "intermediate_size", "activation": "hidden_act",
           "tied": "tie_word_embeddings"}
+PADDED = FIELDS | {"padding": "pad_token_id"}  # if transformers' Embedding knows it: padding_idx
 ONLY = {"add_cross_attention": False, "is_encoder_decoder": False}
 # Fields of config.json that change no logits: of training, of other tasks, of what is returned, and
 # the ends of a text, which ends.py reads.
 HARMLESS = ("transformers_version", "architectures", "dtype", "return_dict", "output_hidden_states",
             "use_cache", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
-            "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
+            "initializer_range", "bos_token_id", "eos_token_id")
 
 
 class Family(NamedTuple):
@@ -89,7 +91,7 @@ GPT2 = Family(
                "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
     harmless=(*HARMLESS, "resid_pdrop", "embd_pdrop", "attn_pdrop", "reorder_and_upcast_attn",
               "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
-              "summary_first_dropout"),
+              "summary_first_dropout", "pad_token_id"),
     only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "is_causal": True},
     respell={r"^(?=(wte|wpe|ln_f|h\.\d+)\.)": "transformer."},
     ignored=("transformer.h.{i}.attn.bias", "transformer.h.{i}.attn.masked_bias"),
@@ -98,7 +100,7 @@ GPT2 = Family(
 LLAMA = Family(
     "LlamaForCausalLM",
     Config.llama,
-    FIELDS | {"kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps"},
+    PADDED | {"kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps"},
     {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu_tanh",
      "gelu_new": "geglu_tanh"},
     {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
@@ -143,7 +145,7 @@ SMOLLM3 = LLAMA._replace(
     architecture="SmolLM3ForCausalLM",
     config=functools.partial(Config.llama, rope_theta=2e6),
     spelled=(head_width(), ROTARY, UNROTATED, UNROTATED_WINDOW, LLAMA.spelled[-1]),
-    absent={"num_key_value_heads": 4, "tie_word_embeddings": True},
+    absent={"num_key_value_heads": 4, "tie_word_embeddings": True, "pad_token_id": 128004},
 )
 
 OLMO2 = QWEN3._replace(
@@ -152,7 +154,13 @@ OLMO2 = QWEN3._replace(
     block=QWEN3.block | {"norm1": "post_attention_layernorm",
                          "norm2": "post_feedforward_layernorm"},
     spelled=(head_width(), ROTARY, NO_WINDOW, biases({"attention_bias": LINEAR[:4]})),
-    absent={},
+    absent={"pad_token_id": 1},
+)
+
+OLMO3 = OLMO2._replace(
+    architecture="Olmo3ForCausalLM",
+    spelled=(head_width(), rotary_by_type(5e5, 5e5), window_but_of_every(4), OLMO2.spelled[-1]),
+    absent={"sliding_window": 4096, "pad_token_id": 1},
 )
 
 PHI3 = LLAMA._replace(
@@ -164,6 +172,7 @@ PHI3 = LLAMA._replace(
     spelled=(head_width(), ROTARY, WINDOW),
     harmless=(*LLAMA.harmless, "resid_pdrop", "embd_pdrop"),
     only=LLAMA.only | NO_BIAS,
+    absent={"pad_token_id": 32000},
 )
 
 GEMMA = LLAMA._replace(
@@ -173,7 +182,8 @@ GEMMA = LLAMA._replace(
                  "silu": "swiglu"},  # "gelu" was written for the tanh form
     spelled=(head_width(), ROTARY, NO_WINDOW, biases({"attention_bias": LINEAR[:4]})),
     only=LLAMA.only | {"use_bidirectional_attention": (None, False)},
-    absent={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+    absent={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True,
+            "pad_token_id": 0},
 )
 
 GEMMA2 = GEMMA._replace(
@@ -196,7 +206,7 @@ GEMMA3 = GEMMA2._replace(
     config=functools.partial(GEMMA2.config, qk_norm="head"),
     block=GEMMA2.block | {name: QWEN3.block[name] for name in ("attention.q_norm",
                                                                "attention.k_norm")},
-    spelled=(head_width(divides=True), ROTARY_BY_TYPE,
+    spelled=(head_width(divides=True), rotary_by_type(1e6, 1e4, "rope_local_base_freq"),
              window_but_of_every(6, ("sliding_window_pattern",)), SCALE,
              optional(logits_cap="final_logit_softcapping"), GEMMA.spelled[-1]),
     only=GEMMA.only | {"attn_logit_softcapping": None},
@@ -206,8 +216,8 @@ GEMMA3 = GEMMA2._replace(
 BERT = Family(
     "BertForMaskedLM",
     Config.bert,
-    FIELDS | {"segments": "type_vocab_size", "norm_eps": "layer_norm_eps"},
-    {"gelu": "gelu"},
+    PADDED | {"segments": "type_vocab_size", "norm_eps": "layer_norm_eps"},
+    {"gelu": "gelu", "gelu_python": "gelu"},
     {"embed": "bert.embeddings.word_embeddings", "position": "bert.embeddings.position_embeddings",
      "segment": "bert.embeddings.token_type_embeddings", "embed_norm": "bert.embeddings.LayerNorm",
      "head.transform": "cls.predictions.transform.dense",
@@ -220,6 +230,7 @@ BERT = Family(
     harmless=(*HARMLESS, "hidden_dropout_prob", "attention_probs_dropout_prob",
               "classifier_dropout"),
     only={"is_decoder": False, "is_causal": False, "position_embedding_type": "absolute"},
+    absent={"pad_token_id": 0},
     respell={r"\.gamma$": ".weight", r"\.beta$": ".bias"},
     copies={"cls.predictions.bias": "cls.predictions.decoder.bias"},
     ignored=("bert.embeddings.position_ids", "bert.pooler.dense.weight", "bert.pooler.dense.bias",
@@ -229,9 +240,9 @@ BERT = Family(
 DISTILBERT = Family(
     "DistilBertForMaskedLM",
     functools.partial(Config.bert, segments=0),
-    FIELDS | {"layers": "n_layers", "heads": "n_heads", "width": "dim", "hidden": "hidden_dim",
+    PADDED | {"layers": "n_layers", "heads": "n_heads", "width": "dim", "hidden": "hidden_dim",
               "activation": "activation"},
-    {"gelu": "gelu"},
+    {"gelu": "gelu", "gelu_python": "gelu"},
     {"embed": "distilbert.embeddings.word_embeddings",
      "position": "distilbert.embeddings.position_embeddings",
      "embed_norm": "distilbert.embeddings.LayerNorm", "head.transform": "vocab_transform",
@@ -245,9 +256,30 @@ DISTILBERT = Family(
     harmless=(*HARMLESS, "dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout",
               "sinusoidal_pos_embds"),
     only={"is_causal": False},
+    absent={"pad_token_id": 0},
     ignored=("distilbert.embeddings.position_ids",),
 )
 
+ROBERTA = BERT._replace(
+    architecture="RobertaForMaskedLM",
+    config=functools.partial(Config.bert, positions="counted"),
+    fields={ours: theirs for ours, theirs in BERT.fields.items() if ours != "context"},
+    modules={"embed": "roberta.embeddings.word_embeddings",
+             "position": "roberta.embeddings.position_embeddings",
+             "segment": "roberta.embeddings.token_type_embeddings",
+             "embed_norm": "roberta.embeddings.LayerNorm", "head.transform": "lm_head.dense",
+             "head.norm": "lm_head.layer_norm", "head.out": "lm_head.decoder"},
+    layer="roberta.encoder.layer.{i}.",
+    spelled=(COUNTED,),
+    absent={"pad_token_id": 1},
+    copies={"lm_head.bias": "lm_head.decoder.bias"},
+    ignored=("roberta.embeddings.position_ids", "roberta.pooler.dense.weight",
+             "roberta.pooler.dense.bias"),
+)
+
+XLM_ROBERTA = ROBERTA._replace(architecture="XLMRobertaForMaskedLM")
+
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3,
-            "smollm3": SMOLLM3, "olmo2": OLMO2, "phi3": PHI3, "gemma": GEMMA, "gemma2": GEMMA2,
-            "gemma3_text": GEMMA3, "bert": BERT, "distilbert": DISTILBERT}
+            "smollm3": SMOLLM3, "olmo2": OLMO2, "olmo3": OLMO3, "phi3": PHI3, "gemma": GEMMA,
+            "gemma2": GEMMA2, "gemma3_text": GEMMA3, "bert": BERT, "distilbert": DISTILBERT,
+            "roberta": ROBERTA, "xlm-roberta": XLM_ROBERTA}

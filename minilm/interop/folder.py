@@ -18,8 +18,10 @@ def load_model(
 
     What is not quantized there is cast to dtype, one of huggingface.FLOATS; linear layers in 4 or 8
     bits become QuantizedLinears, code for code. Loading takes as much memory as the model, and for
-    a moment its largest tensor. Raises FileNotFoundError. Raises FormatError, naming the field or
-    the keys, if a file is damaged or Transformer cannot express what it says.
+    a moment its largest tensor. Weights that need no cast stay in the pages of the file: another
+    may replace it, as `save_model` does, but do not write into it while the model lives. Raises
+    FileNotFoundError. Raises FormatError, naming the field or the keys, if a file is damaged or
+    Transformer cannot express what it says.
     """
     settle(path := Path(path))
     require_folder(path)

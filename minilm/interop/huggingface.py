@@ -18,18 +18,19 @@ from minilm.backend import to_device
 from minilm.config import Config
 from minilm.files import FormatError, json_bytes, read_json
 from minilm.interop.config_json import describe_config, read_config
-from minilm.interop.ends import describe_ends, ends_of, read_ends
-from minilm.interop.ends import tokenizer_files as files_of
+from minilm.interop.ends import ends_of, read_ends, tokenizer_fields, with_ends
 from minilm.interop.families import Family
 from minilm.interop.remembered import (
-    family_of,
     generation_config,
     kept_fields,
+    model_type,
     remember,
     tokenizer_files,
 )
 from minilm.interop.shards import open_arrays, require_folder, some
 from minilm.nn import Embedding, Linear
+from minilm.peft.adapted import AdaptedLinear
+from minilm.quantize.linear import QuantizedLinear
 from minilm.tensorfiles import tensor_parts
 from minilm.together import settle, write_together
 from minilm.transformer import Transformer
@@ -37,7 +38,7 @@ from minilm.transformer import Transformer
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 # Beside its tensors, these decide a module's results. A Config has one value for all its blocks.
 FACTS = ("heads", "kv_heads", "causal", "window", "rotates", "qk_norm", "activation", "norm_first",
-         "norm_output", "norm_both", "eps", "plus_one", "scale", "cap")
+         "norm_output", "norm_both", "eps", "plus_one", "scale", "cap", "padding")
 
 
 def load_model(
@@ -87,14 +88,15 @@ class Coded(NamedTuple):
     dtype: np.dtype = np.dtype("float32")
 
     def equals(self, other):
-        return False
+        return self is other
 
 
 def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) -> Transformer:
     """The model with the arrays, {key: Stored or Coded}, of an open file, each cast to dtype.
 
     One after another is read, straight into its place if it is a tensor here too. So this takes as
-    much memory as the model, and for a moment its largest tensor.
+    much memory as the model, and for a moment its largest tensor. What needs no cast is not even
+    read, but is the file's own pages.
     """
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {FLOATS}, got {dtype!r}")
@@ -104,13 +106,17 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
         raise FormatError(file.with_name("config.json"), f"{family.fields['layers']} is "
                           f"{config.layers}, but {file.name} holds {len(arrays)} tensors")
     arrays = _normalised(file, arrays, family, config)
+    pooler = f"{family.modules.get('pooler.dense')}.weight"
+    if config.head == "none" and pooler not in arrays:  # transformers' add_pooling_layer=False
+        config = replace(config, pooler=None)
     check(file, arrays, _shapes(config, family))
     model = family.model(config, seed=None)
-    model.ends, model.origin = read_ends(file.parent), remember(file.parent)
+    ends, model.origin = read_ends(file.parent), remember(file.parent)
+    model.ends = ends._replace(pad=config.padding) if ends.pad is None else ends
     for key, tensors in _places(family, config, dict(model.named_tensors())).items():
         if isinstance(arrays[key], Coded):
             continue
-        whole = arrays[key].read(dtype, finite=True)
+        whole = arrays[key].mapped(dtype, finite=True)
         parts = np.split(turned(key, whole), np.cumsum([len(t) for t in tensors])[:-1])
         for tensor, part in zip(tensors, parts):  # a tensor that is shared stays so
             tensor.become(whole if part.shape == whole.shape and part.flags.c_contiguous
@@ -129,19 +135,21 @@ def finite(file: Path, key: str, array, dtype):
 
 def describe(model: Transformer) -> tuple[Family, dict]:
     """The model's family and its config.json; ValueError if no family expresses its Config."""
-    family, raw = describe_config(as_it_is(model), family_of(model.origin))
+    family, raw = describe_config(as_it_is(model), model_type(model.origin))
     _, first = next(model.named_tensors())
     raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # torch_dtype before version 5
-    raw |= describe_ends(model.ends)
+    raw = with_ends(raw, model.ends)
     return family, raw | {field: value for field, value in kept_fields(model.origin, family).items()
                           if field not in raw}
 
 
 def as_it_is(model) -> Config:
     """The model's Config. A tied head or embedding that was trained by itself is tied no more."""
-    c, ends = model.config, (model.embed, model.head.out if model.config.head == "masked"
-                             else model.head)
-    plain = c.tied and [type(end) for end in ends] == [Embedding, Linear]
+    c = model.config
+    if not c.shared:
+        return c
+    ends = model.embed, model.head.out if c.head == "masked" else model.head
+    plain = [type(end) for end in ends] == [Embedding, Linear]
     return replace(c, tied=False) if plain and ends[0].weight is not ends[1].weight else c
 
 
@@ -149,7 +157,12 @@ def require_parts(model, expected):
     """ValueError if the two models differ in their modules, shapes or FACTS."""
     if differences := _parts(model) ^ _parts(expected):
         texts = {f"{path}: {getattr(what, '__name__', what)}" for path, what in differences}
-        raise ValueError(f"not the modules of Transformer(config); differing: {some(texts)}")
+        kinds = {type(module) for _, module in model.named_modules()}
+        hints = {AdaptedLinear: "; interop.peft.save_adapter saves the adapters, or merge_lora and "
+                                "unload_lora put them into the weights",
+                 QuantizedLinear: "; interop.save_model writes quantized layers"}
+        raise ValueError(f"not the modules of Transformer(config); differing: {some(texts)}"
+                         + "".join(hint for kind, hint in hints.items() if kind in kinds))
 
 
 def arrays_of(model, family: Family) -> dict:
@@ -165,12 +178,13 @@ def arrays_of(model, family: Family) -> dict:
 def write_folder(model, path, raw: dict, arrays: dict, tokenizer=None):
     """config.json with the fields `raw`, model.safetensors, and what the model remembers: all as
     one."""
-    given = None
+    ends, given = model.ends, None
     if tokenizer:
         ends = ends_of(model, tokenizer)
-        raw, given = raw | describe_ends(ends), files_of(tokenizer, ends)
+        raw, given = with_ends(raw, ends), tokenizer_fields(tokenizer, ends)
     files = tokenizer_files(model.origin, given)
-    files |= generation_config(Path(path), raw, model.origin) | {"config.json": json_bytes(raw)}
+    files |= generation_config(Path(path), raw, ends, model.origin)
+    files["config.json"] = json_bytes(raw)
     write_together(path, {"model.safetensors": tensor_parts(arrays, {"format": "pt"}),
                           **{name: [data] for name, data in files.items()}})
 
@@ -209,10 +223,11 @@ def _normalised(file, arrays, family: Family, c: Config) -> dict:
         plain[key] = array
     ignored = "|".join(re.escape(key).replace(r"\{i\}", r"\d+") for key in family.ignored)
     plain = {key: array for key, array in plain.items() if not re.fullmatch(ignored, key)}
-    head = family.modules["head" if c.head == "linear" else "head.out"]
-    tied = {f"{head}.weight": f"{family.modules['embed']}.weight"} if c.tied else {}
+    head = family.modules.get("head.out" if c.head == "masked" else "head")
+    tied = {f"{head}.weight": f"{family.modules['embed']}.weight"} if c.shared else {}
     for copy, key in (family.copies | tied).items():
-        if copy in plain and not plain.setdefault(key, plain[copy]).equals(plain[copy]):
+        same = copy not in plain or plain.setdefault(key, plain[copy]).equals(plain[copy])
+        if not same and c.tied:  # an untied model's copy does not act
             raise FormatError(file, f"{copy} differs from {key}, of which it should be a copy")
         plain.pop(copy, None)
     return plain

@@ -83,7 +83,7 @@ class Whole:
                     if kind == "weight" and not trained:
                         tied[path] = tensor
         ends = self.ends()
-        for path, other in (ends, ends[::-1]) if self.model.config.tied else ():
+        for path, other in (ends, ends[::-1]) if self.model.config.shared else ():
             if path in tied:
                 own.setdefault(other, {}).setdefault("weight", tied[path])
         layers = {path: with_tensors(self.bases[path], **tensors) for path, tensors in own.items()}

@@ -10,9 +10,11 @@ counts.
 from pathlib import Path
 
 from minilm.files import json_bytes, read_bytes
-from minilm.interop.ends import FIELDS
+from minilm.interop.ends import FIELDS, describe_ends
 from minilm.interop.families import FAMILIES, Family
+from minilm.interop.heads import HEADS
 from minilm.strict import parse
+from minilm.transformer import Ends
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 TOKENIZER_FILES = (
@@ -20,7 +22,8 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja")
 GONE = ("quantization_config", "auto_map")  # of the weights as they were; of programs there
 
-IDS = (*FIELDS.values(), "decoder_start_token_id")
+START = "decoder_start_token_id"  # T5's
+IDS = (*FIELDS.values(), START)
 
 Origin = tuple[tuple[str, bytes], ...]
 
@@ -31,25 +34,29 @@ def remember(folder: Path) -> Origin:
                  for name in (CONFIG, GENERATION, *TOKENIZER_FILES) if (folder / name).is_file())
 
 
-def family_of(origin: Origin) -> Family | None:
+def model_type(origin: Origin) -> str | None:
     """The family of the folder; None for a model that was not loaded."""
-    return FAMILIES.get(_fields(origin, CONFIG).get("model_type"))
+    kind = _fields(origin, CONFIG).get("model_type")
+    return kind if isinstance(kind, str) and kind in FAMILIES else None
 
 
 def kept_fields(origin: Origin, family: Family) -> dict:
     """The fields of config.json that say nothing about a Config of this family."""
     read = {*family.fields.values(), *family.spellings, *GONE,
             *(field for spelled in family.spelled for field in spelled.fields)}
-    kept = _fields(origin, CONFIG) if family_of(origin) in (None, family) else {}  # None: T5's
+    kind = model_type(origin)  # None: T5's
+    same = kind is None or any(family is f for f in (FAMILIES[kind], *HEADS[kind].values()))
+    kept = _fields(origin, CONFIG) if same else {}
     return {field: value for field, value in kept.items() if field not in read}
 
 
-def generation_config(folder: Path, raw: dict, origin: Origin) -> dict[str, bytes]:
+def generation_config(folder: Path, raw: dict, ends: Ends, origin: Origin) -> dict[str, bytes]:
     """{file: bytes} for a folder whose config.json gets the fields `raw`.
 
     With nothing to say there is no such file, unless an older model left one: its ids would win.
     """
-    ids = {field: raw[field] for field in IDS if raw.get(field) is not None}
+    ids = describe_ends(ends) | {START: raw.get(START)}
+    ids = {field: id for field, id in ids.items() if id is not None}
     kept = _fields(origin, GENERATION)
     fields = ids | {field: value for field, value in kept.items() if field not in IDS}
     return {GENERATION: json_bytes(fields)} if fields or (folder / GENERATION).exists() else {}

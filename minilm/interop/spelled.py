@@ -56,6 +56,24 @@ def _scalar(c):
 
 
 SCALE = Spelled(("query_pre_attn_scalar",), _scale, _scalar)  # scores are divided by its root
+def padding(raw, field, vocab_size: int) -> int | None:
+    """The id that fills up a text; None if the vocabulary has no such id."""
+    id = raw.get(field)
+    require(id is None or type(id) is int, raw, field, "an id or null")
+    return id if id is not None and 0 <= id < vocab_size else None
+
+
+def _counted(raw, facts):
+    """max_position_embeddings are rows: the first ones stand for no position of a text."""
+    pad, field = facts["padding"], "max_position_embeddings"
+    require(pad is not None, raw, "pad_token_id", "an id of the vocabulary")
+    rows = value(raw, field, int)
+    require(rows > pad + 1, raw, field, f"more than the {pad + 1} up to pad_token_id")
+    return {"context": rows - pad - 1}
+
+
+COUNTED = Spelled(("max_position_embeddings",), _counted,
+                  lambda c: {"max_position_embeddings": c.places})
 
 
 def biases(layers: dict[str, tuple[str, ...]]) -> Spelled:

@@ -4,16 +4,22 @@ from pathlib import Path
 
 from minilm.config import Config
 from minilm.measure.plan import BYTES, Step, step
+from minilm.shapes import linear_layers
 
 
-def generating(c: Config, batch: int, T: int, dtype: str = "float32") -> int:
+def generating(c: Config, batch: int, T: int, dtype: str = "float32",
+               bits: int | None = None) -> int:
     """Bytes beside the weights for writing texts of T tokens, most of which are the prompt.
 
     The keys and values of all tokens, which are exact, and what is alive at the highest moment of
-    the prompt's pass: about, from a training step's forward pass.
+    the prompt's pass: about, from a training step's forward pass. bits: of the linear layers. Their
+    weight is made when it is used; LLM.int8() makes copies of its input as well.
     """
     cache = 2 * c.layers * c.kv_heads * c.D * batch * T * BYTES[dtype]
-    return cache + max(op.forward for op in step(Step(c, "full", batch, T, dtype=dtype)))
+    weight = 4 * max(O * I for O, I in linear_layers(c).values()) if bits else 0
+    copies = 3 * 4 * batch * T * c.hidden if bits == 8 else 0
+    forward = max(op.forward for op in step(Step(c, "full", batch, T, dtype=dtype)))
+    return cache + weight + copies + forward
 
 
 def available(system: Path = Path("/")) -> int | None:

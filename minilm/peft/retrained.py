@@ -34,6 +34,13 @@ class Retrained(Adapter):
                                                 in vars(plain).items() if isinstance(t, Tensor)})
 
 
+def retrained(layer: Module, *names: str) -> Retrained:
+    """Train copies of the layer's tensors of these names, or of all that it holds itself."""
+    own = {name: t for name, t in vars(layer).items() if isinstance(t, Tensor)}
+    return Retrained(with_tensors(layer, **{
+        name: Tensor(own[name].data.copy(), requires_grad=True) for name in names or own}))
+
+
 def with_tensors(layer: Module, **tensors: Tensor) -> Module:
     """A layer like this one that has these tensors, and shares all others with it."""
     if type(layer) is QuantizedLinear and "weight" in tensors:
