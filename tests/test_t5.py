@@ -16,6 +16,7 @@ from minilm.interop import bitsandbytes, huggingface, peft, t5
 from minilm.peft import add_lora
 from minilm.seq2seq import T5, EncoderDecoder
 from minilm.tensorfiles import read_tensors, write_tensors
+from minilm.transformer import Ends
 
 pytestmark = pytest.mark.peers
 
@@ -184,7 +185,9 @@ def test_what_a_folder_says_beside_comes_back(peer, folder, tmp_path):
     raw = read_json(tmp_path / "again" / "config.json")
     assert raw["dropout_rate"] == 0.25 and raw["n_positions"] == 512
     assert read_json(tmp_path / "again" / "generation_config.json")["num_beams"] == 4
-    t5.save_model(EncoderDecoder(T5(9, 1, 1, 1, 4, 4, 4, start=3)), tmp_path / "new")
+    new = EncoderDecoder(T5(9, 1, 1, 1, 4, 4, 4, start=3))
+    new.ends = Ends(eos=(1,), pad=0)
+    t5.save_model(new, tmp_path / "new")
     there = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "new")
     assert there.generation_config.decoder_start_token_id == 3
 
