@@ -94,10 +94,10 @@ NARROWER = {
 }
 PEFT = {  # methods of peft/ that know another one; all others know adapted.py alone
     "adapted": set(),
+    "lora": {"adapted", "qlora"},
     "front": {"adapted"},  # of prompts and prefixes
     "prompt": {"adapted", "front"},
     "prefix": {"adapted", "front"},
-    "lora": {"adapted", "qlora"},
     "requantize": {"adapted", "lora"},  # merged LoRA in codes again
 }
 
@@ -119,9 +119,10 @@ PUBLIC = {  # what other programs rely on
     "optim": "AdamW SGD PagedAdamW LossScaler clip_grad_norm cosine_schedule",
     "quantize": "quantize_int8 Int8 Int8.dequantize int8_matmul_outliers quantize_4bit FourBit "
     "FourBit.dequantize QuantizedLinear quantize_model",
-    "peft": "add_prompt add_prefix settle_prefix "
-    "add_lora add_ia3 use_adapter merge_lora unmerge_lora unload_lora requantize_lora "
+    "peft": "add_lora add_ia3 use_adapter merge_lora unmerge_lora unload_lora requantize_lora "
     "trainable_parameters",
+    "peft.prompt": "add_prompt",
+    "peft.prefix": "add_prefix settle_prefix",
     "peft.adapted": "Adapter AdaptedLinear insert_adapters merge unmerge unload chosen",
     "interop.huggingface": "load_model save_model",
     "interop.peft": "load_adapter save_adapter",
