@@ -101,6 +101,7 @@ NARROWER = {
 }
 PEFT = {  # methods of peft/ that know another one; all others know adapted.py alone
     "adapted": set(),
+    "lora": {"adapted", "qlora"},
     "front": {"adapted"},  # of prompts and prefixes
     "prompt": {"adapted", "front"},
     "prefix": {"adapted", "front"},
@@ -109,7 +110,6 @@ PEFT = {  # methods of peft/ that know another one; all others know adapted.py a
     "bottleneck": {"adapted", "retrained"},
     "budget": {"adalora"},  # which of its singular values are kept
     "dora": {"adapted", "lora"},
-    "lora": {"adapted", "qlora"},
     "requantize": {"adapted", "lora"},  # merged LoRA in codes again
 }
 
@@ -131,9 +131,11 @@ PUBLIC = {  # what other programs rely on
     "optim": "AdamW SGD PagedAdamW LossScaler clip_grad_norm cosine_schedule",
     "quantize": "quantize_int8 Int8 Int8.dequantize int8_matmul_outliers quantize_4bit FourBit "
     "FourBit.dequantize QuantizedLinear quantize_model",
-    "peft": "add_lora add_ia3 add_bitfit add_bottleneck add_dora add_adalora "
-    "Budget Budget.at Budget.step Orthogonal train_top add_prompt add_prefix settle_prefix retrain "
-    "use_adapter merge_lora unmerge_lora unload_lora requantize_lora trainable_parameters",
+    "peft": "add_lora add_ia3 add_bitfit add_bottleneck add_dora add_adalora Budget Budget.at "
+    "Budget.step Orthogonal train_top retrain use_adapter merge_lora unmerge_lora unload_lora "
+    "requantize_lora trainable_parameters",
+    "peft.prompt": "add_prompt",
+    "peft.prefix": "add_prefix settle_prefix",
     "peft.adapted": "Adapter AdaptedLinear insert_adapters merge unmerge unload chosen",
     "interop": "load_model save_model",
     "interop.huggingface": "load_model save_model",
