@@ -25,7 +25,7 @@ FLOORS = [
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
-     "results", "experiment", "command", "__main__"},
+     "results", "experiment", "command", "methods", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
@@ -94,6 +94,7 @@ WITHIN = {  # the arrows inside a floor
     ("experiment", "results"),
     ("experiment", "run"),
     ("loop", "run"),
+    ("methods", "train"),
     ("loop", "train"),
     ("command", "train"),
     ("__main__", "command"),
