@@ -2,7 +2,7 @@
 
     python scripts/finetune.py                      # LoRA on the newest model, about two minutes
     python scripts/finetune.py --method qlora       # the same on a base of 4 bits
-    python scripts/finetune.py --method prefix --length 8          # methods.py has all of them
+    python scripts/finetune.py --method prefix --length 8          # adapting.py lists all
     python scripts/finetune.py --method full --model runs/pretrain-1/model
     python scripts/finetune.py --data mine.jsonl    # records of instruction, context, output
     python scripts/finetune.py --data talks.jsonl   # conversations: messages of role and content
@@ -34,7 +34,7 @@ from minilm.files import FormatError, sha256
 from minilm.interop import load_model, save_adapter, save_model
 from minilm.lessons import Lesson, conversations, instructions
 from minilm.loop import Training, fit, refuse_unused, resumed
-from minilm.methods import METHODS, Adapting, optimizer_and_loss
+from minilm.adapting import METHODS, Adapting, optimizer_and_loss
 from minilm.ranges import optional, whole
 from minilm.run import RunDirectory, newest_model, share_held_out
 from minilm.together import settle

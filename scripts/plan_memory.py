@@ -69,12 +69,12 @@ class Sizing:
     """lowest blocks that get no bottleneck"""
     length: int = 16
     """rows of a prompt or a prefix, in front of the context's tokens"""
-    hidden: int | None = None
+    prefix_hidden: int | None = None
     """width of an MLP that makes a prefix while it trains; by default there is none"""
 
 
 USES = {"k": ("top",), **dict.fromkeys(("m", "form", "skip"), ("bottleneck",)),
-        "length": ("prompt", "prefix"), "hidden": ("prefix",), "rank": LOW_RANK,
+        "length": ("prompt", "prefix"), "prefix_hidden": ("prefix",), "rank": LOW_RANK,
         "targets": (*LOW_RANK, "ia3")}  # an option, and the methods to which it means something
 
 
@@ -91,8 +91,7 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
         model: Hugging Face folder, quantized or not; for the table its config.json is enough. Or
             give layers and width.
         widths: the sizes of a model that is not in a folder.
-        method: as in finetune.py; qlora has weights in NF4. Activations of methods other than full,
-            lora and qlora are about right.
+        method: as in finetune.py. Only full, lora and qlora have activations that are exact.
         batch: rows in a step.
         context: tokens in a row; by default as many as the model takes, 1024 if it is no folder's.
         rank: of the adapters; adalora's first one.
@@ -115,22 +114,26 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
         return
     if card is not None and not card > 0:
         raise ValueError(f"card must be a positive number of GB, got {card}")
+    require_used(method, given)
+    if model and (widths != Widths() or given & {field.name for field in fields(Widths)}):
+        raise ValueError(f"give either a model's folder or its widths, got both {model} and "
+                         "--family, --layers, --width, ...")
+    config, bits = read_shape(model) if model else (make_config(widths, context), None)
+    if bits:
+        method = of_codes(model, bits, method, given)
+    in_front = added.length if {*USES["length"]} & {*method} else 0
+    length = config.context - in_front if context is None else context
+    steps = [Step(config, m, batch, length, rank, targets_of(m, targets), dtype, checkpoint_every,
+                  device, **vars(added)) for m in method]
+    print_plans(steps, model and sizes_of(model, dtype), bits, card)
+
+
+def require_used(method, given: Given):
+    """ValueError if there is no method, or an option that means nothing to any of them."""
     if not method:
         raise ValueError(f"method must be some of {', '.join(NAMES)}, got none")
     refuse_unused(given, [option for option, some in USES.items() if not {*some} & {*method}],
                   f"the method is {' '.join(method)}")
-    length = 1024 if context is None else context
-    if model and (widths != Widths() or given & {field.name for field in fields(Widths)}):
-        raise ValueError(f"give either a model's folder or its widths, got both {model} and "
-                         "--family, --layers, --width, ...")
-    config, bits = read_shape(model) if model else (make_config(widths, length), None)
-    if bits:
-        method = of_codes(model, bits, method, given)
-    if context is None:
-        length = config.context - (added.length if {*USES["length"]} & {*method} else 0)
-    steps = [Step(config, m, batch, length, rank, targets_of(m, targets), dtype, checkpoint_every,
-                  device, **vars(added)) for m in method]
-    print_plans(steps, model and sizes_of(model, dtype), bits, card)
 
 
 def targets_of(method: str, targets) -> tuple[str, ...] | str:
@@ -198,8 +201,9 @@ def amount(n: float) -> str:
     return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.2f} MB"
 
 
-def make_config(w: Widths, context: int) -> Config:
-    """The Config of a model of these widths."""
+def make_config(w: Widths, context: int | None) -> Config:
+    """The Config of a model of these widths, by default for 1024 tokens."""
+    context = 1024 if context is None else context
     if w.layers is None or w.width is None:
         raise ValueError(f"give --model, or --layers and --width; got layers {w.layers}, "
                          f"width {w.width}")

@@ -19,7 +19,7 @@ from generate import load as load_to_generate
 from minilm import checkpoint, data
 from minilm.files import FormatError, read_json, write_json
 from minilm.generate import generate, stream
-from minilm.interop import base_of, bitsandbytes, huggingface, load_adapter, load_model, peft
+from minilm.interop import base_of, bitsandbytes, huggingface, load_adapter, load_model
 from minilm.measure.answers import answers
 from minilm.measure.losses import loss_of
 from minilm.peft.adapted import adapted_layers
@@ -33,9 +33,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 ROOT = Path(__file__).parents[1]
 METHOD_NAMES = tuple(METHODS)
 WHOLE = {name for name in METHODS if METHODS[name].whole}
-SMALL = {"bottleneck": dict(m=3, form="L", skip=1), "prompt": dict(length=3),  # beside r and alpha
-         "prefix": dict(length=3, hidden=5), "top": dict(k=1), "dora": dict(dropout=0.1),
-         "adalora": dict(last=1, dropout=0.1), "lora": dict(dropout=0.1), "qlora": dict(dropout=0.1)}
+SMALL = {  # beside r and alpha
+    "bottleneck": dict(m=3, form="L", skip=1), "prompt": dict(length=3), "top": dict(k=1),
+    "prefix": dict(length=3, hidden=5), "adalora": dict(last=1, dropout=0.1),
+    **{name: dict(dropout=0.1) for name in ("lora", "qlora", "dora")}}
 GOOD = '{"instruction": "Say", "context": "2", "output": "b"}'
 
 
@@ -133,7 +134,8 @@ def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, me
 
     tensors, state = checkpoint.load(run / "checkpoints")
     names = {n.removeprefix("model.") for n in tensors if n.startswith("model.")}
-    assert state == {"step": 6} and sum(tensors[f"model.{n}"].size for n in names) == TRAINED[method]
+    assert sum(tensors[f"model.{n}"].size for n in names) == TRAINED[method]
+    assert state == {"step": 6}
     if method in WHOLE:
         model = huggingface.load_model(kept)
         assert (kept / "tokenizer.json").exists()
@@ -165,14 +167,14 @@ def test_generate_reads_what_was_learned(tmp_path, base, method):
         bitsandbytes.save_model(quantize_model(huggingface.load_model(base), "nf4"), tmp_path / "q",
                                 data.ByteTokenizer())
         use = {"model": tmp_path / "q"}
-    folder, model = load_to_generate(kept if method in WHOLE else use["model"],
-                                     None if method in WHOLE else kept)
+    _, model = load_to_generate(kept if method in WHOLE else use["model"],
+                                None if method in WHOLE else kept)
     assert bool(adapted_layers(model)) == (method in ("bottleneck", "prompt", "prefix"))
     lesson = finetune.instructions(*finetune.load_data(s), data.ByteTokenizer(), model, 8, 0)
     last, first = metrics(run)[-1], metrics(run)[0]
     assert loss_of(model, *lesson.held_out) == pytest.approx(last["loss_held_out"], abs=2e-5)
     assert lesson.ask(model)[0] == last["right"]
-    assert abs(first["loss_held_out"] - last["loss_held_out"]) > 1e-3
+    assert abs(first["loss_held_out"] - last["loss_held_out"]) > 2e-4
 
 
 @pytest.mark.parametrize("form", ["H", "P", "L"])
@@ -203,7 +205,7 @@ def test_bitfit_leaves_codes_as_they_are(tmp_path, base):
     bitsandbytes.save_model(quantized, tmp_path / "quantized", data.ByteTokenizer())
     main(settings(base, model=str(tmp_path / "quantized"), method="bitfit"), tmp_path / "runs")
     model = load_model(tmp_path / "runs" / "finetune-bitfit-1" / "model")
-    for name, t in quantized.state_dict().items():
+    for name, t in load_model(tmp_path / "quantized").state_dict().items():
         same = (model.state_dict()[name] == t).all()
         assert same != name.endswith("bias"), name
 
@@ -463,7 +465,7 @@ def test_a_quantized_model_keeps_its_codes(tmp_path, base):
         with pytest.raises(ValueError, match=words):
             main(settings(base, model=model, method=method), tmp_path / "runs")
     main(settings(base, model=model), tmp_path / "runs")
-    main(settings(base, method="qlora"), tmp_path / "runs")
+    main(settings(base, method="qlora", dropout=0.0), tmp_path / "runs")
     ours, qlora = (learned(tmp_path / "runs" / f"finetune-{name}-1") for name in ("lora", "qlora"))
     file = "adapter/adapter_model.safetensors"
     assert ours[file] == qlora[file]

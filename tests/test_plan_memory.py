@@ -327,15 +327,15 @@ def test_widths_that_are_not_given_are_the_usual_ones():
 @pytest.mark.parametrize("settings, said", [
     (dict(), "give --model, or --layers and --width; got layers None, width None"),
     (dict(widths=Widths(layers=2)), "got layers 2, width None"),
-    (dict(batch=0), "batch must be at least 1 .* got 0"),
-    (dict(checkpoint_every=-1), "checkpoint_every at least 0, got 4 and -1"),
+    (dict(batch=0), "batch must be at least 1, got 0"),
+    (dict(checkpoint_every=-1), "checkpoint_every must be at least 0, got -1"),
     (dict(context=0), "context must be positive, got 0"),
     (dict(rank=0), "rank must be 1 to 128, a layer's size; got 0"),
     (dict(rank=129), "rank must be 1 to 128, a layer's size; got 129"),
     (dict(targets=("q", "gate")), r"targets \['gate'\] match no layer of a block; there are"),
     (dict(targets=()), r"targets \[\] match no layer"),
     (dict(card=0.0), "card must be a positive number of GB, got 0.0"),
-    (dict(method=()), "method must be some of full, lora and qlora, got none"),
+    (dict(method=()), "method must be some of full, .*, prefix, got none"),
     (dict(widths=Widths(layers=2, width=128, heads=3)), "width 128 must be a multiple of heads 3"),
     (dict(widths=Widths(layers=2, width=128, kv_heads=1)), "kv_heads is for llama only, got 1"),
 ])
@@ -360,9 +360,9 @@ def test_a_bad_folder_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(method="ia3"), "method must be one of .* got 'ia3'"),
-    (dict(dtype="float64"), "dtype must be one of .* got 'float64'"),
-    (dict(device="tpu"), "device must be one of .* got 'tpu'")])
+    (dict(method="ia4"), "method must be one of .* got ia4"),
+    (dict(dtype="float64"), "dtype must be one of .* got float64"),
+    (dict(device="tpu"), "device must be one of .* got tpu")])
 def test_a_step_refuses_what_it_cannot_count(change, said):
     with pytest.raises(ValueError, match=said):
         Step(**dict(config=GPT2, method="full", batch=1, T=4) | change)

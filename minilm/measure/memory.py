@@ -146,5 +146,5 @@ ADD = {
         path for path in s.adapted if path.endswith("down")]),
     "bottleneck": lambda model, s: add_bottleneck(model, s.m, s.form, s.skip),
     "prompt": lambda model, s: add_prompt(model, s.length),
-    "prefix": lambda model, s: add_prefix(model, s.length, hidden=s.hidden),
+    "prefix": lambda model, s: add_prefix(model, s.length, hidden=s.prefix_hidden),
 }

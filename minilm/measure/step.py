@@ -24,13 +24,13 @@ class Step:
     """A training step: forward, cross-entropy, backward, AdamW. There is no dropout.
 
     targets: as in add_lora, in every block. qlora: NF4 in blocks of 64, with double quantization.
-    r: adalora's is the first one. k: blocks of top. m, form, skip: of a bottleneck. length, hidden:
-    of the rows in front of the T tokens. ValueError for settings that the engine would refuse.
+    r: adalora's is the first one. k: blocks of top. m, form, skip: of a bottleneck. length: rows
+    in front of the T tokens. prefix_hidden: of a prefix's MLP. ValueError for settings that the engine would refuse.
     """
 
     RANGES = {"method": one_of(*METHODS), "dtype": one_of(*BYTES), "device": one_of("cpu", "cuda"),
               "batch": whole(1), "checkpoint_every": whole(0), "m": whole(1),
-              "form": one_of("H", "P", "L"), "length": whole(1), "hidden": optional(whole(1))}
+              "form": one_of("H", "P", "L"), "length": whole(1), "prefix_hidden": optional(whole(1))}
 
     config: Config
     method: str  # one of METHODS
@@ -46,7 +46,7 @@ class Step:
     form: str = "H"
     skip: int = 0
     length: int = 16
-    hidden: int | None = None
+    prefix_hidden: int | None = None
 
     def __post_init__(self):
         self.config.require_language()
@@ -175,5 +175,5 @@ def trainable(s: Step) -> int:
         "ia3": lambda: counts.ia3(c, s.targets),
         "bottleneck": lambda: counts.bottleneck(c, s.m, s.form, s.skip),
         "prompt": lambda: counts.prompt(c, s.length),
-        "prefix": lambda: counts.prefix(c, s.length, s.hidden),
+        "prefix": lambda: counts.prefix(c, s.length, s.prefix_hidden),
     }[s.method]()
