@@ -29,12 +29,12 @@ import tyro
 from tqdm import tqdm
 
 from minilm import data, versions
+from minilm.adapting import METHODS, Adapting, optimizer_and_loss
 from minilm.command import Given, command, typed
 from minilm.files import FormatError, sha256
 from minilm.interop import load_model, save_adapter, save_model
 from minilm.lessons import Lesson, conversations, instructions
 from minilm.loop import Training, fit, refuse_unused, resumed
-from minilm.adapting import METHODS, Adapting, optimizer_and_loss
 from minilm.ranges import optional, whole
 from minilm.run import RunDirectory, newest_model, share_held_out
 from minilm.together import settle

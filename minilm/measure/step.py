@@ -25,12 +25,14 @@ class Step:
 
     targets: as in add_lora, in every block. qlora: NF4 in blocks of 64, with double quantization.
     r: adalora's is the first one. k: blocks of top. m, form, skip: of a bottleneck. length: rows
-    in front of the T tokens. prefix_hidden: of a prefix's MLP. ValueError for settings that the engine would refuse.
+    in front of the T tokens. prefix_hidden: of a prefix's MLP. ValueError for settings that the
+    engine would refuse.
     """
 
     RANGES = {"method": one_of(*METHODS), "dtype": one_of(*BYTES), "device": one_of("cpu", "cuda"),
               "batch": whole(1), "checkpoint_every": whole(0), "m": whole(1),
-              "form": one_of("H", "P", "L"), "length": whole(1), "prefix_hidden": optional(whole(1))}
+              "form": one_of("H", "P", "L"), "length": whole(1),
+              "prefix_hidden": optional(whole(1))}
 
     config: Config
     method: str  # one of METHODS
