@@ -23,10 +23,10 @@ def relu(x):
 
 @op
 def tanh(x):
-    """tanh(x)."""
+    """(e^x - e^-x) / (e^x + e^-x)."""
     floating("tanh", x=x)
-    y = array_module(x).tanh(x)
-    return y, lambda dy: dy * (1 - y * y)
+    y = array_module(x).tanh(wide(x))
+    return y.astype(x.dtype, copy=False), lambda dy: dy * (1 - y * y)
 
 
 @op
@@ -100,8 +100,12 @@ def soft_cap(x, cap):
         raise ValueError(f"soft_cap: cap must be positive and finite, got {cap}")
 
     def formula(x):
-        tanh = array_module(x).tanh(wide(x) / cap)
-        return cap * tanh, 1 - tanh * tanh
+        xp, y = array_module(x), wide(x) / cap
+        xp.tanh(y, out=y)
+        slope = y * y
+        xp.subtract(1, slope, out=slope)  # 1 - tanh^2
+        y *= cap
+        return y, slope
 
     y, slope = by_rows(formula, x)
     return y.astype(x.dtype, copy=False), lambda dy: dy * slope

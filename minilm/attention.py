@@ -84,7 +84,7 @@ def _rotary_by_kernel(x, cos, sin):
 FUSED = range(16, 129, 16)  # head widths that kernels/attention.cu takes
 
 
-def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, cap=None):
+def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, cap=None, bias=None):
     """softmax(q k^T / sqrt(D)) v, eq. (1) of Vaswani et al. 2017, for arrays as in `attention`.
 
     A query that may see no key gives nan, because its softmax is 0 / 0.
@@ -95,6 +95,8 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, c
     scores = scores / math.sqrt(D) if scale is None else scores * scale
     if cap:  # Riviere et al. 2024, arXiv:2408.00118, section 2
         scores = cap * np.tanh(scores / cap)
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:
         scores = scores + (np.where(mask, 0, -np.inf) if mask.dtype == bool else mask)
     if causal:  # the last query sees every key
@@ -111,7 +113,7 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, c
 # row's largest score is subtracted, or exp would overflow. The query heads of a group lie beside
 # their key/value head, which is not repeated.
 @op
-def attention(q, k, v, mask=None, causal=False, window=None, scale=None, cap=None):
+def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=None, cap=None):
     """softmax(q k^T / sqrt(D) + mask) v, eq. (1) of Vaswani et al. 2017, arXiv:1706.03762.
 
     q (B, H, T, D), k and v (B, K, S, D), of one dtype -> (B, H, T, D). H is a multiple of K: each
@@ -119,29 +121,40 @@ def attention(q, k, v, mask=None, causal=False, window=None, scale=None, cap=Non
     seen) or numbers added to the scores. causal: the last query sees every key, each earlier query
     one key fewer. window: each sees only the last so many of those. If there are none it gives 0.
     scale: a positive number in place of 1 / sqrt(D). cap: the scores become cap tanh(scores / cap)
-    before the mask, and stay between -cap and cap.
+    before the mask, and stay between -cap and cap. bias (1 or B, H, T, S), of q's dtype, is added
+    to the scores as such a mask is, and has a gradient: T5's positions.
 
-    On a GPU kernels/attention.cu takes bfloat16 without a mask, a window or a cap, if D is 16, 32
-    .. 128.
+    On a GPU kernels/attention.cu takes bfloat16 without a mask, a bias, a window or a cap, if D is
+    16, 32 .. 128.
     """
-    _check(q, k, v, causal, window, scale=scale, cap=cap)
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    _check(q, k, v, bias, causal, window, scale=scale, cap=cap)
+    D, S = k.shape[3], k.shape[2]
     window = None if window and window >= S else window
     xp, scale = array_module(q), 1 / math.sqrt(D) if scale is None else float(scale)
-    if xp is not np and q.dtype == "bfloat16" and mask is window is cap is None and D in FUSED:
+    plain = mask is bias is window is cap is None
+    if xp is not np and q.dtype == "bfloat16" and plain and D in FUSED:
         return _fused(q, k, v, causal, scale)
+    return _tiled(q, k, v, mask, bias, causal, window, scale, cap)
+
+
+def _tiled(q, k, v, mask, bias, causal, window, scale, cap):
+    """The same by tiles."""
+    xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
     y = xp.empty_like(q)
     kept = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them
     qg, kg, vg, yg = *_operands(*kept, scale, grouped), y.reshape(grouped)
-    bias = None if mask is None else _bias(mask, (B, H, T, S), qg.dtype).reshape(*grouped[:4], S)
+    mask, added = (None if a is None else _added(a, (B, H, T, S), qg.dtype).reshape(*grouped[:4], S)
+                   for a in (mask, bias))
     tiles = []
     for b, t in _tiles(q, S):
         s = _keys(t, S - T, S, causal, window)  # the keys that some of the tile's rows see
         scores = qg[b, :, :, t] @ kg[b, :, :, s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
         slope = _capped(scores, cap, xp) if cap else None
+        if added is not None:
+            scores += added[b, :, :, t, s]
         old = window and t.start + S - T - window - s.start  # the last key too old for row 0
-        P, l = _weights(scores, causal, old, None if bias is None else bias[b, :, :, t, s], xp)
+        P, l = _weights(scores, causal, old, None if mask is None else mask[b, :, :, t, s], xp)
         yg[b, :, :, t] = P @ vg[b, :, :, s] * l  # eq. (1)
         tiles.append((b, t, s, P, l, slope))
 
@@ -151,6 +164,7 @@ def attention(q, k, v, mask=None, causal=False, window=None, scale=None, cap=Non
         qg, kg, vg = _operands(*kept, scale, grouped)
         fresh = xp.zeros_like if window else xp.empty_like  # for tiles that lack keys
         dq, dk, dv = (fresh(x, dtype=qg.dtype) for x in kept)
+        dbias = None if bias is None else xp.zeros((len(bias), *grouped[1:4], S), qg.dtype)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
         while tiles:  # the last tile comes first: it has all keys, or else adds to zeros
             b, t, s, P, l, slope = tiles.pop()
@@ -158,18 +172,20 @@ def attention(q, k, v, mask=None, causal=False, window=None, scale=None, cap=Non
             dS = g @ vg[b, :, :, s].swapaxes(-1, -2)
             dS -= row_dot(g, yg[b, :, :, t])
             dS *= P
+            if bias is not None:
+                _add(dbias[b if len(bias) == B else slice(1), :, :, t, s], dS)
             if cap:
                 dS *= slope
             _into(dv[b, :, s], P.swapaxes(-1, -2) @ g, t.stop == T)
             _into(dk[b, :, s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
             dqg[b, :, :, t] = dS @ kg[b, :, :, s]
         dq *= scale  # dk needs no factor: qg has it
-        return dq, dk, dv
+        return dq, dk, dv, None, None if bias is None else dbias.reshape(bias.shape)
 
-    return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
+    return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(5))  # dq, dk, dv, none, dbias
 
 
-def _check(q, k, v, causal, window, **positive):
+def _check(q, k, v, bias, causal, window, **positive):
     """ValueError or TypeError if the operands do not go together."""
     floating("attention", q=q, k=k, v=v)
     one_dtype("attention", q=q, k=k, v=v)
@@ -181,6 +197,11 @@ def _check(q, k, v, causal, window, **positive):
         raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"attention: window {window} must be None, or 1, 2 .. if causal")
+    if bias is not None:
+        floating("attention", bias=bias)
+        one_dtype("attention", q=q, bias=bias)
+        if bias.shape not in ((1, H, T, S), (B, H, T, S)):
+            raise ValueError(f"attention: bias {bias.shape} must be {(B, H, T, S)}, or 1 for B")
     for name, x in positive.items():
         if x is not None and not 0 < x < math.inf:
             raise ValueError(f"attention: {name} {x} must be None or a positive number")
@@ -267,8 +288,8 @@ def _future(t, dtype, xp):
     return xp.triu(xp.full((t, t), -xp.inf, dtype), 1)
 
 
-def _bias(mask, shape, dtype):
-    """The mask as numbers to add, broadcast to the scores' shape without a copy."""
+def _added(mask, shape, dtype):
+    """The mask, or a bias, as numbers to add, broadcast to the scores' shape without a copy."""
     xp = array_module(mask)
     if mask.dtype == bool:
         mask = xp.where(mask, 0, -xp.inf)
@@ -276,6 +297,11 @@ def _bias(mask, shape, dtype):
         return xp.broadcast_to(mask.astype(dtype), shape)
     except ValueError:
         raise ValueError(f"attention: mask {mask.shape} does not broadcast to {shape}") from None
+
+
+def _add(out, dS):
+    """Add dS (b, K, H/K, t, s) to out, or its sum over b to the one that all rows share."""
+    out += dS if len(out) == len(dS) else dS.sum(0, keepdims=True)
 
 
 def _into(out, dx, first):

@@ -38,8 +38,8 @@ class Cache:
     def of(cls, prefix):
         """A prefix, (k, v) for each block: Tensors (B, K, P, D), or (1, K, P, D) for any batch.
 
-        Make one for each pass: the cache grows, the Tensors themselves do not. ValueError if the
-        blocks differ in P.
+        Make one for each pass: the cache grows, or is used up by a model that checkpoints; the
+        Tensors themselves stay as they are. ValueError if the blocks differ in P.
         """
         layers = [Joined(k, v) for k, v in prefix]
         lengths = {x.shape[2] for layer in layers for x in (layer.k, layer.v)}
@@ -92,12 +92,13 @@ class Joined:
         self.k, self.v = k, v
 
     def append(self, k: Tensor, v: Tensor):  # (B, K, T, D) twice -> Tensors (B, K, S, D) twice
-        self.k, self.v = _after(self.k, k), _after(self.v, v)
+        self.k = ops.concat(for_rows(self.k, len(k)), k, axis=2)
+        self.v = ops.concat(for_rows(self.v, len(v)), v, axis=2)
         return self.k, self.v
 
 
-def _after(past, x):
-    """x behind past, whose batch axis may be 1 and then serves the whole batch."""
-    if len(past) == 1 < len(x):
-        past = past + array_module(x.data).zeros((len(x), 1, 1, 1), x.dtype)
-    return ops.concat(past, x, axis=2)
+def for_rows(x: Tensor, B: int) -> Tensor:  # (1, ...) or (B, ...) -> (B, ...)
+    """x for a batch of B rows; one that is alone serves them all."""
+    if len(x) == 1 < B:
+        return x + array_module(x.data).zeros((B,) + (1,) * (x.ndim - 1), x.dtype)
+    return x

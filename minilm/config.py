@@ -197,7 +197,7 @@ class Config:
         """Llama (Touvron et al. 2023, arXiv:2302.13971); with kv_heads < heads also Mistral.
 
         Later models are the same with other facts: Qwen2 has bias=("q", "k", "v"), Qwen3 qk_norm
-        and head_width, Llama 3.1 a rope, Mistral 7B v0.1 a window.
+        and head_width, Llama 3.1 a rope, Mistral 7B v0.1 a window, Gemma 2 norm_both and caps.
         """
         return cls(**dict(vocab_size=vocab_size, context=context, layers=layers, heads=heads,
                           width=width, hidden=hidden, kv_heads=kv_heads or heads, norm="rms",

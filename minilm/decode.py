@@ -16,8 +16,10 @@ import math
 
 import numpy as np
 
+from minilm import seq2seq
 from minilm.nn import Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from minilm.rope import rotary_tables
+from minilm.seq2seq import Reader
 from minilm.tensor import Tensor
 from minilm.transformer import MLP, Attention, Block, Transformer
 
@@ -29,7 +31,8 @@ def caches(model) -> bool:
     every other module is `tokenwise`. Each class must say so itself, because a parent class cannot
     know what a subclass does with its rows.
     """
-    cached = type(model) in (Transformer, Block) or (type(model) is Attention and model.causal)
+    cached = type(model) in (Transformer, Block, Reader, seq2seq.Block, seq2seq.Attention) or (
+        type(model) in (Attention, seq2seq.Stack) and model.causal)
     tokenwise = "tokenwise" in vars(type(model)) and model.tokenwise
     return (cached or tokenwise) and all(caches(child) for _, child in model.children())
 

@@ -37,19 +37,20 @@ class Dialogue:
         """
         text = np.asarray(tokens)
         settled(self.model, text[None], *self.settings, seed=0)
-        if len(text) > self.model.config.context:
+        if len(text) > self.model.room:
             raise ValueError(f"the text takes {len(text)} tokens, but the model's context is "
-                             f"{self.model.config.context}")
+                             f"{self.model.room}")
         return self._drawn(text.tolist())
 
     def _drawn(self, text):
         kept = min(agreement(self.tokens, text), len(text) - 1)  # one at least gives the logits
-        while len(text) <= self.model.config.context:
+        front = self.model.front.length  # is in the cache too, as soon as there is text in it
+        while len(text) <= self.model.room:
             if self.cache is None:
                 kept = 0
             else:
                 del self.tokens[kept:]  # before the run: it may be interrupted
-                self.cache.keep(kept)
+                self.cache.keep(kept and front + kept)
             new = np.array([text[kept:]])
             logits = logits_after(self.model, new, self.cache, self.fast)
             self.ran += new.size

@@ -265,6 +265,8 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     >>> bool((ours == theirs).all()), ours is theirs
     (True, False)
     """
+    if not isinstance(teacher, Transformer):
+        raise TypeError(f"the teacher must be a Transformer, not an {type(teacher).__name__}")
     depth = teacher.config.layers
     layers = list(range(0, depth, 2) if layers is None else layers)
     whole = all(isinstance(n, int | np.integer) and type(n) is not bool for n in layers)
@@ -279,6 +281,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     config = replace(teacher.config.of_layers(layers), tied=tied)
     student = Transformer(config).astype(embedding.dtype)
     student.ends, student.origin = teacher.ends, teacher.origin
+    teacher.front.plain()  # ValueError for rows in front of the text
     theirs, state = dict(teacher.named_modules()), {}
     for path, _ in student.named_tensors():
         owner, _, name = path.rpartition(".")

@@ -12,6 +12,7 @@ from minilm.backend import to_device
 from minilm.cache import Cache
 from minilm.decode import caches, decode, decodes
 from minilm.graph import no_dropout
+from minilm.seq2seq import EncoderDecoder
 from minilm.tensor import no_grad
 from minilm.transformer import Transformer
 
@@ -24,7 +25,8 @@ def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float
     eos: ids that end a row, by default the model's own (model.ends, which a loaded model has). An
     ended row is filled up with the model's pad, or else with the first of eos. If all rows have
     ended, fewer than max_new_tokens are returned. Other settings and errors are those of `stream`.
-    The same seed draws the same tokens.
+    The same seed draws the same tokens. An EncoderDecoder reads the tokens, and what is returned is
+    its decoder's start and what it draws after it: (B, 1 + max_new_tokens).
 
     >>> from minilm.transformer import Config
     >>> model = Transformer(Config.gpt2(vocab_size=256, context=8, layers=2, heads=4, width=64))
@@ -32,6 +34,7 @@ def generate(model: Transformer, tokens, max_new_tokens: int, temperature: float
     array([[ 72, 105, 105, 105, 105]])
     """
     _require(_whole(max_new_tokens, 0), max_new_tokens=max_new_tokens, expected="0, 1, 2, ...")
+    model, tokens = _begun(model, tokens)
     drawn = stream(model, tokens, temperature, top_k, top_p, seed)
     eos = model.ends.eos if eos is None else [eos] if _whole(eos, 0) else eos
     _require(isinstance(eos, Collection) and all(_whole(id, 0) for id in eos), eos=eos,
@@ -58,8 +61,18 @@ def stream(model: Transformer, tokens, temperature: float = 1.0, top_k: int | No
     off, in this thread only. ValueError for bad settings or tokens, for a model that is not causal,
     and, as it is drawn, for a token whose logits are not finite.
     """
+    model, tokens = _begun(model, tokens)
     rng = settled(model, tokens := np.asarray(tokens), temperature, top_k, top_p, seed)
     return _drawn(model, tokens, rng, temperature, top_k, top_p)
+
+
+def _begun(model, tokens):
+    """The causal model that draws, and what it goes on from: an EncoderDecoder reads the tokens."""
+    if type(model) is not EncoderDecoder:
+        return model, tokens
+    with no_grad(), no_dropout():
+        reader = model.read(tokens)
+    return reader, np.full((len(tokens), 1), model.config.start)
 
 
 def settled(model, tokens, temperature, top_k, top_p, seed) -> np.random.Generator:
@@ -84,13 +97,13 @@ def settled(model, tokens, temperature, top_k, top_p, seed) -> np.random.Generat
 
 
 def _drawn(model, tokens, rng, *settings):
-    context, steady = model.config.context, model.config.steady
+    context, steady, front = model.room, model.config.steady, model.front.length
     cached, fast = caches(model), decodes(model)
     cache, new = Cache.empty(model) if cached else None, tokens
     while True:
         if not cached:
             new = tokens[:, -context:]
-        elif cache.length + new.shape[1] > steady:  # every position or angle changes
+        elif (cache.length or front) + new.shape[1] > steady:  # every position or angle changes
             cache, new = Cache.empty(model), tokens[:, -context:]
         drawn = sample(logits_after(model, new, cache, fast), rng, *settings)
         yield drawn
@@ -106,7 +119,7 @@ def logits_after(model, new, cache: Cache | None, fast: bool):  # (B, T) -> (B, 
     with no_grad(), no_dropout():
         if cache is None:
             logits = model(new).data[:, -1]
-        elif fast and new.shape == (1, 1):
+        elif fast and new.shape == (1, 1) and (cache.length or not model.front.length):
             logits = decode(model, new[0, 0], cache)[None]
         else:
             logits = model.logits(model.hidden(new, cache=cache)[:, -1]).data

@@ -16,7 +16,8 @@ def checked(tokens, start: int, context: int):
         raise ValueError(f"tokens must be integers (B, T), got {tokens.dtype} {tokens.shape}")
     T = start + tokens.shape[1]
     if tokens.shape[1] == 0 or T > context:
-        raise ValueError(f"T must be 1 to {context}, the model's context; got {T}")
+        rows = f", {start} of which are in front" if start else ""
+        raise ValueError(f"T must be 1 to {context}, the model's context; got {T}{rows}")
     return tokens
 
 
@@ -34,6 +35,17 @@ def checked_segments(segments, tokens, count: int):
         raise ValueError(f"segments must be 0 to {count - 1}, got {segments.min()} to "
                          f"{segments.max()}")
     return segments
+
+
+def seen(mask, wanted, xp):  # (B, S) -> booleans (B, 1, 1, S)
+    """The mask for attention. ValueError unless it has the shape `wanted`, and only 0 and 1."""
+    mask = xp.asarray(mask)
+    if mask.shape != wanted:
+        raise ValueError(f"mask {mask.shape} must have the shape {wanted}, as the tokens")
+    # Floats may be one that is to be added to the scores: it has 0 for what may be seen.
+    if (xp is np or mask.dtype.kind == "f") and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask must be 1 for a token that may be seen, 0 for padding")
+    return (mask != 0)[:, None, None, :]
 
 
 def counted(tokens, padding: int, start: int = 0):

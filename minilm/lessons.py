@@ -27,7 +27,7 @@ class Lesson(NamedTuple):
 
 def instructions(train, test, tokenizer, model, batch: int, seed: int) -> Lesson:
     """What records teach: the output."""
-    context = model.config.context
+    context = model.room
     return Lesson(data.InstructionBatches(train, tokenizer, batch, None, seed, context),
                   data.encode(test, tokenizer, context=context),
                   partial(scored, test, tokenizer), data.prompt(test[0]))
@@ -36,7 +36,7 @@ def instructions(train, test, tokenizer, model, batch: int, seed: int) -> Lesson
 def conversations(train, test, chat: Chat, model, batch: int, seed: int) -> Lesson:
     """What conversations teach: the answers. The model gets the ends that they teach."""
     ends = ends_of(model, chat.tokenizer)
-    train, held_out = (data.answer_rows(part, chat, ends.eos, model.config.context)
+    train, held_out = (data.answer_rows(part, chat, ends.eos, model.room)
                        for part in (train, test))
     model.ends = ends._replace(eos=tuple(dict.fromkeys([*ends.eos, *chat.closing()])))
     return Lesson(data.RowBatches(train, batch, None, seed), data.filled(held_out),

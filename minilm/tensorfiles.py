@@ -3,16 +3,20 @@
 The header is written here, for two reasons: the library's own writer puts metadata in a random
 order, and this way tensors go to the file without a copy. The library checks the header of what is
 read, and tests try hostile files. The numbers are read here, straight into their place, so that
-nothing but the arrays that are asked for is ever in memory.
+nothing but the arrays that are asked for is ever in memory. Those that need no cast can stay in the
+pages of the file, which the system brings in when they are used.
 """
 
+import functools
 import itertools
 import json
 import math
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO
 
 import ml_dtypes
@@ -44,6 +48,7 @@ DTYPES = {
     "BOOL": np.dtype("?"),
 }
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
+SMALL = 1 << 16  # bytes; what has fewer is not worth a page
 PIECE = 1 << 18  # numbers that are read and looked at together: they fit a core's cache
 
 
@@ -97,6 +102,7 @@ class Stored:
     start: int
     dtype: np.dtype
     shape: tuple[int, ...]
+    pages: Callable[[], mmap.mmap | None]  # all of the file
 
     size = property(lambda self: math.prod(self.shape))
     nbytes = property(lambda self: self.size * self.dtype.itemsize)
@@ -115,10 +121,25 @@ class Stored:
             if cast:
                 with np.errstate(over="ignore", invalid="ignore"):
                     part[...] = stored
-            if finite and not all_finite(part):
-                raise FormatError(self.path, f"{self.name} has numbers that are not finite in "
-                                             f"{array.dtype}")
+            if finite:
+                self._require_finite(part)
         return array
+
+    def mapped(self, dtype=None, finite: bool = False) -> np.ndarray:
+        """As `read`; but a large tensor that needs no cast is the file's own pages.
+
+        What is written to it is this process's alone. The file may be replaced meanwhile, but not
+        be overwritten in its place.
+        """
+        cast = dtype is not None and self.dtype != dtype
+        odd = self.dtype == bool or self.start % self.dtype.itemsize or self.nbytes < SMALL
+        pages = None if cast or odd else self.pages()
+        if pages is None or len(pages) < self.start + self.nbytes:
+            return self.read(dtype, finite)
+        flat = np.frombuffer(pages, self.dtype, self.size, self.start)
+        for i in range(0, self.size if finite else 0, PIECE):
+            self._require_finite(flat[i : i + PIECE])
+        return flat.reshape(self.shape)
 
     def equals(self, other) -> bool:
         """Whether another stored tensor has the same shape, dtype and bits."""
@@ -128,6 +149,11 @@ class Stored:
         return all((self._fill(i, a[: self.size - i]).view(np.uint8)
                     == other._fill(i, b[: self.size - i]).view(np.uint8)).all()
                    for i in range(0, self.size, PIECE))
+
+    def _require_finite(self, part):
+        if not all_finite(part):
+            raise FormatError(self.path, f"{self.name} has numbers that are not finite in "
+                                         f"{part.dtype}")
 
     def _buffer(self):
         return np.empty(min(PIECE, self.size), self.dtype)
@@ -167,7 +193,8 @@ def open_tensors(path: str | os.PathLike) -> Iterator[dict[str, Stored]]:
         size = int.from_bytes(file.read(8), "little")
         header = parse_json(path, file.read(min(size, end)))  # no name may appear twice
         header.pop("__metadata__", None)
-        yield {name: _stored(file, path, name, entry, 8 + size, end)
+        pages = functools.cache(partial(_pages, file))
+        yield {name: _stored(file, path, name, entry, 8 + size, end, pages)
                for name, entry in header.items()}
 
 
@@ -194,11 +221,22 @@ def _bytes_of(array, dtype):
     return np.asarray(array, dtype, order="C").reshape(-1).view(np.uint8)
 
 
-def _stored(file, path, name, entry, body, end) -> Stored:
+def _pages(file) -> mmap.mmap | None:
+    """All pages of the file, to be written by this process alone; None where they cannot be had."""
+    if os.name == "nt":  # a file whose pages are held cannot be replaced there
+        return None
+    try:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError):  # the system fears that all of them are written
+        return None
+
+
+def _stored(file, path, name, entry, body, end, pages) -> Stored:
     if (code := entry["dtype"]) not in DTYPES:
         raise FormatError(path, f"tensor {name!r} has dtype {code}, expected one of {list(DTYPES)}")
     first, last = entry["data_offsets"]
-    tensor = Stored(file, path, name, body + first, DTYPES[code], tuple(entry["shape"]))
+    tensor = Stored(file, path, name, body + first, DTYPES[code], tuple(entry["shape"]),
+                    pages)
     if tensor.nbytes != last - first or body + last > end:  # another file, for the library saw it
         raise FormatError(path, f"tensor {name!r} changed while it was read")
     if not tensor.size or len(tensor.shape) > 8:

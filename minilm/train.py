@@ -7,7 +7,8 @@ A batch is a tuple of arrays that share their first axis. A loss has two methods
 
 Each part of a batch is divided by the whole batch's totals, so any split over micro-batches and
 workers gives the same step. Padding is never counted. `LabelLoss` serves next-token prediction and
-masked-token prediction, which differ only in their batches. `Distillation` is another loss.
+masked-token prediction, which differ only in their batches, `AnswerLoss` an encoder and a decoder.
+`Distillation` is another loss.
 """
 
 import itertools
@@ -67,6 +68,21 @@ class LabelLoss:
     def __call__(self, model, tokens, targets, *mask, totals=(None,)) -> Tensor:
         refuse_seen_answers(model, tokens, targets)
         return ops.cross_entropy(model(tokens, *mask), of_text(targets, *mask), total=totals[-1])
+
+
+class AnswerLoss:
+    """Cross-entropy of the targets (B, T) of an EncoderDecoder that reads tokens (B, S).
+
+    Targets of -100 do not count. A third array may be a mask (B, S), 0 for padding of the tokens.
+    """
+
+    def totals(self, tokens, targets, *mask) -> tuple[int]:
+        """The targets that count."""
+        return (int((targets != IGNORED).sum()),)
+
+    def __call__(self, model, tokens, targets, *mask, totals=(None,)) -> Tensor:
+        logits = model(tokens, model.shifted(targets), *mask)
+        return ops.cross_entropy(logits, targets, total=totals[-1])
 
 
 class Trainer:

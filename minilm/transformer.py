@@ -1,7 +1,8 @@
 """One transformer in three families: GPT-2, Llama and those after it, BERT/DistilBERT.
 
 `Config` holds what differs. The families share all code below except for these choices, and what
-later Llamas add: a head width of their own, norms of q and k, windows, layers without rotation:
+later Llamas add: a head width of their own, norms of q and k or at both ends of a branch, windows,
+layers without rotation, caps of scores and logits:
 
                  GPT-2             Llama, Mistral      BERT, DistilBERT
     positions    learned           rotary              learned
@@ -22,8 +23,9 @@ import numpy as np
 
 from minilm import ops
 from minilm.backend import array_module
+from minilm.cache import Joined
 from minilm.config import Config
-from minilm.inputs import checked, checked_segments, counted, last
+from minilm.inputs import checked, checked_segments, counted, last, seen
 from minilm.nn import Dropout, Embedding, LayerNorm, Linear, Module, RMSNorm
 from minilm.ranges import check, whole
 from minilm.rope import rotary_tables
@@ -152,10 +154,25 @@ class Pooler(Module):
         return (ops.tanh if self.activation == "tanh" else ops.relu)(self.dense(x))
 
 
+class Front(Module):
+    """What is in front of the text: nothing.
+
+    It takes the model from tokens to the last hidden states, as `hidden` says. A method that puts
+    rows in front adapts this module (see peft/front.py): it runs both halves with its rows, and
+    gives back those of the text. A cache that is not empty has the rows in it already.
+    """
+
+    tokenwise, length = True, 0  # length: the rows in front
+
+    def forward(self, model, tokens, mask=None, cache=None, segments=None):  # (B, T) -> (B, T, C)
+        x = model.embedded(tokens, cache.length if cache else 0, segments)
+        return model.run(x, mask, cache=cache)
+
+
 class Transformer(Module):
     """model(tokens, mask=None) -> logits.
 
-    tokens: integers (B, T), T <= config.context. mask: (B, T), 1 for a token and 0 for padding.
+    tokens: integers (B, T), T <= model.room. mask: (B, T), 1 for a token and 0 for padding.
     cache: keys and values in front of the tokens; a mask then covers those too (see cache.py).
     segments: integers (B, T), each token's segment, by default 0, if config.segments is not 0.
     logits: Tensor (B, T, V), float32 unless `astype` changed the model. With config.labels they are
@@ -190,6 +207,12 @@ class Transformer(Module):
         self.head = make_head(c, rng)
         if c.shared:
             (self.head.out if c.head == "masked" else self.head).weight = self.embed.weight
+        self.front = Front()
+
+    @property
+    def room(self) -> int:
+        """How many tokens of a text fit: the context, without what is in front."""
+        return self.config.context - self.front.length
 
     def forward(self, tokens, mask=None, cache=None, segments=None) -> Tensor:
         x = self.hidden(tokens, mask, cache, segments)
@@ -209,8 +232,7 @@ class Transformer(Module):
 
         cache: a Cache of what is in front of these tokens; their own keys and values are added.
         """
-        x = self.embedded(tokens, cache.length if cache else 0, segments)
-        return self.run(x, mask, cache=cache)
+        return self.front(self, tokens, mask, cache, segments)
 
     def logits(self, x) -> Tensor:
         """What the head says of hidden states: (..., C) -> (..., V)."""
@@ -225,13 +247,22 @@ class Transformer(Module):
         """
         c, tokens = self.config, checked(tokens, start, self.config.context)
         segments = checked_segments(segments, tokens, c.segments)
-        x = self.embed(tokens)
-        if c.scaled_embedding:  # by a number of the model's dtype, as transformers does
-            x = x * float(x.dtype.type(np.float32(math.sqrt(c.width))))
         places = array_module(tokens).arange(start, start + tokens.shape[1])
+        if c.positions == "counted":
+            places = counted(tokens, c.padding, start)
+        return self.placed(self.looked_up(tokens), places, segments)
+
+    def looked_up(self, tokens) -> Tensor:
+        """The tokens' rows without their places: (...) -> (..., C)."""
+        x = self.embed(tokens)
+        if self.config.scaled_embedding:  # by a number of the model's dtype, as transformers does
+            x = x * float(x.dtype.type(np.float32(math.sqrt(self.config.width))))
+        return x
+
+    def placed(self, x, places, segments=None) -> Tensor:
+        """Rows x (B, T, C), of tokens or not, at the places (T,) or (B, T): (B, T, C)."""
         if self.position:
-            counts = c.positions == "counted"
-            x = x + self.position(counted(tokens, c.padding, start) if counts else places)
+            x = x + self.position(places)
         if self.segment:  # 0: all tokens are of one text
             x = x + self.segment(places * 0 if segments is None else segments)
         if self.embed_norm:
@@ -243,7 +274,8 @@ class Transformer(Module):
 
         mask: (B, S), 1 for a key that may be seen; the cached keys come first, then those of x.
         angles: tables of rotary positions (see rope.py), by default from cache.length on.
-        cache: as in `hidden`. With a cache no block runs under `checkpoint`.
+        cache: as in `hidden`. Under `checkpoint` it must be a Cache.of(prefix), and is used up. No
+        block runs under `checkpoint` if it is one of buffers.
 
         >>> model = Transformer(Config.gpt2(vocab_size=9, context=8, layers=1, heads=2, width=4))
         >>> prompt = Tensor(np.zeros((1, 3, 4), np.float32), requires_grad=True)
@@ -257,14 +289,8 @@ class Transformer(Module):
             raise ValueError(f"a cache of {len(cache.layers)} layers does not go with "
                              f"{len(self.blocks)} blocks")
         if mask is not None:
-            mask, wanted = xp.asarray(mask), (B, past + T)  # a number for each token
-            if mask.shape != wanted:
-                raise ValueError(f"mask {mask.shape} must have the shape {wanted}, as the tokens")
-            # Floats may be one that is to be added to the scores: it has 0 for what may be seen.
-            if (xp is np or mask.dtype.kind == "f") and not ((mask == 0) | (mask == 1)).all():
-                raise ValueError("mask must be 1 for a token that may be seen, 0 for padding")
-            mask = (mask != 0)[:, None, None, :]
-        if past and past + T > self.config.steady < self.config.context:
+            mask = seen(mask, (B, past + T), xp)
+        if angles is None and past and past + T > self.config.steady < self.config.context:
             raise ValueError(f"beyond {self.config.steady} tokens this model's rope turns the "
                              "earlier ones by other angles: run the whole text without a cache")
         if angles is None and not self.position:
@@ -276,16 +302,20 @@ class Transformer(Module):
 
     def _run_blocks(self, x, mask, angles, cache):
         check({"checkpoint_every": whole(0)}, checkpoint_every=self.checkpoint_every)
-        if cache or not self.checkpoint_every:
+        layers = cache.layers if cache else []
+        if not self.checkpoint_every or (layers and type(layers[0]) is not Joined):
             for i, block in enumerate(self.blocks):
-                x = block(x, mask, angles, cache and cache.layers[i])
+                x = block(x, mask, angles, cache and layers[i])
             return x
         for i in range(0, len(self.blocks), self.checkpoint_every):
-            def segment(x, blocks=self.blocks[i : i + self.checkpoint_every]):
-                for block in blocks:
-                    x = block(x, mask, angles)
+            def segment(x, *kv, blocks=self.blocks[i : i + self.checkpoint_every]):
+                for j, block in enumerate(blocks):  # it may run twice, so it joins anew
+                    x = block(x, mask, angles, Joined(*kv[2 * j : 2 * j + 2]) if kv else None)
                 return x
-            x = checkpoint(segment, x)
+            prefix = [t for m in layers[i : i + self.checkpoint_every] for t in (m.k, m.v)]
+            x = checkpoint(segment, x, *prefix)
+        if cache:
+            cache.layers = []
         return x
 
 

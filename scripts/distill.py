@@ -25,7 +25,7 @@ from minilm import data
 from minilm.command import Given, command, typed, utf8
 from minilm.distill import Distillation, student_from_teacher
 from minilm.extras import told
-from minilm.interop import huggingface
+from minilm.interop import load_model, save_model
 from minilm.loop import Training, fit, refuse_unused, resumed, validation
 from minilm.measure.guesses import likeliest
 from minilm.measure.speed import speeds
@@ -165,12 +165,12 @@ def distill(run, s: Settings, teacher, tokenizer, texts):
           f"{s.steps * tokens:,} tokens")
     arms = {"teacher": Arm(teacher, train(run, s, "teacher", teacher, texts,
                                           0 if s.teacher else s.teacher_steps))}
-    huggingface.save_model(teacher, run.path / "teacher", tokenizer)
+    save_model(teacher, run.path / "teacher", tokenizer)
     for name, (student, loss) in make_students(s, teacher).items():
         arms[name] = Arm(student, train(run, s, name, student, texts, s.steps, loss))
     student = list(arms)[1]
     arms[student].model.ends, arms[student].model.origin = teacher.ends, teacher.origin
-    huggingface.save_model(arms[student].model, run.path / "student", tokenizer)
+    save_model(arms[student].model, run.path / "student", tokenizer)
     print_table(arms, speeds({name: arm.model for name, arm in arms.items()}, texts[1][0]), student)
     picture = draw(run.path / "distill.png", arms, s.prompt,
                    *likeliest(teacher, tokenizer, s.prompt, TEMPERATURES))
@@ -189,7 +189,7 @@ def new_teacher(s: Settings):
 def load_teacher(s: Settings):
     """(model, tokenizer) of a Hugging Face folder."""
     folder = Path(s.teacher)
-    teacher = huggingface.load_model(folder)
+    teacher = load_model(folder)
     tokenizer, c = data.load_tokenizer(folder / "tokenizer.json"), teacher.config
     c.require_language(folder)
     if c.causal != (s.objective == "causal"):

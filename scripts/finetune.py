@@ -31,12 +31,12 @@ from tqdm import tqdm
 from minilm import data, versions
 from minilm.command import Given, command, typed
 from minilm.files import FormatError, sha256
-from minilm.interop import huggingface, peft
+from minilm.interop import load_model, peft, save_model
 from minilm.lessons import Lesson, conversations, instructions
 from minilm.loop import Training, fit, refuse_unused, resumed
 from minilm.optim import AdamW
 from minilm.peft import add_ia3, add_lora, trainable_parameters
-from minilm.quantize import quantize_model
+from minilm.quantize import is_quantized, quantize_model
 from minilm.ranges import BELOW_1, POSITIVE, one_of, optional, whole
 from minilm.run import RunDirectory, newest_model, share_held_out
 from minilm.together import settle
@@ -49,7 +49,8 @@ class Settings(Training):
     method: Literal["full", "lora", "qlora", "ia3"] = "lora"
     """train every weight, adapters of low rank, these on a base of few bits, or scaling vectors"""
     model: str = ""
-    """Hugging Face folder with a tokenizer.json; by default the newest runs/pretrain-*/model"""
+    """Hugging Face folder, quantized or not, with a tokenizer.json; by default the newest
+    runs/pretrain-*/model"""
     data: tuple[str, ...] = ("reverse", "upper", "sort", "last", "add")
     """tasks (these, triangle, table, sql), or the path of a JSONL file"""
     train: int | None = None
@@ -93,6 +94,9 @@ class Method(NamedTuple):
 
 
 def everything(model, s: Settings):
+    if is_quantized(model):
+        raise ValueError(f"{s.model} is quantized, and codes are not trained: use --method lora, "
+                         "which leaves them as they are")
     return model
 
 
@@ -102,6 +106,8 @@ def adapters(model, s: Settings):
 
 
 def adapters_on_codes(model, s: Settings):
+    if is_quantized(model):
+        raise ValueError(f"{s.model} is quantized already: --method lora keeps its codes")
     return adapters(quantize_model(model, s.kind), s)
 
 
@@ -149,7 +155,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
                                                 for c in corpora]
     if run:
         run.check(described, "the model or the data are not those", decisive)
-    base = huggingface.load_model(folder)
+    base = load_model(folder)
     base.config.require_writer(folder, "gives answers")
     data.adopt_end(tokenizer, base.ends.eos)
     teach, by = ((conversations, data.load_chat(folder, tokenizer, templates)) if talks
@@ -207,7 +213,7 @@ def examined(model, lesson: Lesson, known, trainer, step: int) -> dict:
 def finish(run, model, tokenizer, templates, s: Settings, step: int, prompt: str | None):
     """Save what was learned, print the scores before and after, and say where everything is."""
     if s.method == "full":
-        huggingface.save_model(model, run.path / "model", tokenizer)
+        save_model(model, run.path / "model", tokenizer)
         use = {"model": run.path / "model"}
         names = data.read_names(Path(s.model), tokenizer)
         data.write_templates(run.path / "model", templates, names)

@@ -33,7 +33,7 @@ from minilm.data import (
 )
 from minilm.dialogue import Dialogue
 from minilm.generate import stream
-from minilm.interop import huggingface, peft
+from minilm.interop import load_model, peft
 from minilm.loop import refuse_unused
 from minilm.peft import merge_lora, unload_lora
 from minilm.run import newest_model
@@ -97,7 +97,7 @@ def load(model: Path | None, adapter: Path | None) -> tuple[Path, Transformer]:
         print(f"{folder}:", file=sys.stderr)
     elif adapter and Path(peft.base_of(adapter) or model).absolute() != model.absolute():
         print(f"{adapter} was made for {peft.base_of(adapter)}", file=sys.stderr)
-    transformer = huggingface.load_model(folder).eval()
+    transformer = load_model(folder).eval()
     transformer.config.require_writer(folder, "writes on")
     if adapter:
         unload_lora(merge_lora(peft.load_adapter(transformer, adapter)))
@@ -126,7 +126,7 @@ def chat_of(folder: Path, adapter: Path | None, tokenizer: Tokenizer) -> Chat:
 def converse(dialogue: Dialogue, chat: Chat, ends: Collection[int], most: int, system: str):
     """Read messages and answer them until the input ends. An answer has at most `most` tokens."""
     rules = [{"role": "system", "content": system}] if system else []
-    messages, context = rules, dialogue.model.config.context
+    messages, context = rules, dialogue.model.room
     if system:
         chat.text(messages + QUESTION)  # a template that takes no such message says so now
     while (message := ask()) is not None:
@@ -178,7 +178,7 @@ def answer(dialogue: Dialogue, before, tokenizer: Tokenizer, ends: Collection[in
             said.append(id)
             yield id
         if len(said) < most:
-            why = f"the context of {dialogue.model.config.context} tokens is full"
+            why = f"the context of {dialogue.model.room} tokens is full"
 
     try:
         write(drawn(), tokenizer, before.tolist())

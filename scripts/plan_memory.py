@@ -1,6 +1,6 @@
 """Say before a run how much memory it takes, and whether that fits.
 
-    python scripts/plan_memory.py --model runs/pretrain-1/model --batch 16
+    python scripts/plan_memory.py --model runs/pretrain-1/model --batch 16   # any folder, any bits
     python scripts/plan_memory.py --family llama --layers 80 --width 8192 --hidden 22016 \\
         --vocab-size 32000 --context 512 --dtype bfloat16 --checkpoint-every 1 --rank 16 \\
         --targets all-linear --device cuda --card 48
@@ -10,7 +10,8 @@
 Prints, for each method, the bytes of weights, adapters, gradients, optimizer states and
 activations. Activations are all else that is alive at the highest moment of a training step. The
 numbers follow from the shapes and from what each op keeps for its backward pass
-(minilm/measure/plan.py).
+(minilm/measure/plan.py). Of a folder it also says what loading it and generating with it take, and
+whether that fits this machine. No weight is read for that.
 """
 
 from dataclasses import dataclass, fields
@@ -21,9 +22,9 @@ import tyro
 from tqdm import tqdm
 
 from minilm.command import Given, command
-from minilm.files import read_json
-from minilm.interop import huggingface
+from minilm.interop.sizes import Sizes, read_shape, sizes
 from minilm.loop import refuse_unused
+from minilm.measure.fit import available, generating
 from minilm.measure.lecture_numbers import print_lectures
 from minilm.measure.memory import measured
 from minilm.measure.plan import Plan, Step, parameters, plan, trainable
@@ -61,7 +62,8 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
     """Say how much memory a training run takes.
 
     Args:
-        model: Hugging Face folder; its config.json is enough. Or give layers and width.
+        model: Hugging Face folder, quantized or not; for the table its config.json is enough. Or
+            give layers and width.
         widths: the sizes of a model that is not in a folder.
         method: full trains every weight, lora adapters, qlora adapters on weights in NF4.
         batch: rows in a step.
@@ -92,13 +94,53 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
     if model and (widths != Widths() or given & {field.name for field in fields(Widths)}):
         raise ValueError(f"give either a model's folder or its widths, got both {model} and "
                          "--family, --layers, --width, ...")
-    config = read_config(model) if model else make_config(widths, length)
+    config, bits = read_shape(model) if model else (make_config(widths, length), None)
+    if bits:
+        method = of_codes(model, bits, method, given)
     chosen = "all-linear" if targets == ("all-linear",) else targets
     length = config.context if context is None else context
     steps = [Step(config, m, batch, length, rank, chosen, dtype, checkpoint_every, device)
              for m in method]
-    print(f"{parameters(config):,} parameters, {batch} x {length} tokens, {dtype} on {device}")
-    print_table(steps, [plan(step) for step in steps], card)
+    print_plans(steps, model and sizes_of(model, dtype), bits, card)
+
+
+def print_plans(steps: list[Step], held: Sizes | None, bits: int | None, card: float | None):
+    """Print the table, and of a folder's model what else it takes."""
+    s, plans = steps[0], [plan(step) for step in steps]
+    if held and bits:
+        plans = [p._replace(weights=held.weights) for p in plans]
+    print(f"{parameters(s.config):,} parameters, {s.batch} x {s.T} tokens, {s.dtype} on {s.device}")
+    print_table(steps, plans, card)
+    if held:
+        print_folder(held, generating(s.config, s.batch, s.T, s.dtype, bits), s.batch, s.T)
+
+
+def of_codes(model: Path, bits: int, method, given: Given):
+    """The methods for a model that is quantized: adapters alone. ValueError for others."""
+    if "method" in given and set(method) != {"qlora"}:
+        raise ValueError(f"{model} is quantized to {bits} bits, which are not trained: give "
+                         "--method qlora, adapters on them")
+    return ("qlora",)
+
+
+def sizes_of(model: Path, dtype: str) -> Sizes | None:
+    """What loading the folder takes; None if it has a config.json and no weights."""
+    try:
+        return sizes(model, dtype)
+    except FileNotFoundError:
+        return None
+
+
+def print_folder(held: Sizes, more: int, batch: int, length: int):
+    """Print what loading a folder and generating with it take, and whether this machine has it."""
+    free = available()
+    lines = {f"the folder's {amount(held.stored)}, loaded": held.loading,
+             f"writing {batch} x {length} tokens, about": held.weights + more}
+    if free is not None:
+        print(f"available on this machine: {amount(free)}")
+    for title, n in lines.items():
+        fits = "" if free is None else ", fits" if n <= free else f", short of {amount(n - free)}"
+        print(f"{title}: {amount(n)}{fits}")
 
 
 def print_table(steps: list[Step], plans: list[Plan], card: float | None):
@@ -118,11 +160,6 @@ def print_table(steps: list[Step], plans: list[Plan], card: float | None):
 def amount(n: float) -> str:
     """Bytes in MB (10^6) or GB (10^9)."""
     return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.2f} MB"
-
-
-def read_config(folder: Path) -> Config:
-    """The Config of a Hugging Face folder; its weights are not read."""
-    return huggingface.parse(folder, read_json(folder / "config.json"))[1]
 
 
 def make_config(w: Widths, context: int) -> Config:

@@ -19,11 +19,11 @@ from minilm import data
 from minilm.backend import tune_allocator
 from minilm.command import command
 from minilm.extras import told
-from minilm.interop import huggingface
+from minilm.interop import load_model
 from minilm.measure.losses import loss_of
 from minilm.nn import Linear
 from minilm.picture import save_png
-from minilm.quantize import quantize_4bit, quantize_int8, quantize_model
+from minilm.quantize import is_quantized, quantize_4bit, quantize_int8, quantize_model
 from minilm.quantize.fourbit import BLOCK_SIZES, levels
 from minilm.run import newest_model, share_held_out
 
@@ -45,7 +45,9 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
         raise ValueError(f"block_sizes must be among {BLOCK_SIZES}, got {block_sizes}")
     tune_allocator()
     folder = model or newest_model(Path("runs"), "pretrain-*")
-    loaded = huggingface.load_model(folder)
+    loaded = load_model(folder)
+    if is_quantized(loaded):
+        raise ValueError(f"{folder} is quantized already: give the folder of the model in floats")
     loaded.config.require_language(folder)
     if not loaded.config.causal:
         raise ValueError(f"{folder} fills in masked tokens; perplexity needs a causal model")
@@ -119,7 +121,7 @@ def print_perplexities(folder, rows):
     plans += [("nf4 + double", "nf4", True), ("nf4 + double, int8", "nf4", "int8")]
     results = []
     for title, kind, double_quant in tqdm(plans, unit="datatype", leave=False, disable=None):
-        model = huggingface.load_model(folder)
+        model = load_model(folder)
         if kind:
             quantize_model(model, kind, double_quant)
         held = sum(t.data.nbytes for name, t in model.named_tensors() if "head" not in name)

@@ -195,3 +195,18 @@ def test_a_context_that_no_memory_holds_is_not_asked_for(context):
     vast = dataclasses.replace(small, context=context)
     near, far = (generate(Transformer(c), [[1, 2]], 8, seed=5) for c in (small, vast))
     assert near.tolist() == far.tolist()
+
+
+@families
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_prefix_under_checkpoint(family, every):
+    """The same bits; the cache is used up, because no block has kept the text's keys in it."""
+    model, (tokens, targets), found = make(family), draw(4), []
+    for model.checkpoint_every in (0, every):
+        pairs = prefix(family, 4)
+        cache = Cache.of(pairs)
+        ops.cross_entropy(model(tokens[:, :3], cache=cache), targets[:, :3]).backward()
+        found.append([x.grad for pair in pairs for x in pair])
+    assert all(np.array_equal(a, b) and a.any() for a, b in zip(*found))
+    with pytest.raises(ValueError, match="a cache of 0 layers"):
+        model(tokens[:, :1], cache=cache)

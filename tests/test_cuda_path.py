@@ -21,10 +21,18 @@ from minilm.blas import matmul
 from minilm.cache import Cache
 from minilm.generate import generate
 from minilm.optim import SGD, AdamW, LossScaler, clip_grad_norm, flat
-from minilm.peft import add_lora, merge_lora, requantize_lora
+from minilm.peft import (
+    add_lora,
+    add_prefix,
+    add_prompt,
+    merge_lora,
+    requantize_lora,
+    settle_prefix,
+)
 from minilm.quantize import quantize_model
 from minilm.rope import Dynamic, Llama3, Long, Yarn
 from minilm.run import RunDirectory
+from minilm.seq2seq import T5, EncoderDecoder
 from minilm.tensor import Tensor, no_grad
 from minilm.train import Diverged, Trainer
 from minilm.transformer import Config, Transformer
@@ -40,6 +48,10 @@ FAMILIES = {
                           unrotated=(0,), bias=("q", "k", "v"), rope=Llama3(4.0, 6)),
     "gemma": Config.llama(**SHAPE, hidden=24, qk_norm="width", norm_output=True, norm_plus_one=True,
                           scaled_embedding=True, activation="geglu_tanh", rope=Dynamic(2.0, 4)),
+    "gemma 2": Config.llama(**SHAPE, hidden=24, head_width=16, norm_both=True, window=3,
+                            unwindowed=(1,), window_theta=50.0, attention_scale=0.3,
+                            attention_cap=2.0, logits_cap=3.0),
+    "scaled": Config.llama(**SHAPE, hidden=24, head_width=16, attention_scale=0.5),
     "stretched": Config.llama(**SHAPE, hidden=24, rope=Yarn(2.0, 5)),
     "long": Config.llama(**SHAPE, hidden=24, rope=Long((1.0,) * 4, (2.0,) * 4, 5)),
 }
@@ -213,6 +225,30 @@ def test_a_prefix_trains(cupy, family, dtype):
         same(actual, expected, dtype)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma", "bert"])
+@pytest.mark.parametrize("add, settings", [
+    (add_prompt, {}), (add_prompt, dict(ids=[5])), (add_prefix, {}), (add_prefix, dict(ids=[5])),
+    (add_prefix, dict(hidden=4))])
+def test_prompts_and_prefixes(cupy, family, add, settings):
+    """Made on the card, masked, checkpointed and trained; settled; and generation."""
+    cpu, gpu = pair(family)
+    found, tokens = [], TOKENS[:, :5]
+    for model in (cpu, gpu):
+        model.checkpoint_every = 1
+        add(model.eval(), 3, **settings)
+        y = model(tokens, MASK[:, :5])
+        ops.cross_entropy(y, TARGETS[:, :5]).backward()
+        found.append([y.data, *(p.grad for p in model.parameters())])
+    largest = max(float(abs(a).max()) for a in found[0][1:])
+    for actual, expected in zip(*reversed(found), strict=True):
+        same(actual, expected, "float32", scale=largest)
+    if "hidden" in settings:
+        gpu, cpu = settle_prefix(gpu), settle_prefix(cpu)
+    same_parameters(gpu, cpu)
+    if cpu.config.causal:
+        assert np.array_equal(*(generate(m, [[1, 2]], 6, temperature=0) for m in (cpu, gpu)))
+
+
 def test_quantized_on_the_cpu_and_moved(cupy):
     def change(model):
         quantize_model(model, "nf4", double_quant="int8")
@@ -253,6 +289,22 @@ def test_qlora_launches_the_kernels_and_nothing_in_their_place(cupy, launched):
         gpu(TOKENS[:2])
     assert launched == {"nf4_matmul": 14, "attention_forward": 2, "swiglu": 2, "rms_norm": 5,
                         "rotary": 2 * 2}
+
+
+@pytest.mark.parametrize("settings, fused", [({}, 1), (dict(scale=0.5), 1), (dict(cap=2.0), 0),
+                                             (dict(scale=0.5, cap=2.0), 0)])
+def test_a_scale_goes_to_the_kernel_and_a_cap_to_the_tiles(cupy, launched, settings, fused):
+    """Both ways give what the CPU gives."""
+    rng, results = np.random.default_rng(0), []
+    q, k, v, dy = rng.standard_normal((4, 1, 2, 5, 16)).astype("bfloat16")
+    for device in ("cuda", "cpu"):
+        leaves = [Tensor(to_device(x, device), requires_grad=True) for x in (q, k, v)]
+        y = ops.attention(*leaves, causal=True, **settings)
+        y.backward(to_device(dy, device))
+        results.append([y.data, *(x.grad for x in leaves)])
+    assert launched["attention_forward"] == fused
+    for actual, expected in zip(*results):
+        close(on_cpu(actual), on_cpu(expected), "bfloat16", scale=1)
 
 
 def qlora_step(layers):
@@ -429,3 +481,23 @@ def test_sums_are_not_rounded_on_the_way(cupy, dtype):
     y = matmul(cupy.asarray(a), cupy.asarray(a.T), alpha=2.0**-10)
     assert (on_cpu(y) == float(np.asarray((1 + 2**-5) ** 2 * 32).astype(dtype))).all()
     assert getattr(cublas, "math_mode", 16) == 16  # the stand-in keeps it
+
+
+@pytest.mark.parametrize("activation", ["relu", "geglu_tanh"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_t5(cupy, activation, dtype):
+    """Its biases of distances, with padding, and what it writes one token at a time."""
+    facts = T5(13, 2, 1, heads=2, width=16, hidden=24, head_width=16, buckets=8, max_distance=12,
+               activation=activation)
+    cpu, gpu = (EncoderDecoder(facts).astype(dtype).to(device) for device in ("cpu", "cuda"))
+    written = np.maximum(TARGETS, 0)
+    logits = [model(TOKENS, model.shifted(TARGETS), MASK) for model in (cpu, gpu)]
+    same(logits[1].data, logits[0].data, dtype)
+    for y in logits:
+        ops.cross_entropy(y, written).backward()
+    largest = max(float(abs(p.grad).max()) for p in cpu.parameters())
+    for p, q in zip(gpu.parameters(), cpu.parameters(), strict=True):
+        same(p.grad, q.grad, dtype, scale=largest)
+    if dtype == "float32":
+        drawn = [generate(model, TOKENS, 6, temperature=0, eos=()) for model in (cpu, gpu)]
+        assert np.array_equal(*drawn)

@@ -21,7 +21,8 @@ from minilm import checkpoint, data, ops
 from minilm.command import typed
 from minilm.distill import Distillation, student_from_teacher
 from minilm.files import write_json
-from minilm.interop import huggingface
+from minilm.interop import huggingface, load_model, save_model
+from minilm.quantize import quantize_model
 from minilm.run import RunDirectory
 from minilm.train import LabelLoss, Trainer
 from minilm.transformer import Config, Ends, Transformer
@@ -194,6 +195,20 @@ def test_a_teacher_from_a_folder(tmp_path, text, plain, family):
     assert [r["step"] for r in metrics(run, "teacher")] == [0]
     student = huggingface.load_model(run / "student").config
     assert student == dataclasses.replace(given.config, layers=2)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "llm.int8"])
+def test_a_teacher_in_few_bits(tmp_path, text, kind):
+    """It is saved in them; its student has plain weights."""
+    path = Path(save_teacher(tmp_path / "theirs", "llama"))
+    tokenizer = data.load_tokenizer(path / "tokenizer.json")
+    save_model(quantize_model(huggingface.load_model(path), kind), path, tokenizer)
+    main(settings(text, teacher=str(path), keep=(1, 2)), tmp_path)
+    run = tmp_path / "distill-1"
+    assert same(load_model(run / "teacher"), load_model(path))
+    assert (run / "teacher" / "model.safetensors").read_bytes() == (
+        path / "model.safetensors").read_bytes()
+    assert huggingface.load_model(run / "student").config.layers == 2
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -23,7 +23,10 @@ BASE = Config.llama(19, CONTEXT, layers=3, heads=4, width=16, hidden=24, kv_head
 FACTS = {
     "head_width": dict(head_width=6), "bias": dict(bias=("q", "k", "v")),
     "qk_norm of heads": dict(qk_norm="head"), "qk_norm of all": dict(qk_norm="width"),
-    "norm_output": dict(norm_output=True), "window": dict(window=3),
+    "norm_output": dict(norm_output=True), "norm_both": dict(norm_both=True),
+    "attention_scale": dict(attention_scale=2.0), "attention_cap": dict(attention_cap=0.1),
+    "logits_cap": dict(logits_cap=0.5), "window": dict(window=3),
+    "window_theta": dict(window=3, unwindowed=(1,), window_theta=7.0, rope=Linear(2.5)),
     "window of some": dict(window=2, unwindowed=(1,)), "unrotated": dict(unrotated=(0, 2)),
     "geglu": dict(activation="geglu_tanh"), "plus one": dict(norm_plus_one=True),
     "scaled": dict(scaled_embedding=True),
@@ -45,7 +48,7 @@ def test_each_fact_changes_the_logits(name):
     """Of the same weights, if the shapes are the same."""
     changed, tokens = noisy(replace(BASE, **FACTS[name])), np.arange(CONTEXT)[None]
     plain = noisy(BASE)
-    if name not in ("head_width", "bias", "qk_norm of heads", "qk_norm of all"):
+    if name not in ("head_width", "bias", "qk_norm of heads", "qk_norm of all", "norm_both"):
         changed.load_state_dict(plain.state_dict())
     assert abs(changed(tokens).data - plain(tokens).data).max() > 1e-3
 
@@ -83,6 +86,24 @@ def test_a_cache_of_other_angles_is_refused():
         model(np.array([[5]]), cache=cache)
         with pytest.raises(ValueError, match="beyond 5 tokens"):
             model(np.array([[6]]), cache=cache)
+
+
+def test_layers_with_a_window_turn_by_their_own_theta():
+    """A window that hides nothing: the theta is all that differs, and it is never stretched."""
+    changes, tokens = dict(layers=1, window=CONTEXT), np.arange(CONTEXT)[None]
+    near = noisy(replace(BASE, **changes, window_theta=7.0, rope=Linear(2.5)))
+    far = noisy(replace(BASE, **changes, window_theta=7.0, rope=Linear(2.5), unwindowed=(0,)))
+    plain = [noisy(replace(BASE, layers=1, rope_theta=7.0)),
+             noisy(replace(BASE, layers=1, rope=Linear(2.5)))]
+    assert [(m(tokens).data == p(tokens).data).all() for m, p in zip((near, far), plain)] == [1, 1]
+
+
+def test_caps_bound_scores_and_logits():
+    tokens = np.arange(CONTEXT)[None]
+    assert abs(noisy(replace(BASE, logits_cap=0.125))(tokens).data).max() <= 0.125
+    capped, same = (noisy(replace(BASE, layers=1, **c)) for c in (
+        dict(attention_cap=1e-6), dict(attention_scale=1e-6)))  # all scores are about 0
+    assert abs(capped(tokens).data - same(tokens).data).max() < 1e-4
 
 
 def test_a_window_hides_what_is_in_front_of_it():
@@ -156,6 +177,12 @@ def test_tables_are_scaled():
     (dict(norm="layer", qk_norm="head"), ["qk_norm", "'rms'"]),
     (dict(norm="layer", norm_plus_one=True), ["norm_plus_one", "'rms'"]),
     (dict(norm_first=False, norm_output=True), ["norm_output", "norm_first"]),
+    (dict(norm_first=False, norm_both=True), ["norm_both", "norm_first"]),
+    (dict(norm_output=True, norm_both=True), ["norm_both", "norm_output"]),
+    (dict(attention_scale=0.0), ["attention_scale", "positive", "0.0"]),
+    (dict(attention_cap=-1.0), ["attention_cap", "-1.0"]),
+    (dict(logits_cap=math.inf), ["logits_cap", "inf"]),
+    (dict(window_theta=7.0), ["window_theta", "a window"]),
     (dict(window=0), ["window", "positive"]),
     (dict(window=3, causal=False), ["window", "causal"]),
     (dict(unwindowed=(1,)), ["unwindowed", "a window"]),

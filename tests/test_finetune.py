@@ -18,11 +18,11 @@ from finetune import METHODS, Settings, main
 from minilm import checkpoint, data
 from minilm.files import FormatError, read_json, write_json
 from minilm.generate import generate, stream
-from minilm.interop import huggingface, peft
+from minilm.interop import bitsandbytes, huggingface, peft
 from minilm.measure.answers import answers
 from minilm.measure.losses import loss_of
 from minilm.peft.adapted import adapted_layers
-from minilm.quantize import QuantizedLinear
+from minilm.quantize import QuantizedLinear, quantize_model
 from minilm.run import RunDirectory
 from minilm.train import Trainer
 from minilm.transformer import Config, Ends, Transformer
@@ -56,8 +56,8 @@ def metrics(run):
 
 
 def learned(run):
-    """Bytes of what a run has learned."""
-    found = [p for p in run.rglob("*.safetensors") if "checkpoints" not in p.parts]
+    """Bytes of what a run has learned, with all files beside the weights."""
+    found = [p for name in ("model", "adapter") for p in (run / name).rglob("*") if p.is_file()]
     return {p.relative_to(run).as_posix(): p.read_bytes() for p in found}
 
 
@@ -294,6 +294,9 @@ def test_what_is_shown_of_a_record_cannot_rule_the_terminal(tmp_path, base, caps
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, base, monkeypatch, method):
     s = settings(base, method=method, dropout=0.0 if method == "full" else 0.1)
+    write_json(base / "config.json", read_json(base / "config.json") | {"resid_pdrop": 0.3})
+    write_json(base / "generation_config.json", {"temperature": 0.5, "eos_token_id": 7})
+    (base / "merges.txt").write_bytes(b"a b")
     main(s, tmp_path / "a")
     whole, step = tmp_path / "a" / f"finetune-{method}-1", Trainer.step
 
@@ -311,6 +314,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, base, monkeypatch, method):
     for _ in range(2):  # the second time there is nothing left to do
         main(resume=stopped)
         assert learned(stopped) == learned(whole) and metrics(stopped) == metrics(whole)
+    if method == "full":
+        files = {name: (whole / "model" / name).read_bytes()
+                 for name in ("merges.txt", "generation_config.json", "config.json")}
+        assert files["merges.txt"] == b"a b" and b'"temperature": 0.5' in files[
+            "generation_config.json"] and b'"resid_pdrop": 0.3' in files["config.json"]
 
 
 def test_a_run_that_was_not_examined_at_its_end_is_now(tmp_path, base, capsys):
@@ -354,6 +362,22 @@ def refused(tmp_path, *arguments):
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     return done.stderr
+
+
+def test_a_quantized_model_keeps_its_codes(tmp_path, base):
+    """It takes adapters, as qlora's base does; it is neither trained nor quantized once more."""
+    quantized = quantize_model(huggingface.load_model(base), "nf4")
+    bitsandbytes.save_model(quantized, tmp_path / "quantized", data.ByteTokenizer())
+    model = str(tmp_path / "quantized")
+    for method, words in (("full", "codes are not trained: use --method lora"),
+                          ("qlora", "quantized already: --method lora")):
+        with pytest.raises(ValueError, match=words):
+            main(settings(base, model=model, method=method), tmp_path / "runs")
+    main(settings(base, model=model), tmp_path / "runs")
+    main(settings(base, method="qlora"), tmp_path / "runs")
+    ours, qlora = (learned(tmp_path / "runs" / f"finetune-{name}-1") for name in ("lora", "qlora"))
+    file = "adapter/adapter_model.safetensors"
+    assert ours[file] == qlora[file]
 
 
 def test_without_a_model_it_says_how_to_get_one(tmp_path):

@@ -18,13 +18,13 @@ from report import picture
 from minilm import checkpoint, data
 from minilm.data.instructions import load_records, save_records
 from minilm.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
-from minilm.files import FormatError, write_json
+from minilm.files import write_json
 from minilm.interop import bitsandbytes, huggingface, peft
 from minilm.measure.verdict import verdict
 from minilm.nn import Module, parameter
 from minilm.optim import AdamW, LossScaler
-from minilm.peft import add_ia3, add_lora, unload_lora
-from minilm.quantize import quantize_int8, quantize_model
+from minilm.peft import add_adalora, add_dora, add_ia3, add_lora, unload_lora
+from minilm.quantize import quantize_model
 from minilm.results import Result, table, verdicts
 from minilm.run import RunDirectory
 from minilm.tensorfiles import read_tensors, write_tensors
@@ -82,26 +82,10 @@ def in_4_bits(config: Config, kind: str, double: bool) -> Format:
 
 
 def in_8_bits(config: Config) -> Format:
-    """What LLM.int8() leaves. It cannot be read yet, but must be refused: here by None."""
     def write(folder):
-        huggingface.save_model(Transformer(config), folder)
-        file = folder / "model.safetensors"
-        tensors = read_tensors(file)
-        for key in [key for key in tensors if "_proj" in key]:
-            codes = quantize_int8(tensors[key], axis=-1)
-            tensors |= {key: codes.codes, key.replace("weight", "SCB"): codes.absmax[:, 0]}
-        write_tensors(file, tensors)
-        raw = json.loads((folder / "config.json").read_text())
-        write_json(folder / "config.json", raw | {"quantization_config": {
-            "quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}})
+        bitsandbytes.save_model(quantize_model(Transformer(config), "llm.int8"), folder)
 
-    def read(folder):
-        try:
-            return bits(bitsandbytes.load_model(folder))
-        except FormatError:
-            return None
-
-    return Format(write, read, lambda found: found)
+    return Format(write, bitsandbytes.load_model, bits, bitsandbytes.save_model)
 
 
 def adapter_of(name: str, add) -> Format:
@@ -322,6 +306,8 @@ FORMATS = {
     "lora": adapter_of("llama", partial(add_lora, r=2, alpha=4)),
     "lora-gpt2": adapter_of("gpt2", partial(add_lora, r=1, alpha=2.5, targets=("q", "v", "up"))),
     "ia3": adapter_of("bert", add_ia3),
+    "dora": adapter_of("gpt2", partial(add_dora, r=1, alpha=2.5)),
+    "adalora": adapter_of("gpt2", partial(add_adalora, r=1, alpha=2.5, targets=("q", "v", "up"))),
     **{f"tokenizer-{name}": tokenizer_of(make) for name, make in TOKENIZERS.items()},
     "tensors": plain_tensors(),
     "run": run_of(hashes=False),

@@ -25,6 +25,8 @@ from minilm.tensorfiles import read_tensors, write_tensors
 from minilm.transformer import Config, Transformer
 
 SMALL = dict(vocab_size=23, context=11, layers=2, heads=4, width=16)
+GEMMA = dict(hidden=24, activation="geglu_tanh", norm_plus_one=True, scaled_embedding=True,
+             tied=True, norm_both=True)
 CONFIGS = {
     "gpt2": Config.gpt2(**SMALL),
     "gpt2-untied": Config.gpt2(**SMALL, tied=False, activation="gelu", hidden=24),
@@ -40,15 +42,21 @@ CONFIGS = {
     "qwen3": Config.llama(**SMALL, hidden=24, qk_norm="head", head_width=8, norm_eps=1e-5),
     "smollm3": Config.llama(**SMALL, hidden=24, unrotated=(1,), tied=True),
     "olmo2": Config.llama(**SMALL, hidden=24, qk_norm="width", norm_output=True),
+    "olmo3": Config.llama(**SMALL, hidden=24, qk_norm="width", norm_output=True, window=4,
+                          unwindowed=(1,), rope=Yarn(2.0, 5), window_theta=10000.0),
     "gemma": Config.llama(**SMALL, hidden=24, activation="geglu_tanh", norm_plus_one=True,
                           scaled_embedding=True, tied=True, head_width=8),
+    "gemma2": Config.llama(**SMALL, **GEMMA, window=4, unwindowed=(1,), attention_cap=5.0,
+                           logits_cap=3.0, attention_scale=25**-0.5),
+    "gemma3_text": Config.llama(**SMALL, **GEMMA, window=20, unwindowed=(1,), qk_norm="head",
+                                rope=Linear(8.0), rope_theta=50.0, window_theta=7.0),
     "bert": Config.bert(**SMALL, hidden=24, norm_eps=1e-6),
     "bert-untied": Config.bert(**SMALL, hidden=24, segments=3, tied=False),
     "distilbert": Config.bert(**SMALL, hidden=24, segments=0),
     "distilbert-untied": Config.bert(**SMALL, hidden=24, segments=0, tied=False),
 }
-MODEL_TYPES = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma", "bert",
-               "distilbert"}
+MODEL_TYPES = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "olmo3", "gemma",
+               "gemma2", "gemma3_text", "bert", "distilbert"}
 TOKENS = np.random.default_rng(5).integers(0, 23, (3, 9))
 MASK = (np.arange(9) < np.array([[9], [6], [1]])).astype(np.int64)
 
@@ -288,6 +296,10 @@ OLD = {  # what older writers have: (model, change of the tensors, fields to dro
     ),
     "llama of version 5": ("llama-gqa", None, ["rope_theta", "torch_dtype"], {}),
     "llama before grouped queries": ("llama", None, ["num_key_value_heads", "rope_theta"], {}),
+    "gemma 2 of version 4": ("gemma2", None, ["rope_parameters", "layer_types"],
+                             {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}),
+    "gemma 3 of version 4": ("gemma3_text", None, ["rope_parameters", "layer_types"],
+                             {"sliding_window_pattern": 2}),
     "mistral": ("llama-gqa", None, [], {"model_type": "mistral", "sliding_window": 11}),
     "mistral by default": ("llama-gqa", None, [], {"model_type": "mistral"}),
     "bert of pretraining": (
@@ -369,6 +381,23 @@ REFUSED = [  # (model, field, value) that would change the logits or that is no 
     ("llama", "rope_parameters", [1]),
     ("llama", "partial_rotary_factor", 0.5),
     ("llama", "rms_norm_eps", "1e-6"),
+    ("gemma2", "use_bidirectional_attention", True),
+    ("gemma3_text", "use_bidirectional_attention", True),
+    ("gemma2", "hidden_activation", "gelu"),
+    ("gemma2", "sliding_window", None),
+    ("gemma2", "layer_types", ["full_attention"]),
+    ("gemma2", "query_pre_attn_scalar", 25.0),
+    ("gemma2", "attn_logit_softcapping", 0.0),
+    ("gemma2", "final_logit_softcapping", "30"),
+    ("gemma3_text", "attn_logit_softcapping", 50.0),  # which transformers does not apply
+    ("gemma3_text", "rope_parameters", {"rope_type": "default", "rope_theta": 50.0}),
+    ("gemma3_text", "rope_parameters", {"sliding_attention": {"rope_type": "linear",
+                                                              "factor": 2.0}}),
+    ("gemma3_text", "rope_scaling", {"type": "longrope", "short_factor": [1.0, 1.0],
+                                     "long_factor": [2.0, 2.0], "factor": 2.0}),
+    ("gemma3_text", "rope_local_base_freq", 8.0),  # rope_parameters says 7
+    ("gemma3_text", "rope_theta", 51.0),
+    ("gemma2", "head_dim", 0),
     ("bert", "hidden_act", "gelu_new"),
     ("bert", "is_decoder", True), ("llama", "is_causal", False), ("gpt2", "is_causal", False),
     ("bert", "is_causal", True), ("distilbert", "is_causal", True),
@@ -388,6 +417,12 @@ def test_refused_fields(edit, name, field, value):
 def test_missing_fields(edit, field):
     folder = edit("gpt2", drop=[field])
     expect(folder, folder / "config.json", field)
+
+
+def test_a_model_of_text_and_images_is_refused_with_a_word_on_its_text(edit):
+    folder = edit("gpt2", model_type="gemma3", text_config={"model_type": "gemma3_text"})
+    expect(folder, folder / "config.json", "model_type is 'gemma3'",
+           "text_config is 'gemma3_text': save its language_model and head as one")
 
 
 def test_refused_combinations(edit):
@@ -518,6 +553,9 @@ INEXPRESSIBLE = {
     "head": Config.llama(**SMALL, hidden=24, head="masked"),
     "norm_eps": Config.bert(**SMALL, hidden=24, segments=0, norm_eps=1e-5),
     "segments": Config.gpt2(**SMALL, segments=2),
+    "norm_both": Config.llama(**SMALL, hidden=24, norm_both=True),
+    "attention_scale": Config.llama(**SMALL, hidden=24, attention_scale=0.3),
+    "logits_cap": Config.llama(**SMALL, hidden=24, logits_cap=3.0),
 }
 
 
@@ -600,15 +638,16 @@ VALUES = [None, True, False, 0, -1, 1, 2, 3, 10**5, 10**400, 0.5, 1e308, "", "ge
           ["sliding_attention", "full_attention"], [0, 2]]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "llama-yarn", "qwen2", "smollm3", "bert",
-                                  "distilbert"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "llama-yarn", "qwen2", "smollm3", "gemma2",
+                                  "gemma3_text", "bert", "distilbert"])
 def test_fuzzed_config(edit, name):
     """Any value in any field, and any damaged bytes: a model or FormatError."""
     folder, rng = edit(name), random.Random(0)
     file = folder / "config.json"
     raw, data = read_json(file), file.read_bytes()
     for field in [*raw, *FAMILIES[raw["model_type"]].only, "rope_scaling", "sliding_window",
-                  "use_sliding_window", "no_rope_layer_interval", "max_window_layers"]:
+                  "use_sliding_window", "sliding_window_pattern", "no_rope_layer_interval",
+                  "max_window_layers"]:
         for value in VALUES:
             file.write_text(json.dumps(raw | {field: value}))
             only_format_errors(folder)

@@ -425,7 +425,7 @@ def test_models_that_cannot_be_saved(tmp_path):
         assert not path.exists()
 
     refused(base("llama"), "must have quantized layers")
-    refused(quantized("llama", "llm.int8"), "Int8")
+    refused(quantized("llama", "int8"), "Int8")
     refused(quantized("llama", "nf3"), "nf3")
     refused(quantized("gpt2", double_quant="int8"), r"double_quant='int8'")
     refused(quantized("gpt2", skip=("head", "k")), r"attention\.q.*one weight")

@@ -346,7 +346,7 @@ REFUSED = [
     ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_16"),
     ("init_lora_weights", "olora"), ("init_lora_weights", "corda"), ("init_lora_weights", "mica"),
     ("init_lora_weights", "loftq"), ("init_lora_weights", "lora_ga"),
-    ("use_dora", True), ("modules_to_save", "lm_head"), ("lora_bias", True),
+    ("use_dora", "yes"), ("use_dora", None), ("modules_to_save", "lm_head"), ("lora_bias", True),
     ("layer_replication", [[0, 1]]), ("alora_invocation_tokens", [1]), ("use_bdlora", {"a": 1}),
     ("use_qalora", True), ("target_parameters", ["x"]), ("trainable_token_indices", [1]),
     ("kasa_config", {}), ("velora_config", {}), ("something_new", {}), ("something_new", 0),
@@ -389,6 +389,7 @@ def test_refused_tensors(edit, tensors, text):
 
 @pytest.mark.parametrize("changes, text", [
     ({"target_modules": "all-linear"}, "missing keys: "),
+    ({"use_dora": True}, "missing keys: base_model.model.model.layers.0.self_attn.q_proj.lora_mag"),
     ({"target_modules": r".*q_proj"}, "unexpected keys: "),
     ({"target_modules": r"q_proj|v_proj"}, "unexpected keys: "),  # the whole name, as in PEFT
     ({"target_modules": r".*\.(q|k|v)_proj"}, "missing keys: "),

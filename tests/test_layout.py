@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
     {"extras", "backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together",
-     "stored", "ranges"},
+     "stored", "ranges", "tensorfiles"},
     {"graph", "tensor", "ops", "activations", "attention", "losses"},
-    {"rope", "config", "inputs", "nn", "transformer", "shapes", "cache", "decode", "generate",
-     "dialogue"},
+    {"rope", "config", "inputs", "nn", "transformer", "seq2seq", "shapes", "cache", "decode",
+     "generate", "dialogue"},
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
@@ -33,6 +33,7 @@ WITHIN = {  # the arrows inside a floor
     ("files", "locks"),
     ("files", "strict"),
     ("stored", "files"),
+    ("tensorfiles", "files"),
     ("together", "files"),
     ("together", "locks"),
     ("backend", "extras"),
@@ -51,12 +52,17 @@ WITHIN = {  # the arrows inside a floor
     ("activations", "tensor"),
     ("attention", "tensor"),
     ("config", "rope"),
+    ("transformer", "cache"),
     ("transformer", "config"),
     ("transformer", "inputs"),
+    ("seq2seq", "inputs"),
     ("transformer", "nn"),
     ("transformer", "rope"),
     ("shapes", "config"),
+    ("seq2seq", "nn"),
+    ("seq2seq", "transformer"),
     ("generate", "transformer"),
+    ("generate", "seq2seq"),
     ("generate", "decode"),
     ("generate", "cache"),
     ("dialogue", "cache"),
@@ -64,6 +70,7 @@ WITHIN = {  # the arrows inside a floor
     ("dialogue", "generate"),
     ("dialogue", "transformer"),
     ("decode", "nn"),
+    ("decode", "seq2seq"),
     ("decode", "rope"),
     ("decode", "transformer"),
     ("peft", "quantize"),
@@ -95,6 +102,14 @@ NARROWER = {
 }
 PEFT = {  # methods of peft/ that know another one; all others know adapted.py alone
     "adapted": set(),
+    "front": {"adapted"},  # of prompts and prefixes
+    "prompt": {"adapted", "front"},
+    "prefix": {"adapted", "front"},
+    "adalora": {"adapted", "lora"},
+    "bitfit": {"adapted", "retrained"},
+    "bottleneck": {"adapted", "retrained"},
+    "budget": {"adalora"},  # which of its singular values are kept
+    "dora": {"adapted", "lora"},
     "lora": {"adapted", "qlora"},
     "requantize": {"adapted", "lora"},  # merged LoRA in codes again
 }
@@ -117,9 +132,12 @@ PUBLIC = {  # what other programs rely on
     "optim": "AdamW SGD PagedAdamW LossScaler clip_grad_norm cosine_schedule",
     "quantize": "quantize_int8 Int8 Int8.dequantize int8_matmul_outliers quantize_4bit FourBit "
     "FourBit.dequantize QuantizedLinear quantize_model",
-    "peft": "add_lora add_ia3 use_adapter merge_lora unmerge_lora unload_lora requantize_lora "
+    "peft": "add_lora add_ia3 add_bitfit add_bottleneck add_dora add_adalora "
+    "Budget Budget.at Budget.step Orthogonal train_top add_prompt add_prefix settle_prefix "
+    "use_adapter merge_lora unmerge_lora unload_lora requantize_lora "
     "retrain trainable_parameters",
     "peft.adapted": "Adapter AdaptedLinear insert_adapters merge unmerge unload chosen",
+    "interop": "load_model save_model",
     "interop.huggingface": "load_model save_model",
     "interop.peft": "load_adapter save_adapter",
     "interop.bitsandbytes": "load_4bit save_4bit load_model save_model",

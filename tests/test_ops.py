@@ -153,6 +153,9 @@ BAD = {
     "attention: cap": (lambda: attend(cap=-1.0), ValueError, "cap -1.0"),
     "soft_cap": (lambda: ops.soft_cap(f(2), 0.0), ValueError, "got 0.0"),
     "attention: mask": (lambda: attend(mask=f(5, 4)), ValueError, r"\(5, 4\)"),
+    "attention: bias": (lambda: attend(bias=f(1, 4, 5, 4)), ValueError, r"\(1, 4, 5, 4\) must"),
+    "attention: bias's axes": (lambda: attend(bias=f(5, 5)), ValueError, r"bias \(5, 5\) must"),
+    "attention: bias's dtype": (lambda: attend(bias=single(1, 4, 5, 5)), TypeError, "bias float32"),
     "cross_entropy: shapes": (lambda: ops.cross_entropy(f(2, 3, 4), i(6)), ValueError, r"\(6,\)"),
     "cross_entropy: class": (lambda: ops.cross_entropy(f(2, 4), i(3, 5)), ValueError,
                              "3 to 4, but V is 4"),
@@ -263,18 +266,29 @@ def attention_inputs(draw):
     return [q, k, v], masks[draw(st.integers(0, 3))], settings
 
 
-@given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
-def test_attention_is_pytorchs(inputs, block):
-    """Tiles over rows and batch, every kind of mask, S > T, queries that see nothing."""
+def with_bias(inputs, biased):
+    """[q, k, v] or [q, k, v, bias], the mask, the settings; a bias for all texts, or for each."""
     (q, k, v), mask, settings = inputs
+    shape = (1 if biased == "one" else len(q), *q.shape[1:3], k.shape[2])
+    return [q, k, v] + [normal(*shape)] * (biased != "none"), mask, settings
+
+
+biases = st.sampled_from(["none", "one", "each"])
+
+
+@given(inputs=attention_inputs(), biased=biases, block=st.sampled_from([1 << 10, 1 << 16]))
+def test_attention_is_pytorchs(inputs, biased, block):
+    """Tiles over rows and batch, every kind of mask, S > T, queries that see nothing."""
+    inputs, mask, settings = with_bias(inputs, biased)
+    q, k = inputs[:2]
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     causal, window, scale, cap = settings.values()
 
-    def ours(q, k, v):
-        return ops.attention(q, k, v, mask=mask, **settings)
+    def ours(q, k, v, bias=None):
+        return ops.attention(q, k, v, mask, bias, **settings)
 
-    def twin(q, k, v):
-        bias = torch.zeros(T, S, dtype=q.dtype)
+    def twin(q, k, v, bias=None):
+        bias = torch.zeros(T, S, dtype=q.dtype) if bias is None else bias
         if mask is not None:
             hidden = np.where(mask, 0, -np.inf) if mask.dtype == bool else mask
             bias = bias + torch.tensor(hidden)
@@ -293,18 +307,19 @@ def test_attention_is_pytorchs(inputs, block):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
-        actual = run_ours(ours, [q, k, v], [])
-    assert max(op_error(actual, run_torch(twin, [q, k, v], []))) <= TOLERANCE["float64"]
+        actual = run_ours(ours, inputs, [])
+    assert max(op_error(actual, run_torch(twin, inputs, []))) <= TOLERANCE["float64"]
 
 
-@given(inputs=attention_inputs(), block=st.sampled_from([1 << 10, 1 << 16]))
-def test_attention_is_the_papers(inputs, block):
-    (q, k, v), mask, settings = inputs
+@given(inputs=attention_inputs(), biased=biases, block=st.sampled_from([1 << 10, 1 << 16]))
+def test_attention_is_the_papers(inputs, biased, block):
+    (q, k, v, *bias), mask, settings = with_bias(inputs, biased)
+    given = settings | dict(bias=bias[0] if bias else None)
     with np.errstate(invalid="ignore"):  # a query that may see nothing
-        expected = attention.plain_attention(q, k, v, mask, **settings)
+        expected = attention.plain_attention(q, k, v, mask, **given)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
-        y = ops.attention(q, k, v, mask=mask, **settings).data
+        y = ops.attention(q, k, v, mask=mask, **given).data
     close(y, np.nan_to_num(expected, nan=0.0), "float64", scale=1)
 
 

@@ -24,6 +24,7 @@ from minilm.files import FormatError, read_json
 from minilm.interop.peft import load_adapter, save_adapter
 from minilm.interop.peft_config import INERT, READ, REFUSED
 from minilm.interop.peft_formats import FORMATS
+from minilm.nn import Linear
 from minilm.optim import AdamW
 from minilm.peft import merge_lora, unmerge_lora, use_adapter
 from minilm.peft.adapted import adapted_layers
@@ -42,7 +43,8 @@ def no_fsync(monkeypatch):
 
 
 @with_peers
-@pytest.mark.parametrize("kind, config", [("LORA", "LoraConfig"), ("IA3", "IA3Config")])
+@pytest.mark.parametrize("kind, config", [
+    ("LORA", "LoraConfig"), ("IA3", "IA3Config"), ("ADALORA", "AdaLoraConfig")])
 def test_every_field_of_peft_is_known(peer, kind, config):
     fields = {f.name: f for f in dataclasses.fields(getattr(peer[2], config))}
     read = (READ | FORMATS[kind].fields).keys()
@@ -91,6 +93,14 @@ OPTIONS = {  # name: (family, the config's settings)
     "all-linear": ("bert", dict(target_modules="all-linear")),
     "defaults": ("llama", dict()),
     "seq-names": ("llama", dict(target_modules=["q_proj"], modules_to_save=["score", "lm_head"])),
+    "dora": ("llama", dict(target_modules=["q_proj", "down_proj"], use_dora=True, use_rslora=True)),
+    "dora-gpt2": ("gpt2", dict(target_modules=["c_attn", "c_fc"], use_dora=True, lora_dropout=0.1,
+                               rank_pattern={"c_fc": 3}, modules_to_save=["ln_f"])),
+    "dora-bias": ("gpt2", dict(target_modules=["c_attn", "mlp.c_proj"], use_dora=True, bias="all")),
+    "adalora": ("llama", dict(target_modules=["q_proj", "down_proj"], lora_alpha=6)),
+    "adalora-gpt2": ("gpt2", dict(target_modules=["c_attn", "c_fc"], bias="lora_only",
+                                  modules_to_save=["ln_f"])),
+    "adalora-bert": ("bert", dict(target_modules="all-linear", lora_dropout=0.1)),
     "ia3": ("gpt2", dict(target_modules=["c_attn", "mlp.c_proj"], modules_to_save=["ln_f", "wte"],
                          feedforward_modules=["mlp.c_proj"])),
     "ia3-pattern": ("llama", dict(target_modules=r".*\.(k|v|down)_proj", modules_to_save=["norm"],
@@ -104,8 +114,10 @@ def made_by_peft(peer, theirs, option, folder, **saving):
     torch, _, peft = peer
     torch.manual_seed(0)
     name, settings = OPTIONS[option]
-    ia3 = option.startswith("ia3")
-    config = (peft.IA3Config if ia3 else peft.LoraConfig)(**({} if ia3 else {"r": 2}) | settings)
+    kind, first = {
+        "ia3": (peft.IA3Config, {}), "adalora": (peft.AdaLoraConfig, dict(init_r=3, total_step=9)),
+    }.get(option.split("-")[0], (peft.LoraConfig, {"r": 2}))
+    config = kind(**first | settings)
     model = peft.get_peft_model(theirs(name).float(), config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -284,19 +296,23 @@ def test_eva_is_plain_lora_once_saved(peer, theirs, tmp_path):
     agree(ours(TOKENS).data, peer_logits(peer, model), 1e-6)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_a_joined_layer_may_have_parts_of_several_sizes(kind):
+@pytest.mark.parametrize("kind, dora", [*((kind, False) for kind in FORMATS), ("LORA", True)])
+def test_a_joined_layer_may_have_parts_of_several_sizes(kind, dora):
     """As q, k and v of grouped-query attention have them."""
     rng, method, sizes = np.random.default_rng(0), FORMATS[kind], [(8, 6), (4, 6), (2, 6)]
-    config = {"r": 3, "lora_alpha": 5, "lora_dropout": 0.0, "use_rslora": False,
-              "rank_pattern": {}, "alpha_pattern": {}, "feedforward_modules": []}
+    bases = [Linear(I, O, rng) for O, I in sizes]
+    config = {"r": 3, "init_r": 3, "lora_alpha": 5, "lora_dropout": 0.0, "use_rslora": False,
+              "use_dora": dora, "rank_pattern": {}, "alpha_pattern": {}, "feedforward_modules": []}
     tensors = {end: rng.standard_normal(shape).astype(np.float32)
                for end, shape in method.shapes(config, "qkv", sizes, {}).items()}
     parts = method.split(config, "qkv", sizes, tensors)
     assert [part.shape[0] for part in parts] == [8, 4, 2]
-    joined, _ = method.join("qkv", sizes, parts)
+    joined, _ = method.join("qkv", bases, parts)
     assert joined.keys() == tensors.keys()
     assert all(np.array_equal(joined[end], tensors[end]) for end in tensors)
-    joined, _ = method.join("qkv", sizes, [None, *parts[1:]])
-    end, rest = ("lora_B.weight", 0) if kind == "LORA" else ("ia3_l", 1)
-    assert np.array_equal(joined[end][8:], tensors[end][8:]) and (joined[end][:8] == rest).all()
+    joined, _ = method.join("qkv", bases, [None, *parts[1:]])
+    absent = {"lora_B.weight": 0, "lora_B": 0, "ia3_l": 1,
+              "lora_magnitude_vector": np.linalg.norm(bases[0].weight.data, axis=1)}
+    for end in absent.keys() & joined.keys():
+        assert np.array_equal(joined[end][8:], tensors[end][8:])
+        assert np.allclose(joined[end][:8].T, absent[end], rtol=1e-6, atol=0)

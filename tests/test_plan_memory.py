@@ -34,6 +34,8 @@ LATER = {
     "OLMo 2": replace(LLAMA, qk_norm="width", norm_output=True),
     "Gemma": replace(LLAMA, activation="geglu_tanh", norm_plus_one=True, scaled_embedding=True,
                      hidden=600, tied=True),
+    "caps": replace(LLAMA, attention_cap=20.0, logits_cap=30.0, attention_scale=0.1),
+    "norm_both": replace(LLAMA, norm_both=True),
     "window": replace(LLAMA, context=128, window=8)}
 GB = 1e9
 
@@ -226,7 +228,7 @@ def test_qlora_fits_its_card(name, size, card, published):
     found, resident = lectures.qlora(config), lectures.qlora(config, paged=False)
     assert found.total < card * GB and found.optimizer == 0
     assert found.total == pytest.approx(published * GB, rel=0.12)
-    trained = lectures.lora_trainable(config, 64, "all-linear")
+    trained = lectures.lora(config, 64, "all-linear")
     assert resident.total - found.total == resident.optimizer == 8 * trained
     assert found.gradients == 2 * trained
 
@@ -258,8 +260,8 @@ def test_the_whole_model_is_printed_as_the_slide_has_it():
 
 
 def test_lora_of_gpt3():
-    assert lectures.lora_trainable(lectures.GPT3, 1) == 4_718_592  # 4.7M
-    assert lectures.lora_trainable(lectures.GPT3, 8) == 37_748_736  # 37.7M
+    assert lectures.lora(lectures.GPT3, 1) == 4_718_592  # 4.7M
+    assert lectures.lora(lectures.GPT3, 8) == 37_748_736  # 37.7M
     assert parameters(lectures.GPT3) == pytest.approx(175e9, rel=0.01)
 
 
@@ -381,6 +383,6 @@ def test_lectures_prints_every_table(capsys):
     main(lectures=True)
     said = capsys.readouterr().out
     for number in ("1,400.0 GB", "120.0 GB", "21.2 GB", "780.0 GB", "849K", "4.3B", "37.7M",
-                   "589,824", "4.2%"):
+                   "589,824", "4.2%", "25.19", "40.1"):
         assert number in said, number
-    assert len(said.split("\n\n")) == 7
+    assert len(said.split("\n\n")) == 8

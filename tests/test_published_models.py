@@ -49,6 +49,9 @@ CASES = {  # name -> (family, changes of BASE)
     "mistral": ("Mistral", {}),
     "mistral, window": ("Mistral", dict(sliding_window=4)),
     "mistral, window of one": ("Mistral", dict(sliding_window=1)),
+    "mistral, window beyond what stretches": ("Mistral", dict(
+        sliding_window=10, max_position_embeddings=8,
+        rope_parameters=dict(rope_type="dynamic", factor=4.0, **THETA))),
     "mistral nemo": ("Mistral", dict(head_dim=6, sliding_window=None)),
     "qwen2": ("Qwen2", {}),
     "qwen2, tied, yarn": ("Qwen2", dict(tie_word_embeddings=True, rope_parameters=YARN)),
@@ -63,13 +66,17 @@ CASES = {  # name -> (family, changes of BASE)
     "smollm3, window": ("SmolLM3", WINDOWED | dict(no_rope_layers=[1, 0, 1])),
     "olmo2": ("Olmo2", {}),
     "olmo2, biases": ("Olmo2", dict(attention_bias=True)),
+    "olmo3": ("Olmo3", dict(sliding_window=4, num_hidden_layers=4)),
+    "olmo3, yarn": ("Olmo3", dict(sliding_window=30, attention_bias=True, layer_types=[
+        "sliding_attention", "full_attention", "sliding_attention"], rope_parameters=BY_TYPE | {
+            "full_attention": YARN, "sliding_attention": dict(rope_type="default", **THETA)})),
     "phi3": ("Phi3", {}),
     "phi3, window": ("Phi3", dict(sliding_window=5)),
     "phi3, longrope": ("Phi3", dict(rope_parameters=LONG, original_max_position_embeddings=12)),
     "gemma": ("Gemma", dict(head_dim=8)),
     "gemma 2": ("Gemma2", dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=4)),
     "gemma 2, other scale": ("Gemma2", dict(
-        head_dim=4, query_pre_attn_scalar=25, sliding_window=1, attn_logit_softcapping=2.0,
+        head_dim=4, query_pre_attn_scalar=25, sliding_window=3, attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0, layer_types=["full_attention", "sliding_attention",
                                                   "sliding_attention"])),
     "gemma 2, no caps": ("Gemma2", dict(

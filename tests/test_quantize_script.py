@@ -8,8 +8,9 @@ import quantize
 
 from minilm import data
 from minilm.files import write_json
-from minilm.interop import huggingface
+from minilm.interop import bitsandbytes, huggingface
 from minilm.measure.losses import loss_of
+from minilm.quantize import quantize_model
 from minilm.transformer import Config, Transformer
 
 
@@ -82,3 +83,10 @@ def test_a_masked_model_has_no_perplexity(tmp_path):
     huggingface.save_model(bert, tmp_path / "model")
     with pytest.raises(ValueError, match="perplexity needs a causal model"):
         quantize.main(tmp_path / "model")
+
+
+def test_a_quantized_model_is_not_quantized_once_more(tmp_path, model):
+    made = quantize_model(huggingface.load_model(model), "llm.int8")
+    bitsandbytes.save_model(made, tmp_path / "codes", data.ByteTokenizer())
+    with pytest.raises(ValueError, match="codes is quantized already: give the folder"):
+        quantize.main(tmp_path / "codes", (64,), str(tmp_path / "text.txt"))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from minilm import ops
 from minilm.generate import generate
+from minilm.interop import load_model, save_model
 from minilm.interop.peft import load_adapter, save_adapter
 from minilm.peft import add_lora, merge_lora, retrain, unload_lora, unmerge_lora, use_adapter
 from minilm.peft.adapted import Adapter, adapted_layers, chosen, insert_adapters, unadapted
@@ -47,6 +48,18 @@ def retrained(model, whole, biased=(), seed=0):
     for path in biased:
         adapters[path] = Retrained(own(bases[path], rng, "bias"), adapters.get(path))
     return insert_adapters(model, "whole", adapters).eval()
+
+
+@pytest.mark.parametrize("whole", [["head"], ["embed"], ["head", "embed"]])
+def test_merged_and_taken_off_it_is_saved_with_a_head_of_its_own(tmp_path, whole):
+    """Before, the error says what to do."""
+    model = retrained(base("gpt2"), whole)
+    expected = model(TOKENS).data
+    with pytest.raises(ValueError, match="save_adapter saves the adapters, or merge_lora and unl"):
+        save_model(model, tmp_path / "x")
+    save_model(unload_lora(merge_lora(model)), tmp_path)
+    assert not load_model(tmp_path).config.tied
+    assert np.abs(load_model(tmp_path)(TOKENS).data - expected).max() < 1e-5
 
 
 @given(name=st.sampled_from([*MODELS]), whole=st.sets(st.sampled_from(WHOLE)),

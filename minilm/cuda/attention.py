@@ -15,10 +15,11 @@ def attention_forward(q, k, v, causal: bool, scale: float | None = None):
     it.
     """
     _check_attention("attention_forward", q, k, v, causal)
-    xp, (B, H, T, D) = array_module(q), q.shape
+    xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
+    scale = 1 / math.sqrt(D) if scale is None else scale
     y, lse = xp.empty((B, H, T, D), "bfloat16"), xp.empty((B, H, T), "float32")
     kernel("attention.cu", "attention_forward", "bfloat16", HEAD_WIDTH=D)(
-        (B * H, -(-T // _rows(D))), (128,), q, k, v, y, lse, *_sizes(q, k, causal, scale))
+        (B * H, -(-T // _rows(D))), (128,), q, k, v, y, lse, T, S, H // K, causal, scale)
     return y, lse
 
 
@@ -27,18 +28,13 @@ def attention_backward(dy, q, k, v, y, lse, causal: bool, scale: float | None = 
     _check_attention("attention_backward", q, k, v, causal, dy=dy, y=y, lse=lse)
     xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
     dq, dk, dv = (xp.empty(a.shape, "bfloat16") for a in (q, k, v))
-    delta, sizes = xp.empty((B, H, T), "float32"), _sizes(q, k, causal, scale)
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    delta, sizes = xp.empty((B, H, T), "float32"), (T, S, H // K, causal, scale)
     kernel("attention_backward.cu", "attention_dq", "bfloat16", HEAD_WIDTH=D)(
         (B * H, -(-T // _rows(D))), (128,), dy, q, k, v, y, lse, delta, dq, *sizes)  # writes delta
     kernel("attention_backward.cu", "attention_dk_dv", "bfloat16", HEAD_WIDTH=D)(
         (B * K, -(-S // 64)), (256,), dy, q, k, v, lse, delta, dk, dv, *sizes)
     return dq, dk, dv
-
-
-def _sizes(q, k, causal, scale):
-    """What the kernels call T, S, group, causal and scale."""
-    (H, T, D), (K, S) = q.shape[1:], k.shape[1:3]
-    return T, S, H // K, causal, 1 / math.sqrt(D) if scale is None else scale
 
 
 def _rows(D):

@@ -66,7 +66,7 @@ def load_model(
     settings = read_settings(path / "config.json", raw)
     family, config = parse(path, raw | {"quantization_config": None})
     with open_arrays(path) as (file, stored):
-        arrays, weights = _take_weights(file, stored, settings.bits)
+        arrays, weights = take_weights(file, stored, settings.bits)
         model = build(family, replace(config, dropout=dropout), file, arrays, dtype)
         layers = {p: m for p, m in model.named_modules()
                   if type(m) is Linear and m.weight is not model.embed.weight}
@@ -139,7 +139,7 @@ def read_settings(path: Path, raw) -> Settings:
     return Settings(8, threshold=float(threshold) or math.inf)
 
 
-def _take_weights(file, stored: dict[str, Stored], bits: int) -> tuple[dict, dict]:
+def take_weights(file, stored: dict[str, Stored], bits: int) -> tuple[dict, dict]:
     """(the other arrays and places for the weights, {module: its tensors}). Their sizes fit."""
     arrays, weights = dict(stored), {}
     mark, parts = (STATE, four_bits.PARTS) if bits == 4 else (".SCB", eight_bits.PARTS)
@@ -156,8 +156,10 @@ def _take_weights(file, stored: dict[str, Stored], bits: int) -> tuple[dict, dic
                 shape = eight_bits.checked(taken, name)
         except ValueError as error:
             raise FormatError(file, str(error)) from None
-        if len(shape) != 2 or 0 in shape or (bits == 4 and name == module):
-            raise FormatError(file, f"{name} has shape {shape}, expected the (O, I) of a weight")
+        if len(shape) != 2 or 0 in shape:
+            raise FormatError(file, f"{name} has shape {shape}, expected (O, I)")
+        if bits == 4 and name == module:
+            raise FormatError(file, f"{name} is quantized, but no weight")
         weights[module] = taken
         key = f"{module}.weight"
         arrays[key] = Coded(shape[::-1] if ".c_" in key else shape)
@@ -166,7 +168,7 @@ def _take_weights(file, stored: dict[str, Stored], bits: int) -> tuple[dict, dic
 
 def _read(file, module: str, parts: dict, rows: list[int], bits: int) -> list:
     """The weights that a module joins, with so many rows each."""
-    arrays = {key: part.read() if isinstance(part, Stored) else part
+    arrays = {key: part.mapped() if isinstance(part, Stored) else part
               for key, part in parts.items()}
     try:
         if bits == 8:

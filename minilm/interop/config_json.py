@@ -23,14 +23,15 @@ def read_config(raw) -> tuple[Family, Config]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         text = raw.get("text_config") if isinstance(raw, dict) else None
         of_text = text.get("model_type") if isinstance(text, dict) else None
-        hint = (f"; its text_config is {of_text!r}: save that part as a model of its own"
-                if isinstance(of_text, str) and of_text in FAMILIES else "")
+        hint = (f"; its text_config is {of_text!r}: save its language_model and head as one"
+                if isinstance(of_text, str) and of_text in FAMILIES else
+                "; interop.t5 reads T5s" if kind == "t5" else "")
         raise ValueError(f"model_type is {kind!r}, expected one of {list(FAMILIES)}{hint}")
     names = raw.get("architectures")
     name = names[0] if type(names) is list and names and type(names[0]) is str else None
     family = next((other for other in HEADS[kind].values() if other.architecture == name),
                   FAMILIES[kind])
-    raw = family.absent | _respelled(raw, family.spellings)
+    raw = family.absent | respelled(raw, family.spellings)
     for field, expected in (ONLY | family.only).items():
         allowed = expected if isinstance(expected, tuple) else (expected,)
         require(raw.get(field, allowed[0]) in allowed, raw, field, repr(expected))
@@ -56,6 +57,9 @@ def read_config(raw) -> tuple[Family, Config]:
 def describe_config(c: Config, wanted: str | None = None) -> tuple[Family, dict]:
     """The first family that expresses c, and its config.json; of the wanted model_type if that
     does. ValueError if there is none, which says what the nearest one cannot express."""
+    if not isinstance(c, Config):
+        raise TypeError(f"expected a Transformer's Config, got a {type(c).__name__}; interop.t5 "
+                        "writes T5s")
     decoder = c.head == "linear" or (c.causal and c.head != "masked")
     nearest = ("llama" if c.positions == "rotary" else "gpt2" if decoder else
                "roberta" if c.positions == "counted" else "bert" if c.segments else "distilbert")
@@ -69,7 +73,7 @@ def describe_config(c: Config, wanted: str | None = None) -> tuple[Family, dict]
     raise reason
 
 
-def _respelled(raw, spellings) -> dict:
+def respelled(raw, spellings) -> dict:
     """raw with the names that families.py uses. ValueError for two that contradict each other."""
     raw = dict(raw)
     for other, name in spellings.items():

@@ -53,7 +53,7 @@ def ends_of(model, tokenizer) -> Ends:
     return model.ends if model.ends.eos else model.ends._replace(eos=(tokenizer.end,))
 
 
-def tokenizer_files(tokenizer, ends: Ends) -> dict[str, dict]:
+def tokenizer_fields(tokenizer, ends: Ends) -> dict[str, dict]:
     """{file: fields} of a tokenizer, for load_tokenizer and AutoTokenizer."""
     named = {id: name for name, id in tokenizer.special.items()}
     eos = tokenizer.end

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from minilm.config import LINEAR, Config
-from minilm.interop.rotary import ROTARY, ROTARY_BY_TYPE
+from minilm.interop.rotary import ROTARY, rotary_by_type
 from minilm.interop.spelled import (
     COUNTED,
     NO_WINDOW,
@@ -20,6 +20,8 @@ from minilm.interop.spelled import (
     optional,
     window_but_of_every,
 )
+from minilm.shapes import tensor_shapes
+from minilm.transformer import Transformer
 
 FIELDS = {"vocab_size": "vocab_size", "context": "max_position_embeddings",
           "layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size",
@@ -52,6 +54,8 @@ class Family(NamedTuple):
     respell: dict = {}  # pattern -> replacement: keys of older files
     copies: dict = {}  # key -> another key of the same tensor; both are written
     ignored: tuple = ()  # keys that do not affect the logits
+    model: Callable = Transformer  # of a Config
+    shapes: Callable = tensor_shapes  # of a Config: our paths and shapes, without the model
 
     def names(self, layers: int) -> dict[str, str]:
         """{path of our module: theirs} for a model with this many layers."""
@@ -106,7 +110,7 @@ LLAMA = Family(
      "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
      "attention.o": "self_attn.o_proj", "norm2": "post_attention_layernorm",
      "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"},
-    spelled=(head_width(divides=True), NO_WINDOW, ROTARY,
+    spelled=(head_width(divides=True), ROTARY, NO_WINDOW,
              biases({"attention_bias": LINEAR[:4], "mlp_bias": LINEAR[4:]})),
     harmless=(*HARMLESS, "attention_dropout", "pretraining_tp"),
     only={"partial_rotary_factor": 1.0, "is_causal": True},
@@ -118,7 +122,7 @@ NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 
 MISTRAL = LLAMA._replace(
     architecture="MistralForCausalLM",
-    spelled=(head_width(), WINDOW, ROTARY),
+    spelled=(head_width(), ROTARY, WINDOW),
     only=LLAMA.only | NO_BIAS,
     absent={"num_key_value_heads": 8, "sliding_window": 4096},
 )
@@ -126,7 +130,7 @@ MISTRAL = LLAMA._replace(
 QWEN2 = LLAMA._replace(
     architecture="Qwen2ForCausalLM",
     config=functools.partial(Config.llama, bias=LINEAR[:3]),
-    spelled=(head_width(), UPPER_WINDOW, ROTARY),
+    spelled=(head_width(), ROTARY, UPPER_WINDOW),
     absent={"num_key_value_heads": 32, "sliding_window": 4096},
 )
 
@@ -135,14 +139,14 @@ QWEN3 = LLAMA._replace(
     config=functools.partial(Config.llama, qk_norm="head"),
     block=LLAMA.block | {"attention.q_norm": "self_attn.q_norm",
                          "attention.k_norm": "self_attn.k_norm"},
-    spelled=(head_width(), UPPER_WINDOW, ROTARY, biases({"attention_bias": LINEAR[:4]})),
+    spelled=(head_width(), ROTARY, UPPER_WINDOW, biases({"attention_bias": LINEAR[:4]})),
     absent={"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 )
 
 SMOLLM3 = LLAMA._replace(
     architecture="SmolLM3ForCausalLM",
     config=functools.partial(Config.llama, rope_theta=2e6),
-    spelled=(head_width(), UNROTATED, UNROTATED_WINDOW, *LLAMA.spelled[2:]),
+    spelled=(head_width(), ROTARY, UNROTATED, UNROTATED_WINDOW, LLAMA.spelled[-1]),
     absent={"num_key_value_heads": 4, "tie_word_embeddings": True, "pad_token_id": 128004},
 )
 
@@ -151,8 +155,14 @@ OLMO2 = QWEN3._replace(
     config=functools.partial(Config.llama, qk_norm="width", norm_output=True, norm_eps=1e-5),
     block=QWEN3.block | {"norm1": "post_attention_layernorm",
                          "norm2": "post_feedforward_layernorm"},
-    spelled=(head_width(), NO_WINDOW, ROTARY, biases({"attention_bias": LINEAR[:4]})),
+    spelled=(head_width(), ROTARY, NO_WINDOW, biases({"attention_bias": LINEAR[:4]})),
     absent={"pad_token_id": 1},
+)
+
+OLMO3 = OLMO2._replace(
+    architecture="Olmo3ForCausalLM",
+    spelled=(head_width(), rotary_by_type(5e5, 5e5), window_but_of_every(4), OLMO2.spelled[-1]),
+    absent={"sliding_window": 4096, "pad_token_id": 1},
 )
 
 PHI3 = LLAMA._replace(
@@ -161,7 +171,7 @@ PHI3 = LLAMA._replace(
     block=LLAMA.block | dict.fromkeys(("attention.q", "attention.k", "attention.v"),
                                       "self_attn.qkv_proj")
     | dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj"),
-    spelled=(head_width(), WINDOW, ROTARY),
+    spelled=(head_width(), ROTARY, WINDOW),
     harmless=(*LLAMA.harmless, "resid_pdrop", "embd_pdrop"),
     only=LLAMA.only | NO_BIAS,
     absent={"pad_token_id": 32000},
@@ -172,7 +182,7 @@ GEMMA = LLAMA._replace(
     config=functools.partial(Config.llama, norm_plus_one=True, scaled_embedding=True),
     activations={"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu_tanh", "gelu_new": "geglu_tanh",
                  "silu": "swiglu"},  # "gelu" was written for the tanh form
-    spelled=(head_width(), NO_WINDOW, ROTARY, biases({"attention_bias": LINEAR[:4]})),
+    spelled=(head_width(), ROTARY, NO_WINDOW, biases({"attention_bias": LINEAR[:4]})),
     only=LLAMA.only | {"use_bidirectional_attention": (None, False)},
     absent={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True,
             "pad_token_id": 0},
@@ -198,7 +208,7 @@ GEMMA3 = GEMMA2._replace(
     config=functools.partial(GEMMA2.config, qk_norm="head"),
     block=GEMMA2.block | {name: QWEN3.block[name] for name in ("attention.q_norm",
                                                                "attention.k_norm")},
-    spelled=(head_width(divides=True), ROTARY_BY_TYPE,
+    spelled=(head_width(divides=True), rotary_by_type(1e6, 1e4, "rope_local_base_freq"),
              window_but_of_every(6, ("sliding_window_pattern",)), SCALE,
              optional(logits_cap="final_logit_softcapping"), GEMMA.spelled[-1]),
     only=GEMMA.only | {"attn_logit_softcapping": None},
@@ -272,6 +282,6 @@ ROBERTA = BERT._replace(
 XLM_ROBERTA = ROBERTA._replace(architecture="XLMRobertaForMaskedLM")
 
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3,
-            "smollm3": SMOLLM3, "olmo2": OLMO2, "phi3": PHI3, "gemma": GEMMA, "gemma2": GEMMA2,
-            "gemma3_text": GEMMA3, "bert": BERT, "distilbert": DISTILBERT, "roberta": ROBERTA,
-            "xlm-roberta": XLM_ROBERTA}
+            "smollm3": SMOLLM3, "olmo2": OLMO2, "olmo3": OLMO3, "phi3": PHI3, "gemma": GEMMA,
+            "gemma2": GEMMA2, "gemma3_text": GEMMA3, "bert": BERT, "distilbert": DISTILBERT,
+            "roberta": ROBERTA, "xlm-roberta": XLM_ROBERTA}

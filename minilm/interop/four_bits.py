@@ -126,19 +126,20 @@ def split_4bit(file: Path, module: str, x: FourBit, rows: list[int]) -> list[Fou
 
 def join_4bit(module: str, parts: list[FourBit]) -> FourBit:
     """The parts as one, one below the other."""
-    x, (O, I) = parts[0], parts[0].shape
     if len(parts) == 1:
-        return x
-    if len({part.block_size for part in parts}) > 1 or O * I % x.block_size:
-        raise ValueError(f"the parts of {module} need one block_size that divides {O} x {I}")
+        return parts[0]
+    size, shapes = parts[0].block_size, [part.shape for part in parts]
+    if {part.block_size for part in parts} != {size} or any(O * I % size for O, I in shapes):
+        raise ValueError(f"the parts of {module} need one block_size that divides each of {shapes}")
     offsets = {None if part.c1 is None else float(part.offset) for part in parts}
-    if len(offsets) > 1 or x.c2.size % GROUP:
+    if len(offsets) > 1 or any(part.c2.size % GROUP for part in parts):
         parts = [_with_plain_constants(part) for part in parts]
     packed, c2 = (np.concatenate([to_device(a, "cpu") for a in arrays])
                   for arrays in zip(*((part.packed, part.c2) for part in parts)))
     c1 = None if parts[0].c1 is None else (
         np.concatenate([to_device(part.c1, "cpu") for part in parts]))
-    return replace(parts[0], packed=packed, c2=c2, c1=c1, shape=(O * len(parts), I))
+    return replace(parts[0], packed=packed, c2=c2, c1=c1,
+                   shape=(sum(O for O, _ in shapes), shapes[0][1]))
 
 
 def require_known(x):

@@ -19,8 +19,7 @@ from minilm.backend import to_device
 from minilm.config import Config
 from minilm.files import FormatError, json_bytes, read_json
 from minilm.interop.config_json import describe_config, read_config
-from minilm.interop.ends import ends_of, read_ends, with_ends
-from minilm.interop.ends import tokenizer_files as files_of
+from minilm.interop.ends import ends_of, read_ends, tokenizer_fields, with_ends
 from minilm.interop.families import Family
 from minilm.interop.remembered import (
     generation_config,
@@ -31,7 +30,8 @@ from minilm.interop.remembered import (
 )
 from minilm.interop.shards import open_arrays, require_folder, some
 from minilm.nn import Embedding, Linear
-from minilm.shapes import tensor_shapes
+from minilm.peft.adapted import AdaptedLinear
+from minilm.quantize.linear import QuantizedLinear
 from minilm.tensorfiles import tensor_parts
 from minilm.together import settle, write_together
 from minilm.transformer import Transformer
@@ -89,14 +89,15 @@ class Coded(NamedTuple):
     dtype: np.dtype = np.dtype("float32")
 
     def equals(self, other):
-        return False
+        return self is other
 
 
 def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) -> Transformer:
     """The model with the arrays, {key: Stored or Coded}, of an open file, each cast to dtype.
 
     One after another is read, straight into its place if it is a tensor here too. So this takes as
-    much memory as the model, and for a moment its largest tensor.
+    much memory as the model, and for a moment its largest tensor. What needs no cast is not even
+    read, but is the file's own pages.
     """
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {FLOATS}, got {dtype!r}")
@@ -110,13 +111,13 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
     if config.head == "none" and pooler not in arrays:  # transformers' add_pooling_layer=False
         config = replace(config, pooler=None)
     check(file, arrays, _shapes(config, family))
-    model = Transformer(config, seed=None)
+    model = family.model(config, seed=None)
     ends, model.origin = read_ends(file.parent), remember(file.parent)
     model.ends = ends._replace(pad=config.padding) if ends.pad is None else ends
     for key, tensors in _places(family, config, dict(model.named_tensors())).items():
         if isinstance(arrays[key], Coded):
             continue
-        whole = arrays[key].read(dtype, finite=True)
+        whole = arrays[key].mapped(dtype, finite=True)
         parts = np.split(turned(key, whole), np.cumsum([len(t) for t in tensors])[:-1])
         for tensor, part in zip(tensors, parts):  # a tensor that is shared stays so
             tensor.become(whole if part.shape == whole.shape and part.flags.c_contiguous
@@ -157,7 +158,12 @@ def require_parts(model, expected):
     """ValueError if the two models differ in their modules, shapes or FACTS."""
     if differences := _parts(model) ^ _parts(expected):
         texts = {f"{path}: {getattr(what, '__name__', what)}" for path, what in differences}
-        raise ValueError(f"not the modules of Transformer(config); differing: {some(texts)}")
+        kinds = {type(module) for _, module in model.named_modules()}
+        hints = {AdaptedLinear: "; interop.peft.save_adapter saves the adapters, or merge_lora and "
+                                "unload_lora put them into the weights",
+                 QuantizedLinear: "; interop.save_model writes quantized layers"}
+        raise ValueError(f"not the modules of Transformer(config); differing: {some(texts)}"
+                         + "".join(hint for kind, hint in hints.items() if kind in kinds))
 
 
 def arrays_of(model, family: Family) -> dict:
@@ -176,9 +182,10 @@ def write_folder(model, path, raw: dict, arrays: dict, tokenizer=None):
     ends, given = model.ends, None
     if tokenizer:
         ends = ends_of(model, tokenizer)
-        raw, given = with_ends(raw, ends), files_of(tokenizer, ends)
+        raw, given = with_ends(raw, ends), tokenizer_fields(tokenizer, ends)
     files = tokenizer_files(model.origin, given)
-    files |= generation_config(Path(path), ends, model.origin) | {"config.json": json_bytes(raw)}
+    files |= generation_config(Path(path), raw, ends, model.origin)
+    files["config.json"] = json_bytes(raw)
     write_together(path, {"model.safetensors": tensor_parts(arrays, {"format": "pt"}),
                           **{name: [data] for name, data in files.items()}})
 
@@ -230,7 +237,7 @@ def _normalised(file, arrays, family: Family, c: Config) -> dict:
 def _shapes(c: Config, family: Family) -> dict:
     """{their key: the shape that it should have in the file}."""
     shapes = {}
-    for key, parts in _places(family, c, tensor_shapes(c)).items():
+    for key, parts in _places(family, c, family.shapes(c)).items():
         shape = (sum(O for O, *_ in parts), *parts[0][1:])
         shapes[key] = shape[::-1] if ".c_" in key else shape
     return shapes

@@ -10,12 +10,15 @@ Names of modules are compared as PEFT does it:
     layers_to_transform                 of a list of targets, those in these layers; layers_pattern
                                         says what stands in front of a layer's number
     rank_pattern, alpha_pattern         expressions for the name or its last parts; the first counts
+                                        (AdaLoRA's rank_pattern has names of tensors instead)
     modules_to_save                     the last letters of a module, which is trained as a whole
 """
 
 from minilm.files import FormatError, read_json
 from minilm.interop.patterns import match
 from minilm.interop.peft_formats import FORMATS, Format, names
+from minilm.interop.peft_front import FRONTS, FrontFormat
+from minilm.interop.peft_front import INERT as INERT_IN_FRONT
 from minilm.peft.adapted import ends_with
 
 READ = {  # of all methods: (default, test of a value, the values that pass, in words)
@@ -32,27 +35,30 @@ INERT = {  # these change no number, or only with init_lora_weights that are ref
 REFUSED = {  # other methods, and other places than linear layers: unless null or false
     "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config",
     "layer_replication", "lora_bias", "megatron_config", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 }
 
 
-def read_config(path) -> tuple[Format, dict]:
+def read_config(path) -> tuple[Format | FrontFormat, dict]:
     """(the method, its fields). FormatError if a value does not fit, or for an unknown field."""
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise FormatError(path, f"is {type(raw).__name__}, expected fields")
     kind = raw.get("peft_type")
-    if not isinstance(kind, str) or kind not in FORMATS:
-        raise FormatError(path, f"peft_type is {kind!r}, expected one of {list(FORMATS)}")
-    fields = READ | FORMATS[kind].fields
+    methods = FORMATS | FRONTS
+    if not isinstance(kind, str) or kind not in methods:
+        raise FormatError(path, f"peft_type is {kind!r}, expected one of {list(methods)}")
+    in_front = kind in FRONTS
+    fields = methods[kind].fields if in_front else READ | methods[kind].fields
+    inert = INERT | INERT_IN_FRONT if in_front else INERT
     config = {field: raw.get(field, default) for field, (default, _, _) in fields.items()}
     for field, (_, fits, expected) in fields.items():
         if not fits(config[field]):
             raise FormatError(path, f"{field} is {config[field]!r}, expected {expected}")
     for field, value in raw.items():
-        if field not in fields and field not in INERT and value is not None and value is not False:
+        if field not in fields and field not in inert and value is not None and value is not False:
             raise FormatError(path, f"{field} is {value!r}, which is not supported")
-    return FORMATS[kind], config
+    return methods[kind], config
 
 
 def resolve(path, config: dict, modules) -> dict:
@@ -62,7 +68,8 @@ def resolve(path, config: dict, modules) -> dict:
         raise FormatError(path, f"modules_to_save is {config['modules_to_save']!r}, which names "
                           f"{twice[1]} and {twice[0]} around it: PEFT trains the one, writes the "
                           "other, and reads neither")
-    for field in {"rank_pattern", "alpha_pattern"} & config.keys():
+    patterns = {"rank_pattern", "alpha_pattern"} if "init_r" not in config else set()
+    for field in patterns & config.keys():
         table, of = config[field] or {}, {}
         for key, matched in _match(path, field, table, modules, r"(.*\.)?({})$").items():
             of = dict.fromkeys(matched, table[key]) | of  # the first counts

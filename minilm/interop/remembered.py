@@ -22,6 +22,9 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja")
 GONE = ("quantization_config", "auto_map")  # of the weights as they were; of programs there
 
+START = "decoder_start_token_id"  # T5's
+IDS = (*FIELDS.values(), START)
+
 Origin = tuple[tuple[str, bytes], ...]
 
 
@@ -41,20 +44,21 @@ def kept_fields(origin: Origin, family: Family) -> dict:
     """The fields of config.json that say nothing about a Config of this family."""
     read = {*family.fields.values(), *family.spellings, *GONE,
             *(field for spelled in family.spelled for field in spelled.fields)}
-    kind = model_type(origin)
-    same = kind is not None and any(family is f for f in (FAMILIES[kind], *HEADS[kind].values()))
+    kind = model_type(origin)  # None: T5's
+    same = kind is None or any(family is f for f in (FAMILIES[kind], *HEADS[kind].values()))
     kept = _fields(origin, CONFIG) if same else {}
     return {field: value for field, value in kept.items() if field not in read}
 
 
-def generation_config(folder: Path, ends: Ends, origin: Origin) -> dict[str, bytes]:
-    """{file: bytes} for a folder.
+def generation_config(folder: Path, raw: dict, ends: Ends, origin: Origin) -> dict[str, bytes]:
+    """{file: bytes} for a folder whose config.json gets the fields `raw`.
 
     With nothing to say there is no such file, unless an older model left one: its ids would win.
     """
-    ids = {field: id for field, id in describe_ends(ends).items() if id is not None}
+    ids = describe_ends(ends) | {START: raw.get(START)}
+    ids = {field: id for field, id in ids.items() if id is not None}
     kept = _fields(origin, GENERATION)
-    fields = ids | {field: value for field, value in kept.items() if field not in FIELDS.values()}
+    fields = ids | {field: value for field, value in kept.items() if field not in IDS}
     return {GENERATION: json_bytes(fields)} if fields or (folder / GENERATION).exists() else {}
 
 

@@ -117,28 +117,35 @@ def _number(where, rope, field, kind):
     return None
 
 
-def read_by_type(raw, facts) -> dict:
-    """What `read` says of full_attention, and window_theta: the theta of sliding_attention."""
-    by_type = raw.get("rope_parameters") or {}
-    fits = isinstance(by_type, dict) and by_type.keys() <= {*TYPES}
-    require(fits, raw, "rope_parameters", f"null or what holds for each of {TYPES}")
-    full, near = (by_type.get(kind) for kind in TYPES)
-    found = {"rope_theta": 1e6} | read(raw | {"rope_parameters": full}, facts)
-    own = {"rope_theta": raw["rope_local_base_freq"]} if "rope_local_base_freq" in raw else {}
-    near = {"rope_theta": 1e4} | read({"rope_parameters": near} | own, facts)
-    require(near["rope"] is None, raw, "rope_parameters", f"no stretching of {TYPES[1]}")
-    theta = near["rope_theta"]
-    same = theta == found["rope_theta"] and found["rope"] is None
-    return found | {"window_theta": None if same else theta}
-
-
-def write_by_type(c: Config) -> dict:
-    raw, theta = write(c), c.window_theta or c.rope_theta
-    near = {"rope_type": "default", "rope_theta": theta}
-    by_type = dict(zip(TYPES, (raw["rope_parameters"], near)))
-    return raw | {"rope_parameters": by_type, "rope_local_base_freq": theta}
-
-
 FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", ORIGINAL)
 ROTARY = Spelled(FIELDS, read, write)
-ROTARY_BY_TYPE = Spelled((*FIELDS, "rope_local_base_freq"), read_by_type, write_by_type)  # Gemma 3
+
+
+def rotary_by_type(full_theta: float, near_theta: float, older: str = "") -> Spelled:
+    """What ROTARY says of full_attention, and window_theta: the theta of sliding_attention.
+
+    The two thetas hold if none is named. older: a name that near_theta had before version 5.
+    """
+    def read_both(raw, facts):
+        by_type = raw.get("rope_parameters") or {}
+        fits = isinstance(by_type, dict) and by_type.keys() <= {*TYPES}
+        require(fits, raw, "rope_parameters", f"null or what holds for each of {TYPES}")
+        full, near = (by_type.get(kind) for kind in TYPES)
+        found = {"rope_theta": full_theta} | read(raw | {"rope_parameters": full}, facts)
+        fits = type(found["rope"]) is not Long and getattr(found["rope"], "truncate", True)
+        require(fits, raw, "rope_parameters", "no longrope by layer type, nor a yarn's truncate: "
+                "transformers looks for them elsewhere")
+        near = read({"rope_parameters": near}, facts)
+        require(near["rope"] is None, raw, "rope_parameters", f"no stretching of {TYPES[1]}")
+        theta = value(raw, older, float) if older in raw else near.get("rope_theta", near_theta)
+        require(theta == near.get("rope_theta", theta), raw, older, "what rope_parameters says")
+        same = theta == found["rope_theta"] and found["rope"] is None
+        return found | {"window_theta": None if same else theta}
+
+    def write_both(c):
+        raw, theta = write(c), c.window_theta or c.rope_theta
+        near = {"rope_type": "default", "rope_theta": theta}
+        by_type = dict(zip(TYPES, (raw["rope_parameters"], near)))
+        return raw | {"rope_parameters": by_type} | ({older: theta} if older else {})
+
+    return Spelled(FIELDS + ((older,) if older else ()), read_both, write_both)

@@ -13,7 +13,7 @@ def likeliest(model, tokenizer, prompt: str, temperatures=(1,), count: int = 8):
     A masked model fills in a mask after the prompt. If the prompt is longer than the context, the
     model sees its end.
     """
-    ids = tokenizer.encode(prompt)[-model.config.context + 1 :]
+    ids = tokenizer.encode(prompt)[-model.room + 1 :]
     ids = ids if model.config.causal else np.append(ids, tokenizer.mask)
     with no_grad(), no_dropout():
         logits = model(ids[None]).data[0, -1]

@@ -8,11 +8,11 @@ tests/test_plan_memory.py.
 import math
 from typing import NamedTuple
 
+from minilm.measure.counts import GPT3, lora, table
 from minilm.measure.plan import Step, parameters, plan, trainable
 from minilm.transformer import Config
 
 RANKS = (1, 2, 8, 16, 512, 1024, 8192)
-GPT3 = Config.gpt2(50257, 2048, layers=96, heads=96, width=12288)  # Brown et al. 2020, table 2.1
 
 
 class Bytes(NamedTuple):
@@ -99,12 +99,6 @@ def short(n: float) -> str:
     return f"{n / 1e6:.0f}M" if n >= 1e6 else f"{n / 1e3:.0f}K"
 
 
-def lora_trainable(config: Config, r: int, targets=("q", "v")) -> int:
-    """LoRA's parameters in a real model. For GPT-3 with adapters on q and v it gives the paper's
-    4.7M at r = 1 and 37.7M at r = 8 (Hu et al. 2021, arXiv:2106.09685, table 4)."""
-    return trainable(Step(config, "lora", 1, 1, r, targets))
-
-
 def layer_share(O: int, I: int, r: int) -> tuple[int, int, int, float]:
     """(numbers in W (O, I), in A (r, I), in B (O, r), the share of A and B together in W's).
 
@@ -132,10 +126,13 @@ def print_lectures():
     show([["LoRA, one layer", *map(short, sizes)]] +
          [[f"rank {r}", *(short(one_layer_trainable(n, r)) for n in sizes)] for r in RANKS])
     show([["GPT-3, q and v", "trained"]] +
-         [[f"rank {r}", f"{lora_trainable(GPT3, r) / 1e6:.1f}M"] for r in (1, 8)])
+         [[f"rank {r}", f"{lora(GPT3, r) / 1e6:.1f}M"] for r in (1, 8)])
     W, A, B, share = layer_share(768, 768, 16)
     show([["768 x 768, rank 16", "W", "A", "B", "A and B"],
           ["", f"{W:,}", f"{A:,}", f"{B:,}", f"{share:.1%}"]])
+    for model, *cells, why in table():
+        print(f"{model:24}" + "{:>20}{:>9}{:>9}".format(*cells) + f"  {why}".rstrip())
+    print()
 
 
 def gb(n: float) -> str:

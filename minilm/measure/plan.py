@@ -225,7 +225,9 @@ def block(s: Step, alive: int, flows: bool) -> list[Op]:
     if not s.config.norm_first or s.config.norm_output:
         return [attend, norm(s, alive, flows), mlp(s, alive, flows), norm(s, alive, True)]
     alive2 = alive + s.array(s.config.width)  # the block's input is held beside the sum after it
-    return [norm(s, alive, flowed), attend, norm(s, alive2, flows), mlp(s, alive2, flows)]
+    each = [norm(s, alive, flowed), attend, norm(s, alive, flows),
+            norm(s, alive2, flows), mlp(s, alive2, flows), norm(s, alive2, True)]
+    return each if s.config.norm_both else each[:2] + each[3:5]
 
 
 def norm(s: Step, alive: int, flows: bool) -> Op:
@@ -241,7 +243,8 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     """q, k, v, softmax(q k^T) v, and o.
 
     Saved: the input, for the dW or dA of q, k, v; the scaled q, k, v; the result y, also the input
-    of o; each tile's P (b, H, t, s) and l (b, H, t, 1). 16-bit q, k, v are widened in both passes.
+    of o; each tile's P (b, H, t, s), a cap's slope like P, and l (b, H, t, 1). 16-bit q, k, v are
+    widened in both passes.
     """
     c, names = s.config, ("attention.q", "attention.k", "attention.v")
     x, y = s.array(c.width), s.array(c.heads * c.D)
@@ -250,7 +253,7 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     graph = flows or bool(s.adapted & set(names))
     entry = s.keeps(*names) * x
     P, tile = probabilities(s)
-    own = s.array(qkv) + P + s.array(c.heads, wide=True)
+    own = s.array(qkv) + (2 if c.attention_cap else 1) * P + s.array(c.heads, wide=True)
     if c.qk_norm:  # xhat and rstd
         rows = c.heads + c.kv_heads if c.qk_norm == "head" else 2
         own += s.array(normed, wide=s.device == "cpu") + s.array(rows, wide=True)
@@ -312,5 +315,7 @@ def head(s: Step) -> Op:
     p = s.array(c.vocab_size, wide=True)
     transform = x + 2 * s.array(c.width, wide=True) if c.head == "masked" else 0
     table = full * c.vocab_size * c.width * s.size
-    forward = x + transform + logits + p + s.temporaries(p, 0, blocks=2)
-    return Op(full * x + transform + p, forward, x + table)
+    slope = p if c.logits_cap else 0  # of the cap, which makes dlogits anew
+    forward = x + transform + logits + p + slope + s.temporaries(p, 0, blocks=4 if slope else 2)
+    backward = max(x + table, logits if slope else 0)
+    return Op(full * x + transform + p + slope, forward, backward)

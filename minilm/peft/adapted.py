@@ -28,6 +28,7 @@ from minilm.quantize.linear import QuantizedLinear
 from minilm.tensor import Tensor
 
 LINEAR = (Linear, QuantizedLinear)
+FRONT = "front"  # where a model has what is in front of the text
 
 
 class Adapter(Module):
@@ -80,11 +81,16 @@ class AdaptedLinear(Module):
     def __init__(self, base: Module):
         self.base, self.adapters, self.active, self.merged = base, {}, None, None
 
-    def forward(self, x):
+    def forward(self, *x):  # what the base takes: of a linear layer x alone
         if self.merged:
-            return self.merged(x)
+            return self.merged(*x)
         adapter = self.adapters.get(self.active)
-        return adapter(x, self.base) if adapter else self.base(x)
+        return adapter(*x, self.base) if adapter else self.base(*x)
+
+    @property
+    def length(self) -> int:
+        """Of model.front: how many rows are in front of the text."""
+        return (self.adapters.get(self.active) or self.base).length
 
     def use(self, name):
         """Let the adapter of this name act, if this layer has it."""
@@ -107,13 +113,16 @@ class AdaptedLinear(Module):
 def insert_adapters(model: Module, name: str, adapters: dict[str, Adapter]) -> Module:
     """Freeze the model, and put each adapter on the layer at its path, all under one name.
 
-    From now on these adapters act. ValueError if a path has no linear layer or one of another size,
-    if the name is taken, and while another adapter is merged; the model is then as it was.
+    From now on these adapters act. Rows in front of the text and adapters of layers may have one
+    name, under which they act together. ValueError if a path has no linear layer or one of another
+    size, if the name is taken, and while another adapter is merged; the model is then as it was.
     """
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"an adapter's name must be a word without dots, got {name!r}")
     slots, bases = adapted_layers(model), unadapted(model)
-    if taken := [path for path, layer in slots.items() if name in layer.adapters]:
+    kinds = {path == FRONT for path in adapters}
+    if taken := [path for path, layer in slots.items()
+                 if name in layer.adapters and (path == FRONT) in kinds]:
         raise ValueError(f"{taken[0]} already has an adapter {name!r}")
     _refuse_merged(slots, "adding an adapter")
     if not adapters:

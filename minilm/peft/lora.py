@@ -61,16 +61,7 @@ class LoRA(Adapter):
         self.shape = len(B), A.shape[1]
 
     def forward(self, x, base):
-        if type(base) is QuantizedLinear and self._sees_the_same(x, base):
-            return quantized_lora(x, base.weight, self.A, self.B, base.bias, scale=self.scale)
-        return add_low_rank(base(x), self.drop(x), self.A, self.B, scale=self.scale)
-
-    def _sees_the_same(self, x, base):
-        """Do the quantized base and the adapter see the same x in the same dtype?"""
-        drops = self.drop.acts
-        # `is None`, since NumPy's float64 dtype == None is true
-        same = base.compute_dtype is None or base.compute_dtype == x.dtype
-        return same and base.threshold is None and not drops
+        return low_rank_beside(base, x, self.A, self.B, self.scale, self.drop)
 
     def merged(self, base):
         plain, update = base.plain(), self.update()
@@ -79,6 +70,16 @@ class LoRA(Adapter):
     def update(self):
         """(alpha / r) B A: (O, I)."""
         return product(self.B.data, self.A.data) * self.B.dtype.type(self.scale)
+
+
+def low_rank_beside(base, x, A, B, scale: float, drop: Dropout):
+    """Eq. (3) of a layer and an update: as one op if a quantized layer and A see the same x."""
+    if type(base) is QuantizedLinear:
+        # `is None`, since NumPy's float64 dtype == None is true
+        same = base.compute_dtype is None or base.compute_dtype == x.dtype
+        if same and base.threshold is None and not drop.acts:
+            return quantized_lora(x, base.weight, A, B, base.bias, scale=scale)
+    return add_low_rank(base(x), drop(x), A, B, scale=scale)
 
 
 def add_lora(model: Module, r: int, alpha: float, targets=("q", "v"), dropout: float = 0.0,
@@ -99,14 +100,23 @@ def add_lora(model: Module, r: int, alpha: float, targets=("q", "v"), dropout: f
     >>> sum(p.size for p in model.parameters())  # 2 blocks x 2 targets x r (I + O)
     128
     """
-    bases, rng, adapters = chosen(model, targets), np.random.default_rng(seed), {}
+    bases, rng = chosen(model, targets), np.random.default_rng(seed)
+    check_rank(bases, r)
+    return insert_adapters(model, name, {
+        path: LoRA(*first_numbers(model, base, r, rng), alpha, dropout, rslora)
+        for path, base in bases.items()})
+
+
+def check_rank(bases: dict, r: int):
+    """ValueError if r is below 1 or above the size of one of the layers."""
     for path, base in bases.items():
         O, I = base.weight.shape
         if not isinstance(r, (int, np.integer)) or r is True or not 1 <= r <= min(I, O):
             raise ValueError(f"r must be 1 to {min(I, O)}, the size of {path} {O, I}; got {r!r}")
-    for path, base in bases.items():
-        O, I = base.weight.shape
-        A = rng.standard_normal((r, I), dtype=np.float32) / math.sqrt(I)
-        A, B = (placed(model, a) for a in (A, np.zeros((O, r))))
-        adapters[path] = LoRA(A, B, alpha, dropout, rslora)
-    return insert_adapters(model, name, adapters)
+
+
+def first_numbers(model: Module, base, r: int, rng):
+    """A layer's A, drawn from N(0, 1/I), and its B, zeros."""
+    O, I = base.weight.shape
+    A = rng.standard_normal((r, I), dtype=np.float32) / math.sqrt(I)
+    return placed(model, A), placed(model, np.zeros((O, r)))

@@ -35,6 +35,13 @@ class Retrained(Adapter):
                                                 in vars(plain).items() if isinstance(t, Tensor)})
 
 
+def retrained(layer: Module, *names: str) -> Retrained:
+    """Train copies of the layer's tensors of these names, or of all that it holds itself."""
+    own = {name: t for name, t in vars(layer).items() if isinstance(t, Tensor)}
+    return Retrained(with_tensors(layer, **{
+        name: Tensor(own[name].data.copy(), requires_grad=True) for name in names or own}))
+
+
 def retrain(model: Module, paths: Iterable[str], name: str = "default") -> Module:
     """Train the layers at these paths whole, beside the adapter of this name; returns the model.
 
@@ -62,10 +69,8 @@ def retrain(model: Module, paths: Iterable[str], name: str = "default") -> Modul
         if path not in slots:
             slots[path] = AdaptedLinear(bases[path])
             model.replace(path, slots[path])
-        own = {kind: Tensor(t.data.copy(), requires_grad=True)
-               for kind, t in vars(bases[path]).items() if isinstance(t, Tensor)}
         adapters = slots[path].adapters
-        adapters[name] = Retrained(with_tensors(bases[path], **own), adapters.get(name))
+        adapters[name] = Retrained(retrained(bases[path]).layer, adapters.get(name))
         slots[path].train(model.training)
     return use_adapter(model, name)
 

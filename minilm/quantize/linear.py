@@ -140,7 +140,8 @@ def quantize_model(model: Module, kind: str = "nf4", double_quant: bool | str = 
     layers = {path: m for path, m in model.named_modules()
               if type(m) is Linear and not skipped(path)}
     if not layers:
-        raise ValueError(f"there is no Linear to quantize outside of {skip}")
+        already = ": the model is quantized already" if is_quantized(model) else ""
+        raise ValueError(f"there is no Linear to quantize outside of {skip}{already}")
     # Whatever is wrong is found before the first layer is replaced, also what int8 does not need.
     quantize_4bit(np.zeros(1, np.float32), block_size=block_size, double_quant=double_quant)
     inside = [f".{path}." for path, _ in model.named_modules()]
@@ -159,6 +160,11 @@ def quantize_model(model: Module, kind: str = "nf4", double_quant: bool | str = 
         if id(tensor) not in kept:
             tensor.node = None  # so that an optimizer that holds it says that it does not train
     return model
+
+
+def is_quantized(model: Module) -> bool:
+    """Whether a layer of the model has its weight in codes."""
+    return any(isinstance(m, QuantizedLinear) for _, m in model.named_modules())
 
 
 def quantize_weight(W, kind: str, double_quant: bool | str = True, block_size: int = 64):

@@ -4,9 +4,10 @@
     python scripts/bench/loading.py --rounds 3
 
 The folders are made at random: a Llama of 12 layers, width 768 and 32000 tokens. The time is that
-of load_model or from_pretrained, after imports and with the file in the system's cache. The memory
-is what the process takes at its highest moment beyond what it took before: its own (anonymous), and
-as a user sees it (resident: with the pages of mapped files). Median (lowest - highest).
+of load_model or from_pretrained, after imports and with the file in the system's cache: by the
+clock, and as the work of a core, which a busy machine lengthens less. The memory is what the
+process takes at its highest moment beyond what it took before: its own (anonymous), and as a user
+sees it (resident: with the pages of mapped files). Median (lowest - highest).
 """
 
 import json
@@ -36,7 +37,8 @@ def main(rounds: int = 7, layers: int = 12):
     """
     with tempfile.TemporaryDirectory() as place:
         write_folders(Path(place), Config.llama(**SIZE | {"layers": layers}))
-        print("| folder | | MiB | seconds | own memory, MiB | resident, MiB |\n" + 6 * "|---" + "|")
+        print("| folder | | MiB | seconds | of a core | own memory, MiB | resident, MiB |\n"
+              + 7 * "|---" + "|")
         for title, (folder, dtype) in CASES.items():
             path = Path(place) / folder
             found = {"minilm": [], "transformers": []}
@@ -45,7 +47,7 @@ def main(rounds: int = 7, layers: int = 12):
                     results.append(measured(side, path, dtype))
             size = (path / "model.safetensors").stat().st_size / 2**20
             for side, results in found.items():
-                cells = [spread(values, digits) for values, digits in zip(zip(*results), (3, 0, 0))]
+                cells = map(spread, zip(*results), (2, 2, 0, 0))
                 print(f"| {title} | {side} | {size:.0f} | {' | '.join(cells)} |", flush=True)
 
 
@@ -61,7 +63,7 @@ def write_folders(place: Path, config: Config):
 
 
 def measured(side: str, path: Path, dtype: str) -> list[float]:
-    """[seconds, bytes of its own, resident bytes] of one load in a process of its own."""
+    """[seconds, those of a core, MiB of its own, resident MiB] of one load in a new process."""
     done = subprocess.run([sys.executable, "-W", "ignore", __file__, side, path, dtype],
                           capture_output=True, text=True)
     if done.returncode:
@@ -109,13 +111,13 @@ def load(side: str, path: str, dtype: str):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     model = loader(path, dtype)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start, time.process_time() - busy
     stop.set()
     watcher.join()
     highest[:] = map(max, highest, status())
-    print(json.dumps([seconds, *((h - b) / 1024 for h, b in zip(highest, before))]))
+    print(json.dumps([*seconds, *((h - b) / 1024 for h, b in zip(highest, before))]))
     del model
 
 

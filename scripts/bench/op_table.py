@@ -116,6 +116,7 @@ def layer_rows(F):
         Row("relu", ops.relu, F.relu, lambda *a: ([apart(*a)], [])),
         Row("tanh", ops.tanh, torch.tanh, one),
         Row("silu", ops.silu, F.silu, one),
+        Row("tanh", ops.tanh, torch.tanh, one),
         Row("swiglu", ops.swiglu, lambda gate, up: F.silu(gate) * up, gated),
         Row("gelu", ops.gelu, F.gelu, one),
         Row("gelu tanh", lambda x: ops.gelu(x, approximate="tanh"),
@@ -154,6 +155,7 @@ def attention_rows(F):
         return qkv(r, B, T, C, K=4), [r.random((B, 1, 1, T)) < 0.7]
 
     def biased(r, B, T, C): return qkv(r, B, T, C, K=1), [normal(r, 4, T, T)]
+    def both(r, B, T, C): return [*qkv(r, B, T, C), normal(r, 1, 4, T, T)], [normal(r, B, 1, 1, T)]
     def sdpa(q, k, v, mask=None, causal=False, scale=None):
         if causal:  # our last query sees all keys; PyTorch's is_causal lets its first see one key
             seen = torch.ones(q.shape[2], k.shape[2], dtype=bool).tril(k.shape[2] - q.shape[2])
@@ -178,6 +180,8 @@ def attention_rows(F):
         Row("attention scaled", lambda q, k, v: ops.attention(q, k, v, scale=1.0),
             lambda q, k, v: sdpa(q, k, v, scale=1.0), lambda *a: (qkv(*a), [])),
         Row("attention capped, causal", *capped, lambda *a: (qkv(*a, more=2), [])),
+        Row("attention bias, mask", lambda q, k, v, b, m: ops.attention(q, k, v, m, b, scale=0.5),
+            lambda q, k, v, b, m: sdpa(q, k, v, b + m, scale=0.5), both),
     ]
 
 

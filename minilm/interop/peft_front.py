@@ -1,0 +1,112 @@
+"""PEFT's methods that put rows in front of the text: FRONTS has what it calls their settings.
+
+The folder holds one table, prompt_embeddings, and no modules:
+
+    PROMPT_TUNING    (p, C): rows like those of the embedding
+    PREFIX_TUNING    (p, 2 L K D): for each row k and v of layer 0, k and v of layer 1, ..
+
+With prefix_projection PEFT trains an MLP, but it saves what the MLP gives, as a prefix here is
+saved too. P_TUNING is refused: an encoder makes its rows, and is not in the folder.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from minilm.backend import array_module, to_device
+from minilm.files import FormatError
+from minilm.interop.huggingface import check, finite
+from minilm.peft.adapted import placed
+from minilm.peft.prefix import Prefix, Rows
+from minilm.peft.prompt import Prompt
+from minilm.tensor import no_grad
+
+KEY = "prompt_embeddings"
+
+
+class FrontFormat(NamedTuple):
+    """How PEFT writes rows in front of the text."""
+
+    method: type  # of the adapter
+    fields: dict  # of adapter_config.json: (default, test of a value, what passes, in words)
+    sizes: Callable  # Config -> what token_dim, num_attention_heads and a row's width must be
+    read: Callable  # (table, Config) -> the adapter
+    write: Callable  # adapter -> table
+
+
+def _whole(v): return type(v) is int and v > 0
+def _maybe(v): return v is None or _whole(v)
+
+
+FIELDS = {
+    "base_model_name_or_path": (None, lambda v: v is None or type(v) is str, "a name or null"),
+    "num_virtual_tokens": (None, _whole, "a positive integer"),
+    "token_dim": (None, _maybe, "a positive integer or null"),
+    "num_layers": (None, _maybe, "a positive integer or null"),
+    "num_attention_heads": (None, _maybe, "a positive integer or null"),
+    "num_transformer_submodules": (None, lambda v: v in (None, 1), "1 or null"),
+}
+INERT = {  # what the rows start from, and how PEFT makes them while it trains
+    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+    "encoder_hidden_size", "prefix_projection", "init_weights",
+}
+
+
+def _rows_of(table, c):  # (p, 2 L K D) -> a Prefix
+    parts = table.reshape(len(table), 2 * c.layers, 1, c.kv_heads, c.D).transpose(1, 2, 3, 0, 4)
+    parts = array_module(table).ascontiguousarray(parts)  # (2 L, 1, K, p, D)
+    return Prefix([Rows(k, v) for k, v in zip(parts[::2], parts[1::2])])
+
+
+def _table_of(prefix):  # a Prefix -> (p, 2 L K D)
+    with no_grad():
+        parts = [to_device(t.data, "cpu")[0] for pair in prefix.pairs() for t in pair]
+    return np.stack(parts).transpose(2, 0, 1, 3).reshape(prefix.length, -1)
+
+
+FRONTS = {
+    "PROMPT_TUNING": FrontFormat(
+        Prompt, FIELDS, lambda c: (c.width, None, c.width), lambda table, c: Prompt(table),
+        lambda prompt: to_device(prompt.P.data, "cpu")),
+    "PREFIX_TUNING": FrontFormat(
+        Prefix, FIELDS, lambda c: (c.kv_heads * c.D, c.kv_heads, 2 * c.layers * c.kv_heads * c.D),
+        _rows_of, _table_of),
+}
+
+
+def read_front(path, file, method: FrontFormat, config, arrays, model):
+    """The adapter in the folder. FormatError if it is not one for this model."""
+    c, p = model.config, config["num_virtual_tokens"]
+    dim, heads, width = method.sizes(c)
+    expected = {"token_dim": dim, "num_attention_heads": heads, "num_layers": c.layers}
+    for field, own in expected.items():
+        if own and config[field] not in (None, own):
+            raise FormatError(path, f"{field} is {config[field]}, but for this model it is {own}")
+    if p >= c.context:
+        raise FormatError(path, f"num_virtual_tokens is {p}, which leaves no room for a text: the "
+                                f"model's context is {c.context}")
+    check(file, arrays, {KEY: (p, width)})
+    table = finite(file, KEY, arrays[KEY], placed(model, ()).dtype)
+    return method.read(placed(model, table), c)
+
+
+def write_front(name, adapters, c, raw) -> tuple[dict, dict]:
+    """(the table, the fields; raw has those of all methods). ValueError if PEFT has no such."""
+    if len(adapters) > 1:
+        raise ValueError(f"the adapter {name!r} is in front of the text and on layers too; PEFT "
+                         "has one method in a folder")
+    adapter, = adapters.values()
+    adapter.require_finite()
+    raw = {field: value for field, value in raw.items() if field != "fan_in_fan_out"}
+    for kind, method in FRONTS.items():
+        if type(adapter) is method.method:
+            dim, heads, _ = method.sizes(c)
+            own = {"prefix_projection": False, "encoder_hidden_size": None} if heads else {
+                "prompt_tuning_init": "RANDOM"}
+            return {KEY: method.write(adapter)}, raw | {
+                "peft_type": kind, "num_virtual_tokens": adapter.length, "token_dim": dim,
+                "num_layers": c.layers, "num_attention_heads": heads or c.heads,
+                "num_transformer_submodules": 1} | own
+    raise ValueError(f"the adapter {name!r} is a {type(adapter).__name__}; PEFT's in front are "
+                     f"{[*FRONTS]}")

@@ -1,0 +1,64 @@
+"""minilm.measure.counts: the formulas count what the methods train, and give the slides' counts."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_methods import CONFIGS
+
+from minilm.measure import counts
+from minilm.measure.plan import parameters
+from minilm.peft import add_adalora, add_bitfit, add_bottleneck, add_dora, add_lora, train_top
+from minilm.transformer import Config, Transformer
+
+
+def trained(model):
+    return sum(p.size for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@given(m=st.integers(1, 5), form=st.sampled_from("HPL"), skip=st.integers(0, 1),
+       norms=st.booleans(), targets=st.sampled_from([("q", "v"), ("k", "down"), "all-linear"]))
+def test_the_formulas_are_what_is_trained(family, m, form, skip, norms, targets):
+    c, norms = CONFIGS[family], norms and form == "H"
+    def model(): return Transformer(c)
+    for count, add in ((counts.lora, add_lora), (counts.dora, add_dora),
+                       (counts.adalora, add_adalora)):
+        assert count(c, m, targets) == trained(add(model(), m, 1, targets))
+    assert counts.bottleneck(c, m, form, skip, norms) == trained(
+        add_bottleneck(model(), m, form, skip, norms))
+    assert counts.bitfit(c) == trained(add_bitfit(model()))
+    for k in (1, 2):
+        assert counts.top(c, k) == trained(train_top(model(), k))
+
+
+@pytest.mark.parametrize("row", counts.ROWS, ids=lambda row: f"{row.model}, {row.method}")
+def test_the_slides(row):
+    """With the slide's digits, but for three that say why."""
+    digits = len(row.slide.partition(".")[2])
+    assert (f"{row.count() / 1e6:.{digits}f}" == row.slide) == (not row.why)
+
+
+def test_the_numbers_themselves():
+    gpt3, m = counts.GPT3, counts.GPT2_M
+    assert [counts.bottleneck(gpt3, r) for r in (1, 8)] == [7_078_080, 40_109_568]
+    assert [counts.lora(gpt3, r) for r in (1, 8)] == [4_718_592, 37_748_736]
+    assert counts.bitfit(gpt3) == 11 * 12288 * 96 + 12288 == 12_988_416
+    assert 12 * 12288 * 96 == 14_155_776  # the slide's 14.2M
+    assert counts.top(m, 2) == 25_192_448 + 2 * 1024  # 25.19M with the last norm and without
+    assert [counts.bottleneck(m, r, "L") for r in (6, 224)] == [368_784, 11_089_152]
+    assert counts.lora(m, 4) == 393_216 and int(parameters(m) / 1e5) == 3548  # 0.1 % are 0.35M
+
+
+@given(C=st.integers(1, 50), m=st.integers(1, 9), places=st.integers(1, 9))
+def test_the_papers_formula(C, m, places):
+    """|Theta| = L_adpt (2 d r + r + d) + 2 L_LN d, section 5.1 of Hu et al."""
+    c = Config.gpt2(9, 8, layers=places, heads=1, width=C)
+    assert counts.bottleneck(c, m, "P") == places * (2 * C * m + m + C)
+    assert counts.bottleneck(c, m, norms=True) == 2 * places * (2 * C * m + m + C) + 4 * places * C
+
+
+def test_no_m_gives_the_slides_adapter_h():
+    found = np.array([counts.bottleneck(counts.GPT2_M, m, norms=norms) / 1e6
+                      for m in range(1, 300) for norms in (False, True)])
+    assert np.abs(found - 11.09).min() > 0.02
