@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from minilm.config import LINEAR, Config
-from minilm.interop.rotary import ROTARY
+from minilm.interop.rotary import PHI3_ROTARY, ROTARY
 from minilm.interop.spelled import (
     NO_WINDOW,
     UNROTATED,
@@ -154,7 +154,7 @@ PHI3 = LLAMA._replace(
     block=LLAMA.block | dict.fromkeys(("attention.q", "attention.k", "attention.v"),
                                       "self_attn.qkv_proj")
     | dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj"),
-    spelled=(head_width(), WINDOW, ROTARY),
+    spelled=(head_width(), WINDOW, PHI3_ROTARY),
     harmless=(*LLAMA.harmless, "resid_pdrop", "embd_pdrop"),
     only=LLAMA.only | NO_BIAS,
 )

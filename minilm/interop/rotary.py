@@ -116,3 +116,6 @@ def _number(where, rope, field, kind):
 
 
 ROTARY = Spelled(("rope_parameters", "rope_scaling", "rope_theta", ORIGINAL), read, write)
+
+PHI3_ROTARY = ROTARY._replace(write=lambda c: write(c) | (  # transformers' Phi-3 looks there
+    {ORIGINAL: c.rope.original} if type(c.rope) is Long else {}))
