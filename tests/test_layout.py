@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
     {"extras", "backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together",
-     "stored", "ranges"},
+     "stored", "ranges", "vectors"},
     {"graph", "tensor", "ops", "activations", "attention", "losses"},
     {"rope", "config", "nn", "transformer", "shapes", "cache", "decode", "generate", "dialogue"},
     {"quantize", "peft", "distill", "optim", "parallel"},
@@ -37,6 +37,7 @@ WITHIN = {  # the arrows inside a floor
     ("backend", "extras"),
     ("blas", "backend"),
     ("blas", "arrays"),
+    ("vectors", "arrays"),
     ("cuda", "backend"),
     ("cuda", "arrays"),
     ("tensor", "graph"),
