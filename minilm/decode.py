@@ -60,7 +60,8 @@ def _decodes(block) -> bool:
 def decode(model: Transformer, tokens, cache) -> np.ndarray:  # (...) -> (..., V)
     """Logits of what follows `tokens`, one for each text. Their keys and values enter the Cache.
 
-    tokens: integers (B,), or one for a single text. Call it with the graph and dropout off: modules that are called as they are would use them.
+    tokens: integers (B,), or one for a single text. Call it with the graph and dropout off: modules
+    that are called as they are would use them.
     """
     c, place, x = model.config, cache.length, model.embed.weight.data[tokens]
     if c.scaled_embedding:
@@ -106,7 +107,8 @@ def attend(m, x, angles, kept):  # (..., C) -> (..., C)
 
 def turn(x, cos, sin):
     """Rotary positions on (..., D)."""
-    a, b = np.split(x, 2, axis=-1)
+    half = cos.shape[-1]  # np.split would take as long as all that follows
+    a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
