@@ -139,3 +139,20 @@ def tune_allocator():
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def use_huge_pages(arrays):
+    """Move NumPy's arrays to memory pages of 2 MiB instead of 4 KiB, where that is possible (Linux).
+
+    A model that generates reads all weights for each token, and looks up each page's address. The
+    arrays stay where they are; half a gigabyte takes some tenths of a second, once.
+    """
+    if sys.platform != "linux":
+        return
+    madvise, size = ctypes.CDLL(None).madvise, 2 << 20
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    madv_collapse = 25  # Linux 6.1 and later; others refuse it, as all do at the end of the heap
+    for array in arrays:
+        start = array.ctypes.data // size * size
+        end = -(-(array.ctypes.data + array.nbytes) // size) * size
+        madvise(start, end - start, madv_collapse)

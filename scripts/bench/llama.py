@@ -42,7 +42,7 @@ def busy(count):
 
 def our_llama(job):
     """Answers of this project."""
-    from minilm.backend import tune_allocator
+    from minilm.backend import tune_allocator, use_huge_pages
     from minilm.generate import generate
     from minilm.optim import AdamW
     from minilm.peft import add_lora
@@ -55,6 +55,7 @@ def our_llama(job):
     if job != "lora":
         prompt = tokens(B, PROMPT)
         model.eval().freeze().astype(dtype)
+        use_huge_pages(t.data for _, t in model.named_tensors())
         yield from _timed(job, lambda: generate(model, prompt, NEW, temperature=0))
     add_lora(model, RANK, 2 * RANK, ("q", "v"))
     x, y = tokens(2, BATCH, T)
