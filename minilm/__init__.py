@@ -3,7 +3,7 @@
 Importing it loads nothing: import its modules. `python -m minilm` prints what this machine has.
 The floors, in reading order. A module imports only from its own line and the lines before it:
 
-    extras, backend, arrays, blas, cuda, locks, strict, files, stored, together, ranges
+    extras, backend, arrays, blas, vectors, cuda, locks, strict, files, stored, together, ranges
     graph, tensor, activations, attention, losses, ops    functions, each with its gradient
     rope, config, nn, transformer, shapes, cache, decode, generate, dialogue    one model
     quantize, peft, optim, parallel, distill              the methods

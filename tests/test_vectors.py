@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import vectors
+from minilm.backend import use_huge_pages
 from minilm.vectors import FEW, plain_product, product
 
 DTYPES = {"float64": 1e-14, "float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
@@ -130,3 +131,13 @@ def test_a_forked_process_has_helpers_of_its_own():
 def test_dtypes_must_agree():
     with pytest.raises(TypeError, match="linear needs one dtype, got x float32, W float64"):
         product(np.zeros(3, np.float32), np.zeros((2, 3)))
+
+
+def test_huge_pages_change_no_number():
+    """Arrays of any size, and a view into another: 3 MiB hold a whole page of 2 MiB."""
+    arrays = draw(0, "float32", (1,), (0,), (3 << 18,), (1024, 1024))
+    arrays.append(arrays[-1][3:700, 5:])
+    before = [(array.ctypes.data, array.copy()) for array in arrays]
+    use_huge_pages(arrays)
+    for array, (address, values) in zip(arrays, before):
+        assert array.ctypes.data == address and np.array_equal(array, values)
