@@ -58,6 +58,7 @@ WITHIN = {  # the arrows inside a floor
     ("transformer", "nn"),
     ("transformer", "rope"),
     ("shapes", "config"),
+    ("seq2seq", "inputs"),
     ("seq2seq", "nn"),
     ("seq2seq", "transformer"),
     ("generate", "transformer"),
