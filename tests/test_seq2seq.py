@@ -1,6 +1,8 @@
 """T5's laws: the bias depends on distances alone, padding changes nothing, the decoder takes no
 notice of what comes later, one by one is all at once; and what adapts a Transformer adapts it."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from conftest import close
@@ -14,7 +16,15 @@ from minilm.distill import student_from_teacher
 from minilm.generate import generate, stream
 from minilm.graph import no_grad
 from minilm.optim import AdamW
-from minilm.peft import add_ia3, add_lora, merge_lora
+from minilm.peft import (
+    add_bottleneck,
+    add_ia3,
+    add_lora,
+    add_prefix,
+    add_prompt,
+    merge_lora,
+    train_top,
+)
 from minilm.peft.adapted import Adapter, insert_adapters
 from minilm.quantize import QuantizedLinear, quantize_model
 from minilm.seq2seq import T5, EncoderDecoder, Stack, bucket
@@ -249,6 +259,10 @@ def test_impossible_facts(changes, said):
 def test_what_is_for_transformers_alone_says_so():
     with pytest.raises(TypeError, match="not an EncoderDecoder"):
         student_from_teacher(model_of())
+    for add in (partial(add_bottleneck, m=2), partial(add_prompt, length=2),
+                partial(add_prefix, length=2), partial(train_top, k=1)):
+        with pytest.raises(TypeError, match="for a Transformer, not for EncoderDecoder"):
+            add(model_of())
 
 
 def test_flags_are_flags():
