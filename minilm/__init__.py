@@ -5,7 +5,7 @@ The floors, in reading order. A module imports only from its own line and the li
 
     extras, backend, arrays, blas, cuda, locks, strict, files, tensorfiles, stored, together, ranges
     graph, tensor, activations, attention, losses, ops    functions, each with its gradient
-    rope, config, inputs, nn, transformer, seq2seq, shapes, cache, decode, generate, dialogue
+    rope, config, inputs, nn, block, transformer, seq2seq, shapes, cache, decode, generate, dialogue
     quantize, peft, optim, parallel, distill              the methods
     data, interop, measure, lessons                       text, others' formats, numbers
     checkpoint, records, state, versions, train, picture, results, run, loop, command, experiment

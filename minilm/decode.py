@@ -17,11 +17,12 @@ import math
 import numpy as np
 
 from minilm import seq2seq
+from minilm.block import MLP, Attention, Block
 from minilm.nn import Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from minilm.rope import rotary_tables
 from minilm.seq2seq import Reader
 from minilm.tensor import Tensor
-from minilm.transformer import MLP, Attention, Block, Transformer
+from minilm.transformer import Transformer
 
 
 def caches(model) -> bool:

@@ -62,6 +62,7 @@ class T5:
 
     # What others ask a Config: the decoder writes, and neither a table nor an angle ends anywhere.
     causal, head, context, steady, padding = True, "linear", 2**31, 2**31, None
+    language, labels = True, ()
     shared = property(lambda self: self.tied)
 
     def require_language(self, whose="this model"):
@@ -77,6 +78,12 @@ class T5:
                              f"{self.buckets} buckets")
         if self.start >= self.vocab_size:
             raise ValueError(f"start {self.start} must be an id below {self.vocab_size}")
+
+    def require_language(self, whose="this model"):
+        """It is one."""
+
+    def require_writer(self, whose, does: str):
+        """It is one."""
 
 
 def bucket(offset, c: T5, causal: bool):

@@ -30,7 +30,8 @@ from minilm.command import command
 from minilm.extras import told
 from minilm.measure import KINDS, Ledger, held
 from minilm.measure.memory import make_model, measured
-from minilm.measure.plan import Step, parameters, plan
+from minilm.measure.plan import plan
+from minilm.measure.step import Step, parameters
 from minilm.optim import AdamW, PagedAdamW
 from minilm.optim.pages import SLOTS
 from minilm.optim.streams import SimulatedDevice

@@ -27,7 +27,8 @@ from minilm.loop import refuse_unused
 from minilm.measure.fit import available, generating
 from minilm.measure.lecture_numbers import print_lectures
 from minilm.measure.memory import measured
-from minilm.measure.plan import Plan, Step, parameters, plan, trainable
+from minilm.measure.plan import Plan, plan
+from minilm.measure.step import Step, parameters, trainable
 from minilm.transformer import Config
 
 Method = Literal["full", "lora", "qlora"]

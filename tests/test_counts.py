@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_methods import CONFIGS
 
 from minilm.measure import counts
-from minilm.measure.plan import parameters
+from minilm.measure.step import parameters
 from minilm.peft import add_adalora, add_bitfit, add_bottleneck, add_dora, add_lora, train_top
 from minilm.transformer import Config, Transformer
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minilm.block import Block
 from minilm.dialogue import Dialogue, agreement
 from minilm.generate import stream
 from minilm.nn import Module
-from minilm.transformer import Block, Config, Transformer
+from minilm.transformer import Config, Transformer
 
 SMALL = dict(vocab_size=50, context=40, layers=2, heads=2, width=16)
 MODELS = {"gpt2": Transformer(Config.gpt2(**SMALL, tied=False), seed=1),

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import minilm
 from minilm import ops, seq2seq
+from minilm.block import Attention, Block
 from minilm.cache import Cache
 from minilm.data import BPETokenizer, ByteTokenizer, CharTokenizer, printable
 from minilm.decode import caches, decode, decodes
@@ -34,7 +35,7 @@ from minilm.interop import huggingface, peft
 from minilm.nn import Linear, Module
 from minilm.peft import add_lora, use_adapter
 from minilm.tensor import Tensor, no_grad, randomness
-from minilm.transformer import Attention, Block, Config, Ends, Transformer
+from minilm.transformer import Config, Ends, Transformer
 
 V, CONTEXT = 13, 6
 CONFIGS = {

@@ -17,7 +17,7 @@ from minilm.interop import bitsandbytes
 from minilm.interop.huggingface import load_model, save_model
 from minilm.interop.peft import load_adapter, save_adapter
 from minilm.measure.losses import loss_of
-from minilm.measure.plan import Step, parameters
+from minilm.measure.step import Step, parameters
 from minilm.optim import AdamW
 from minilm.peft import add_lora, merge_lora, retrain
 from minilm.quantize import quantize_model

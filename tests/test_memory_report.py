@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from minilm import ops
 from minilm.measure import KINDS
 from minilm.measure.memory import make_model
-from minilm.measure.plan import Step
+from minilm.measure.step import Step
 from minilm.optim import AdamW
 from minilm.optim.pages import SLOTS
 from minilm.transformer import Config, Transformer

@@ -16,8 +16,10 @@ from minilm.files import FormatError
 from minilm.interop import huggingface
 from minilm.measure import held
 from minilm.measure import lecture_numbers as lectures
+from minilm.measure.activations import norm, probabilities
 from minilm.measure.memory import make_model, measured
-from minilm.measure.plan import Plan, Step, nf4, norm, parameters, plan, probabilities, trainable
+from minilm.measure.plan import Plan, nf4, plan
+from minilm.measure.step import Step, parameters, trainable
 from minilm.optim import AdamW
 from minilm.quantize import quantize_4bit
 from minilm.transformer import Config, Transformer

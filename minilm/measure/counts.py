@@ -16,7 +16,7 @@ from math import prod
 from typing import NamedTuple
 
 from minilm.config import Config
-from minilm.measure.plan import Step, trainable
+from minilm.measure.step import Step, trainable
 from minilm.shapes import linear_layers, tensor_shapes
 
 

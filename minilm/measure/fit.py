@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from minilm.config import Config
-from minilm.measure.plan import BYTES, Step, step
+from minilm.measure.activations import step
+from minilm.measure.step import BYTES, Step
 from minilm.shapes import linear_layers
 
 

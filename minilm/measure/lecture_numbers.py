@@ -9,7 +9,8 @@ import math
 from typing import NamedTuple
 
 from minilm.measure.counts import GPT3, lora, table
-from minilm.measure.plan import Step, parameters, plan, trainable
+from minilm.measure.plan import plan
+from minilm.measure.step import Step, parameters, trainable
 from minilm.transformer import Config
 
 RANKS = (1, 2, 8, 16, 512, 1024, 8192)

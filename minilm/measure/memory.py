@@ -26,7 +26,7 @@ import numpy as np
 
 from minilm import ops
 from minilm.backend import array_module, peak_memory
-from minilm.measure.plan import Step
+from minilm.measure.step import Step
 from minilm.nn import Module
 from minilm.optim import AdamW
 from minilm.peft import add_lora

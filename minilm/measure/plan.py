@@ -1,28 +1,19 @@
 """Bytes of a training step of minilm.transformer, from shapes alone.
 
 Weights, adapters, gradients and AdamW's states are counted from the shapes of the tensors.
-Activations are all else that is alive at the highest moment of the step. Each part of the model is
-an `Op`. It says what its vjps keep until the backward pass is through with them, and what is alive
-only while it runs; `peak` goes through the ops in order. For float32 on a CPU this predicts what
-`plan_memory.py --check` measures, except for Python's own objects, about 0.1 MB. For 16 bits, and
-for a GPU, whose ops work on whole arrays, it counts the same arrays; this is not measured.
-
-Letters: B batch, T tokens, N = B T rows, C width, H heads, D head width, V vocabulary, I in, O out,
-r rank. Everything else is in bytes.
+Activations are all else that is alive at the highest moment of the step (activations.py). For
+float32 on a CPU this predicts what `plan_memory.py --check` measures, except for Python's own
+objects, about 0.1 MB. For 16 bits, and for a GPU, whose ops work on whole arrays, it counts the
+same arrays; this is not measured.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
-from minilm.arrays import BLOCK
-from minilm.config import Config
+from minilm.measure.activations import peak, step
+from minilm.measure.step import Step, parameters, trainable
 from minilm.quantize.fourbit import GROUP
-from minilm.shapes import linear_layers, tensor_shapes
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from minilm.shapes import linear_layers
 
 
 class Plan(NamedTuple):
@@ -35,105 +26,6 @@ class Plan(NamedTuple):
     activations: int  # all else at the highest moment
 
     total = property(sum)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A training step: forward, cross-entropy, backward, AdamW. There is no dropout.
-
-    targets: as in add_lora, in every block. qlora: NF4 in blocks of 64, with double quantization.
-    ValueError for settings that the engine would refuse.
-    """
-
-    config: Config
-    method: str  # full, lora or qlora
-    batch: int
-    T: int
-    r: int = 8
-    targets: tuple[str, ...] | str = ("q", "v")
-    dtype: str = "float32"
-    checkpoint_every: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self):
-        self.config.require_language()
-        choices = {"method": ("full", "lora", "qlora"), "dtype": tuple(BYTES),
-                   "device": ("cpu", "cuda")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.batch < 1 or self.checkpoint_every < 0:
-            raise ValueError(f"batch must be at least 1 and checkpoint_every at least 0, got "
-                             f"{self.batch} and {self.checkpoint_every}")
-        if not 1 <= self.T <= self.config.context:
-            raise ValueError(f"context must be 1 to {self.config.context} tokens, got {self.T}")
-        if self.method == "full":
-            return
-        largest = min(min(linear_layers(self.config)[path]) for path in self.adapted)
-        if not 1 <= self.r <= largest:
-            raise ValueError(f"rank must be 1 to {largest}, a layer's size; got {self.r}")
-
-    @property
-    def adapted(self) -> set[str]:
-        """The layers that have an adapter: their paths within a block."""
-        paths = set(linear_layers(self.config))
-        if self.method == "full":
-            return set()
-        if self.targets == "all-linear":
-            return paths
-        def fits(path, target): return f".{path}".endswith(f".{target}")
-        wrong = [t for t in self.targets if not any(fits(p, t) for p in paths)]
-        if wrong or not self.targets:
-            raise ValueError(f"targets {wrong} match no layer of a block; there are "
-                             f"{sorted(paths)} and 'all-linear'")
-        return {p for p in paths if any(fits(p, t) for t in self.targets)}
-
-    @property
-    def size(self) -> int:
-        """Bytes of a number."""
-        return BYTES[self.dtype]
-
-    def array(self, features: int, wide: bool = False) -> int:
-        """Bytes of an array (N, features). wide: in float32, whatever the step's dtype is."""
-        return self.batch * self.T * features * (4 if wide else self.size)
-
-    def keeps(self, *paths: str) -> bool:
-        """Does one of these layers keep its input, for dW or dA?"""
-        return self.method == "full" or not self.adapted.isdisjoint(paths)
-
-    def weight(self, path: str) -> int:
-        """What is alive beside a layer's dx: its dW, or its weight while that is dequantized."""
-        O, I = linear_layers(self.config)[path]
-        if self.method == "full":
-            return O * I * self.size
-        # The table look-up needs an int64 for every two codes; on a CPU it works in blocks.
-        looked_up = O * I if self.device == "cuda" else min(O * I, BLOCK)
-        return 4 * (O * I + looked_up) if self.method == "qlora" else 0
-
-    def low_rank(self, *paths: str) -> int:
-        """What the adapters of these layers keep: h = x A^T, (N, r) each."""
-        return len(self.adapted & set(paths)) * self.array(self.r)
-
-    def temporaries(self, size: int, whole: int, blocks: int) -> int:
-        """Temporaries of a formula in by_rows: `whole` arrays, or `blocks` blocks on a CPU."""
-        if self.device == "cuda" or size <= 8 * BLOCK:
-            return whole * size
-        return blocks * 4 * BLOCK
-
-
-def parameters(c: Config) -> int:
-    """Numbers in a model, each shared tensor once."""
-    sizes = {path: math.prod(s) for path, s in tensor_shapes(c.of_layers([0])).items()}
-    block = sum(n for path, n in sizes.items() if path.startswith("blocks."))
-    return sum(sizes.values()) + (c.layers - 1) * block
-
-
-def trainable(s: Step) -> int:
-    """Numbers that the step changes."""
-    if s.method == "full":
-        return parameters(s.config)
-    layers = linear_layers(s.config)
-    return s.config.layers * s.r * sum(sum(layers[path]) for path in s.adapted)
 
 
 def plan(s: Step) -> Plan:
@@ -157,165 +49,3 @@ def nf4(n: int, block_size: int = 64) -> int:
     """n numbers as a FourBit with double quantization: 4.127 bits each, if n is large."""
     blocks = math.ceil(n / block_size)  # codes; c2, 8 bits each; c1 and their offset, float32
     return math.ceil(n / 2) + blocks + 4 * math.ceil(blocks / GROUP) + 4
-
-
-class Op(NamedTuple):
-    """A part of the model; a list of them is in the order of the forward pass."""
-
-    saved: int  # what its vjps keep until they have run
-    forward: int  # alive while it runs, beside what earlier ops saved
-    backward: int  # alive while its vjps run, beside what it and earlier ops saved
-
-
-def peak(ops: Iterable[Op]) -> int:
-    """The highest moment: at each op, the backward pass finds what the forward pass had saved."""
-    saved = highest = 0
-    for op in ops:
-        highest = max(highest, saved + op.forward)
-        saved += op.saved
-        highest = max(highest, saved + op.backward)
-    return highest
-
-
-def step(s: Step) -> list[Op]:
-    """All of a training step.
-
-    The gradient of the residual stream is counted in each op. The gradient of a tied embedding is
-    alive from the head down to the embedding.
-    """
-    c, full = s.config, s.method == "full"
-    x, table = s.array(c.width), c.vocab_size * c.width * s.size
-    held = table if full and c.tied else 0
-    # AdamW's temporary u, one block, comes when all else is gone. The embedding sorts the rows of
-    # dy and adds them up. If it is tied, the head's part is added then.
-    ops = [Op(0, 4 * min(trainable(s), BLOCK), 0),
-           Op(0, 3 * x, 3 * x + (3 if c.tied else 1) * table if full else 0)]
-    if not c.norm_first:
-        ops.append(norm(s, 0, full))
-    ops += [Op(op.saved, op.forward, op.backward + held) for op in blocks(s)]
-    if c.norm_first:
-        ops.append(norm(s, x, True))
-    return [*ops, head(s)]
-
-
-def blocks(s: Step) -> list[Op]:
-    """All blocks, or all checkpointed segments, which save only their input x.
-
-    The functions that run the blocks hold the embedding's output and a block's input; for the first
-    block they are the same. A segment that runs again holds its input, which its first block saves
-    too. If the norm comes after the residual, both are saved in any case.
-    """
-    c, k, x = s.config, s.checkpoint_every, s.array(s.config.width)
-    alive = [(i % k > 0 if k else min(i + 1, 2)) * x * c.norm_first for i in range(c.layers)]
-    # No gradient flows to frozen embeddings.
-    each = [block(s, alive[i], flows=i > 0 or s.method == "full") for i in range(c.layers)]
-    if not k:
-        return list(chain(*each))
-    parts = [chain(*each[i : i + k]) for i in range(0, c.layers, k)]
-    # The first run, without a graph, needs less than the second. If the norm comes first, the
-    # gradient dy is alive beside the second run. If not, the input, counted twice, stands for it.
-    return [Op(x, 0, x * c.norm_first + peak(part)) for part in parts]
-
-
-def block(s: Step, alive: int, flows: bool) -> list[Op]:
-    """Attention, MLP and their norms. alive: bytes that outer functions hold. flows: does a
-    gradient flow to the block's input?"""
-    attend = attention(s, alive, flows)
-    flowed, flows = flows, flows or any(path.startswith("attention.") for path in s.adapted)
-    if not s.config.norm_first or s.config.norm_output:
-        return [attend, norm(s, alive, flows), mlp(s, alive, flows), norm(s, alive, True)]
-    alive2 = alive + s.array(s.config.width)  # the block's input is held beside the sum after it
-    each = [norm(s, alive, flowed), attend, norm(s, alive, flows),
-            norm(s, alive2, flows), mlp(s, alive2, flows), norm(s, alive2, True)]
-    return each if s.config.norm_both else each[:2] + each[3:5]
-
-
-def norm(s: Step, alive: int, flows: bool) -> Op:
-    """A norm keeps xhat and rstd for dx; the gradients of g and b need no more. On a GPU rms_norm
-    keeps x instead of xhat. The next layer keeps the result, if it is trained."""
-    x, rstd = s.array(s.config.width), s.array(1, wide=True)
-    xhat = s.array(s.config.width, wide=s.config.norm == "layer" or s.device == "cpu")
-    # forward: xhat, y, xhat g. backward: the residual's gradient, dy, dx, and a temporary or sum
-    return Op(flows * (xhat + rstd), alive + 3 * xhat, 3 * x + xhat)
-
-
-def attention(s: Step, alive: int, flows: bool) -> Op:
-    """q, k, v, softmax(q k^T) v, and o.
-
-    Saved: the input, for the dW or dA of q, k, v; the scaled q, k, v; the result y, also the input
-    of o; each tile's P (b, H, t, s), a cap's slope like P, and l (b, H, t, 1). 16-bit q, k, v are
-    widened in both passes.
-    """
-    c, names = s.config, ("attention.q", "attention.k", "attention.v")
-    x, y = s.array(c.width), s.array(c.heads * c.D)
-    qkv, normed = (c.heads + 2 * c.kv_heads) * c.D, (c.heads + c.kv_heads) * c.D
-    operands = s.array(qkv, wide=True) if s.size == 2 else 0
-    graph = flows or bool(s.adapted & set(names))
-    entry = s.keeps(*names) * x
-    P, tile = probabilities(s)
-    own = s.array(qkv) + (2 if c.attention_cap else 1) * P + s.array(c.heads, wide=True)
-    if c.qk_norm:  # xhat and rstd
-        rows = c.heads + c.kv_heads if c.qk_norm == "head" else 2
-        own += s.array(normed, wide=s.device == "cpu") + s.array(rows, wide=True)
-    result = y if graph or s.keeps("attention.o") else 0
-    saved = entry + s.low_rank(*names, "attention.o") + graph * own + result
-    # forward: the input, q before scaling, and at the end the output of o
-    forward = alive + 2 * x + 2 * y + own + operands + s.low_rank(*names)
-    # backward: the residual's gradient, dy, and either o's weight or dq, dk, dv and a tile's needs
-    products = s.array(qkv, wide=True) + operands + tile
-    return Op(saved, forward, 2 * x + max(s.weight("attention.o"), products))
-
-
-def probabilities(s: Step) -> tuple[int, int]:
-    """(bytes of P over all tiles; of one tile's dS (b, H, t, T), g (b, H, t, D) and P^T g)."""
-    B, T, H, D = s.batch, s.T, s.config.heads, s.config.D
-    b, t, area = B, T, T * T
-    window = T if s.config.unwindowed else s.config.window or T  # counts if all layers have it
-    if s.device == "cpu":
-        t = min(T, 64)
-        b = min(B, max(1, BLOCK // (H * t * T)))
-        if s.config.causal:  # a tile skips the keys that none of its queries can see
-            area = sum(min(t, T - i) * (min(i + t, T) - max(0, i + 1 - window))
-                       for i in range(0, T, t))
-    return 4 * B * H * area, 4 * b * H * (t * T + t * D + T * D)
-
-
-def mlp(s: Step, alive: int, flows: bool) -> Op:
-    """down(gelu(up(x))), or down(silu(gate(x)) up(x)), or with gelu instead of silu.
-
-    Saved: the input, for up and gate; the activation's slope, SwiGLU's two factors, or both for
-    GEGLU; the input of down, if down is trained.
-    """
-    c, ups = s.config, ("mlp.up", "mlp.gate")
-    x, h, slope = s.array(c.width), s.array(c.hidden), s.array(c.hidden, wide=True)
-    graph = flows or bool(s.adapted & set(ups))
-    entry, seen = s.keeps(*ups) * x, s.keeps("mlp.down") * h
-    # The activation's formula holds its argument, slope, value and temporaries; SwiGLU's holds its
-    # factors and value. The backward pass holds dy and dx; SwiGLU's dy, dgate, dup and the sigmoid.
-    if c.activation == "swiglu":
-        kept, formula = 2 * h, 3 * h
-        backward = 3 * h + s.temporaries(slope, int(s.device == "cpu"), blocks=5)
-    else:
-        whole = {"gelu_tanh": 2, "gelu": 6, "geglu_tanh": 2}[c.activation]
-        formula = h + 2 * slope + s.temporaries(slope, whole, blocks=whole + 4)
-        kept, backward = slope + 2 * h * c.gated, 2 * h
-    saved = entry + graph * kept + seen + s.low_rank(*ups, "mlp.down")
-    weight = s.weight("mlp.down")
-    # forward: the input; then the formula, or its value, down's result and a dequantized weight
-    down = kept + h + x + (weight if s.method == "qlora" else 0)
-    # backward: the residual's gradient; then down's dx beside its weight, or the formula's arrays
-    return Op(saved, alive + x + max(formula, down), x + max(h + weight, backward - seen))
-
-
-def head(s: Step) -> Op:
-    """The last linear layer and the loss. The loss keeps p = softmax(logits), and turns it into
-    dlogits in place."""
-    c, full = s.config, s.method == "full"
-    x, logits = s.array(c.width), s.array(c.vocab_size)
-    p = s.array(c.vocab_size, wide=True)
-    transform = x + 2 * s.array(c.width, wide=True) if c.head == "masked" else 0
-    table = full * c.vocab_size * c.width * s.size
-    slope = p if c.logits_cap else 0  # of the cap, which makes dlogits anew
-    forward = x + transform + logits + p + slope + s.temporaries(p, 0, blocks=4 if slope else 2)
-    backward = max(x + table, logits if slope else 0)
-    return Op(full * x + transform + p + slope, forward, backward)

@@ -19,12 +19,13 @@ from gpu_table import Ceilings, Row, cells, code_bytes, line
 
 from minilm import ops
 from minilm.backend import peak_memory
+from minilm.block import Block
 from minilm.optim import AdamW
 from minilm.peft import add_lora
 from minilm.quantize import quantize_model
 from minilm.quantize.codebooks import dynamic_map, levels
 from minilm.rope import rotary_tables
-from minilm.transformer import Block, Config, Transformer
+from minilm.transformer import Config, Transformer
 
 LLAMA = Config.llama(32000, 1024, layers=22, heads=32, width=2048, hidden=5632, kv_heads=4)
 BATCH, RANK, LR = 4, 16, 1e-4
