@@ -65,9 +65,6 @@ class T5:
     language, labels = True, ()
     shared = property(lambda self: self.tied)
 
-    def require_language(self, whose="this model"):
-        """Nothing: the head gives logits of tokens."""
-
     def __post_init__(self):
         check(RANGES, **{name: getattr(self, name) for name in RANGES})
         for name in ("tied", "scaled_head"):

@@ -15,6 +15,7 @@ from minilm.decode import caches
 from minilm.distill import student_from_teacher
 from minilm.generate import generate, stream
 from minilm.graph import no_grad
+from minilm.measure.losses import loss_of
 from minilm.optim import AdamW
 from minilm.peft import (
     add_bottleneck,
@@ -259,6 +260,11 @@ def test_impossible_facts(changes, said):
 def test_what_is_for_transformers_alone_says_so():
     with pytest.raises(TypeError, match="not an EncoderDecoder"):
         student_from_teacher(model_of())
+    model, rows = model_of(), (drawn(0, 2, 5), drawn(1, 2, 5), np.ones((2, 5), int))
+    trainer = Trainer(model, AdamW(model.parameters()))
+    for run in (partial(loss_of, model), trainer.evaluate, lambda *rows: trainer.step(0, rows)):
+        with pytest.raises(TypeError, match=r"its loss is train\.AnswerLoss"):
+            run(*rows)
     for add in (partial(add_bottleneck, m=2), partial(add_prompt, length=2),
                 partial(add_prefix, length=2), partial(train_top, k=1)):
         with pytest.raises(TypeError, match="for a Transformer, not for EncoderDecoder"):
