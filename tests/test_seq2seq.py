@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minilm import ops
 from minilm.cache import Cache
 from minilm.decode import caches
-from minilm.distill import student_from_teacher
+from minilm.distill import Distillation, student_from_teacher
 from minilm.generate import generate, stream
 from minilm.graph import no_grad
 from minilm.measure.losses import loss_of
@@ -258,8 +258,9 @@ def test_impossible_facts(changes, said):
 
 
 def test_what_is_for_transformers_alone_says_so():
-    with pytest.raises(TypeError, match="not an EncoderDecoder"):
-        student_from_teacher(model_of())
+    for make in (student_from_teacher, lambda model: Distillation(model, model)):
+        with pytest.raises(TypeError, match="must be Transformers; there is one EncoderDecoder"):
+            make(model_of())
     model, rows = model_of(), (drawn(0, 2, 5), drawn(1, 2, 5), np.ones((2, 5), int))
     trainer = Trainer(model, AdamW(model.parameters()))
     for run in (partial(loss_of, model), trainer.evaluate, lambda *rows: trainer.step(0, rows)):
