@@ -64,6 +64,7 @@ WITHIN = {  # the arrows inside a floor
     ("seq2seq", "inputs"),
     ("decode", "block"),
     ("shapes", "config"),
+    ("seq2seq", "inputs"),
     ("seq2seq", "nn"),
     ("seq2seq", "transformer"),
     ("generate", "transformer"),
