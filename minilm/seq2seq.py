@@ -28,7 +28,7 @@ from minilm.inputs import seen
 from minilm.nn import Dropout, Embedding, Linear, Module, RMSNorm
 from minilm.ranges import AT_LEAST_0, BELOW_1, check, one_of, whole
 from minilm.tensor import Tensor
-from minilm.transformer import Ends
+from minilm.transformer import Ends, Front
 
 SIZE = whole(1)._replace(words="positive")
 SIZES = ("vocab_size", "layers", "decoder_layers", "heads", "width", "hidden", "head_width")
@@ -62,6 +62,7 @@ class T5:
 
     # What others ask a Config: the decoder writes, and neither a table nor an angle ends anywhere.
     causal, head, context, steady, padding = True, "linear", 2**31, 2**31, None
+    language, labels = True, ()
     shared = property(lambda self: self.tied)
 
     def __post_init__(self):
@@ -74,6 +75,12 @@ class T5:
                              f"{self.buckets} buckets")
         if self.start >= self.vocab_size:
             raise ValueError(f"start {self.start} must be an id below {self.vocab_size}")
+
+    def require_language(self, whose="this model"):
+        """It is one."""
+
+    def require_writer(self, whose, does: str):
+        """It is one."""
 
 
 def bucket(offset, c: T5, causal: bool):
@@ -243,6 +250,7 @@ class Reader(Module):
         self.embed, self.drop = model.embed, model.drop
         self.decoder, self.head = model.decoder, model.head
         self.texts, self.text_mask = texts, text_mask  # for each block (k, v): (B, H, S, D)
+        self.front, self.room = Front(), model.config.context  # for `generate`: nothing in front
 
     @property
     def blocks(self):

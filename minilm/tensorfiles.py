@@ -49,6 +49,7 @@ DTYPES = {
 }
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 SMALL = 1 << 16  # bytes; what has fewer is not worth a page
+LARGE = 1 << 22  # bytes from which on NumPy asks for huge pages
 PIECE = 1 << 18  # numbers that are read and looked at together: they fit a core's cache
 
 
@@ -245,9 +246,15 @@ def _stored(file, path, name, entry, body, end, pages) -> Stored:
 
 
 def _empty(path, shape, dtype):
+    """An array that nobody has written. NumPy asks for huge pages for a large one, which take twice
+    as long to come as plain ones; each number is written once here, so plain ones serve."""
+    size, dtype = math.prod(shape), np.dtype(dtype)
     try:
-        return np.empty(shape, dtype)
+        if size * dtype.itemsize < LARGE or os.name == "nt":
+            return np.empty(shape, dtype)
+        pages = mmap.mmap(-1, size * dtype.itemsize, access=mmap.ACCESS_COPY)
+        return np.frombuffer(pages, dtype, size).reshape(shape)
     except (ValueError, OverflowError) as error:
         raise FormatError(path, f"has a tensor of shape {shape}: {error}") from error
-    except MemoryError as error:
+    except (MemoryError, OSError) as error:
         raise FormatError(path, "cannot be read: it does not fit in memory") from error

@@ -7,11 +7,14 @@ import math
 import os
 import shutil
 
+import generate as script
 import numpy as np
 import pytest
 
+from minilm.data import ByteTokenizer, printable
 from minilm.files import FormatError, read_json, write_json
-from minilm.interop import bitsandbytes, huggingface, load_model
+from minilm.generate import generate
+from minilm.interop import bitsandbytes, huggingface, load_model, save_model
 from minilm.interop.eight_bits import load_8bit, save_8bit
 from minilm.quantize import QuantizedLinear, quantize_int8, quantize_model
 from minilm.tensor import Tensor
@@ -198,6 +201,17 @@ def test_one_reader_takes_any_folder(saved, tmp_path):
         assert len(layers(narrow)) == (0 if kind is None else 14)
     with pytest.raises(FormatError, match=r"quantization_config.*interop\.load_model"):
         huggingface.load_model(saved["llama"][1])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "llm.int8"])
+def test_the_script_writes_with_a_quantized_model(tmp_path, capsys, kind):
+    tokenizer = ByteTokenizer()
+    model = quantize_model(Transformer(Config.llama(**SMALL | {"vocab_size": 258, "context": 32},
+                                                    hidden=128)), kind)
+    save_model(model, tmp_path, tokenizer)
+    script.main(tmp_path, "the cat", 12, temperature=0)
+    drawn = generate(load_model(tmp_path), tokenizer.encode("the cat")[None], 12, 0)[0]
+    assert capsys.readouterr().out == printable(tokenizer.decode(drawn)) + "\n"
 
 
 @pytest.fixture(scope="session")

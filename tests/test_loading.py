@@ -15,6 +15,7 @@ from minilm.files import FormatError, read_json, write_json
 from minilm.interop import bitsandbytes, huggingface, load_model
 from minilm.quantize import quantize_model
 from minilm.tensorfiles import (
+    LARGE,
     PIECE,
     SMALL,
     all_finite,
@@ -73,6 +74,7 @@ def peak_of(run):
 def test_loading_takes_the_model_and_one_tensor(folders, folder, dtype, monkeypatch):
     """Of what needs no cast it takes nothing: that stays in the file."""
     load_model(folders / folder, dtype)  # what is imported late
+    monkeypatch.setattr("minilm.tensorfiles.LARGE", 2**60)  # tracemalloc sees NumPy's arrays alone
 
     def drawn(seed):
         raise AssertionError("weights are drawn")
@@ -167,6 +169,21 @@ def test_a_file_that_is_replaced_meanwhile_stays_the_one_that_was_opened(tmp_pat
     with open_tensors(tmp_path / "t") as tensors:
         write_tensors(tmp_path / "t", {"x": np.zeros(5), "y": np.zeros(3)})
         assert tensors["x"].read().tolist() == [1] * 5
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_large_arrays_are_this_processs_alone(tmp_path):
+    """A forked worker must not write into its parent's."""
+    x = np.arange(LARGE // 4, dtype=np.float32).reshape(2, -1)
+    write_tensors(tmp_path / "t", {"x": x})
+    found = read_tensors(tmp_path / "t")["x"]
+    assert found.flags.writeable and found.tobytes() == x.tobytes()
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+    else:
+        found[:] = -1
+        os._exit(0)
+    assert found.tobytes() == x.tobytes()
 
 
 def test_pages_are_this_processs_alone_and_outlive_the_file(tmp_path):

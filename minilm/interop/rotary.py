@@ -119,6 +119,8 @@ def _number(where, rope, field, kind):
 
 FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", ORIGINAL)
 ROTARY = Spelled(FIELDS, read, write)
+PHI3_ROTARY = ROTARY._replace(write=lambda c: write(c) | (  # transformers' Phi-3 looks there
+    {ORIGINAL: c.rope.original} if type(c.rope) is Long else {}))
 
 
 def rotary_by_type(full_theta: float, near_theta: float, older: str = "") -> Spelled:
