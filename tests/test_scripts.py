@@ -211,13 +211,13 @@ def test_ctrl_c_before_the_first_step_costs_no_time(tmp_path):
 
 
 WRONG = [
-    ("quantize --model nowhere", "nowhere/config.json"),
+    ("quantize --model nowhere", "nowhere: there is no such folder"),
     ("finetune --model nowhere", "nowhere/tokenizer.json"),
-    ("plan_memory --model nowhere", "nowhere/config.json"),
+    ("plan_memory --model nowhere", "nowhere: there is no such folder"),
     ("pretrain --resume nowhere", "nowhere/run.json"),
     ("finetune --resume nowhere", "nowhere/run.json"),
-    ("generate --model file", "file/config.json: cannot be read: Not a directory"),
-    ("quantize --model file", "file/config.json: cannot be read: Not a directory"),
+    ("generate --model file", "file: is no folder; a model is a folder with config.json"),
+    ("quantize --model file", "file: is no folder; a model is a folder with config.json"),
     ("pretrain --tokenizer file", "file: "),
     ("finetune", "no model in runs/pretrain-*/model: run pretrain.py first, or give --model"),
     ("quantize", "no model in runs/pretrain-*/model: run pretrain.py first, or give --model"),
@@ -228,7 +228,7 @@ WRONG = [
     ("compare_torch --steps 0", "steps must be at least 1, got 0"),
     ("benchmark --rounds 0", "rounds must be at least 1, got 0"),
     ("report --results nowhere", "nowhere"),
-    ("adaptation_methods --model nowhere", "nowhere/"),
+    ("adaptation_methods --model nowhere", "nowhere: there is no such folder"),
     ("adaptation_methods --quick --resume nowhere", "nowhere/run.json"),
     ("memory_report --layers 0", "layers must be positive, got 0"),
     ("memory_report --steps 1", "steps must be at least 2, got 1"),
