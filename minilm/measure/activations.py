@@ -8,7 +8,7 @@ r rank. Everything else is in bytes.
 
 For full, LoRA and QLoRA it predicts what is measured. Of the other methods it counts what is kept,
 but not all that is alive for a moment: DoRA's W0 + s B A, AdaLoRA's lam Q and R(P, Q), a prefix's
-MLP. It has been within 6 % for them (`tests/test_plan_memory.py`).
+MLP. It has been within 4 % for them (`tests/test_plan_memory.py`).
 """
 
 from collections.abc import Iterable
@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from minilm.arrays import BLOCK
 from minilm.measure.step import Step, trainable
+
+QKV = ("attention.q", "attention.k", "attention.v")
 
 
 class Op(NamedTuple):
@@ -63,10 +65,11 @@ def blocks(s: Step) -> list[Op]:
 
     The functions that run the blocks hold the embedding's output and a block's input; for the first
     block they are the same. A segment that runs again holds its input, which its first block saves
-    too. If the norm comes after the residual, both are saved in any case.
+    too. If the norm comes after the residual, a trained layer saves both in any case.
     """
     c, k, x = s.config, s.checkpoint_every, s.array(s.config.width)
-    alive = [(i % k > 0 if k else min(i + 1, 2)) * x * c.norm_first for i in range(c.layers)]
+    held = c.norm_first or not (s.method == "top" or s.keeps(*QKV))
+    alive = [(i % k > 0 if k else min(i + 1, 2)) * x * held for i in range(c.layers)]
     each = [block(s.within(i), alive[i], s.reaches(i)) for i in range(c.layers)]
     if not k:
         return list(chain(*each))
@@ -117,7 +120,7 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     of o; each tile's P (b, H, t, s), a cap's slope like P, and l (b, H, t, 1). 16-bit q, k, v are
     widened in both passes.
     """
-    c, names = s.config, ("attention.q", "attention.k", "attention.v")
+    c, names = s.config, QKV
     x, y = s.array(c.width), s.array(c.heads * c.D)
     qkv, normed = (c.heads + 2 * c.kv_heads) * c.D, (c.heads + c.kv_heads) * c.D
     operands = s.array(qkv, wide=True) if s.size == 2 else 0
