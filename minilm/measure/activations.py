@@ -8,7 +8,7 @@ r rank. Everything else is in bytes.
 
 For full, LoRA and QLoRA it predicts what is measured. Of the other methods it counts what is kept,
 but not all that is alive for a moment: DoRA's W0 + s B A, AdaLoRA's lam Q and R(P, Q), a prefix's
-MLP. It has been within 4 % for them (`tests/test_plan_memory.py`).
+MLP. It has been within 6 % for them (`tests/test_plan_memory.py`).
 """
 
 from collections.abc import Iterable
