@@ -51,6 +51,8 @@ def load_adapter(model: Module, path: str | os.PathLike, name: str = "default") 
     """
     file, dtype = Path(path) / TENSORS, placed(model, ()).dtype
     shape, arrays = read(path), read_tensors(file)
+    if not any(key.endswith(".W_down") and a.shape[:1] == (shape.m,) for key, a in arrays.items()):
+        raise FormatError(file, f"has no W_down of {shape.m} rows, which {CONFIG} says")
     try:
         adapters = shape.adapters(model)
     except ValueError as error:
