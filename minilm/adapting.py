@@ -28,7 +28,6 @@ from minilm.peft import (
     add_lora,
     add_prefix,
     add_prompt,
-    settle_prefix,
     train_top,
     trainable_parameters,
 )
@@ -147,13 +146,8 @@ def prompt(model, s):
 
 
 def prefix(model, s):
-    """Keys and values in front of each layer's."""
+    """Keys and values in front of each layer's. What is saved of an MLP is what it gives."""
     return add_prefix(few_bits(model, s), s.length, hidden=s.hidden, seed=s.seed)
-
-
-def settled(model):
-    """A prefix without its MLP."""
-    return settle_prefix(model) if model.front.adapters["default"].mlp else model
 
 
 def with_own_biases(model):
@@ -175,7 +169,7 @@ METHODS = {
     "ia3": Method(3e-2, "targets kind", vectors),
     "bottleneck": Method(3e-3, "m form skip kind", bottleneck),
     "prompt": Method(3e-2, "length kind", prompt),
-    "prefix": Method(3e-2, "length hidden kind", prefix, finish=settled),
+    "prefix": Method(3e-2, "length hidden kind", prefix),
 }
 
 
