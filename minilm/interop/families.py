@@ -5,11 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from minilm.config import LINEAR, Config
-<<<<<<< HEAD
-from minilm.interop.rotary import ROTARY, rotary_by_type
-=======
-from minilm.interop.rotary import PHI3_ROTARY, ROTARY
->>>>>>> folders
+from minilm.interop.rotary import PHI3_ROTARY, ROTARY, rotary_by_type
 from minilm.interop.spelled import (
     COUNTED,
     NO_WINDOW,
@@ -175,11 +171,7 @@ PHI3 = LLAMA._replace(
     block=LLAMA.block | dict.fromkeys(("attention.q", "attention.k", "attention.v"),
                                       "self_attn.qkv_proj")
     | dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj"),
-<<<<<<< HEAD
-    spelled=(head_width(), ROTARY, WINDOW),
-=======
     spelled=(head_width(), WINDOW, PHI3_ROTARY),
->>>>>>> folders
     harmless=(*LLAMA.harmless, "resid_pdrop", "embd_pdrop"),
     only=LLAMA.only | NO_BIAS,
     absent={"pad_token_id": 32000},
