@@ -139,3 +139,20 @@ def tune_allocator():
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def use_huge_pages(arrays):
+    """Move NumPy's arrays to memory pages of 2 MiB, if the system can (Linux 6.1); else nothing.
+
+    A model that generates reads all weights for each token, and looks up the address of each page
+    of usually 4 KiB. The arrays keep their addresses. It takes 0.2 s for half a gigabyte.
+    """
+    if sys.platform != "linux":
+        return
+    madvise, size = ctypes.CDLL(None).madvise, 2 << 20
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    madv_collapse = 25  # refused at the end of the heap, and by older systems
+    for array in arrays:
+        start = array.ctypes.data // size * size
+        end = -(-(array.ctypes.data + array.nbytes) // size) * size
+        madvise(start, end - start, madv_collapse)

@@ -54,7 +54,7 @@ class Buffer:
     The room grows with the text: a model may claim a context that no memory holds.
     """
 
-    FIRST = 1024  # tokens that there is room for at first
+    FIRST = 128  # tokens that there is room for at first
 
     def __init__(self, context: int):
         self.context, self.length, self.k, self.v = context, 0, None, None

@@ -1,28 +1,32 @@
-"""The transformer once more, for one token as a vector, in plain NumPy.
+"""The transformer once more, for one new token of each text, in plain NumPy.
 
-Generation runs the model on a single row, (1, 1, C). There the arithmetic costs little and the
-overhead of each call dominates. So this version makes few calls, on 1-D arrays, without graph,
-batch or tiles (np.add.reduce costs half as much as x.sum()). It equals `model(token, cache=cache)`
-up to rounding.
+Generation runs the model on rows, (B, 1, C). There the arithmetic costs little. What counts is how
+fast the weights come from memory (see vectors.py) and, if the model is small, the overhead of each
+call. So this version makes few calls, without graph, token axis or tiles (np.add.reduce costs half
+as much as x.sum()). It equals `model(tokens, cache=cache)` up to rounding: models in 16 bits round
+at the same places.
 
 Adaptation methods replace modules, so the modules decide what may run here, not the Config.
 `caches` says whether one token may be run by itself, `decodes` whether it may be run here. Modules
 that are not plain, such as adapted layers, are called as they are.
 
-Shapes: C width, H heads, K key/value heads, D head width, S tokens so far, V vocabulary.
+Shapes: B texts, C width, H heads, K key/value heads, D head width, S tokens so far, V vocabulary;
+"..." is B, or nothing for a single text.
 """
 
 import math
 
 import numpy as np
 
-from minilm import seq2seq
+from minilm import ops, seq2seq
+from minilm.arrays import wide
 from minilm.block import MLP, Attention, Block
 from minilm.nn import Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from minilm.rope import rotary_tables
 from minilm.seq2seq import Reader
 from minilm.tensor import Tensor
 from minilm.transformer import Transformer
+from minilm.vectors import product
 
 
 def caches(model) -> bool:
@@ -39,15 +43,14 @@ def caches(model) -> bool:
 
 
 def decodes(model) -> bool:
-    """Whether `decode` can run this model: a pre-norm decoder in float32 or float64 on the CPU.
+    """Whether `decode` can run this model: a pre-norm decoder on the CPU.
 
     Its parts must have the classes named here. Inside them any tokenwise module will do.
     """
     if not (type(model) is Transformer and caches(model) and type(model.embed) is Embedding
             and type(model.position) in (Embedding, type(None))):
         return False
-    W = model.embed.weight.data
-    return (isinstance(W, np.ndarray) and W.dtype in (np.float32, np.float64)
+    return (isinstance(model.embed.weight.data, np.ndarray)
             and model.segment is model.embed_norm is None and model.norm is not None
             and type(model.drop) is Dropout and all(map(_decodes, model.blocks)))
 
@@ -57,12 +60,13 @@ def _decodes(block) -> bool:
             and type(block.drop) is Dropout)
 
 
-def decode(model: Transformer, token: int, cache) -> np.ndarray:
-    """Logits (V,) of the token after `token`. The keys and values of `token` enter the Cache.
+def decode(model: Transformer, tokens, cache) -> np.ndarray:  # (...) -> (..., V)
+    """Logits of what follows `tokens`, one for each text. Their keys and values enter the Cache.
 
-    Call it with the graph and dropout off: modules that are called as they are would use them.
+    tokens: integers (B,), or one for a single text. Call it with the graph and dropout off: modules
+    that are called as they are would use them.
     """
-    c, place, x = model.config, cache.length, model.embed.weight.data[token]
+    c, place, x = model.config, cache.length, model.embed.weight.data[tokens]
     if c.scaled_embedding:
         x = x * x.dtype.type(np.float32(math.sqrt(c.width)))
     angles = None
@@ -81,50 +85,58 @@ def decode(model: Transformer, token: int, cache) -> np.ndarray:
             x = x + (norm(block.end2, y) if block.norm_both else y)
     cache.length += 1
     logits = linear(model.head, norm(model.norm, x))
-    return c.logits_cap * np.tanh(logits / c.logits_cap) if c.logits_cap else logits
+    return ops.soft_cap(logits, c.logits_cap).data if c.logits_cap else logits
 
 
-def attend(m, x, angles, kept):  # (C,) -> (C,)
+def attend(m, x, angles, kept):  # (..., C) -> (..., C)
     """Attention of the newest token to all tokens so far."""
     q, k, v = linear(m.q, x), linear(m.k, x), linear(m.v, x)
     if m.qk_norm == "width":
         q, k = norm(m.q_norm, q), norm(m.k_norm, k)
-    q = q.reshape(m.kv_heads, m.heads // m.kv_heads, -1)  # (K, H/K, D)
-    k, v = k.reshape(m.kv_heads, 1, -1), v.reshape(m.kv_heads, 1, -1)  # (K, 1, D)
+    D = q.shape[-1] // m.heads
+    q = q.reshape(-1, m.kv_heads, m.heads // m.kv_heads, D)  # (B, K, H/K, D)
+    k, v = k.reshape(-1, m.kv_heads, 1, D), v.reshape(-1, m.kv_heads, 1, D)  # (B, K, 1, D)
     if m.qk_norm == "head":
         q, k = m.q_norm(Tensor(q)).data, m.k_norm(Tensor(k)).data
     if angles is not None and m.rotates:
         cos, sin = angles[-2:] if m.window else angles[:2]
         q, k = turn(q, cos, sin), turn(k, cos, sin)
-    k, v = kept.put(k[None], v[None])  # (1, K, S, D)
+    k, v = kept.put(k, v)  # (B, K, S, D)
     if m.window:
         k, v = k[:, :, -m.window :], v[:, :, -m.window :]
-    scale = m.scale or 1 / math.sqrt(q.shape[-1])
-    P = (q * scale) @ k[0].swapaxes(-1, -2)  # (K, H/K, S)
+    P = (wide(q) * (m.scale or 1 / math.sqrt(D))) @ wide(k).swapaxes(-1, -2)  # (B, K, H/K, S)
     if m.cap:
         P = m.cap * np.tanh(P / m.cap)
     P -= np.maximum.reduce(P, -1, keepdims=True)
     np.exp(P, out=P)
-    y = P @ v[0]
+    y = P @ wide(v)
     y /= np.add.reduce(P, -1, keepdims=True)
-    return linear(m.o, y.reshape(-1))
+    return linear(m.o, y.astype(x.dtype, copy=False).reshape(*x.shape[:-1], -1))
 
 
 def turn(x, cos, sin):
     """Rotary positions on (..., D)."""
-    a, b = np.split(x, 2, axis=-1)
+    half = cos.shape[-1]  # np.split would take as long as all that follows
+    a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def mlp(m, x):  # (C,) -> (C,)
+def mlp(m, x):  # (..., C) -> (..., C)
     if type(m) is not MLP:
         return m(Tensor(x)).data
-    return linear(m.down, gelu(m, x) if m.activation == "gelu_tanh" else m.inner(Tensor(x)).data)
-
-
-def gelu(m, x):  # (C,) -> (config.hidden,)
-    """plain_gelu_tanh(up(x)), in place."""
     h = linear(m.up, x)
+    if m.activation == "gelu_tanh":
+        h = gelu(h)
+    elif m.activation == "gelu":
+        h = ops.gelu(h).data
+    else:
+        h = m.gated(linear(m.gate, x), h).data
+    return linear(m.down, h)
+
+
+def gelu(x):
+    """plain_gelu_tanh(x), in place."""
+    h = wide(x)
     u = h * h
     u *= 0.044715 * math.sqrt(2 / math.pi)
     u += math.sqrt(2 / math.pi)
@@ -133,25 +145,26 @@ def gelu(m, x):  # (C,) -> (config.hidden,)
     u += 1
     u *= h
     u *= 0.5
-    return u
+    return u.astype(x.dtype, copy=False)
 
 
-def norm(m, x):  # (C,) -> (C,)
-    if type(m) is LayerNorm:
-        x = x - np.add.reduce(x) / x.size
-    elif type(m) is not RMSNorm:
+def norm(m, x):  # (..., C) -> (..., C)
+    if type(m) not in (LayerNorm, RMSNorm):
         return m(Tensor(x)).data
-    y = x * (1 / math.sqrt(x @ x / x.size + m.eps))
-    y *= m.weight.data + 1 if type(m) is RMSNorm and m.plus_one else m.weight.data
+    y, C = wide(x), x.shape[-1]
+    if type(m) is LayerNorm:
+        y = y - np.add.reduce(y, -1, keepdims=True) / C
+    y = y * (1 / np.sqrt(np.vecdot(y, y)[..., None] / C + m.eps))
+    y *= wide(m.weight.data) + 1 if type(m) is RMSNorm and m.plus_one else m.weight.data
     if type(m) is LayerNorm:
         y += m.bias.data
-    return y
+    return y.astype(x.dtype, copy=False)
 
 
-def linear(m, x):  # (I,) -> (O,)
+def linear(m, x):  # (..., I) -> (..., O)
     if type(m) is not Linear:
         return m(Tensor(x)).data
-    y = m.weight.data @ x
+    y = product(x, m.weight.data)
     if m.bias is not None:
         y += m.bias.data
     return y

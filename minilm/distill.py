@@ -187,6 +187,7 @@ class Distillation:
     def __init__(self, student: Transformer, teacher: Transformer, temperature: float = 2.0,
                  weights: tuple[float, float, float] = (5.0, 2.0, 1.0), masked_only: bool = False,
                  reverse: bool = False, top_k: int | None = None, seed: int = 0):
+        _require_transformers(student, teacher)
         ours, theirs = student.config, teacher.config
         ours.require_language("the student")
         theirs.require_language("the teacher")
@@ -250,6 +251,13 @@ class Distillation:
         return top_k(logits, self.top_k, self.temperature) if self.top_k is not None else logits
 
 
+def _require_transformers(*models):
+    for model in models:
+        if not isinstance(model, Transformer):
+            raise TypeError("student and teacher must be Transformers; there is one "
+                            f"{type(model).__name__}")
+
+
 def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = None) -> Transformer:
     """A new model: copies of the teacher's blocks at `layers`, of its embeddings and of its head.
 
@@ -265,8 +273,7 @@ def student_from_teacher(teacher: Transformer, layers: Sequence[int] | None = No
     >>> bool((ours == theirs).all()), ours is theirs
     (True, False)
     """
-    if not isinstance(teacher, Transformer):
-        raise TypeError(f"the teacher must be a Transformer, not an {type(teacher).__name__}")
+    _require_transformers(teacher)
     depth = teacher.config.layers
     layers = list(range(0, depth, 2) if layers is None else layers)
     whole = all(isinstance(n, int | np.integer) and type(n) is not bool for n in layers)

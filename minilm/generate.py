@@ -119,8 +119,8 @@ def logits_after(model, new, cache: Cache | None, fast: bool):  # (B, T) -> (B, 
     with no_grad(), no_dropout():
         if cache is None:
             logits = model(new).data[:, -1]
-        elif fast and new.shape == (1, 1) and (cache.length or not model.front.length):
-            logits = decode(model, new[0, 0], cache)[None]
+        elif fast and new.shape[1] == 1 and (cache.length or not model.front.length):
+            logits = decode(model, new[:, 0], cache)
         else:
             logits = model.logits(model.hidden(new, cache=cache)[:, -1]).data
     return to_device(logits, "cpu")

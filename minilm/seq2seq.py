@@ -28,7 +28,7 @@ from minilm.inputs import seen
 from minilm.nn import Dropout, Embedding, Linear, Module, RMSNorm
 from minilm.ranges import AT_LEAST_0, BELOW_1, check, one_of, whole
 from minilm.tensor import Tensor
-from minilm.transformer import Ends
+from minilm.transformer import Ends, Front
 
 SIZE = whole(1)._replace(words="positive")
 SIZES = ("vocab_size", "layers", "decoder_layers", "heads", "width", "hidden", "head_width")
@@ -250,6 +250,7 @@ class Reader(Module):
         self.embed, self.drop = model.embed, model.drop
         self.decoder, self.head = model.decoder, model.head
         self.texts, self.text_mask = texts, text_mask  # for each block (k, v): (B, H, S, D)
+        self.front, self.room = Front(), model.config.context  # for `generate`: nothing in front
 
     @property
     def blocks(self):

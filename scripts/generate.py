@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterable
 from itertools import islice, takewhile
 from pathlib import Path
 
-from minilm.backend import tune_allocator
+from minilm.backend import tune_allocator, use_huge_pages
 from minilm.command import Given, command, utf8
 from minilm.data import (
     Chat,
@@ -71,6 +71,7 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
     prompt = utf8("prompt", prompt)
     tune_allocator()
     folder, transformer = load(model, adapter)
+    use_huge_pages(tensor.data for _, tensor in transformer.named_tensors())
     tokenizer, V = load_tokenizer(folder / "tokenizer.json"), transformer.config.vocab_size
     bos, eos, _ = transformer.ends
     first = tokenizer.end if bos is None or bos >= V else bos

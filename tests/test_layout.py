@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
     {"extras", "backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together",
-     "stored", "ranges", "tensorfiles"},
+     "stored", "ranges", "tensorfiles", "vectors"},
     {"graph", "tensor", "ops", "activations", "attention", "losses"},
     {"rope", "config", "inputs", "nn", "block", "transformer", "seq2seq", "shapes", "cache",
      "decode", "generate", "dialogue"},
@@ -39,6 +39,7 @@ WITHIN = {  # the arrows inside a floor
     ("backend", "extras"),
     ("blas", "backend"),
     ("blas", "arrays"),
+    ("vectors", "arrays"),
     ("cuda", "backend"),
     ("cuda", "arrays"),
     ("tensor", "graph"),
@@ -63,6 +64,7 @@ WITHIN = {  # the arrows inside a floor
     ("seq2seq", "inputs"),
     ("decode", "block"),
     ("shapes", "config"),
+    ("seq2seq", "inputs"),
     ("seq2seq", "nn"),
     ("seq2seq", "transformer"),
     ("generate", "transformer"),

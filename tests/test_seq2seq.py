@@ -1,6 +1,8 @@
 """T5's laws: the bias depends on distances alone, padding changes nothing, the decoder takes no
 notice of what comes later, one by one is all at once; and what adapts a Transformer adapts it."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from conftest import close
@@ -10,11 +12,20 @@ from hypothesis import strategies as st
 from minilm import ops
 from minilm.cache import Cache
 from minilm.decode import caches
-from minilm.distill import student_from_teacher
+from minilm.distill import Distillation, student_from_teacher
 from minilm.generate import generate, stream
 from minilm.graph import no_grad
+from minilm.measure.losses import loss_of
 from minilm.optim import AdamW
-from minilm.peft import add_ia3, add_lora, merge_lora
+from minilm.peft import (
+    add_bottleneck,
+    add_ia3,
+    add_lora,
+    add_prefix,
+    add_prompt,
+    merge_lora,
+    train_top,
+)
 from minilm.peft.adapted import Adapter, insert_adapters
 from minilm.quantize import QuantizedLinear, quantize_model
 from minilm.seq2seq import T5, EncoderDecoder, Stack, bucket
@@ -247,8 +258,18 @@ def test_impossible_facts(changes, said):
 
 
 def test_what_is_for_transformers_alone_says_so():
-    with pytest.raises(TypeError, match="not an EncoderDecoder"):
-        student_from_teacher(model_of())
+    for make in (student_from_teacher, lambda model: Distillation(model, model)):
+        with pytest.raises(TypeError, match="must be Transformers; there is one EncoderDecoder"):
+            make(model_of())
+    model, rows = model_of(), (drawn(0, 2, 5), drawn(1, 2, 5), np.ones((2, 5), int))
+    trainer = Trainer(model, AdamW(model.parameters()))
+    for run in (partial(loss_of, model), trainer.evaluate, lambda *rows: trainer.step(0, rows)):
+        with pytest.raises(TypeError, match=r"its loss is train\.AnswerLoss"):
+            run(*rows)
+    for add in (partial(add_bottleneck, m=2), partial(add_prompt, length=2),
+                partial(add_prefix, length=2), partial(train_top, k=1)):
+        with pytest.raises(TypeError, match="for a Transformer, not for EncoderDecoder"):
+            add(model_of())
 
 
 def test_flags_are_flags():

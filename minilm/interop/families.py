@@ -171,7 +171,7 @@ PHI3 = LLAMA._replace(
     block=LLAMA.block | dict.fromkeys(("attention.q", "attention.k", "attention.v"),
                                       "self_attn.qkv_proj")
     | dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj"),
-    spelled=(head_width(), WINDOW, PHI3_ROTARY),
+    spelled=(head_width(), PHI3_ROTARY, WINDOW),
     harmless=(*LLAMA.harmless, "resid_pdrop", "embd_pdrop"),
     only=LLAMA.only | NO_BIAS,
     absent={"pad_token_id": 32000},

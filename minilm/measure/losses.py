@@ -11,6 +11,7 @@ from minilm.data.instructions import grouped
 from minilm.graph import no_dropout
 from minilm.losses import of_text
 from minilm.ranges import check, whole
+from minilm.seq2seq import EncoderDecoder
 from minilm.tensor import no_grad
 
 
@@ -44,6 +45,7 @@ def alike(model, targets, *mask, batch: int) -> Iterator[tuple[np.ndarray, int]]
     no row is twice as long as most are, rows come in their order and whole. So they do if the
     targets are (B,), of whole texts.
     """
+    refuse_two_texts(model)
     size, width = (*targets.shape, None)[:2]
     places = [(np.arange(size), width)]
     if width and not mask and getattr(getattr(model, "config", None), "causal", False):
@@ -56,6 +58,13 @@ def alike(model, targets, *mask, batch: int) -> Iterator[tuple[np.ndarray, int]]
         yield from ((rows[i : i + batch], n) for i in range(0, len(rows), batch))
 
 
+def refuse_two_texts(model):
+    """TypeError for a model that reads one text and writes another."""
+    if isinstance(model, EncoderDecoder):
+        raise TypeError("an EncoderDecoder's targets are no tokens that it reads: its loss is "
+                        "train.AnswerLoss")
+
+
 def refuse_seen_answers(model, tokens, targets):
     """ValueError if a masked model is asked for the next tokens, all of which it sees, or a model
     without a head for anything.
@@ -63,6 +72,7 @@ def refuse_seen_answers(model, tokens, targets):
     A masked model's task never looks like that: of eight neighbouring targets the corruption would
     have left each one in sight, and it leaves one in ten.
     """
+    refuse_two_texts(model)
     config = getattr(model, "config", None)
     if config is not None and config.head == "none":
         raise ValueError("this model has no head: its hidden states are no logits of targets")

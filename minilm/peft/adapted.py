@@ -26,6 +26,7 @@ from minilm.backend import array_module
 from minilm.nn import Linear, Module
 from minilm.quantize.linear import QuantizedLinear
 from minilm.tensor import Tensor
+from minilm.transformer import Transformer
 
 LINEAR = (Linear, QuantizedLinear)
 FRONT = "front"  # where a model has what is in front of the text
@@ -240,6 +241,12 @@ def chosen(model: Module, targets: str | Iterable[str]) -> dict[str, Linear | Qu
         names = sorted({path.rpartition(".")[2] for path in layers})
         raise ValueError(f"targets {wrong} match no layer; there are {names} and 'all-linear'")
     return {path: m for path, m in layers.items() if any(ends_with(path, t) for t in targets)}
+
+
+def require_transformer(model):
+    """TypeError for a model whose blocks lie elsewhere, such as an EncoderDecoder."""
+    if not isinstance(model, Transformer):
+        raise TypeError(f"this method is for a Transformer, not for {type(model).__name__}")
 
 
 def ends_with(path: str, target: str) -> bool:

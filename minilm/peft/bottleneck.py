@@ -25,7 +25,13 @@ import numpy as np
 
 from minilm import ops
 from minilm.nn import LayerNorm, Module
-from minilm.peft.adapted import Adapter, insert_adapters, placed, unadapted
+from minilm.peft.adapted import (
+    Adapter,
+    insert_adapters,
+    placed,
+    require_transformer,
+    unadapted,
+)
 from minilm.peft.retrained import retrained
 from minilm.ranges import check, one_of, whole
 from minilm.tensor import Tensor
@@ -83,6 +89,7 @@ def add_bottleneck(model: Module, m: int, form: str = "H", skip: int = 0, norms:
     >>> sum(p.size for p in model.parameters())  # 2 blocks x 2 x (2 C m + m + C)
     236
     """
+    require_transformer(model)
     layers, C = len(model.blocks), model.config.width
     check({"m": whole(1), "form": one_of("H", "P", "L"), "skip": whole(0, layers - 1),
            "activation": one_of(*NONLINEAR)}, m=m, form=form, skip=skip, activation=activation)

@@ -10,7 +10,7 @@ masks are those of the text alone; a mask never hides the rows.
 import numpy as np
 
 from minilm.backend import array_module
-from minilm.peft.adapted import FRONT, Adapter, insert_adapters
+from minilm.peft.adapted import FRONT, Adapter, insert_adapters, require_transformer
 from minilm.transformer import Transformer
 
 
@@ -38,6 +38,7 @@ def length_and_ids(model: Transformer, length, ids):
 
     ids are repeated or cut, as PEFT does it. ValueError if length does not fit, or for bad ids.
     """
+    require_transformer(model)
     if ids is not None:
         ids = np.asarray(ids)
         if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":

@@ -8,7 +8,7 @@ A tied head is the embedding, and stays frozen with it. So GPT-2 medium trains 2
 """
 
 from minilm.nn import Module
-from minilm.peft.adapted import adapted_layers
+from minilm.peft.adapted import adapted_layers, require_transformer
 from minilm.quantize.linear import QuantizedLinear
 from minilm.ranges import check, whole
 
@@ -24,6 +24,7 @@ def train_top(model: Module, k: int) -> Module:
     >>> sum(p.size for p in train_top(model, 2).parameters())  # 2 (12 C^2 + 13 C) + 2 C
     1760
     """
+    require_transformer(model)
     layers = len(model.blocks)
     check({"k": whole(1, layers)}, k=k)
     if adapted := list(adapted_layers(model)):

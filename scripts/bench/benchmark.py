@@ -1,6 +1,6 @@
 """Measure this project against PyTorch eager, PEFT and bitsandbytes on the same machine.
 
-    python scripts/bench/benchmark.py                 # everything, about fifteen minutes
+    python scripts/bench/benchmark.py                 # everything, about twenty minutes
     python scripts/bench/benchmark.py --rows train --configs S M --rounds 30
     python scripts/bench/benchmark.py --device cuda   # kernels and a QLoRA step on an NVIDIA GPU
 
@@ -8,10 +8,11 @@ Each contender runs in a process of its own. They take turns, A B A B ..., so th
 machine's speed affects both. A ratio is the other's median time over ours: above 1 we are faster.
 The lowest and the highest ratio of neighbouring turns stand beside it. Both sides use two cores; in
 the row `codes` both use one. The rows `qlora` and `paged` compare our own steps: LoRA's time over
-QLoRA's, and AdamW's over PagedAdamW's on threads, when everything fits in memory.
+QLoRA's, and AdamW's over PagedAdamW's on threads, when everything fits in memory. The row `llama`
+is generation and a LoRA step at a real size, see llama.py.
 
-Needs the extra `test` and, for `lora` and `codes`, the extra `peers`. gpu_table.py says how things
-are measured on a GPU; kernels/RESULTS.md has the results.
+Needs the extra `test` and, for `lora`, `codes` and `llama`, the extra `peers`. gpu_table.py says
+how things are measured on a GPU; kernels/RESULTS.md has the results.
 """
 
 import importlib.util
@@ -26,16 +27,19 @@ from multiprocessing import resource_tracker
 from typing import Literal, get_args
 
 from contenders import SHAPES, Shape, bitsandbytes_codes, our_codes, our_side, torch_side
+from llama import JOBS, our_llama, their_llama
 from tqdm import tqdm
 
 from minilm.extras import install
 
 GROWTH = Shape(6, 6, 384, 256, 8, 512), Shape(6, 6, 384, 1024, 2, 512)
-OnCPU = Literal["train", "lora", "qlora", "paged", "generate", "memory", "growth", "codes"]
+OnCPU = Literal["train", "lora", "qlora", "paged", "generate", "memory", "growth", "codes",
+                "llama"]
 OnGPU = Literal["dequantize", "quantize", "matmul", "lora", "reference", "attention", "swiglu",
                 "rms_norm", "adamw", "step", "pages"]
-OTHERS = {"torch": ("test", ("train", "lora", "generate", "memory", "growth", "codes")),
-          "peft": ("peers", ("lora",)), "bitsandbytes": ("peers", ("codes",))}
+OTHERS = {"torch": ("test", ("train", "lora", "generate", "memory", "growth", "codes", "llama")),
+          "peft": ("peers", ("lora", "llama")), "transformers": ("peers", ("llama",)),
+          "bitsandbytes": ("peers", ("codes",))}
 
 
 def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
@@ -70,7 +74,7 @@ def on_cpu(rows, configs, rounds, threads):
     print("| what | the other | minilm | ratio | lowest - highest |\n|---|---|---|---|---|")
     turns = partial(compare, rounds=rounds)
     for row in rows:
-        for name in configs if row not in ("growth", "codes") else ():
+        for name in configs if row not in ("growth", "codes", "llama") else ():
             shape = SHAPES[name]
             theirs, ours = (torch_side, row, shape), (our_side, row, shape, threads)
             if row == "memory":
@@ -91,6 +95,8 @@ def on_cpu(rows, configs, rounds, threads):
             for job in ("quantize", "dequantize"):
                 turns(f"{job} 4096 x 4096 to NF4", (bitsandbytes_codes, job, 4096),
                       (our_codes, job, 4096))
+        if row == "llama":
+            at_a_real_size(turns)
 
 
 def on_gpu(rows, rounds):
@@ -128,6 +134,14 @@ def growth_with_context(turns, threads):
     growth = [b / a for a, b in zip(short, long)]
     print(f"| growth of the step from T = 256 to 1024 | x{growth[0]:.3f} | x{growth[1]:.3f} | "
           f"{growth[1] / growth[0]:.3f} of PyTorch's | |")
+
+
+def at_a_real_size(turns):
+    """Print the jobs of llama.py, and how much longer generation takes on a busy machine."""
+    times = {job: turns(title, (their_llama, job), (our_llama, job))
+             for job, (title, *_) in JOBS.items()}
+    theirs, ours = (busy / alone for busy, alone in zip(times["busy"], times["float32"]))
+    print(f"| the busy machine's time, of the quiet one's | x{theirs:.2f} | x{ours:.2f} | | |")
 
 
 def compare(title, theirs, ours, rounds) -> tuple[float, float]:

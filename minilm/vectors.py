@@ -1,0 +1,103 @@
+"""x W^T for a few rows x and a large W, as generation needs it: memory sets the pace.
+
+A weight is used only once for each row, so what counts is how it comes from memory.
+
+* One row: a dot product for each row of W, which reads W in order. BLAS's matrix-vector product
+  walks along several rows of W side by side, which memory serves more slowly.
+* Several rows, or 16-bit weights: a part of W is fetched in order and kept in the L3 cache, as
+  float32 if it had 16 bits. BLAS would copy all of W through memory, into an order of its own,
+  which pays only if there are many rows.
+* Threads: the parts of a very large W lie ready for all. BLAS's threads wait for each other in
+  loops: on a busy machine each of them waits until another process has used up its time slice, at
+  every product. Here nobody waits for a thread that has not begun. Who computes a part does not
+  change its bits.
+
+Shapes: B rows, I in, O out, "..." any leading axes.
+"""
+
+import functools
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from minilm.arrays import one_dtype, rows, wide
+
+FEW = 16  # rows; a product of more is bound by arithmetic
+PART = 512 << 10  # weights: 2 MiB in float32. Smaller parts interrupt the reading too often
+SHARED = 1 << 20  # weights from which on it pays to wake another thread
+USED = 96 << 10  # weights that several rows use at once: 384 KiB, which the L2 cache holds
+THREADS = 4  # at most; memory serves more of them no faster
+
+
+def plain_product(x, W):
+    """The formula: x W^T in at least float32, rounded once."""
+    return (wide(x) @ wide(W).T).astype(x.dtype, copy=False)
+
+
+def product(x, W):  # (..., I), (O, I) -> (..., O)
+    """plain_product of NumPy arrays, up to the order of the sums. TypeError if dtypes differ.
+
+    The result for one row is the same, bit for bit, for any number of threads.
+
+    >>> product(np.array([1.0, 2.0]), np.array([[3.0, 4.0], [5.0, 6.0]]))
+    array([11., 17.])
+    """
+    one_dtype("linear", x=x, W=W)
+    X, (O, I) = wide(rows(x)), W.shape
+    if len(X) > FEW:
+        return plain_product(x, W)
+    y, step = np.empty((len(X), O), X.dtype), max(1, PART // I)
+
+    def part(i): _multiply(X, W[i : i + step], y[:, i : i + step])
+    _each(part, range(0, O, step), THREADS if W.size >= SHARED else 1)
+    return y.reshape(*x.shape[:-1], O).astype(x.dtype, copy=False)
+
+
+def _multiply(X, W, out):
+    """out = X W^T for a part of W: (B, I), (O, I), (B, O)."""
+    if len(X) == 1:
+        np.vecdot(wide(W), X, out=out[0])
+        return
+    W = W.astype(X.dtype)  # a copy in one go: the products below read in jumps
+    # OpenBLAS multiplies where the numbers lie, on one thread, up to 10^6 products and 1200 sums.
+    step = max(1, min(USED // W.shape[1], 10**6 // X.size, 1200 // len(X)))
+    for i in range(0, len(W), step):
+        np.matmul(X, W[i : i + step].T, out=out[:, i : i + step])
+
+
+def _each(work, parts, threads):
+    """work(part) for all parts, by this thread and by those that come to help."""
+    left, helpers = deque(parts), []
+    if threads > 1 and _cores() > 1:
+        count = min(threads, _cores(), len(left)) - 1
+        helpers = [_pool().submit(_take, work, left) for _ in range(count)]
+    _take(work, left)
+    for helper in helpers:
+        if not helper.cancel():  # it has begun
+            helper.result()
+
+
+def _take(work, left):
+    while True:
+        try:
+            part = left.popleft()
+        except IndexError:  # all are taken
+            return
+        work(part)
+
+
+@functools.cache
+def _pool():
+    return ThreadPoolExecutor(min(THREADS, _cores()) - 1)
+
+
+@functools.cache
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
