@@ -63,16 +63,12 @@ class MLP(Module):
 
     def inner(self, x):
         """The input of `down`: (..., C) -> (..., config.hidden)."""
-        if hasattr(self, "gate"):
-            return self.gated(self.gate(x), self.up(x))
+        if self.activation == "swiglu":
+            return ops.swiglu(self.gate(x), self.up(x))
+        if self.activation == "geglu_tanh":
+            return ops.gelu(self.gate(x), approximate="tanh") * self.up(x)
         form = "tanh" if self.activation == "gelu_tanh" else "none"
         return ops.gelu(self.up(x), approximate=form)
-
-    def gated(self, gate, up):
-        """The product of both: (..., config.hidden)."""
-        if self.activation == "swiglu":
-            return ops.swiglu(gate, up)
-        return ops.gelu(gate, approximate="tanh") * up
 
 
 class Block(Module):

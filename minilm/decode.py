@@ -124,13 +124,14 @@ def turn(x, cos, sin):
 def mlp(m, x):  # (..., C) -> (..., C)
     if type(m) is not MLP:
         return m(Tensor(x)).data
-    h = linear(m.up, x)
     if m.activation == "gelu_tanh":
-        h = gelu(h)
+        h = gelu(linear(m.up, x))
     elif m.activation == "gelu":
-        h = ops.gelu(h).data
-    else:
-        h = m.gated(linear(m.gate, x), h).data
+        h = ops.gelu(linear(m.up, x)).data
+    elif m.activation == "swiglu":
+        h = ops.swiglu(linear(m.gate, x), linear(m.up, x)).data
+    else:  # geglu_tanh
+        h = gelu(linear(m.gate, x)) * linear(m.up, x)
     return linear(m.down, h)
 
 

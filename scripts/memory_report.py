@@ -39,8 +39,7 @@ from minilm.picture import save_png
 from minilm.ranges import check, power_of_two, whole
 from minilm.transformer import Config
 
-LR = 1e-3
-RANGES = {"steps": whole(2), "rounds": whole(1), "page_size": power_of_two(4)}
+LR, RANGES = 1e-3, {"steps": whole(2), "rounds": whole(1), "page_size": power_of_two(4)}
 PASSING = ("activations", "workspace")
 
 

@@ -704,7 +704,7 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "bare" / "tokenizer.json").unlink()
     cases = {
         (): "no model in runs/*/model: run pretrain.py first, or give --model",
-        ("--model", "nowhere"): "nowhere/config.json",
+        ("--model", "nowhere"): "nowhere: there is no such folder",
         ("--model", tmp_path / "bare"): "tokenizer.json",
         ("--model", tmp_path / "bert"): "bert fills in masked tokens; only a causal model writes",
         (*model, "--temperature", "-1"): "temperature=-1.0: expected a number from 0 up",
