@@ -158,8 +158,8 @@ def with_own_biases(model):
     return model
 
 
-# For 200 steps on a Llama of 8 x 64, these rates of adalora, top and bottleneck were the best of two
-# or three; prompt and prefix learned a little more at 3e-1. bitfit's is a guess.
+# For 200 steps on a Llama of 8 x 64, these rates of adalora, top and bottleneck were the best of
+# two or three; prompt and prefix learned a little more at 3e-1. bitfit's is a guess.
 LOW_RANK = "r alpha dropout targets kind"
 METHODS = {
     "full": Method(1e-3, "", everything, whole=True),

@@ -118,10 +118,11 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
     if model and (widths != Widths() or given & {field.name for field in fields(Widths)}):
         raise ValueError(f"give either a model's folder or its widths, got both {model} and "
                          "--family, --layers, --width, ...")
-    config, bits = read_shape(model) if model else (make_config(widths, context), None)
+    in_front = added.length if {*USES["length"]} & {*method} else 0
+    config, bits = read_shape(model) if model else (
+        make_config(widths, context and context + in_front), None)
     if bits:
         method = of_codes(model, bits, method, given)
-    in_front = added.length if {*USES["length"]} & {*method} else 0
     length = config.context - in_front if context is None else context
     steps = [Step(config, m, batch, length, rank, targets_of(m, targets), dtype, checkpoint_every,
                   device, **vars(added)) for m in method]

@@ -354,6 +354,10 @@ def test_all_methods_side_by_side(tmp_path, capsys):
                   k=1, m=3, form="L", length=5) for name in NAMES]
     assert cells(table, "trained") == [f"{trainable(step):,}" for step in steps]
     assert cells(table, "total") == [amount(plan(step).total) for step in steps]
+    with pytest.raises(ValueError, match="1 to 54 tokens, without the 10 rows in front, got 60"):
+        main(tmp_path, method=("prefix",), context=60, added=plan_memory.Sizing(length=10))
+    main(None, Widths(layers=1, width=8), ("prefix",), context=60)  # a model with room for both
+    assert "parameters, 1 x 60 tokens" in capsys.readouterr().out
 
 
 def test_a_card_that_holds_some_of_the_methods(monkeypatch, capsys):
@@ -383,8 +387,6 @@ def test_widths_that_are_not_given_are_the_usual_ones():
     (dict(checkpoint_every=-1), "checkpoint_every must be at least 0, got -1"),
     (dict(context=0), "context must be positive, got 0"),
     (dict(method=("top",), added=plan_memory.Sizing(k=3)), "k must be 1 to 2, got 3"),
-    (dict(method=("prefix",), context=40, added=plan_memory.Sizing(length=40)),
-     "context must be 1 to 0 tokens, without the 40 rows in front, got 40"),
     (dict(method=("bottleneck",), added=plan_memory.Sizing(skip=2)), "skip must be 0 to 1, got 2"),
     (dict(rank=0), "rank must be 1 to 128, a layer's size; got 0"),
     (dict(rank=129), "rank must be 1 to 128, a layer's size; got 129"),
