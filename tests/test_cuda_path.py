@@ -122,8 +122,10 @@ def test_logits_and_gradients(cupy, family, dtype):
         same(p.grad, q.grad, dtype, scale=largest)  # those of k's bias cancel to nothing
 
 
-@pytest.mark.parametrize("on_card", [False, True])
-@pytest.mark.parametrize("family, pooler", [("bert", "tanh"), ("bert", "relu"), ("llama", None)])
+@pytest.mark.parametrize("family, pooler, on_card", [
+    pytest.param(family, pooler, on_card, id=f"{pooler}, sorted {'there' if there else 'here'}")
+    for family, pooler in [("bert", "tanh"), ("bert", "relu"), ("llama", None)]
+    for on_card in (False, True) for there in [on_card or family == "llama"]])
 def test_classes_of_texts(cupy, monkeypatch, family, pooler, on_card):
     """With padding by its id as well. Tokens, mask and segments are NumPy's, or on the card."""
     config = replace(FAMILIES[family], head="classes", labels=("a", "b"), pooler=pooler, padding=3)
