@@ -24,7 +24,7 @@ from test_interop_peft import (
     with_peers,
 )
 
-from minilm.files import read_json, read_tensors, write_json, write_tensors
+from minilm.files import read_json, write_json
 from minilm.interop.peft import load_adapter, save_adapter
 from minilm.optim import AdamW
 from minilm.peft import (
@@ -40,6 +40,7 @@ from minilm.peft import (
 from minilm.peft.adapted import adapted_layers, insert_adapters
 from minilm.peft.dora import row_norms
 from minilm.quantize import quantize_model
+from minilm.tensorfiles import read_tensors, write_tensors
 
 __all__ = ["peer", "theirs"]  # fixtures
 ADD = {"dora": add_dora, "adalora": add_adalora}
@@ -252,6 +253,28 @@ def test_adapters_that_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="PEFT has one lora_alpha, init_r and lora_dropout"):
         save_adapter(insert_adapters(base("llama"), "default", parts), path)
     assert not path.exists()
+
+
+@methods
+def test_numpy_s_numbers_are_written_as_json_s(tmp_path, method):
+    settings = {"rslora": np.True_} if method == "dora" else {}
+    model = adapted("llama", method, r=np.int64(2), alpha=np.float64(3), dropout=np.float32(0.5),
+                    **settings)
+    save_adapter(model, tmp_path)
+    assert found(load_adapter(base("llama"), tmp_path)) == found(model)
+
+
+@pytest.mark.parametrize("given", ["yes", None, 1])
+def test_rslora_is_true_or_false(given):
+    with pytest.raises(TypeError, match=f"rslora must be True or False, got {given!r}"):
+        add_lora(base("llama"), 2, 3, rslora=given)
+
+
+@pytest.mark.parametrize("alpha", [0, -3.0])
+def test_adalora_s_alpha_is_positive(alpha):
+    """PEFT would take the rank in its place."""
+    with pytest.raises(ValueError, match=f"alpha must be positive and finite, got {alpha}"):
+        add_adalora(base("llama"), 2, alpha)
 
 
 @with_peers

@@ -21,6 +21,7 @@ from minilm.peft.adapted import placed
 from minilm.peft.prefix import Prefix, Rows
 from minilm.peft.prompt import Prompt
 from minilm.tensor import no_grad
+from minilm.transformer import Transformer
 
 KEY = "prompt_embeddings"
 
@@ -77,6 +78,9 @@ FRONTS = {
 
 def read_front(path, file, method: FrontFormat, config, arrays, model):
     """The adapter in the folder. FormatError if it is not one for this model."""
+    if not isinstance(model, Transformer):
+        raise FormatError(path, "peft_type is of rows in front of a Transformer's text, but this "
+                                f"model is an {type(model).__name__}")
     c, p = model.config, config["num_virtual_tokens"]
     dim, heads, width = method.sizes(c)
     expected = {"token_dim": dim, "num_attention_heads": heads, "num_layers": c.layers}

@@ -20,7 +20,7 @@ from minilm.backend import to_device
 from minilm.files import FormatError
 from minilm.interop.families import Family
 from minilm.interop.huggingface import finite, turned
-from minilm.interop.peft_config import trained_whole
+from minilm.interop.peft_config import IDLE, SHARED, trained_whole
 from minilm.interop.peft_formats import shortest_end
 from minilm.peft.adapted import placed
 from minilm.peft.retrained import Retrained, with_tensors
@@ -107,6 +107,8 @@ class Whole:
                 getattr(layer, kind, None) is not getattr(self.bases[path], kind, None)
                 for path, layer in layers.items())]
             below = f"{module}.base_layer" if module in adapted else module
+            if own and module == SHARED:
+                raise ValueError(f"{SHARED} cannot be saved: {IDLE}")
             if "weight" in own and module not in adapted:
                 own = [kind for kind in KINDS if self.shape(module, kind)]
                 saved.append(module)
