@@ -262,7 +262,7 @@ def test_what_is_refused():
     model = add_adalora(make("gpt2"), 3, 6)
     with pytest.raises(ValueError, match="the optimizer does not hold all adapters"):
         Budget(model, AdamW(model.parameters()[1:]), 2, 20)
-    with pytest.raises(TypeError, match="optimizer must be AdamW, SGD or their like, got a NoneType"):
+    with pytest.raises(TypeError, match="optimizer must be AdamW, SGD or their like, got a None"):
         Budget(model, None, 2, 20)
     lora = add_lora(make("gpt2"), 2, 4)
     for broken in (orthogonality, lambda m: Budget(m, AdamW(m.parameters()), 2, 20)):
