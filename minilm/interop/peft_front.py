@@ -6,8 +6,9 @@ The folder holds one table, prompt_embeddings:
     PREFIX_TUNING    (p, 2 L K D): for each row k and v of layer 0, k and v of layer 1, ..
 
 With classes (SEQ_CLS) PEFT trains the classifier too, and keeps it as base_model.<module>.weight.
-That goes for models that look at a text's last token. The others look at the first one: in PEFT it
-is the first row, here the first of the text.
+That goes for models that look at a text's last token; behind a prompt PEFT looks at the last row,
+even if that is padding, so there texts are padded on the left. Other models look at the first one:
+in PEFT it is the first row, here the first token of the text.
 
 With prefix_projection PEFT trains an MLP, but it saves what the MLP gives, as a prefix here is
 saved too. P_TUNING is refused: an encoder makes its rows, and is not in the folder.
