@@ -230,11 +230,12 @@ class EncoderDecoder(Module):
     def shifted(self, targets, ignore_index: int = -100):  # (B, T) -> (B, T)
         """The decoder's tokens for these targets: start, and all targets but the last.
 
-        In place of an ignored target stands start, which is T5's padding.
+        In place of an ignored target stands the padding; start, if the folder names none.
         """
         targets = np.asarray(targets)
         before = np.full_like(targets, self.config.start)
-        before[:, 1:] = np.where(targets == ignore_index, self.config.start, targets)[:, :-1]
+        padding = self.config.start if self.ends.pad is None else self.ends.pad
+        before[:, 1:] = np.where(targets == ignore_index, padding, targets)[:, :-1]
         return before
 
 

@@ -3,7 +3,8 @@
 A weight is used only once for each row, so what counts is how it comes from memory.
 
 * One row: a dot product for each row of W, which reads W in order. BLAS's matrix-vector product
-  walks along several rows of W side by side, which memory serves more slowly.
+  walks along several rows of W side by side, which memory serves more slowly; if W is so small that
+  a cache may have it, that is faster, and BLAS takes no thread for it.
 * Several rows, or 16-bit weights: a part of W is fetched in order and kept in the L3 cache, as
   float32 if it had 16 bits. BLAS would copy all of W through memory, into an order of its own,
   which pays only if there are many rows.
@@ -26,6 +27,7 @@ from minilm.arrays import one_dtype, rows, wide
 
 FEW = 16  # rows; a product of more is bound by arithmetic
 PART = 512 << 10  # weights: 2 MiB in float32. Smaller parts interrupt the reading too often
+SMALL = 128 << 10  # weights that BLAS multiplies with one row
 SHARED = 1 << 20  # weights from which on it pays to wake another thread
 USED = 96 << 10  # weights that several rows use at once: 384 KiB, which the L2 cache holds
 THREADS = 4  # at most; memory serves more of them no faster
@@ -46,7 +48,7 @@ def product(x, W):  # (..., I), (O, I) -> (..., O)
     """
     one_dtype("linear", x=x, W=W)
     X, (O, I) = wide(rows(x)), W.shape
-    if len(X) > FEW:
+    if len(X) > FEW or (len(X) == 1 and W.size <= SMALL and W.itemsize > 2):
         return plain_product(x, W)
     y, step = np.empty((len(X), O), X.dtype), max(1, PART // I)
 

@@ -232,6 +232,51 @@ def test_poolers(peer, tmp_path, name):
         tmp_path / "again" / "model.safetensors"))
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][0] != "GPT2Model"])
+@pytest.mark.parametrize("named", [None, []])
+def test_keys_show_a_head_that_is_not_named(peer, tmp_path, name, named):
+    """GPT-2's body alone is excepted: its head would be the embedding, which is there."""
+    theirs = made(peer, CASES[name][0], CASES[name][1] | UNTIED, tmp_path)
+    raw = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", raw | {"architectures": named})
+    ours, tokens = load_model(tmp_path), text(theirs, MASKS["none"])
+    agree(ours(tokens).data, run(peer, theirs, tokens, MASKS["none"]), 3e-6)
+    save_model(ours, tmp_path / "b")
+    assert read_json(tmp_path / "b" / "config.json")["architectures"] == [CASES[name][0]]
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "llama, tied"])
+def test_a_trained_head_is_read_as_transformers_reads_it(peer, tmp_path, name):
+    """config.json says that it is tied; the numbers say otherwise."""
+    theirs = made(peer, *CASES[name], tmp_path)
+    head = {"distilbert": "vocab_projector", "roberta": "lm_head.decoder", "llama, tied": "lm_head",
+            "bert": "cls.predictions.decoder"}[name] + ".weight"
+    file = tmp_path / "model.safetensors"
+    write_tensors(file, read_tensors(file) | {
+        head: theirs.get_input_embeddings().weight.detach().numpy() + 0.1})
+    again = type(theirs).from_pretrained(tmp_path).eval()
+    tokens, mask = text(theirs, MASKS["left"]), MASKS["left"]
+    expected = run(peer, again, tokens, mask).detach().numpy()[mask == 1]
+    assert np.abs(expected - run(peer, theirs, tokens, mask).detach().numpy()[mask == 1]).max() > 0.05
+    ours = load_model(tmp_path)
+    agree(ours(tokens, mask).data[mask == 1], expected, 3e-6)
+    save_model(ours, tmp_path / "b")
+    again = type(theirs).from_pretrained(tmp_path / "b").eval()
+    agree(run(peer, again, tokens, mask).detach().numpy()[mask == 1], expected)
+
+
+@pytest.mark.parametrize("name, buffers", [
+    ("llama", ["model.rotary_emb.inv_freq"]), ("llama, bare", ["rotary_emb.inv_freq"]),
+    ("bert", ["bert.embeddings.token_type_ids"]), ("roberta", [
+        "roberta.embeddings.token_type_ids", "roberta.embeddings.position_ids"])])
+def test_buffers_do_not_matter(peer, tmp_path, name, buffers):
+    made(peer, *CASES[name], tmp_path)
+    tokens, file = np.full((1, 5), 7), tmp_path / "model.safetensors"
+    expected = load_model(tmp_path)(tokens).data
+    write_tensors(file, read_tensors(file) | {key: np.ones(8, np.float32) for key in buffers})
+    assert np.array_equal(load_model(tmp_path)(tokens).data, expected)
+
+
 def test_a_prefix_may_be_left_in_front_of_a_bare_models_keys(peer, tmp_path):
     theirs = made(peer, "BertModel", BERT, tmp_path)
     file, tokens = tmp_path / "model.safetensors", text(theirs, MASKS["none"])

@@ -515,14 +515,26 @@ def test_gpt2_weights_the_wrong_way_round(edit):
 
 def test_refused_copies_and_spellings(edit):
     embed = "transformer.wte.weight"
-    folder = edit("gpt2", lambda t: t | {"lm_head.weight": t[embed] + 1})
-    expect(folder, folder / "model.safetensors", "lm_head.weight", embed)
     folder = edit("gpt2", lambda t: t | {"wte.weight": t[embed]})
     expect(folder, folder / "model.safetensors", embed, "two spellings")
     folder = edit("bert", lambda t: t | {"cls.predictions.bias": t["cls.predictions.bias"] + 1})
     expect(folder, folder / "model.safetensors", "cls.predictions.bias")
     folder = edit("gpt2", tie_word_embeddings=False)
     expect(folder, folder / "model.safetensors", "missing keys: lm_head.weight")
+
+
+@pytest.mark.parametrize("name, head, embed", [
+    ("gpt2", "lm_head", "transformer.wte"), ("llama-gqa", "lm_head", "model.embed_tokens"),
+    ("bert", "cls.predictions.decoder", "bert.embeddings.word_embeddings")])
+def test_a_head_of_other_numbers_is_not_tied(saved, edit, tmp_path, name, head, embed):
+    folder = edit(name, lambda t: t | {f"{head}.weight": t[f"{embed}.weight"] + 1})
+    model = load_model(folder)
+    own = model.head.out if model.config.head == "masked" else model.head
+    assert model.config == dataclasses.replace(saved[name][0].config, tied=False)
+    assert np.array_equal(own.weight.data, model.embed.weight.data + 1)
+    save_model(model, tmp_path / "again")
+    assert read_json(tmp_path / "again" / "config.json")["tie_word_embeddings"] is False
+    assert same(load_model(tmp_path / "again"), model)
 
 
 def test_many_wrong_keys_make_a_short_message(edit):

@@ -97,7 +97,7 @@ def test_the_model_wins_over_what_is_remembered(tmp_path):
     model.ends = Ends(None, (9,), 8)
     save_model(model, tmp_path / "b")
     assert read_json(tmp_path / "b" / "config.json").items() >= {
-        "bos_token_id": None, "eos_token_id": 9, "pad_token_id": 8}.items()
+        "bos_token_id": None, "eos_token_id": 9, "pad_token_id": None}.items()
     assert read_json(tmp_path / "b" / "generation_config.json") == {
         "temperature": 0.6, "top_p": 0.9, "do_sample": True, "eos_token_id": 9, "pad_token_id": 8}
     assert load_model(tmp_path / "b").ends == model.ends
@@ -138,6 +138,27 @@ def family_folder(path, kind, config):
                 tensors[f"model.layers.{i}.{joined}.weight"] = np.concatenate(rows)
         write_tensors(file, tensors)
     return path
+
+
+def test_config_json_keeps_its_words(tmp_path):
+    """As long as they still say what the model is."""
+    words = {"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 500,
+             "sliding_window": 99, "eos_token_id": [7], "hidden_act": "swish"}
+    folder = folder_of(tmp_path / "a", model_type="mistral", **words)
+    raw = read_json(folder / "config.json")
+    for field in ("rope_parameters", "head_dim", "attention_bias", "mlp_bias"):
+        del raw[field]
+    write_json(folder / "config.json", raw)
+    write_json(folder / "generation_config.json", {"eos_token_id": [7], "top_k": 3})
+    save_model(load_model(folder), tmp_path / "b")
+    found = read_json(tmp_path / "b" / "config.json")
+    assert found == raw | {"architectures": ["MistralForCausalLM"]}
+    generation = read_json(tmp_path / "b" / "generation_config.json")
+    assert generation == {"eos_token_id": [7], "top_k": 3}
+    save_model(student_from_teacher(load_model(folder), [1]), tmp_path / "c")
+    found = read_json(tmp_path / "c" / "config.json")
+    assert found["num_hidden_layers"] == 1 and found["hidden_act"] == "silu"
+    assert load_model(tmp_path / "c").config.rope == load_model(folder).config.rope
 
 
 def test_a_model_of_another_family_now_is_saved_as_that(tmp_path):

@@ -30,6 +30,7 @@ CASES = {  # name -> (changes of BASE, has it a head of its own?)
     "v1.1, tied": (V11, False),  # what version 5 of transformers makes of such a config
     "more decoder": (dict(num_layers=1, relative_attention_num_buckets=6), False),
     "another start": (dict(decoder_start_token_id=4, d_kv=8), False),
+    "another padding": (dict(pad_token_id=2), False),
 }
 rng = np.random.default_rng(3)
 TOKENS, WRITTEN = rng.integers(3, 23, (3, 20)), rng.integers(3, 23, (3, 15))

@@ -28,7 +28,8 @@ def draw(seed, dtype, *shapes):
 
 def small(cores=3):
     """Parts of a few rows, which all threads share, on any machine."""
-    return mock.patch.multiple(vectors, PART=40, SHARED=50, USED=20, _cores=lambda: cores)
+    return mock.patch.multiple(vectors, SMALL=0, PART=40, SHARED=50, USED=20,
+                               _cores=lambda: cores)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,6 +69,13 @@ def test_a_row_has_the_same_bits_in_any_parts(seed, dtype, O, I):
     with small():
         alone = np.concatenate([product(x, W[i : i + 1]) for i in range(O)])
         assert product(x, W).tobytes() == alone.tobytes()
+
+
+def test_one_row_and_a_small_weight_go_to_blas():
+    x, W, V = draw(0, "float32", (512,), (256, 512), (257, 512))
+    assert product(x, W).tobytes() == plain_product(x, W).tobytes()
+    with mock.patch.object(vectors, "plain_product", None):  # a larger one does not
+        product(x, V)
 
 
 @given(seed=seeds, dtype=dtypes)

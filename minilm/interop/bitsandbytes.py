@@ -64,8 +64,8 @@ def load_model(
     require_folder(path)
     raw = read_json(path / "config.json")
     settings = read_settings(path / "config.json", raw)
-    family, config = parse(path, raw | {"quantization_config": None})
     with open_arrays(path) as (file, stored):
+        family, config = parse(path, raw | {"quantization_config": None}, stored)
         arrays, weights = take_weights(file, stored, settings.bits)
         model = build(family, replace(config, dropout=dropout), file, arrays, dtype)
         layers = {p: m for p, m in model.named_modules()

@@ -54,6 +54,21 @@ def read_config(raw) -> tuple[Family, Config]:
     return family, family.config(**facts)
 
 
+def read_folder(raw, keys=None) -> tuple[Family, Config]:
+    """As read_config, for weights with these keys. If raw names no architecture, they show the
+    head; a tied one over the vocabulary has no key."""
+    family, c = read_config(raw)
+    if raw.get("architectures") or keys is None:
+        return family, c
+    heads, masked = HEADS[raw["model_type"]], c.head == "masked"
+    own = family.modules["head.transform" if masked else "head"]
+    if f"{heads['classes'].modules['head']}.weight" in keys:
+        family = heads["classes"]
+    elif f"{own}.weight" not in keys and (masked or not c.tied):
+        family = heads["none"]
+    return read_config(raw | {"architectures": [family.architecture]})
+
+
 def describe_config(c: Config, wanted: str | None = None) -> tuple[Family, dict]:
     """The first family that expresses c, and its config.json; of the wanted model_type if that
     does. ValueError if there is none, which says what the nearest one cannot express."""

@@ -32,20 +32,22 @@ def read_ends(folder: Path) -> Ends:
     return Ends(bos, found.get("eos", ()), pad)
 
 
-def describe_ends(ends: Ends) -> dict:
+def describe_ends(ends: Ends, before=()) -> dict:
     """The fields of config.json and generation_config.json.
 
     An id that is not known is null: left out, it would become the one of the architecture's first
-    model, such as GPT-2's 50256.
+    model, such as GPT-2's 50256. before: the fields until now, if a list of one should stay a list.
     """
     eos = ends.eos[0] if len(ends.eos) == 1 else list(ends.eos) or None
+    if before and before.get(FIELDS["eos"]) == [eos]:
+        eos = [eos]
     return {FIELDS["bos"]: ends.bos, FIELDS["eos"]: eos, FIELDS["pad"]: ends.pad}
 
 
 def with_ends(raw: dict, ends: Ends) -> dict:
     """config.json with the ends. Its pad_token_id stays if it has one: there it is the id that the
     embedding does not train (Config.padding), which need not fill up texts."""
-    return raw | describe_ends(ends._replace(pad=raw.get(FIELDS["pad"], ends.pad)))
+    return raw | describe_ends(ends._replace(pad=raw.get(FIELDS["pad"], ends.pad)), raw)
 
 
 def ends_of(model, tokenizer) -> Ends:

@@ -115,7 +115,7 @@ LLAMA = Family(
     harmless=(*HARMLESS, "attention_dropout", "pretraining_tp"),
     only={"partial_rotary_factor": 1.0, "is_causal": True},
     respell={r"^(?=(embed_tokens|norm|layers\.\d+)\.)": "model."},
-    ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
+    ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"),
 )
 
 NO_BIAS = {"attention_bias": False, "mlp_bias": False}
@@ -235,8 +235,9 @@ BERT = Family(
     absent={"pad_token_id": 0},
     respell={r"\.gamma$": ".weight", r"\.beta$": ".bias"},
     copies={"cls.predictions.bias": "cls.predictions.decoder.bias"},
-    ignored=("bert.embeddings.position_ids", "bert.pooler.dense.weight", "bert.pooler.dense.bias",
-             "cls.seq_relationship.weight", "cls.seq_relationship.bias"),
+    ignored=("bert.embeddings.position_ids", "bert.embeddings.token_type_ids",
+             "bert.pooler.dense.weight", "bert.pooler.dense.bias", "cls.seq_relationship.weight",
+             "cls.seq_relationship.bias"),
 )
 
 DISTILBERT = Family(
@@ -275,8 +276,8 @@ ROBERTA = BERT._replace(
     spelled=(COUNTED,),
     absent={"pad_token_id": 1},
     copies={"lm_head.bias": "lm_head.decoder.bias"},
-    ignored=("roberta.embeddings.position_ids", "roberta.pooler.dense.weight",
-             "roberta.pooler.dense.bias"),
+    ignored=("roberta.embeddings.position_ids", "roberta.embeddings.token_type_ids",
+             "roberta.pooler.dense.weight", "roberta.pooler.dense.bias"),
 )
 
 XLM_ROBERTA = ROBERTA._replace(architecture="XLMRobertaForMaskedLM")

@@ -18,13 +18,14 @@ import numpy as np
 from minilm.backend import to_device
 from minilm.config import Config
 from minilm.files import FormatError, json_bytes, read_json
-from minilm.interop.config_json import describe_config, read_config
+from minilm.interop.config_json import describe_config, read_folder
 from minilm.interop.ends import ends_of, read_ends, tokenizer_fields, with_ends
 from minilm.interop.families import Family
 from minilm.interop.remembered import (
     generation_config,
     kept_fields,
     model_type,
+    own_spelling,
     remember,
     tokenizer_files,
 )
@@ -32,7 +33,7 @@ from minilm.interop.shards import open_arrays, require_folder, some
 from minilm.nn import Embedding, Linear
 from minilm.peft.adapted import AdaptedLinear
 from minilm.quantize.linear import QuantizedLinear
-from minilm.tensorfiles import tensor_parts
+from minilm.tensorfiles import Stored, tensor_parts
 from minilm.together import settle, write_together
 from minilm.transformer import Transformer
 
@@ -53,8 +54,9 @@ def load_model(
     """
     settle(path := Path(path))
     require_folder(path)
-    family, config = parse(path, read_json(path / "config.json"))
+    raw = read_json(path / "config.json")
     with open_arrays(path) as (file, arrays):
+        family, config = parse(path, raw, arrays)
         return build(family, replace(config, dropout=dropout), file, arrays, dtype)
 
 
@@ -74,10 +76,11 @@ def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> N
     write_folder(model, path, raw, arrays_of(model, family), tokenizer)
 
 
-def parse(folder: Path, raw) -> tuple[Family, Config]:
-    """What the folder's config.json describes; FormatError if Transformer cannot express it."""
+def parse(folder: Path, raw, keys=None) -> tuple[Family, Config]:
+    """What config.json describes, for weights with these keys if they are known. FormatError if
+    Transformer cannot express it."""
     try:
-        return read_config(raw)
+        return read_folder(raw, keys)
     except ValueError as error:
         raise FormatError(folder / "config.json", str(error)) from None
 
@@ -106,7 +109,7 @@ def build(family: Family, config: Config, file: Path, arrays: dict, dtype: str) 
     if config.layers > len(arrays):
         raise FormatError(file.with_name("config.json"), f"{family.fields['layers']} is "
                           f"{config.layers}, but {file.name} holds {len(arrays)} tensors")
-    arrays = _normalised(file, arrays, family, config)
+    arrays, config = _normalised(file, arrays, family, config)
     pooler = f"{family.modules.get('pooler.dense')}.weight"
     if config.head == "none" and pooler not in arrays:  # transformers' add_pooling_layer=False
         config = replace(config, pooler=None)
@@ -136,7 +139,9 @@ def finite(file: Path, key: str, array, dtype):
 
 def describe(model: Transformer) -> tuple[Family, dict]:
     """The model's family and its config.json; ValueError if no family expresses its Config."""
-    family, raw = describe_config(as_it_is(model), model_type(model.origin))
+    c = as_it_is(model)
+    family, raw = describe_config(c, model_type(model.origin))
+    raw = own_spelling(model.origin, family, c) or raw
     _, first = next(model.named_tensors())
     raw["dtype"] = raw["torch_dtype"] = first.dtype.name  # torch_dtype before version 5
     raw = with_ends(raw, model.ends)
@@ -213,8 +218,12 @@ def turned(key, array):
     return array.T if ".c_" in key else array
 
 
-def _normalised(file, arrays, family: Family, c: Config) -> dict:
-    """The arrays under today's keys, each once, without those that are ignored."""
+def _normalised(file, arrays, family: Family, c: Config) -> tuple[dict, Config]:
+    """The arrays under today's keys, each once, without those that are ignored; and c.
+
+    As in transformers since version 5, a head beside the embedding that has other numbers is not
+    tied to it, whatever config.json says: somebody trained it.
+    """
     plain = {}
     for key, array in arrays.items():
         for pattern, replacement in family.respell.items():
@@ -224,14 +233,21 @@ def _normalised(file, arrays, family: Family, c: Config) -> dict:
         plain[key] = array
     ignored = "|".join(re.escape(key).replace(r"\{i\}", r"\d+") for key in family.ignored)
     plain = {key: array for key, array in plain.items() if not re.fullmatch(ignored, key)}
-    head = family.modules.get("head.out" if c.head == "masked" else "head")
-    tied = {f"{head}.weight": f"{family.modules['embed']}.weight"} if c.shared else {}
-    for copy, key in (family.copies | tied).items():
+    copies = family.copies
+    if c.shared:
+        head = f"{family.modules['head.out' if c.head == 'masked' else 'head']}.weight"
+        embed = f"{family.modules['embed']}.weight"
+        both = [plain.get(key) for key in (head, embed)]
+        if all(isinstance(array, Stored) for array in both) and not both[0].equals(both[1]):
+            c = replace(c, tied=False)
+        else:
+            copies = copies | {head: embed}
+    for copy, key in copies.items():
         same = copy not in plain or plain.setdefault(key, plain[copy]).equals(plain[copy])
         if not same and c.tied:  # an untied model's copy does not act
             raise FormatError(file, f"{copy} differs from {key}, of which it should be a copy")
         plain.pop(copy, None)
-    return plain
+    return plain, c
 
 
 def _shapes(c: Config, family: Family) -> dict:

@@ -7,9 +7,12 @@ Config, its dtype, its ends. If its Config is none of the family any more, nothi
 counts.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
+from minilm.config import Config
 from minilm.files import json_bytes, read_bytes
+from minilm.interop.config_json import read_config
 from minilm.interop.ends import FIELDS, describe_ends
 from minilm.interop.families import FAMILIES, Family
 from minilm.interop.heads import HEADS
@@ -23,7 +26,7 @@ TOKENIZER_FILES = (
 GONE = ("quantization_config", "auto_map")  # of the weights as they were; of programs there
 
 START = "decoder_start_token_id"  # T5's
-IDS = (*FIELDS.values(), START)
+IDS, PAD = (*FIELDS.values(), START), FIELDS["pad"]
 
 Origin = tuple[tuple[str, bytes], ...]
 
@@ -50,14 +53,30 @@ def kept_fields(origin: Origin, family: Family) -> dict:
     return {field: value for field, value in kept.items() if field not in read}
 
 
+def own_spelling(origin: Origin, family: Family, c: Config) -> dict:
+    """The folder's config.json in its own words, if the family still says c with them; else {}."""
+    raw = {field: value for field, value in _fields(origin, CONFIG).items() if field not in GONE}
+    raw["architectures"] = [family.architecture]
+    try:
+        read, said = read_config(raw)
+        said = replace(said, dropout=c.dropout, pooler=said.pooler if c.pooler else None)
+    except ValueError:
+        return {}
+    if read is not family or said != c:
+        return {}
+    if PAD in family.fields.values():
+        return raw | {PAD: c.padding}
+    return {field: value for field, value in raw.items() if field != PAD}  # ends.py says it
+
+
 def generation_config(folder: Path, raw: dict, ends: Ends, origin: Origin) -> dict[str, bytes]:
     """{file: bytes} for a folder whose config.json gets the fields `raw`.
 
     With nothing to say there is no such file, unless an older model left one: its ids would win.
     """
-    ids = describe_ends(ends) | {START: raw.get(START)}
-    ids = {field: id for field, id in ids.items() if id is not None}
     kept = _fields(origin, GENERATION)
+    ids = describe_ends(ends, kept) | {START: raw.get(START)}
+    ids = {field: id for field, id in ids.items() if id is not None}
     fields = ids | {field: value for field, value in kept.items() if field not in IDS}
     return {GENERATION: json_bytes(fields)} if fields or (folder / GENERATION).exists() else {}
 

@@ -45,9 +45,9 @@ def sizes(path: str | os.PathLike, dtype: str = "float32") -> Sizes:
     """
     settle(path := Path(path))
     require_folder(path)
-    family, config, settings = _described(path)
-    size, shapes, coded = np.dtype(dtype).itemsize, tensor_shapes(config), {}
     with open_arrays(path) as (file, arrays):
+        family, config, settings = _described(path, arrays)
+        size, shapes, coded = np.dtype(dtype).itemsize, tensor_shapes(config), {}
         stored = sum(tensor.nbytes for tensor in arrays.values())
         plain = arrays
         if settings:
@@ -66,13 +66,13 @@ def sizes(path: str | os.PathLike, dtype: str = "float32") -> Sizes:
     return Sizes(stored, weights + sum(held), max([largest, *held]))
 
 
-def _described(path):
+def _described(path, keys=None):
     """(family, Config, the settings of a quantization or None)"""
     raw = read_json(path / "config.json")
     if not isinstance(raw, dict) or raw.get("quantization_config") is None:
-        return *parse(path, raw), None
+        return *parse(path, raw, keys), None
     settings = read_settings(path / "config.json", raw)
-    family, config = parse(path, raw | {"quantization_config": None})
+    family, config = parse(path, raw | {"quantization_config": None}, keys)
     return family, config, settings
 
 
