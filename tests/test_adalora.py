@@ -262,6 +262,8 @@ def test_what_is_refused():
     model = add_adalora(make("gpt2"), 3, 6)
     with pytest.raises(ValueError, match="the optimizer does not hold all adapters"):
         Budget(model, AdamW(model.parameters()[1:]), 2, 20)
+    with pytest.raises(TypeError, match="optimizer must be AdamW, SGD or their like, got a None"):
+        Budget(model, None, 2, 20)
     lora = add_lora(make("gpt2"), 2, 4)
     for broken in (orthogonality, lambda m: Budget(m, AdamW(m.parameters()), 2, 20)):
         with pytest.raises(ValueError, match="no AdaLoRA adapter acts"):
@@ -272,7 +274,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"P must be \(O, r\), lam \(r, 1\) and Q"):
         AdaLoRA(one((4, 2)), one(2), one((2, 3)), 1)
     for settings, text in ((dict(r=17), "r must be 1 to 16"), (dict(targets="w"), "match no layer"),
-                           (dict(alpha=np.inf), "alpha must be finite")):
+                           (dict(alpha=np.inf), "alpha must be positive and finite")):
         model = make("gpt2")
         with pytest.raises(ValueError, match=text):
             add_adalora(model, **dict(r=2, alpha=4) | settings)

@@ -31,6 +31,7 @@ from minilm.generate import generate
 from minilm.interop.huggingface import load_model, save_model
 from minilm.interop.peft import base_of, load_adapter, save_adapter
 from minilm.interop.peft_front import FRONTS, INERT
+from minilm.optim import AdamW
 from minilm.peft import add_lora, add_prefix, add_prompt, settle_prefix, unload_lora
 from minilm.peft.adapted import Adapter, adapted_layers, insert_adapters
 from minilm.tensorfiles import read_tensors, write_tensors
@@ -284,6 +285,75 @@ def test_later_llamas(peer, tmp_path, name, kind):
     model = peft.PeftModel.from_pretrained(model, tmp_path).double()
     wide = load_adapter(load_model(tmp_path / "model", "float64"), tmp_path).eval()
     agree(wide(TEXT).data, text_logits(peer, model), 1e-6)
+
+
+def classes(name, folder):
+    """A model of three classes, and its folder."""
+    pooled = {"pooler": "tanh"} if name == "bert" else {}
+    config = dataclasses.replace(CONFIGS[name], head="classes", labels=("a", "b", "c"), padding=0,
+                                 **pooled)
+    model = stirred(Transformer(config))
+    save_model(model, folder)
+    return model
+
+
+@with_peers
+@kinds
+def test_classes(peer, tmp_path, kind):
+    """PEFT trains the classifier too: its logits and losses here, and ours there."""
+    torch, transformers, peft = peer
+    ours = classes("llama", tmp_path / "base")
+    def fresh():
+        return transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    def logits(model):
+        return model(input_ids=torch.tensor(TEXT), attention_mask=torch.ones(TEXT.shape)).logits
+    torch.manual_seed(0)
+    config = peft_config(peft, kind)
+    config.task_type = "SEQ_CLS"
+    model = peft.get_peft_model(fresh(), config).eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p += 0.3 * torch.randn_like(p)
+    model.save_pretrained(tmp_path / "a")
+    load_adapter(ours, tmp_path / "a").eval()
+    agree(ours(TEXT).data, logits(model).detach().numpy(), 2e-6)
+    save_adapter(ours, tmp_path / "b")
+    again = peft.PeftModel.from_pretrained(fresh(), tmp_path / "b").eval()
+    agree(logits(again).detach().numpy(), ours(TEXT).data, 2e-6)
+    mine, other = AdamW(ours.parameters(), lr=0.01), torch.optim.AdamW(trained, lr=0.01)
+    for _ in range(3):
+        expected = torch.nn.functional.cross_entropy(logits(model), torch.tensor([2, 0, 1]))
+        loss = ops.cross_entropy(ours(TEXT), np.array([2, 0, 1]))
+        assert float(loss.data) == pytest.approx(float(expected.detach()), rel=2e-6)
+        mine.zero_grad(), other.zero_grad()
+        loss.backward(), expected.backward()
+        mine.step(), other.step()
+
+
+@kinds
+def test_a_classifier_in_front_of_which_are_rows(tmp_path, kind):
+    """It is always in the file; of classes by the first token it is refused."""
+    model = stirred(KINDS[kind](classes("llama", tmp_path / "base"), P))
+    save_adapter(model, tmp_path / "a")
+    assert read_json(tmp_path / "a" / CONFIG)["modules_to_save"] == ["score"]
+    again = load_adapter(load_model(tmp_path / "base"), tmp_path / "a").eval()
+    assert np.array_equal(again(TEXT).data, model(TEXT).data)
+    assert {path for path, _ in again.named_parameters()} - {path for path, _ in tensors(
+        model).items()} == {"head.adapters.default.layer.weight"}
+    save_adapter(again, tmp_path / "b")
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+               for file in (CONFIG, TENSORS))
+
+
+@kinds
+def test_classes_by_the_first_token(tmp_path, kind):
+    model = KINDS[kind](classes("bert", tmp_path / "base"), P)
+    save_adapter(model, tmp_path / "a")
+    raw = read_json(tmp_path / "a" / CONFIG)
+    write_json(tmp_path / "a" / CONFIG, raw | {"modules_to_save": ["classifier"]})
+    with pytest.raises(FormatError, match=r"modules_to_save is \['classifier'\], which is not sup"):
+        load_adapter(load_model(tmp_path / "base"), tmp_path / "a")
 
 
 @with_peers

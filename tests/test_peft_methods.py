@@ -255,6 +255,28 @@ def test_adapters_that_cannot_be_saved(tmp_path):
     assert not path.exists()
 
 
+@methods
+def test_numpy_s_numbers_are_written_as_json_s(tmp_path, method):
+    settings = {"rslora": np.True_} if method == "dora" else {}
+    model = adapted("llama", method, r=np.int64(2), alpha=np.float64(3), dropout=np.float32(0.5),
+                    **settings)
+    save_adapter(model, tmp_path)
+    assert found(load_adapter(base("llama"), tmp_path)) == found(model)
+
+
+@pytest.mark.parametrize("given", ["yes", None, 1])
+def test_rslora_is_true_or_false(given):
+    with pytest.raises(TypeError, match=f"rslora must be True or False, got {given!r}"):
+        add_lora(base("llama"), 2, 3, rslora=given)
+
+
+@pytest.mark.parametrize("alpha", [0, -3.0])
+def test_adalora_s_alpha_is_positive(alpha):
+    """PEFT would take the rank in its place."""
+    with pytest.raises(ValueError, match=f"alpha must be positive and finite, got {alpha}"):
+        add_adalora(base("llama"), 2, alpha)
+
+
 @with_peers
 @pytest.mark.parametrize("name, method, targets", [
     ("gpt2", "dora", ("q", "v")), ("gpt2", "dora", ("k", "o", "mlp.up")),

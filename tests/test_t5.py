@@ -13,7 +13,7 @@ from minilm import ops
 from minilm.files import FormatError, read_json, write_json
 from minilm.generate import generate
 from minilm.interop import bitsandbytes, huggingface, peft, t5
-from minilm.peft import add_lora
+from minilm.peft import add_lora, retrain
 from minilm.seq2seq import T5, EncoderDecoder
 from minilm.tensorfiles import read_tensors, write_tensors
 from minilm.transformer import Ends
@@ -236,6 +236,38 @@ def test_peft_adapters(peer, pair, tmp_path):
     assert np.array_equal(logits_of(peer, there, mask, decoder_mask)[kept], expected)
     again = peft.load_adapter(t5.load_model(folder), tmp_path / "ours")
     assert np.array_equal(again(TOKENS, WRITTEN).data, ours(TOKENS, WRITTEN).data)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind, settings", [("PromptTuningConfig", {}), ("PrefixTuningConfig", {}),
+                                            ("LoraConfig", dict(modules_to_save=["shared"]))])
+def test_peft_adapters_that_do_not_fit(peer, folder, tmp_path, kind, settings):
+    """Rows in front, and a copy of the embedding that PEFT trains without a use for it."""
+    library = pytest.importorskip("peft")
+    theirs = peer[1].T5ForConditionalGeneration.from_pretrained(folder)
+    front = {} if settings else dict(num_virtual_tokens=2, num_transformer_submodules=1)
+    library.get_peft_model(theirs, getattr(library, kind)(
+        task_type="SEQ_2_SEQ_LM", **settings, **front)).save_pretrained(tmp_path)
+    model = t5.load_model(folder)
+    with pytest.raises(FormatError, match="modules_to_save is .*, which names shared: PEFT "
+                       "trains a copy" if settings else "peft_type is of rows in front of a Trans"):
+        peft.load_adapter(model, tmp_path)
+    assert [path for path, _ in model.named_tensors()] == [
+        path for path, _ in t5.load_model(folder).named_tensors()]
+
+
+def test_what_is_trained_whole_beside_lora(folder, tmp_path):
+    """A head goes to PEFT and back; the embedding cannot, since no stack there would see it."""
+    model = retrain(add_lora(t5.load_model(folder), 2, 3), ["head", "decoder.norm"])
+    model.parameters()[-1].data += 0.1
+    peft.save_adapter(model, tmp_path / "a")
+    raw = read_json(tmp_path / "a" / "adapter_config.json")
+    assert raw["modules_to_save"] == ["decoder.final_layer_norm", "lm_head"]
+    again = peft.load_adapter(t5.load_model(folder), tmp_path / "a")
+    assert np.array_equal(again(TOKENS, WRITTEN).data, model(TOKENS, WRITTEN).data)
+    with pytest.raises(ValueError, match="shared cannot be saved: PEFT trains a copy of T5's emb"):
+        peft.save_adapter(retrain(model, ["embed"]), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def changed(folder, path, tensors=None, **fields):

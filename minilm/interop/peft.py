@@ -29,7 +29,6 @@ from minilm.peft.adapted import (
     placed,
     unadapted,
 )
-from minilm.peft.front import put_in_front
 from minilm.peft.retrained import Retrained
 from minilm.seq2seq import EncoderDecoder
 from minilm.tensorfiles import read_tensors, tensor_parts
@@ -48,13 +47,14 @@ def load_adapter(model: Transformer | EncoderDecoder, path: str | os.PathLike,
     settle(path)
     path, file = Path(path) / "adapter_config.json", Path(path) / "adapter_model.safetensors"
     family = _family(model)
-    (method, config), whole = read_config(path), _whole(model, family)
+    method, config = read_config(path)
+    whole = _whole(model, family, method in FRONTS.values())
     if not file.exists() and (old := file.with_suffix(".bin")).exists():
         raise FormatError(old, "is a pickle, which may run any program; PEFT reads it, and its "
                                "save_pretrained writes adapter_model.safetensors")
     arrays = read_tensors(file)
     if method in FRONTS.values():
-        return put_in_front(model, name, read_front(path, file, method, config, arrays, model))
+        return insert_adapters(model, name, read_front(path, file, method, config, arrays, whole))
     config = resolve(path, config, whole.modules)
     arrays = without_copies(file, arrays, family, config)
     sizes, there = _sizes(whole), {m for m in whole.modules if _tensors(method, m, arrays)}
@@ -97,15 +97,16 @@ def save_adapter(model: Transformer | EncoderDecoder, path: str | os.PathLike,
     if a number of it is not finite.
     """
     family = _family(model)
-    whole, layers = _whole(model, family), adapted_layers(model)
+    layers = adapted_layers(model)
     adapters = {p: m.adapters[name] for p, m in layers.items() if name in m.adapters}
     if not adapters:
         raise ValueError(f"this model has no adapter {name!r}")
+    whole = _whole(model, family, FRONT in adapters)
     raw = {"peft_type": None, "base_model_name_or_path": base and os.fspath(base),
            "inference_mode": True, "modules_to_save": None,
            "fan_in_fan_out": ".c_" in family.block.get("mlp.up", ""), "task_type": _task(model)}
     if FRONT in adapters:
-        return _write(path, *write_front(name, adapters, model.config, raw))
+        return _write(path, *write_front(name, adapters, whole, raw))
     if lost := sorted(adapters.keys() - set(chain(*whole.modules.values()))):
         raise ValueError(f"{lost[0]} is no layer that PEFT would find in a {family.architecture}")
     for adapter in adapters.values():
@@ -148,9 +149,10 @@ def _family(model) -> Family:
     return (t5.describe if type(model) is EncoderDecoder else describe)(model)[0]
 
 
-def _whole(model, family) -> Whole:
-    bases = unadapted(model)
-    return Whole(model, family, bases, family.joined(model.config.layers, bases))
+def _whole(model, family, in_front: bool) -> Whole:
+    """in_front: PEFT puts no module of its own around a model with rows in front."""
+    bases, prefix = unadapted(model), "base_model." if in_front else PREFIX
+    return Whole(model, family, bases, family.joined(model.config.layers, bases), prefix)
 
 
 def _sizes(whole) -> dict:

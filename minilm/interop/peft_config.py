@@ -38,6 +38,9 @@ REFUSED = {  # other methods, and other places than linear layers: unless null o
     "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 }
 
+SHARED = "shared"  # T5's embedding
+IDLE = "PEFT trains a copy of T5's embedding that neither encoder nor decoder looks at"
+
 
 def read_config(path) -> tuple[Format | FrontFormat, dict]:
     """(the method, its fields). FormatError if a value does not fit, or for an unknown field."""
@@ -64,6 +67,9 @@ def read_config(path) -> tuple[Format | FrontFormat, dict]:
 def resolve(path, config: dict, modules) -> dict:
     """The config with each expression replaced by the modules' names that it matches."""
     config = dict(config)
+    if SHARED in modules and _saved(config, SHARED):
+        raise FormatError(path, f"modules_to_save is {config['modules_to_save']!r}, which names "
+                          f"{SHARED}: {IDLE}")
     for twice in filter(lambda saved: len(saved) > 1, (_saved(config, m) for m in modules)):
         raise FormatError(path, f"modules_to_save is {config['modules_to_save']!r}, which names "
                           f"{twice[1]} and {twice[0]} around it: PEFT trains the one, writes the "

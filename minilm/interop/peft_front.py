@@ -1,9 +1,14 @@
 """PEFT's methods that put rows in front of the text: FRONTS has what it calls their settings.
 
-The folder holds one table, prompt_embeddings, and no modules:
+The folder holds one table, prompt_embeddings:
 
     PROMPT_TUNING    (p, C): rows like those of the embedding
     PREFIX_TUNING    (p, 2 L K D): for each row k and v of layer 0, k and v of layer 1, ..
+
+With classes (SEQ_CLS) PEFT trains the classifier too, and keeps it as base_model.<module>.weight.
+That goes for models that look at a text's last token; behind a prompt PEFT looks at the last row,
+even if that is padding, so there texts are padded on the left. Other models look at the first one:
+in PEFT it is the first row, here the first token of the text.
 
 With prefix_projection PEFT trains an MLP, but it saves what the MLP gives, as a prefix here is
 saved too. P_TUNING is refused: an encoder makes its rows, and is not in the folder.
@@ -17,10 +22,13 @@ import numpy as np
 from minilm.backend import array_module, to_device
 from minilm.files import FormatError
 from minilm.interop.huggingface import check, finite
-from minilm.peft.adapted import placed
+from minilm.interop.peft_formats import names
+from minilm.peft.adapted import FRONT, placed
 from minilm.peft.prefix import Prefix, Rows
 from minilm.peft.prompt import Prompt
+from minilm.peft.retrained import Retrained, retrained
 from minilm.tensor import no_grad
+from minilm.transformer import Transformer
 
 KEY = "prompt_embeddings"
 
@@ -41,6 +49,7 @@ def _maybe(v): return v is None or _whole(v)
 
 FIELDS = {
     "base_model_name_or_path": (None, lambda v: v is None or type(v) is str, "a name or null"),
+    "modules_to_save": (None, lambda v: v is None or names(v), "names"),
     "num_virtual_tokens": (None, _whole, "a positive integer"),
     "token_dim": (None, _maybe, "a positive integer or null"),
     "num_layers": (None, _maybe, "a positive integer or null"),
@@ -75,8 +84,12 @@ FRONTS = {
 }
 
 
-def read_front(path, file, method: FrontFormat, config, arrays, model):
-    """The adapter in the folder. FormatError if it is not one for this model."""
+def read_front(path, file, method: FrontFormat, config, arrays, whole) -> dict:
+    """The adapter in the folder, and a trained head: by path. FormatError if it is for another."""
+    model = whole.model
+    if not isinstance(model, Transformer):
+        raise FormatError(path, "peft_type is of rows in front of a Transformer's text, but this "
+                                f"model is an {type(model).__name__}")
     c, p = model.config, config["num_virtual_tokens"]
     dim, heads, width = method.sizes(c)
     expected = {"token_dim": dim, "num_attention_heads": heads, "num_layers": c.layers}
@@ -86,25 +99,46 @@ def read_front(path, file, method: FrontFormat, config, arrays, model):
     if p >= c.context:
         raise FormatError(path, f"num_virtual_tokens is {p}, which leaves no room for a text: the "
                                 f"model's context is {c.context}")
-    check(file, arrays, {KEY: (p, width)})
+    if (saved := config["modules_to_save"]) and not _classifies(c):
+        raise FormatError(path, f"modules_to_save is {saved!r}, which is not supported in front of "
+                                "a text but for classes of its last token")
+    trained = whole.wanted(config, (), arrays)
+    check(file, arrays, {KEY: (p, width)} | {
+        key: whole.shape(module, kind) for key, (module, kind, _) in trained.items()})
     table = finite(file, KEY, arrays[KEY], placed(model, ()).dtype)
-    return method.read(placed(model, table), c)
+    return whole.read(file, arrays, trained, {FRONT: method.read(placed(model, table), c)})
 
 
-def write_front(name, adapters, c, raw) -> tuple[dict, dict]:
-    """(the table, the fields; raw has those of all methods). ValueError if PEFT has no such."""
-    if len(adapters) > 1:
+def _classifies(c) -> bool:
+    """Are there classes, of a text's last token?"""
+    return bool(c.labels) and not c.pooler
+
+
+def write_front(name, adapters, whole, raw) -> tuple[dict, dict]:
+    """(the tensors, the fields; raw has those of all methods). ValueError if PEFT has no such.
+
+    A classifier is always there: PEFT gives classes only with one that it trains.
+    """
+    c, heads, tensors = whole.model.config, {}, {}
+    if _classifies(c):
+        head = adapters.get("head") or retrained(whole.bases["head"])
+        heads = {"head": head} if type(head) is Retrained and not head.inner else {}
+    if adapters.keys() - heads.keys() != {FRONT}:
         raise ValueError(f"the adapter {name!r} is in front of the text and on layers too; PEFT "
                          "has one method in a folder")
-    adapter, = adapters.values()
-    adapter.require_finite()
+    adapter = adapters[FRONT]
+    for part in (adapter, *heads.values()):
+        part.require_finite()
+    if heads:
+        tensors, saved, _ = whole.write(heads, {})
+        raw = raw | {"modules_to_save": saved, "task_type": "SEQ_CLS"}
     raw = {field: value for field, value in raw.items() if field != "fan_in_fan_out"}
     for kind, method in FRONTS.items():
         if type(adapter) is method.method:
             dim, heads, _ = method.sizes(c)
             own = {"prefix_projection": False, "encoder_hidden_size": None} if heads else {
                 "prompt_tuning_init": "RANDOM"}
-            return {KEY: method.write(adapter)}, raw | {
+            return tensors | {KEY: method.write(adapter)}, raw | {
                 "peft_type": kind, "num_virtual_tokens": adapter.length, "token_dim": dim,
                 "num_layers": c.layers, "num_attention_heads": heads or c.heads,
                 "num_transformer_submodules": 1} | own

@@ -20,7 +20,7 @@ from minilm.backend import to_device
 from minilm.files import FormatError
 from minilm.interop.families import Family
 from minilm.interop.huggingface import finite, turned
-from minilm.interop.peft_config import trained_whole
+from minilm.interop.peft_config import IDLE, SHARED, trained_whole
 from minilm.interop.peft_formats import shortest_end
 from minilm.peft.adapted import placed
 from minilm.peft.retrained import Retrained, with_tensors
@@ -40,6 +40,7 @@ class Whole:
     family: Family
     bases: dict  # our path -> module
     modules: dict  # their module -> our paths
+    prefix: str = PREFIX  # of the keys
 
     def ends(self) -> tuple[str, str]:
         """Our paths of the embedding and of the head's linear layer."""
@@ -60,11 +61,11 @@ class Whole:
         for module, paths in self.modules.items():
             below = f"{module}.base_layer" if module in adapted else module
             for kind in KINDS:
-                key = f"{PREFIX}{below}.{kind}"
+                key = f"{self.prefix}{below}.{kind}"
                 if self.shape(module, kind) is None:
                     continue
                 if module in saved:
-                    found[f"{PREFIX}{module}.{kind}"] = module, kind, True
+                    found[f"{self.prefix}{module}.{kind}"] = module, kind, True
                 elif kind == "bias" and module in biased:
                     found[key] = module, kind, True
                 elif key in arrays and paths[0] in ends:
@@ -107,6 +108,8 @@ class Whole:
                 getattr(layer, kind, None) is not getattr(self.bases[path], kind, None)
                 for path, layer in layers.items())]
             below = f"{module}.base_layer" if module in adapted else module
+            if own and module == SHARED:
+                raise ValueError(f"{SHARED} cannot be saved: {IDLE}")
             if "weight" in own and module not in adapted:
                 own = [kind for kind in KINDS if self.shape(module, kind)]
                 saved.append(module)
@@ -115,9 +118,9 @@ class Whole:
             for kind in own:
                 parts = [getattr(layers.get(path, self.bases[path]), kind) for path in paths]
                 array = np.concatenate([to_device(part.data, "cpu") for part in parts])
-                arrays[key] = turned(key := f"{PREFIX}{below}.{kind}", array)
-        arrays |= {f"{PREFIX}{copy}": arrays[f"{PREFIX}{key}"] for copy, key in
-                   self.family.copies.items() if f"{PREFIX}{key}" in arrays}
+                arrays[key] = turned(key := f"{self.prefix}{below}.{kind}", array)
+        arrays |= {f"{self.prefix}{copy}": arrays[f"{self.prefix}{key}"] for copy, key in
+                   self.family.copies.items() if f"{self.prefix}{key}" in arrays}
         every = {m for m in self.modules if m not in saved and self.shape(m, "bias")}
         for bias, modules in {"none": set(), "lora_only": every & {*adapted}, "all": every}.items():
             if biased == modules:

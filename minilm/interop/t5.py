@@ -116,7 +116,8 @@ def describe(model: EncoderDecoder) -> tuple[Family, dict]:
     raw |= {"feed_forward_proj": names[c.activation], "is_gated_act": gated, "dense_act_fn": inner,
             "tie_word_embeddings": c.tied, "scale_decoder_outputs": c.scaled_head}
     del raw["quantization_config"]
-    raw["dtype"] = raw["torch_dtype"] = model.embed.weight.dtype.name
+    _, first = next(model.named_tensors())
+    raw["dtype"] = raw["torch_dtype"] = first.dtype.name
     raw |= describe_ends(model.ends) | {"decoder_start_token_id": c.start}
     family = family_of(c)
     return family, kept_fields(model.origin, family) | raw

@@ -21,7 +21,7 @@ from minilm.blas import matmul as product
 from minilm.nn import Dropout, Linear, Module
 from minilm.peft.adapted import Adapter, adapted_layers, chosen, insert_adapters, placed
 from minilm.peft.lora import check_rank, low_rank_beside
-from minilm.ranges import AT_LEAST_0, BELOW_1, FINITE, check
+from minilm.ranges import AT_LEAST_0, BELOW_1, POSITIVE, check
 from minilm.tensor import Tensor
 
 
@@ -34,10 +34,10 @@ class AdaLoRA(Adapter):
         if Q.ndim != 2 or P.ndim != 2 or lam.shape != (len(Q), 1) or P.shape[1] != len(Q):
             raise ValueError(f"P must be (O, r), lam (r, 1) and Q (r, I), got {P.shape}, "
                              f"{lam.shape} and {Q.shape}")
-        check({"alpha": FINITE, "dropout": BELOW_1}, alpha=alpha, dropout=dropout)
+        check({"alpha": POSITIVE, "dropout": BELOW_1}, alpha=alpha, dropout=dropout)
         self.P, self.lam, self.Q = (Tensor(a, requires_grad=True) for a in (P, lam, Q))
-        self.r, self.alpha, self.ranknum = len(Q), alpha, ranknum or len(Q)
-        self.scale, self.drop = alpha / (self.ranknum + 1e-5), Dropout(dropout)
+        self.r, self.alpha, self.ranknum = len(Q), float(alpha), ranknum or len(Q)
+        self.scale, self.drop = alpha / (self.ranknum + 1e-5), Dropout(float(dropout))
         self.shape = len(P), Q.shape[1]
 
     def forward(self, x, base):
@@ -56,8 +56,8 @@ def add_adalora(model: Module, r: int, alpha: float, targets="all-linear", dropo
                 name: str = "default", seed: int = 0) -> Module:
     """Freeze the model, and put an adapter of rank r on each target; returns the model.
 
-    r: the first rank, which a Budget lowers; the paper takes 1.5 times the last. alpha: see s
-    above. The other settings are those of add_lora, and so are the errors.
+    r: the first rank, which a Budget lowers; the paper takes 1.5 times the last. alpha: positive,
+    see s above. The other settings are those of add_lora, and so are the errors.
 
     >>> from minilm.transformer import Config, Transformer
     >>> model = Transformer(Config.gpt2(vocab_size=50, context=16, layers=2, heads=2, width=8))

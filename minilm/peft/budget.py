@@ -48,6 +48,9 @@ class Budget:
                  final: int = 0, every: int = 1, betas=(0.85, 0.85)):
         check(self.RANGES, last=last, steps=steps, warmup=warmup, final=final, every=every,
               betas=betas)
+        if not hasattr(optimizer, "flat"):
+            raise TypeError("optimizer must be AdamW, SGD or their like, got a "
+                            f"{type(optimizer).__name__}")
         if len(betas) != 2:
             raise ValueError(f"betas must be two numbers, got {betas}")
         self.steps, self.warmup, self.final, self.every = steps, warmup, final, every

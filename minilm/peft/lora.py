@@ -55,8 +55,11 @@ class LoRA(Adapter):
         if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or not len(A):
             raise ValueError(f"A must be (r, I) and B (O, r), got {A.shape} and {B.shape}")
         check({"alpha": FINITE, "dropout": BELOW_1}, alpha=alpha, dropout=dropout)
+        if not isinstance(rslora, bool | np.bool_):
+            raise TypeError(f"rslora must be True or False, got {rslora!r}")
         self.A, self.B = Tensor(A, requires_grad=True), Tensor(B, requires_grad=True)
-        self.r, self.alpha, self.rslora, self.drop = len(A), alpha, rslora, Dropout(dropout)
+        self.r, self.alpha, self.drop = len(A), alpha, Dropout(float(dropout))
+        self.rslora = bool(rslora)
         self.scale = alpha / (math.sqrt(self.r) if rslora else self.r)
         self.shape = len(B), A.shape[1]
 
