@@ -2,6 +2,7 @@
 
     python scripts/finetune.py                      # LoRA on the newest model, about two minutes
     python scripts/finetune.py --method qlora       # the same on a base of 4 bits
+    python scripts/finetune.py --method prefix --length 8          # adapting.py lists all
     python scripts/finetune.py --method full --model runs/pretrain-1/model
     python scripts/finetune.py --data mine.jsonl    # records of instruction, context, output
     python scripts/finetune.py --data talks.jsonl   # conversations: messages of role and content
@@ -9,8 +10,8 @@
 Without a file the model learns five small tasks on words and numbers. The program prints the share
 of held-out records that the model answers rightly before and after, and some answers. It also
 prints the loss on the text that the model was trained on, to show what it still knows. A run
-directory keeps the adapter as a PEFT folder, or, with --method full, the model as a Hugging Face
-folder.
+directory keeps the adapter as a PEFT folder, or a bottleneck in one of our own. If full, top or
+bitfit change the model's own weights, it keeps the model as a Hugging Face folder.
 
 Of conversations it learns the assistant's messages. They are written as the model's chat template
 says, which is kept with what was learned; a model without one gets the format of records (needs
@@ -18,36 +19,31 @@ the extra `chat`). Their answers are not scored.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from minilm import data, versions
+from minilm.adapting import METHODS, Adapting, optimizer_and_loss
 from minilm.command import Given, command, typed
 from minilm.files import FormatError, sha256
-from minilm.interop import load_model, peft, save_model
+from minilm.interop import load_model, save_adapter, save_model
 from minilm.lessons import Lesson, conversations, instructions
 from minilm.loop import Training, fit, refuse_unused, resumed
-from minilm.optim import AdamW
-from minilm.peft import add_ia3, add_lora, trainable_parameters
-from minilm.quantize import is_quantized, quantize_model
-from minilm.ranges import BELOW_1, POSITIVE, one_of, optional, whole
+from minilm.ranges import optional, whole
 from minilm.run import RunDirectory, newest_model, share_held_out
 from minilm.together import settle
 
 
 @dataclass(frozen=True)
-class Settings(Training):
+class Settings(Adapting, Training):
     """What decides a run."""
 
-    method: Literal["full", "lora", "qlora", "ia3"] = "lora"
-    """train every weight, adapters of low rank, these on a base of few bits, or scaling vectors"""
     model: str = ""
     """Hugging Face folder, quantized or not, with a tokenizer.json; by default the newest
     runs/pretrain-*/model"""
@@ -59,22 +55,11 @@ class Settings(Training):
     """records to hold out, of each task or of the file; those with the same prompt stay together"""
     known: tuple[str, ...] = ("python-reference",)
     """corpora that show what the model still knows, by what its run held out of them, or a tenth"""
-    r: int = 8
-    """rank of the adapters"""
-    alpha: float = 16.0
-    """the update is scaled by alpha / r"""
-    rslora: bool = False
-    """scale the update by alpha / sqrt(r) instead"""
-    targets: tuple[str, ...] = ("all-linear",)
-    """layers that get an adapter, among q k v o gate up down; all-linear is k v down for ia3"""
-    dropout: float = 0.0
-    """share of an adapter's input that a training step leaves out"""
-    kind: str = "nf4"
-    """how qlora's base is quantized: nf4, fp4, nf3, nf2, int4, int3, int2, int8, llm.int8"""
     steps: int = 4000
     """updates in the whole run"""
     lr: float = 0.0
-    """learning rate after the warmup; it falls as a cosine; 0 means the method's own"""
+    """learning rate after the warmup; it falls as a cosine; 0 means the method's own, which is a
+    starting point"""
     warmup: int = 100
     """steps of linear warmup"""
     eval_every: int = 1000
@@ -82,47 +67,8 @@ class Settings(Training):
     save_every: int = 1000
     """steps between checkpoints"""
 
-    RANGES: ClassVar = Training.RANGES | {
-        "method": one_of("full", "lora", "qlora", "ia3"), "steps": whole(1), "test": whole(1),
-        "train": optional(whole(1)), "r": whole(1), "alpha": POSITIVE, "dropout": BELOW_1}
-
-
-class Method(NamedTuple):
-    lr: float
-    prepare: Callable  # (model, settings) -> the model, ready to train
-    without: tuple[str, ...]  # the settings that mean nothing to it
-
-
-def everything(model, s: Settings):
-    if is_quantized(model):
-        raise ValueError(f"{s.model} is quantized, and codes are not trained: use --method lora, "
-                         "which leaves them as they are")
-    return model
-
-
-def adapters(model, s: Settings):
-    targets = s.targets[0] if s.targets == ("all-linear",) else s.targets
-    return add_lora(model, s.r, s.alpha, targets, s.dropout, s.rslora, seed=s.seed)
-
-
-def adapters_on_codes(model, s: Settings):
-    if is_quantized(model):
-        raise ValueError(f"{s.model} is quantized already: --method lora keeps its codes")
-    return adapters(quantize_model(model, s.kind), s)
-
-
-def vectors(model, s: Settings):
-    targets = ("k", "v", "down") if s.targets == ("all-linear",) else s.targets
-    return add_ia3(model, targets, [t for t in targets if t.split(".")[-1] == "down"])
-
-
-LOW_RANK = ("r", "alpha", "rslora", "dropout")
-METHODS = {
-    "full": Method(1e-3, everything, (*LOW_RANK, "targets", "kind")),
-    "lora": Method(3e-3, adapters, ("kind",)),
-    "qlora": Method(3e-3, adapters_on_codes, ()),
-    "ia3": Method(3e-2, vectors, (*LOW_RANK, "kind")),
-}
+    RANGES: ClassVar = Training.RANGES | Adapting.RANGES | {
+        "steps": whole(1), "test": whole(1), "train": optional(whole(1))}
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
@@ -160,10 +106,10 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     data.adopt_end(tokenizer, base.ends.eos)
     teach, by = ((conversations, data.load_chat(folder, tokenizer, templates)) if talks
                  else (instructions, tokenizer))
-    lesson = teach(*records, by, base, s.batch, s.seed)
     model = METHODS[s.method].prepare(base, s).astype(s.dtype)
+    lesson = teach(*records, by, model, s.batch, s.seed)
     share = share_held_out(folder) or 0.1
-    known = held_out_text(corpora, share, tokenizer, model.config.context)
+    known = held_out_text(corpora, share, tokenizer, model.room)
     rows = [*lesson.batches.rows, lesson.held_out, *known.values()]
     if (largest := max(int(a.max()) for row in rows for a in row)) >= base.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer gives the id {largest}, but the model has "
@@ -178,12 +124,12 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
 
 def finetune(run, s: Settings, model, tokenizer, templates, lesson: Lesson, known):
     """Train, and print what the model can do and what it still knows, before and after."""
-    params = trainable_parameters(model)
-    optimizer = AdamW(params, s.lr, weight_decay=0.0)
+    optimizer, loss = optimizer_and_loss(model, s)
+    trained = sum(p.size for p in optimizer.flat.params)
     examine = partial(examined, model, lesson, known)
-    for trainer, done in fit(run, model, lesson.batches, s, optimizer=optimizer):
+    for trainer, done in fit(run, model, lesson.batches, s, loss, optimizer=optimizer):
         if not done.targets:
-            print(f"{run.path}: {s.method} on {s.model}, {sum(p.size for p in params):,} trainable "
+            print(f"{run.path}: {s.method} on {s.model}, {trained:,} trainable "
                   f"parameters, {s.workers} workers, from step {done.step}"
                   + ", its last" * (done.step == s.steps))
             last = (run.records() or [{}])[-1]
@@ -212,15 +158,16 @@ def examined(model, lesson: Lesson, known, trainer, step: int) -> dict:
 
 def finish(run, model, tokenizer, templates, s: Settings, step: int, prompt: str | None):
     """Save what was learned, print the scores before and after, and say where everything is."""
-    if s.method == "full":
-        save_model(model, run.path / "model", tokenizer)
-        use = {"model": run.path / "model"}
-        names = data.read_names(Path(s.model), tokenizer)
-        data.write_templates(run.path / "model", templates, names)
+    method, trained = METHODS[s.method], sum(p.size for p in model.parameters())
+    model = method.finish(model)
+    if method.whole:
+        save_model(model, kept := run.path / "model", tokenizer)
+        use = {"model": kept}
+        data.write_templates(kept, templates, data.read_names(Path(s.model), tokenizer))
     else:
-        peft.save_adapter(model, run.path / "adapter", base=s.model)
-        use = {"model": s.model, "adapter": run.path / "adapter"}
-        data.write_templates(run.path / "adapter", templates)
+        save_adapter(model, kept := run.path / "adapter", base=s.model)
+        use = {"model": s.model, "adapter": kept}
+        data.write_templates(kept, templates)
     if step < s.steps:
         print(f"stopped after step {step}; go on with: {typed(__file__, resume=run.path)}")
         return
@@ -230,6 +177,7 @@ def finish(run, model, tokenizer, templates, s: Settings, step: int, prompt: str
     for name in ("right", "loss_known"):
         run.require(before[name], **dict.fromkeys(after[name], float))
     print_scores(before, after)
+    print_sizes(trained, kept, Path(s.model))
     how = {} if prompt is None else {"prompt": prompt}
     ask = typed(Path(__file__).with_name("generate.py"), *["--chat"] * (not how), **use,
                 temperature=0, **how)
@@ -249,6 +197,16 @@ def print_scores(before: dict, after: dict):
     print(f"{'held out: loss':24}{before['loss_held_out']:>8.3f}{after['loss_held_out']:>8.3f}")
     for name, loss in after["loss_known"].items():
         print(f"{name + ': loss':24}{before['loss_known'][name]:>8.3f}{loss:>8.3f}")
+
+
+def print_sizes(trained: int, kept: Path, base: Path):
+    """Print how much was learned: numbers that were trained, and bytes beside the base's."""
+    ours, base = (sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+                  for folder in (kept, base))
+    what = "a folder of our own, which PEFT does not read" if (
+        kept / "bottleneck.json").exists() else kept.name
+    print(f"{trained:,} numbers were trained; {ours:,} bytes are kept ({what}), beside the base's "
+          f"{base:,}")
 
 
 def load_data(s: Settings):

@@ -33,9 +33,10 @@ from minilm.data import (
 )
 from minilm.dialogue import Dialogue
 from minilm.generate import stream
-from minilm.interop import load_model, peft
+from minilm.interop import base_of, load_adapter, load_model
 from minilm.loop import refuse_unused
 from minilm.peft import merge_lora, unload_lora
+from minilm.peft.adapted import merges
 from minilm.run import newest_model
 from minilm.transformer import Transformer
 
@@ -57,7 +58,7 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
         top_k: sample among the k likeliest tokens.
         top_p: sample among the fewest tokens whose probabilities reach p.
         seed: of the samples.
-        adapter: PEFT folder of an adapter for the model.
+        adapter: folder of an adapter for the model: PEFT's, or one that finetune.py left.
         chat: hold a conversation.
         system: its system message, which says how the model shall answer.
         given: names of the options on the command line.
@@ -92,22 +93,23 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
 
 
 def load(model: Path | None, adapter: Path | None) -> tuple[Path, Transformer]:
-    """The model's folder, and the model with the adapter in its weights."""
+    """The model's folder, and the model with the adapter in its weights, or beside them if it
+    cannot be merged."""
     folder = model or (base_folder(adapter) if adapter else newest_model(Path("runs")))
     if not model:
         print(f"{folder}:", file=sys.stderr)
-    elif adapter and Path(peft.base_of(adapter) or model).absolute() != model.absolute():
-        print(f"{adapter} was made for {peft.base_of(adapter)}", file=sys.stderr)
+    elif adapter and Path(base_of(adapter) or model).absolute() != model.absolute():
+        print(f"{adapter} was made for {base_of(adapter)}", file=sys.stderr)
     transformer = load_model(folder).eval()
     transformer.config.require_writer(folder, "writes on")
-    if adapter:
-        unload_lora(merge_lora(peft.load_adapter(transformer, adapter)))
+    if adapter and merges(load_adapter(transformer, adapter)):
+        unload_lora(merge_lora(transformer))
     return folder, transformer
 
 
 def base_folder(adapter: Path) -> Path:
     """The folder of the model that the adapter is for."""
-    base = peft.base_of(adapter)
+    base = base_of(adapter)
     if not base or not Path(base).is_dir():
         named = f"names {base!r}, which is no folder here" if base else "does not name its model"
         raise ValueError(f"{adapter} {named}: give --model")

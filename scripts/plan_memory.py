@@ -7,9 +7,9 @@
     python scripts/plan_memory.py --check           # predicted and measured side by side
     python scripts/plan_memory.py --lectures        # the arithmetic of the lectures
 
-Prints, for each method, the bytes of weights, adapters, gradients, optimizer states and
-activations. Activations are all else that is alive at the highest moment of a training step. The
-numbers follow from the shapes and from what each op keeps for its backward pass
+Prints, for each method of finetune.py that is asked for, the bytes of weights, adapters, gradients,
+optimizer states and activations. Activations are all else that is alive at the highest moment of a
+training step. The numbers follow from the shapes and from what each op keeps for its backward pass
 (minilm/measure/plan.py). Of a folder it also says what loading it and generating with it take, and
 whether that fits this machine. No weight is read for that.
 """
@@ -28,10 +28,11 @@ from minilm.measure.fit import available, generating
 from minilm.measure.lecture_numbers import print_lectures
 from minilm.measure.memory import measured
 from minilm.measure.plan import Plan, plan
-from minilm.measure.step import Step, parameters, trainable
+from minilm.measure.step import LOW_RANK, Step, parameters, trainable
+from minilm.measure.step import METHODS as NAMES
 from minilm.transformer import Config
 
-Method = Literal["full", "lora", "qlora"]
+Method = Literal[NAMES]
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,33 @@ class Widths:
     """tokens that the model knows"""
 
 
+@dataclass(frozen=True)
+class Sizing:
+    """The sizes of what a method adds; each means something to one or two of them."""
+
+    k: int = 2
+    """blocks that top trains"""
+    m: int = 16
+    """numbers in the middle of a bottleneck"""
+    form: Literal["H", "P", "L"] = "H"
+    """where bottlenecks are: H after attention and MLP, P after the MLP, L the same with a norm"""
+    skip: int = 0
+    """lowest blocks that get no bottleneck"""
+    length: int = 16
+    """rows of a prompt or a prefix, in front of the context's tokens"""
+    prefix_hidden: int | None = None
+    """width of an MLP that makes a prefix while it trains; by default there is none"""
+
+
+USES = {"k": ("top",), **dict.fromkeys(("m", "form", "skip"), ("bottleneck",)),
+        "length": ("prompt", "prefix"), "prefix_hidden": ("prefix",), "rank": LOW_RANK,
+        "targets": (*LOW_RANK, "ia3")}  # an option, and the methods to which it means something
+
+
 def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name="")] = Widths(),
          method: tuple[Method, ...] = ("full", "lora", "qlora"), batch: int = 1,
-         context: int | None = None, rank: int = 8, targets: tuple[str, ...] = ("q", "v"),
+         context: int | None = None, rank: int = 8, targets: tuple[str, ...] | None = None,
+         added: Annotated[Sizing, tyro.conf.arg(name="")] = Sizing(),
          dtype: Literal["float32", "bfloat16", "float16"] = "float32", checkpoint_every: int = 0,
          device: Literal["cpu", "cuda"] = "cpu", card: float | None = None, check: bool = False,
          lectures: bool = False, given: Given = frozenset()):
@@ -66,11 +91,13 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
         model: Hugging Face folder, quantized or not; for the table its config.json is enough. Or
             give layers and width.
         widths: the sizes of a model that is not in a folder.
-        method: full trains every weight, lora adapters, qlora adapters on weights in NF4.
+        method: as in finetune.py. Only full, lora and qlora have activations that are exact.
         batch: rows in a step.
-        context: tokens in a row; by default as many as the folder's model takes, else 1024.
-        rank: of the adapters.
-        targets: layers that get adapters, such as q v mlp.up, or all-linear.
+        context: tokens in a row; by default as many as the model takes, 1024 if it is no folder's.
+        rank: of the adapters; adalora's first one.
+        targets: layers that get adapters, such as q v mlp.up, or all-linear; by default q v, for
+            ia3 k v down.
+        added: the sizes of what a method adds.
         dtype: of weights and adapters; AdamW has float32 gradients, states and masters.
         checkpoint_every: blocks in a checkpointed segment; 0 keeps every activation.
         device: cuda works on whole arrays, cpu on blocks that fit its cache.
@@ -87,22 +114,33 @@ def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name
         return
     if card is not None and not card > 0:
         raise ValueError(f"card must be a positive number of GB, got {card}")
-    if not method:
-        raise ValueError("method must be some of full, lora and qlora, got none")
-    if set(method) == {"full"}:
-        refuse_unused(given, ("rank", "targets"), "full training has no adapters")
-    length = 1024 if context is None else context
+    require_used(method, given)
     if model and (widths != Widths() or given & {field.name for field in fields(Widths)}):
         raise ValueError(f"give either a model's folder or its widths, got both {model} and "
                          "--family, --layers, --width, ...")
-    config, bits = read_shape(model) if model else (make_config(widths, length), None)
+    config, bits = read_shape(model) if model else (make_config(widths, context), None)
     if bits:
         method = of_codes(model, bits, method, given)
-    chosen = "all-linear" if targets == ("all-linear",) else targets
-    length = config.context if context is None else context
-    steps = [Step(config, m, batch, length, rank, chosen, dtype, checkpoint_every, device)
-             for m in method]
+    in_front = added.length if {*USES["length"]} & {*method} else 0
+    length = config.context - in_front if context is None else context
+    steps = [Step(config, m, batch, length, rank, targets_of(m, targets), dtype, checkpoint_every,
+                  device, **vars(added)) for m in method]
     print_plans(steps, model and sizes_of(model, dtype), bits, card)
+
+
+def require_used(method, given: Given):
+    """ValueError if there is no method, or an option that means nothing to any of them."""
+    if not method:
+        raise ValueError(f"method must be some of {', '.join(NAMES)}, got none")
+    refuse_unused(given, [option for option, some in USES.items() if not {*some} & {*method}],
+                  f"the method is {' '.join(method)}")
+
+
+def targets_of(method: str, targets) -> tuple[str, ...] | str:
+    """The layers that get adapters, as a Step takes them; without targets the method's own."""
+    if targets is None:
+        return ("k", "v", "down") if method == "ia3" else ("q", "v")
+    return "all-linear" if targets == ("all-linear",) else targets
 
 
 def print_plans(steps: list[Step], held: Sizes | None, bits: int | None, card: float | None):
@@ -163,8 +201,9 @@ def amount(n: float) -> str:
     return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.2f} MB"
 
 
-def make_config(w: Widths, context: int) -> Config:
-    """The Config of a model of these widths."""
+def make_config(w: Widths, context: int | None) -> Config:
+    """The Config of a model of these widths, by default for 1024 tokens."""
+    context = 1024 if context is None else context
     if w.layers is None or w.width is None:
         raise ValueError(f"give --model, or --layers and --width; got layers {w.layers}, "
                          f"width {w.width}")

@@ -226,11 +226,11 @@ def lesson(folder, tmp_path, **changes):
     return finetune.Settings(**small | changes)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "bottleneck", "prompt", "prefix"])
 @pytest.mark.parametrize("source", [CHATML, None], ids=["own", "none"])
 def test_conversations_are_learned_and_can_be_held(folder, tmp_path, types, capsys, method, source):
     write_folder(folder, WORDS, source)
-    finetune.main(lesson(folder, tmp_path, method=method, lr=0.01), tmp_path / "runs")
+    finetune.main(lesson(folder, tmp_path, method=method, lr=0.01, length=3), tmp_path / "runs")
     said = capsys.readouterr().out
     assert "7 conversations to train on, 2 held out" in said and "right" not in said
     run = tmp_path / "runs" / f"finetune-{method}-1"

@@ -14,11 +14,12 @@ import finetune
 import numpy as np
 import pytest
 from finetune import METHODS, Settings, main
+from generate import load as load_to_generate
 
 from minilm import checkpoint, data
 from minilm.files import FormatError, read_json, write_json
 from minilm.generate import generate, stream
-from minilm.interop import bitsandbytes, huggingface, peft
+from minilm.interop import base_of, bitsandbytes, huggingface, load_adapter, load_model
 from minilm.measure.answers import answers
 from minilm.measure.losses import loss_of
 from minilm.peft.adapted import adapted_layers
@@ -31,6 +32,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 ROOT = Path(__file__).parents[1]
 METHOD_NAMES = tuple(METHODS)
+WHOLE = {name for name in METHODS if METHODS[name].whole}
+SMALL = {  # beside r and alpha
+    "bottleneck": dict(m=3, form="L", skip=1), "prompt": dict(length=3), "top": dict(k=1),
+    "prefix": dict(length=3, hidden=5), "adalora": dict(last=1, dropout=0.1),
+    **{name: dict(dropout=0.1) for name in ("lora", "qlora", "dora")}}
 GOOD = '{"instruction": "Say", "context": "2", "output": "b"}'
 
 
@@ -48,7 +54,7 @@ def base(tmp_path):
 def settings(base, **changes):
     small = dict(model=str(base), known=(str(base.parent / "text.txt"),), train=20, test=3, r=2,
                  alpha=4.0, batch=8, steps=6, warmup=2, eval_every=4, save_every=4, workers=1)
-    return Settings(**small | changes)
+    return Settings(**small | SMALL.get(changes.get("method"), {}) | changes)
 
 
 def metrics(run):
@@ -94,16 +100,27 @@ def test_a_base_whose_saving_was_killed_is_finished_before_it_is_read(tmp_path, 
 # What a run leaves behind
 
 
+TRAINED = {  # of 2 blocks of C = 16: q, k, v, o take and give 16 numbers, up and down 16 and 64
+    "full": 298 * 16 + 2 * (12 * 16**2 + 13 * 16) + 2 * 16, "top": 12 * 16**2 + 13 * 16 + 2 * 16,
+    "bitfit": 11 * 16 * 2 + 16, "ia3": 2 * (16 + 16 + 64),
+    **dict.fromkeys(("lora", "qlora"), 2 * 2 * (4 * 32 + 2 * 80)),
+    "dora": 2 * (2 * (4 * 32 + 2 * 80) + 5 * 16 + 64), "adalora": 2 * 2 * (4 * 33 + 2 * 81),
+    "bottleneck": 2 * 16 * 3 + 3 + 16 + 2 * 16, "prompt": 3 * 16,
+    "prefix": 3 * 16 + 16 * 5 + 5 + 2 * 2 * 16 * (5 + 1)}
+
+
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, method):
-    main(settings(base, method=method), tmp_path / "runs")
+    s = settings(base, method=method)
+    main(s, tmp_path / "runs")
     run = tmp_path / "runs" / f"finetune-{method}-1"
     said = capsys.readouterr().out
-    trained = {"full": sum(p.size for p in huggingface.load_model(base).parameters()),
-               "ia3": 2 * (16 + 16 + 64)}  # k, v and what down is given
-    # q, k, v and o take and give 16 numbers, up and down 16 and 64: r (I + O) each, two blocks
-    adapters = 2 * 2 * (4 * (16 + 16) + 2 * (16 + 64))
-    assert f"{trained.get(method, adapters):,} trainable parameters" in said
+    assert f"{TRAINED[method]:,} trainable parameters" in said
+    kept = run / ("model" if method in WHOLE else "adapter")
+    sizes = [sum(p.stat().st_size for p in folder.glob("*.safetensors")) for folder in (kept, base)]
+    assert f"{TRAINED[method]:,} numbers were trained; {sizes[0]:,} bytes are kept (" in said
+    assert f"), beside the base's {sizes[1]:,}\n" in said
+    assert ("which PEFT does not read" in said) == (method == "bottleneck")
     tasks = ["reverse", "upper", "sort", "last", "add"]
     assert said.endswith("\n-> '\n") and "--temperature 0 --prompt 'Reverse\n" in said
     rows = [line.split(":")[0] for line in said.split("before")[1].splitlines()[1:] if ":" in line]
@@ -117,26 +134,100 @@ def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, me
 
     tensors, state = checkpoint.load(run / "checkpoints")
     names = {n.removeprefix("model.") for n in tensors if n.startswith("model.")}
-    if method == "full":
-        model = huggingface.load_model(run / "model")
-        assert names == set(model.state_dict()) and state == {"step": 6}
-        assert all((tensors[f"model.{n}"] == t).all() for n, t in model.state_dict().items())
-        assert (run / "model" / "tokenizer.json").exists()
-    elif method == "ia3":
-        assert len(names) == 2 * 3 and all(n.endswith(".adapters.default.l") for n in names)
-        model = peft.load_adapter(huggingface.load_model(base), run / "adapter")
-        for name, t in model.named_parameters():  # of c_attn in the file, so q has its ones
-            assert (t.data == (1 if ".q." in name else tensors[f"model.{name}"])).all()
-        assert any((tensors[f"model.{n}"] != 1).any() for n in names)
-    else:  # the base is not saved again
-        assert len(names) == 2 * 12 and all(n.endswith((".A", ".B")) for n in names)
-        model = peft.load_adapter(huggingface.load_model(base), run / "adapter")
-        for path, layer in adapted_layers(model).items():
-            adapter = layer.adapters["default"]
-            assert (adapter.update() != 0).any() and adapter.r in (2, 6)
-            kept = f"model.{path}.adapters.default.B"
-            if adapter.r == 2:
-                assert (adapter.B.data == tensors[kept]).all()
+    assert sum(tensors[f"model.{n}"].size for n in names) == TRAINED[method]
+    assert state == {"step": 6}
+    if method in WHOLE:
+        model = huggingface.load_model(kept)
+        assert (kept / "tokenizer.json").exists()
+        state = {name.replace(".adapters.default.layer", ""): tensors[f"model.{name}"]
+                 for name in names}
+        assert method != "full" or set(state) == set(model.state_dict())
+        assert all((model.state_dict()[name] == t).all() for name, t in state.items())
+        frozen = set(model.state_dict()) - set(state)
+        first = huggingface.load_model(base).state_dict()
+        assert all((model.state_dict()[name] == first[name]).all() for name in frozen)
+        return
+    assert all(".adapters.default." in name for name in names)  # the base is not saved again
+    model = load_adapter(huggingface.load_model(base), kept)
+    for path, layer in adapted_layers(model).items():
+        for name, t in layer.adapters["default"].named_tensors():
+            own = tensors.get(f"model.{path}.adapters.default.{name}")
+            if own is not None and own.shape == t.shape:  # c_attn's layers are joined in the file
+                assert (t.data == own).all(), f"{path}.{name}"
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_generate_reads_what_was_learned(tmp_path, base, method):
+    """It gives the losses and the answers that were measured at the end of the run."""
+    s = settings(base, method=method, lr=0.05)
+    main(s, tmp_path)
+    run, use = tmp_path / f"finetune-{method}-1", {"model": base}
+    kept = run / ("model" if method in WHOLE else "adapter")
+    if method == "qlora":  # the adapter is for the base in codes
+        bitsandbytes.save_model(quantize_model(huggingface.load_model(base), "nf4"), tmp_path / "q",
+                                data.ByteTokenizer())
+        use = {"model": tmp_path / "q"}
+    _, model = load_to_generate(kept if method in WHOLE else use["model"],
+                                None if method in WHOLE else kept)
+    assert bool(adapted_layers(model)) == (method in ("bottleneck", "prompt", "prefix"))
+    lesson = finetune.instructions(*finetune.load_data(s), data.ByteTokenizer(), model, 8, 0)
+    last, first = metrics(run)[-1], metrics(run)[0]
+    assert loss_of(model, *lesson.held_out) == pytest.approx(last["loss_held_out"], abs=2e-5)
+    assert lesson.ask(model)[0] == last["right"]
+    assert abs(first["loss_held_out"] - last["loss_held_out"]) > 2e-4
+
+
+@pytest.mark.parametrize("form", ["H", "P", "L"])
+def test_the_forms_of_bottlenecks_come_back(tmp_path, base, form):
+    main(settings(base, method="bottleneck", form=form, skip=0), tmp_path)
+    kept = tmp_path / "finetune-bottleneck-1" / "adapter"
+    tensors, _ = checkpoint.load(kept.parent / "checkpoints")
+    model = load_adapter(huggingface.load_model(base), kept)
+    found = {f"model.{name}": t.data for name, t in model.named_parameters()}
+    assert found.keys() == {n for n in tensors if n.startswith("model.")}
+    assert all((found[name] == tensors[name]).all() for name in found)
+    assert len(found) == 2 * {"H": 8, "P": 4, "L": 6}[form]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "ia3", "bottleneck", "prompt",
+                                    "prefix"])
+def test_the_base_may_be_put_in_few_bits(base, method):
+    s = settings(base, method=method, kind="int4")
+    model = METHODS[method].prepare(huggingface.load_model(base), s)
+    codes = [m.weight.codebook for _, m in model.named_modules() if type(m) is QuantizedLinear]
+    assert codes == ["int4"] * 12
+    with pytest.raises(ValueError, match="base is quantized already, but kind is int4"):
+        METHODS[method].prepare(quantize_model(huggingface.load_model(base)), s)
+
+
+def test_bitfit_leaves_codes_as_they_are(tmp_path, base):
+    quantized = quantize_model(huggingface.load_model(base), "nf4")
+    bitsandbytes.save_model(quantized, tmp_path / "quantized", data.ByteTokenizer())
+    main(settings(base, model=str(tmp_path / "quantized"), method="bitfit"), tmp_path / "runs")
+    model = load_model(tmp_path / "runs" / "finetune-bitfit-1" / "model")
+    for name, t in load_model(tmp_path / "quantized").state_dict().items():
+        same = (model.state_dict()[name] == t).all()
+        assert same != name.endswith("bias"), name
+
+
+def test_the_budget_ends_with_what_was_asked_for(tmp_path, base):
+    """last = 1 leaves one singular value a matrix, on average."""
+    main(settings(base, method="adalora", r=3, last=1, steps=10), tmp_path)
+    tensors, _ = checkpoint.load(tmp_path / "finetune-adalora-1" / "checkpoints")
+    lams = [t for name, t in tensors.items() if name.startswith("model.") and name.endswith("lam")]
+    assert len(lams) == 12 and sum((lam != 0).sum() for lam in lams) == 12
+    assert tensors["kept"].sum() == 12 and tensors["kept"].size == 36
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_settings_that_mean_nothing_to_a_method_are_refused(tmp_path, base, method):
+    used = {"full": 0, "top": 1, "bitfit": 0, "lora": 6, "qlora": 6, "dora": 6, "adalora": 6,
+            "ia3": 2, "bottleneck": 4, "prompt": 2, "prefix": 3}
+    assert len(METHODS[method].without) == 13 - used[method]
+    for name in METHODS[method].without:
+        with pytest.raises(ValueError, match=f"{name} is given, but the method is {method}"):
+            main(settings(base, method=method), tmp_path / "runs", given=frozenset({name}))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_qlora_trains_on_a_quantized_base(base):
@@ -166,8 +257,8 @@ def test_the_seed_draws_the_adapters(base):
 def test_what_was_learned_names_its_base_and_its_end(tmp_path, base, method):
     main(settings(base, method=method, steps=1), tmp_path)
     run = tmp_path / f"finetune-{method}-1"
-    if method != "full":
-        assert peft.base_of(run / "adapter") == str(base)
+    if method not in WHOLE:
+        assert base_of(run / "adapter") == str(base)
         return
     assert huggingface.load_model(run / "model").ends.eos == (data.ByteTokenizer.end,)
     named = read_json(run / "model" / "tokenizer_config.json")
@@ -293,7 +384,8 @@ def test_what_is_shown_of_a_record_cannot_rule_the_terminal(tmp_path, base, caps
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, base, monkeypatch, method):
-    s = settings(base, method=method, dropout=0.0 if method == "full" else 0.1)
+    # adalora's checkpoint comes after its last choice, which must be in it
+    s = settings(base, method=method, steps=10 if method == "adalora" else 6)
     write_json(base / "config.json", read_json(base / "config.json") | {"resid_pdrop": 0.3})
     write_json(base / "generation_config.json", {"temperature": 0.5, "eos_token_id": 7})
     (base / "merges.txt").write_bytes(b"a b")
@@ -301,7 +393,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, base, monkeypatch, method):
     whole, step = tmp_path / "a" / f"finetune-{method}-1", Trainer.step
 
     def fails(trainer, number, *rest):
-        if number == 5:
+        if number == s.steps - 1:
             raise MemoryError("no room")
         return step(trainer, number, *rest)
 
@@ -374,7 +466,7 @@ def test_a_quantized_model_keeps_its_codes(tmp_path, base):
         with pytest.raises(ValueError, match=words):
             main(settings(base, model=model, method=method), tmp_path / "runs")
     main(settings(base, model=model), tmp_path / "runs")
-    main(settings(base, method="qlora"), tmp_path / "runs")
+    main(settings(base, method="qlora", dropout=0.0), tmp_path / "runs")
     ours, qlora = (learned(tmp_path / "runs" / f"finetune-{name}-1") for name in ("lora", "qlora"))
     file = "adapter/adapter_model.safetensors"
     assert ours[file] == qlora[file]
@@ -388,6 +480,11 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path):
     (dict(r=99), "r must be 1 to 16"),
     (dict(targets=("x",)), "match no layer"),
     (dict(method="qlora", kind="int5"), "kind must be one of"),
+    (dict(method="adalora", last=3), "last must be 1 to 2, got 3"),
+    (dict(method="top", k=3), "k must be 1 to 2, got 3"),
+    (dict(method="bottleneck", skip=2), "skip must be 0 to 1, got 2"),
+    (dict(method="prompt", length=40), "rows in front must be 1 to 39"),
+    (dict(method="prefix", length=30), "a record takes .. tokens, but the model's context is 10"),
     (dict(data=("reverse", "juggle")), "'juggle' is none of the tasks"),
     (dict(test=0), "must be at least 1"),
     (dict(data=("sql",)), "a record takes 1.. tokens, but the model's context is 40"),
@@ -412,6 +509,14 @@ def test_bad_records_are_refused_before_a_run_is_made(tmp_path, base, lines, cha
     with pytest.raises(ValueError, match=words):
         main(settings(base, data=(str(tmp_path / "r.jsonl"),), train=None, **change),
              tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bitfit_needs_biases(tmp_path, base):
+    model = Transformer(Config.llama(258, 40, layers=1, heads=2, width=16, hidden=16), seed=1)
+    huggingface.save_model(model, base, data.ByteTokenizer())
+    with pytest.raises(ValueError, match="no layer of this model has one"):
+        main(settings(base, method="bitfit"), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

@@ -26,13 +26,14 @@ from test_interop_peft import (
 )
 
 from minilm import ops
-from minilm.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from minilm.files import FormatError, read_json, write_json
 from minilm.generate import generate
 from minilm.interop.huggingface import load_model, save_model
 from minilm.interop.peft import base_of, load_adapter, save_adapter
 from minilm.interop.peft_front import FRONTS, INERT
 from minilm.peft import add_lora, add_prefix, add_prompt, settle_prefix, unload_lora
 from minilm.peft.adapted import Adapter, adapted_layers, insert_adapters
+from minilm.tensorfiles import read_tensors, write_tensors
 from minilm.transformer import Config, Transformer
 
 __all__ = ["peer", "theirs"]  # fixtures

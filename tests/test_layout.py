@@ -25,7 +25,7 @@ FLOORS = [
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
-     "results", "experiment", "command", "__main__"},
+     "results", "experiment", "command", "adapting", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
@@ -96,6 +96,7 @@ WITHIN = {  # the arrows inside a floor
     ("experiment", "results"),
     ("experiment", "run"),
     ("loop", "run"),
+    ("adapting", "train"),
     ("loop", "train"),
     ("command", "train"),
     ("__main__", "command"),

@@ -24,7 +24,7 @@ from test_interop_peft import (
     with_peers,
 )
 
-from minilm.files import read_json, read_tensors, write_json, write_tensors
+from minilm.files import read_json, write_json
 from minilm.interop.peft import load_adapter, save_adapter
 from minilm.optim import AdamW
 from minilm.peft import (
@@ -40,6 +40,7 @@ from minilm.peft import (
 from minilm.peft.adapted import adapted_layers, insert_adapters
 from minilm.peft.dora import row_norms
 from minilm.quantize import quantize_model
+from minilm.tensorfiles import read_tensors, write_tensors
 
 __all__ = ["peer", "theirs"]  # fixtures
 ADD = {"dora": add_dora, "adalora": add_adalora}

@@ -4,6 +4,6 @@ Only formats are here: files become modules and arrays of the floors below, and 
 them.
 """
 
-from minilm.interop.folder import load_model, save_model
+from minilm.interop.folder import base_of, load_adapter, load_model, save_adapter, save_model
 
-__all__ = ["load_model", "save_model"]
+__all__ = ["base_of", "load_adapter", "load_model", "save_adapter", "save_model"]

@@ -1,11 +1,18 @@
-"""A model from any folder, and into one: of plain weights, or of 4-bit or 8-bit ones."""
+"""A model or an adapter from any folder, and into one.
+
+A model is of plain weights, or of 4-bit or 8-bit ones. An adapter is in PEFT's folder or, for
+bottlenecks, in one of our own.
+"""
 
 import os
 from pathlib import Path
 
 from minilm.files import read_json
-from minilm.interop import bitsandbytes, huggingface
+from minilm.interop import bitsandbytes, bottlenecks, huggingface, peft
 from minilm.interop.shards import require_folder
+from minilm.nn import Module
+from minilm.peft.adapted import adapted_layers
+from minilm.peft.bottleneck import Bottleneck
 from minilm.quantize.linear import is_quantized
 from minilm.together import settle
 from minilm.transformer import Transformer
@@ -34,3 +41,31 @@ def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> N
     """Write a folder that transformers and `load_model` read; see huggingface.save_model, or for a
     quantized model bitsandbytes.save_model."""
     (bitsandbytes if is_quantized(model) else huggingface).save_model(model, path, tokenizer)
+
+
+def load_adapter(model: Module, path: str | os.PathLike, name: str = "default") -> Module:
+    """Put the folder's adapter on the model, and let it act; returns the model.
+
+    Raises what peft.load_adapter and bottlenecks.load_adapter raise.
+    """
+    settle(path)
+    ours = (Path(path) / bottlenecks.CONFIG).exists()
+    return (bottlenecks if ours else peft).load_adapter(model, path, name)
+
+
+def save_adapter(model: Module, path: str | os.PathLike, name: str = "default",
+                 base: str | os.PathLike | None = None) -> None:
+    """Write the model's adapter of this name; see peft.save_adapter, or bottlenecks.save_adapter.
+    """
+    ours = any(type(m.adapters.get(name)) is Bottleneck for m in adapted_layers(model).values())
+    (bottlenecks if ours else peft).save_adapter(model, path, name, base)
+
+
+def base_of(path: str | os.PathLike) -> str | None:
+    """The folder or name of the model that the folder's adapter is for, if the folder says it.
+
+    Raises FileNotFoundError and FormatError.
+    """
+    settle(path)
+    ours = (Path(path) / bottlenecks.CONFIG).exists()
+    return bottlenecks.read(path).base or None if ours else peft.base_of(path)

@@ -6,6 +6,9 @@ For width C, L blocks, r the rank or m the width of a bottleneck:
     bottleneck    2 C m + m + C for each, 2 C more in form L; and the norms that are trained
     BitFit        all biases: in GPT-2 11 C L + C
     top k         the last k blocks and the last norm: in GPT-2 k (12 C^2 + 13 C) + 2 C
+    IA3           O of each layer, or I of those whose input is scaled
+    prompt        p C for p rows
+    prefix        2 p K D L; with an MLP of h numbers p C + C h + h + 2 K D L (h + 1)
 
 The tables are those of Hu et al. 2021, arXiv:2106.09685. `python scripts/plan_memory.py --lectures`
 prints ROWS.
@@ -16,25 +19,50 @@ from math import prod
 from typing import NamedTuple
 
 from minilm.config import Config
-from minilm.measure.step import Step, trainable
 from minilm.shapes import linear_layers, tensor_shapes
+
+
+def chosen(c: Config, targets=("q", "v")) -> set[str]:
+    """The layers of a block that targets name, as in add_lora: their paths within it.
+
+    ValueError for a target that matches nothing.
+    """
+    paths = set(linear_layers(c))
+    if targets == "all-linear":
+        return paths
+    def fits(path, target): return f".{path}".endswith(f".{target}")
+    wrong = [t for t in targets if not any(fits(p, t) for p in paths)]
+    if wrong or not targets:
+        raise ValueError(f"targets {wrong} match no layer of a block; there are "
+                         f"{sorted(paths)} and 'all-linear'")
+    return {p for p in paths if any(fits(p, t) for t in targets)}
+
+
+def sizes(c: Config, targets) -> list[tuple[int, int]]:
+    """(O, I) of each layer of a block that targets name."""
+    return [linear_layers(c)[path] for path in chosen(c, targets)]
 
 
 def lora(c: Config, r: int, targets=("q", "v")) -> int:
     """LoRA's A and B. For GPT-3 with adapters on q and v it gives the paper's 4.7M at r = 1 and
     37.7M at r = 8 (Hu et al. 2021, table 4)."""
-    return trainable(Step(c, "lora", 1, 1, r, targets))
+    return c.layers * r * sum(map(sum, sizes(c, targets)))
 
 
 def dora(c: Config, r: int, targets=("q", "v")) -> int:
     """LoRA's, and m (O,)."""
-    adapted = Step(c, "lora", 1, 1, r, targets).adapted
-    return lora(c, r, targets) + c.layers * sum(linear_layers(c)[path][0] for path in adapted)
+    return lora(c, r, targets) + c.layers * sum(O for O, _ in sizes(c, targets))
 
 
 def adalora(c: Config, r: int, targets="all-linear") -> int:
     """P, Q and lam of the first rank r."""
-    return lora(c, r, targets) + c.layers * r * len(Step(c, "lora", 1, 1, r, targets).adapted)
+    return lora(c, r, targets) + c.layers * r * len(sizes(c, targets))
+
+
+def ia3(c: Config, targets=("k", "v", "down")) -> int:
+    """l, of `down` on its input and of all others on their output."""
+    return c.layers * sum(linear_layers(c)[path][path.endswith("down")]
+                          for path in chosen(c, targets))
 
 
 def bottleneck(c: Config, m: int, form: str = "H", skip: int = 0, norms: bool = False) -> int:
@@ -53,6 +81,19 @@ def top(c: Config, k: int) -> int:
     """The last k blocks and the last norm."""
     trained = ("norm.", *(f"blocks.{i}." for i in range(c.layers - k, c.layers)))
     return sum(prod(s) for path, s in tensor_shapes(c).items() if path.startswith(trained))
+
+
+def prompt(c: Config, length: int) -> int:
+    """P (p, C)."""
+    return length * c.width
+
+
+def prefix(c: Config, length: int, hidden: int | None = None) -> int:
+    """P_k and P_v of each layer; with `hidden` E, W, b and each layer's end of the MLP."""
+    each = 2 * c.kv_heads * c.D
+    if hidden is None:
+        return c.layers * each * length
+    return (length + hidden) * c.width + hidden + c.layers * each * (hidden + 1)
 
 
 ROBERTA = Config.bert(50265, 514, layers=12, heads=12, width=768, hidden=3072)

@@ -29,8 +29,18 @@ from minilm.backend import array_module, peak_memory
 from minilm.measure.step import Step
 from minilm.nn import Module
 from minilm.optim import AdamW
-from minilm.peft import add_lora
-from minilm.peft.adapted import Adapter
+from minilm.peft import (
+    add_adalora,
+    add_bitfit,
+    add_bottleneck,
+    add_dora,
+    add_ia3,
+    add_lora,
+    add_prefix,
+    add_prompt,
+    train_top,
+)
+from minilm.peft.adapted import Adapter, adapted_layers
 from minilm.quantize import quantize_model
 from minilm.transformer import Transformer
 
@@ -70,8 +80,9 @@ def held(model: Module, optimizer) -> dict[str, int]:
     masters = 0 if flat.rounded is flat.data else flat.data.nbytes
     states = sum(a.nbytes for a in vars(optimizer).values() if hasattr(a, "nbytes"))
     everything = sum(t.data.nbytes for _, t in model.named_tensors())
+    own = {id(t) for m in adapted_layers(model).values() for _, t in m.base.named_tensors()}
     added = {id(t): t.data.nbytes for _, m in model.named_modules() if isinstance(m, Adapter)
-             for _, t in m.named_tensors()}  # a dict, to count each once if adapters are nested
+             for _, t in m.named_tensors() if id(t) not in own}  # each once: some are nested
     adapters = sum(added.values())
     return {"weights": everything - adapters, "adapters": adapters,
             "gradients": flat.grad.nbytes, "optimizer": masters + states}
@@ -117,6 +128,23 @@ def make_model(step: Step) -> Transformer:
     model.checkpoint_every = step.checkpoint_every
     if step.method == "qlora":
         quantize_model(model)
-    if step.method != "full":
-        add_lora(model, step.r, 2 * step.r, step.targets)
+    ADD[step.method](model, step)
     return model.to(step.device)
+
+
+def low_rank(add):
+    """What puts adapters of low rank on a model as a Step says."""
+    return lambda model, s: add(model, s.r, 2 * s.r, s.targets)
+
+
+ADD = {
+    "full": lambda model, s: model, "top": lambda model, s: train_top(model, s.k),
+    "bitfit": lambda model, s: add_bitfit(model),
+    "lora": low_rank(add_lora), "qlora": low_rank(add_lora), "dora": low_rank(add_dora),
+    "adalora": low_rank(add_adalora),
+    "ia3": lambda model, s: add_ia3(model, s.targets, [
+        path for path in s.adapted if path.endswith("down")]),
+    "bottleneck": lambda model, s: add_bottleneck(model, s.m, s.form, s.skip),
+    "prompt": lambda model, s: add_prompt(model, s.length),
+    "prefix": lambda model, s: add_prefix(model, s.length, hidden=s.prefix_hidden),
+}

@@ -3,15 +3,16 @@
 Weights, adapters, gradients and AdamW's states are counted from the shapes of the tensors.
 Activations are all else that is alive at the highest moment of the step (activations.py). For
 float32 on a CPU this predicts what `plan_memory.py --check` measures, except for Python's own
-objects, about 0.1 MB. For 16 bits, and for a GPU, whose ops work on whole arrays, it counts the
-same arrays; this is not measured.
+objects, about 0.1 MB. Of methods other than full, LoRA and QLoRA the activations are about right:
+activations.py says what is not counted. For 16 bits, and for a GPU, whose ops work on whole arrays,
+it counts the same arrays; this is not measured.
 """
 
 import math
 from typing import NamedTuple
 
 from minilm.measure.activations import peak, step
-from minilm.measure.step import Step, parameters, trainable
+from minilm.measure.step import OWN, Step, parameters, trainable
 from minilm.quantize.fourbit import GROUP
 from minilm.shapes import linear_layers
 
@@ -31,7 +32,7 @@ class Plan(NamedTuple):
 def plan(s: Step) -> Plan:
     """How the memory of a step is made up."""
     trained, states = trainable(s), 2 if s.size == 4 else 3
-    adapters = 0 if s.method == "full" else trained * s.size
+    adapters = 0 if s.method in OWN else trained * s.size
     return Plan(weights(s), adapters, 4 * trained, 4 * trained * states, peak(step(s)))
 
 

@@ -7,6 +7,7 @@ layer's whole output; the verb puts such adapters on a model. All methods share 
     insert_adapters  put adapters on layers, and freeze everything else
     use_adapter      choose which of several named adapters acts, or none
     merge            put a plain layer of the same function in each layer's place
+    merges           say whether that can be done
     unmerge          undo merge, exactly
     unload           remove the adapters; what was merged stays in the weights
 
@@ -175,6 +176,12 @@ def merge(model: Module) -> Module:
     for layer, plain in [(layer, layer.plain()) for layer in layers]:
         layer.merged = plain
     return model
+
+
+def merges(model: Module) -> bool:
+    """Whether `merge` can do its work: each acting adapter knows a plain layer that does its."""
+    layers = [m for m in adapted_layers(model).values() if m.active in m.adapters]
+    return all(type(m.adapters[m.active]).merged is not Adapter.merged for m in layers)
 
 
 def unmerge(model: Module) -> Module:

@@ -89,6 +89,13 @@ def add_bottleneck(model: Module, m: int, form: str = "H", skip: int = 0, norms:
     >>> sum(p.size for p in model.parameters())  # 2 blocks x 2 x (2 C m + m + C)
     236
     """
+    adapters = bottlenecks(model, m, form, skip, norms, activation, seed)
+    return insert_adapters(model, name, adapters)
+
+
+def bottlenecks(model: Module, m: int, form: str = "H", skip: int = 0, norms: bool = False,
+                activation: str = "relu", seed: int = 0) -> dict[str, Adapter]:
+    """path -> adapter, for insert_adapters. Settings and errors are those of add_bottleneck."""
     require_transformer(model)
     layers, C = len(model.blocks), model.config.width
     check({"m": whole(1), "form": one_of("H", "P", "L"), "skip": whole(0, layers - 1),
@@ -107,7 +114,7 @@ def add_bottleneck(model: Module, m: int, form: str = "H", skip: int = 0, norms:
             adapters[f"blocks.{i}.{place}"] = Bottleneck(*arrays, activation, norm, post_norm)
         for place in ("norm1", "norm2") if norms else ():
             adapters[f"blocks.{i}.{place}"] = retrained(bases[f"blocks.{i}.{place}"])
-    return insert_adapters(model, name, adapters)
+    return adapters
 
 
 def placed_norm(model: Module, C: int) -> LayerNorm:
