@@ -266,6 +266,16 @@ def test_a_trained_head_is_read_as_transformers_reads_it(peer, tmp_path, name):
     agree(run(peer, again, tokens, mask).detach().numpy()[mask == 1], expected)
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta, bare"])
+def test_two_segments_unless_config_json_says_more(peer, tmp_path, name):
+    theirs = made(peer, *CASES[name][:1], CASES[name][1] | dict(type_vocab_size=2), tmp_path)
+    raw = read_json(tmp_path / "config.json")
+    del raw["type_vocab_size"]
+    write_json(tmp_path / "config.json", raw)
+    assert type(theirs).from_pretrained(tmp_path).config.type_vocab_size == 2
+    assert load_model(tmp_path).config.segments == 2
+
+
 @pytest.mark.parametrize("name, buffers", [
     ("llama", ["model.rotary_emb.inv_freq"]), ("llama, bare", ["rotary_emb.inv_freq"]),
     ("bert", ["bert.embeddings.token_type_ids"]), ("roberta", [
