@@ -127,6 +127,15 @@ def test_loss_and_gradients(peer, pair):
         parameter.grad = None
 
 
+def test_what_stands_for_an_ignored_target(peer, pair):
+    """The padding, which need not be the decoder's start."""
+    torch, _ = peer
+    theirs, ours, _ = pair
+    targets = np.where(WRITTEN % 3 == 0, -100, WRITTEN)
+    expected = theirs.prepare_decoder_input_ids_from_labels(torch.tensor(targets)).numpy()
+    assert np.array_equal(ours.shifted(targets), expected)
+
+
 def test_greedy_tokens(peer, pair):
     """One by one from the cache, and, with a module that may need all rows, without it."""
     torch, _ = peer
