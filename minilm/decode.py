@@ -154,8 +154,10 @@ def norm(m, x):  # (..., C) -> (..., C)
         return m(Tensor(x)).data
     y, C = wide(x), x.shape[-1]
     if type(m) is LayerNorm:
-        y = y - np.add.reduce(y, -1, keepdims=True) / C
-    y = y * (1 / np.sqrt(np.vecdot(y, y)[..., None] / C + m.eps))
+        y = y - np.add.reduce(y, -1, keepdims=x.ndim > 1) / C
+    rstd = 1 / math.sqrt(y @ y / C + m.eps) if x.ndim == 1 else (
+        1 / np.sqrt(np.vecdot(y, y)[..., None] / C + m.eps))
+    y = y * rstd
     y *= wide(m.weight.data) + 1 if type(m) is RMSNorm and m.plus_one else m.weight.data
     if type(m) is LayerNorm:
         y += m.bias.data

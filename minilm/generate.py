@@ -120,7 +120,8 @@ def logits_after(model, new, cache: Cache | None, fast: bool):  # (B, T) -> (B, 
         if cache is None:
             logits = model(new).data[:, -1]
         elif fast and new.shape[1] == 1 and (cache.length or not model.front.length):
-            logits = decode(model, new[:, 0], cache)
+            one = len(new) == 1  # a vector takes less time than a row of a matrix
+            logits = decode(model, new[0, 0] if one else new[:, 0], cache).reshape(len(new), -1)
         else:
             logits = model.logits(model.hidden(new, cache=cache)[:, -1]).data
     return to_device(logits, "cpu")
