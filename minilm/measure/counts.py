@@ -132,6 +132,8 @@ ROWS = [
     Row("GPT-3", "LoRA, r = 8", lambda: lora(GPT3, 8), "37.7"),
     Row("GPT-3", "Adapter H, m = 1", lambda: bottleneck(GPT3, 1), "7.1"),
     Row("GPT-3", "Adapter H, m = 8", lambda: bottleneck(GPT3, 8), "40.1"),
+    Row("GPT-3", "PrefixEmbed, 256 + 8", lambda: prompt(GPT3, 256 + 8), "3.2"),
+    Row("GPT-3", "PrefixLayer, 8 + 8", lambda: prefix(GPT3, 8), "20.2", "L C (8 + 8) are 18.9"),
     Row("GPT-3", "BitFit", lambda: bitfit(GPT3), "14.2", "12 C L are 14.2; GPT-3 has 11 C L + C"),
 ]
 
