@@ -46,7 +46,7 @@ def product(x, W):  # (..., I), (O, I) -> (..., O)
     >>> product(np.array([1.0, 2.0]), np.array([[3.0, 4.0], [5.0, 6.0]]))
     array([11., 17.])
     """
-    if x.ndim == 1 and x.dtype == W.dtype and W.itemsize > 2:
+    if x.ndim == 1 and x.dtype == W.dtype and W.itemsize > 2:  # nothing to widen
         return W @ x if W.size <= SMALL else np.vecdot(W, x)
     one_dtype("linear", x=x, W=W)
     X, (O, I) = wide(rows(x)), W.shape

@@ -94,3 +94,15 @@ def forget_cupy():
         kept.cache_clear()
     cuda.kernel.cache_clear()
     eightbit._tables.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def peer():
+    """(torch, transformers), offline."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return torch, transformers

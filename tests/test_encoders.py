@@ -3,7 +3,6 @@ the text, hidden states, classes of texts, and PEFT's adapters for those."""
 
 import copy
 import dataclasses
-import os
 
 import numpy as np
 import pytest
@@ -67,18 +66,6 @@ LENGTHS = np.array([[T], [13], [5]])
 MASKS = {"none": np.ones((3, T), np.int64), "right": (np.arange(T) < LENGTHS).astype(np.int64),
          "left": (np.arange(T) >= T - LENGTHS).astype(np.int64)}
 LABELS = np.array([1, 0, 1])
-
-
-@pytest.fixture(scope="module")
-def peer():
-    """(torch, transformers), offline."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    transformers = pytest.importorskip("transformers")
-    import torch
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return torch, transformers
 
 
 def made(peer, name, changes, folder):

@@ -337,17 +337,6 @@ def test_a_table_of_more_rows_than_tokens_writes_on(tmp_path, capsys):
 # Against transformers
 
 
-@pytest.fixture(scope="session")
-def peer():
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    transformers = pytest.importorskip("transformers")
-    import torch
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return torch, transformers
-
-
 @pytest.mark.peers
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -4,7 +4,6 @@ every field of transformers' classes is read, refused or known not to matter."""
 
 import copy
 import dataclasses
-import os
 
 import numpy as np
 import pytest
@@ -96,18 +95,6 @@ LENGTHS = np.array([[20], [13], [5]])
 PADDING = {"none": np.ones((3, 20), np.int64),
            "right": (np.arange(20) < LENGTHS).astype(np.int64),
            "left": (np.arange(20) >= 20 - LENGTHS).astype(np.int64)}
-
-
-@pytest.fixture(scope="module")
-def peer():
-    """(torch, transformers), offline."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    transformers = pytest.importorskip("transformers")
-    import torch
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return torch, transformers
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -4,7 +4,6 @@ class is read, refused or known not to matter."""
 
 import copy
 import dataclasses
-import os
 
 import numpy as np
 import pytest
@@ -42,18 +41,6 @@ def padding(T, lengths, side):
     at, lengths = np.arange(T), np.array(lengths)[:, None]
     return {"none": np.ones((3, T), np.int64), "right": (at < lengths).astype(np.int64),
             "left": (at >= T - lengths).astype(np.int64)}[side]
-
-
-@pytest.fixture(scope="module")
-def peer():
-    """(torch, transformers), offline."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    transformers = pytest.importorskip("transformers")
-    import torch
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return torch, transformers
 
 
 @pytest.fixture(scope="module", params=CASES)
