@@ -15,7 +15,7 @@ import pytest
 
 from minilm.files import FormatError, read_json, write_json
 from minilm.interop.families import FAMILIES
-from minilm.interop.huggingface import load_model, save_model
+from minilm.interop.huggingface import finite, load_model, save_model
 from minilm.nn import Linear as LinearLayer
 from minilm.nn import Module
 from minilm.rope import Dynamic, Linear, Llama3, Long, Yarn
@@ -477,6 +477,12 @@ def test_numbers_that_are_not_finite_are_refused(edit, dtype, value, ours):
     folder = edit("gpt2", spoil)
     with pytest.raises(FormatError, match=f"{key} has numbers that are not finite in {ours}"):
         load_model(folder, ours)
+
+
+def test_a_signalling_nan_is_refused_without_a_warning(tmp_path):
+    array = np.array([32641], np.uint16).view(ml_dtypes.bfloat16)
+    with pytest.raises(FormatError, match="x has numbers that are not finite"):
+        finite(tmp_path, "x", array, "bfloat16")
 
 
 def test_a_shard_with_a_name_that_no_folder_can_hold(edit):

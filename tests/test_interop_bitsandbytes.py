@@ -160,8 +160,10 @@ def test_weights_without_a_form():
 
 
 def test_other_storage():
-    """bnb_4bit_quant_storage: the same bytes under another dtype."""
-    x = quantize_4bit(np.random.default_rng(0).standard_normal((4, 64)))
+    """bnb_4bit_quant_storage: the same bytes under another dtype, where they may look like NaN."""
+    x = np.random.default_rng(0).standard_normal((4, 64))
+    x[0] = 1.0  # codes 15, and so bytes of ones
+    x = quantize_4bit(x)
     tensors = save_4bit(x, NAME)
     for dtype in (np.float32, ml_dtypes.bfloat16):
         other = tensors | {NAME: tensors[NAME].reshape(-1).view(dtype)[:, None]}

@@ -127,9 +127,10 @@ def test_a_stored_tensor_reads_as_astype_casts(tmp_path_factory, bits, stored, d
     assert all_finite(expected) == finite
     with open_tensors(file) as tensors:
         found = tensors["x"].read(dtype)
-        assert np.array_equal(tensors["x"].mapped(dtype), found, equal_nan=True)
+        with np.errstate(all="ignore"):  # some processors tell of a signalling NaN even here
+            assert np.array_equal(tensors["x"].mapped(dtype), found, equal_nan=True)
+            assert np.array_equal(found, expected, equal_nan=True)
         assert found.dtype == expected.dtype and found.flags.writeable
-        assert np.array_equal(found, expected, equal_nan=True)
         assert tensors["x"].equals(tensors["x"])
         if finite:
             assert tensors["x"].read(dtype, finite=True).tobytes() == expected.tobytes()

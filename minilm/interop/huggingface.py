@@ -33,7 +33,7 @@ from minilm.interop.shards import open_arrays, require_folder, some
 from minilm.nn import Embedding, Linear
 from minilm.peft.adapted import AdaptedLinear
 from minilm.quantize.linear import QuantizedLinear
-from minilm.tensorfiles import Stored, tensor_parts
+from minilm.tensorfiles import Stored, all_finite, tensor_parts
 from minilm.together import settle, write_together
 from minilm.transformer import Transformer
 
@@ -132,7 +132,7 @@ def finite(file: Path, key: str, array, dtype):
     """The array in dtype, copied; FormatError if a number is not finite there."""
     with np.errstate(over="ignore", invalid="ignore"):
         array = array.astype(dtype, order="C")
-    if not np.isfinite(array).all():
+    if not all_finite(array):
         raise FormatError(file, f"{key} has numbers that are not finite in {dtype}")
     return array
 
