@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minilm.command import typed
+from minilm.command import Given, typed
 from minilm.extras import told
 from minilm.files import remove, write_atomically
 from minilm.measure.verdict import Verdict
@@ -47,6 +47,32 @@ class Experiment:
     @property
     def name(self) -> str:
         return Path(self.file).stem
+
+
+def program(experiment: Experiment, measured: Callable):
+    """The main function of an experiment that needs no model of pretrain.py's.
+
+    measured(arm, seed, quick) returns the number of each measure.
+    """
+    def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Path("runs"),
+             resume: Path | None = None, keep: bool = False, given: Given = frozenset()):
+        if resume and "out" in given:
+            raise ValueError("the run keeps its folder: give --resume or --out, not both")
+        return conduct(experiment, lambda arm, seed, run: measured(arm, seed, quick), seeds, {},
+                       quick=quick, out=out, resume=resume, keep=keep)
+    main.__doc__ = f"{experiment.question}\n\n{OPTIONS}"
+    return main
+
+
+OPTIONS = """
+Args:
+    seeds: of everything random; every arm runs on each seed.
+    quick: end in seconds; the numbers mean nothing.
+    out: the run gets a folder of its own in here.
+    resume: folder of a run to go on with; arms and seeds that are done are not run again.
+    keep: leave the result beside this program, for the page that report.py makes.
+    given: names of the options on the command line.
+"""
 
 
 def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory], dict],

@@ -25,7 +25,7 @@ FLOORS = [
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
-     "results", "experiment", "command", "adapting", "__main__"},
+     "results", "experiment", "command", "adapting", "trial", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
@@ -97,6 +97,12 @@ WITHIN = {  # the arrows inside a floor
     ("experiment", "run"),
     ("loop", "run"),
     ("adapting", "train"),
+    ("trial", "adapting"),
+    ("trial", "command"),
+    ("trial", "experiment"),
+    ("trial", "loop"),
+    ("trial", "run"),
+    ("trial", "versions"),
     ("loop", "train"),
     ("command", "train"),
     ("__main__", "command"),

@@ -1,0 +1,233 @@
+"""One trial of an experiment: adapt a model to small tasks by one method, then see what it can do.
+
+An arm of such an experiment is a few settings of `Trial`, which are options of finetune.py:
+
+    ARMS = {"full": {"method": "full", "lr": 1e-3}, "LoRA, r = 4": {"r": 4, "lr": 3e-3}}
+
+`program` makes the experiment's main function, which runs every arm on every seed; `tried` is one
+of these runs. Rates decide more than methods do, so each arm needs the one that is best for it. To
+find it, run the experiment with --rates on a seed that is not reported.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from minilm import data
+from minilm.adapting import METHODS, Adapting, optimizer_and_loss
+from minilm.command import Given
+from minilm.experiment import Experiment, conduct
+from minilm.files import remove
+from minilm.interop import load_model, save_adapter, save_model
+from minilm.loop import Training, fit, refuse_unused
+from minilm.measure.answers import answers
+from minilm.measure.losses import bits_per_byte, loss_of
+from minilm.parallel.cores import default_workers
+from minilm.peft import add_prefix, trainable_parameters
+from minilm.ranges import optional, whole
+from minilm.run import newest_model, share_held_out
+from minilm.transformer import Config, Transformer
+from minilm.versions import fingerprints
+
+FIVE = ("reverse", "upper", "sort", "last", "add")
+RIGHT, LOSS = "answered rightly, %", "loss of answers, nats a token"
+KNOWN, TRAINED = "old text, bits a byte", "trained parameters"
+MS, KEPT, SHARE = "ms a step", "kept, kB", "kept, % of the model's file"
+MEASURES = {RIGHT: 1, LOSS: 3, KNOWN: 2, TRAINED: 0, MS: 0, KEPT: 0, SHARE: 1}
+
+
+@dataclass(frozen=True)
+class Trial(Adapting, Training):
+    """What decides a trial's numbers, together with the model that is adapted."""
+
+    model: str = ""
+    """folder of the model"""
+    tasks: tuple[str, ...] = FIVE
+    """what it learns, among data.TASKS"""
+    steps: int = 2000
+    """updates in the whole run; 0: the model stays as it is"""
+    warmup: int = 100
+    """steps of linear warmup"""
+    save_every: int = 1000
+    """steps between checkpoints"""
+    train: int = 2000
+    """records of each task to learn from"""
+    test: int = 200
+    """other records of each task, which are asked"""
+    documents: int | None = None
+    """held-out documents of the old text; None: all"""
+    beside: int = 0
+    """rows of a prefix that learns beside a method of low rank"""
+
+    RANGES: ClassVar = Training.RANGES | Adapting.RANGES | {
+        "train": whole(1), "test": whole(1), "documents": optional(whole(1)),
+        "beside": whole(0)}
+
+
+QUICK = {"batch": 4, "steps": 4, "warmup": 1, "workers": 1, "train": 16, "test": 2, "documents": 1}
+
+
+def program(experiment: Experiment, measured: Callable | None = None):
+    """The main function of an experiment whose arms are settings of Trial.
+
+    measured: what gives an arm's numbers, (Trial, RunDirectory, title) -> {measure: number}; by
+    default `tried`. ValueError for options that cannot be together, and for a model that cannot
+    give answers.
+    """
+    def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Path("runs"),
+             model: tuple[Path, ...] = (), arms: tuple[str, ...] = (),
+             rates: tuple[float, ...] = (), resume: Path | None = None, keep: bool = False,
+             given: Given = frozenset()):
+        if resume:
+            refuse_unused(given, ("out",),
+                          "the run keeps its folder: give --resume or --out, not both")
+        if quick:
+            refuse_unused(given, ("model",), "a quick run makes a tiny model of its own")
+        if arms or rates:
+            refuse_unused(given, ("keep",), "these are not all arms at their own rates")
+        chosen = narrowed(experiment, arms, rates)
+        bases = [] if quick else list(model) or [newest_model(Path("runs"), "pretrain-*")]
+        for folder in bases:  # if it is of no use, fail before the run gets a folder
+            load_model(folder).config.require_writer(folder, "gives answers")
+        trials = {arm: trial_of(own, quick) for arm, own in chosen.arms.items()}
+        settings = {"bases": [fingerprints(folder) for folder in bases],
+                    "arms": {arm: asdict(trial) for arm, trial in trials.items()}}
+
+        def run_arm(arm: str, seed: int, run) -> dict:
+            folder = str(bases[seed % len(bases)]) if bases else ""
+            s = replace(trials[arm], seed=seed, model=folder)
+            return (measured or tried)(s, run, f"{arm}, seed {seed}")
+
+        words = [(name, given) for name, given in
+                 [("model", bases), ("arms", arms), ("rates", rates)] if given]
+        options = [word for name, given in words for word in (f"--{name}", *map(str, given))]
+        return conduct(chosen, run_arm, seeds, settings, options, quick, out, resume, keep)
+    main.__doc__ = f"{experiment.question}\n\n{OPTIONS}"
+    return main
+
+
+OPTIONS = """
+Args:
+    seeds: of records, adapters and batches; every arm runs on each seed.
+    quick: end in seconds, on a tiny model that knows nothing; the numbers mean nothing.
+    out: the run gets a folder of its own in here.
+    model: folders of n base models, with a tokenizer.json each; seed s adapts number s mod n. By
+        default the newest runs/pretrain-*/model. The intervals from one base say nothing about
+        another base.
+    arms: run only these.
+    rates: run every arm at each of these learning rates, to find which is best for it.
+    resume: folder of a run to go on with; arms and seeds that are done are not run again.
+    keep: leave the result beside this program, for the page that report.py makes.
+    given: names of the options on the command line.
+"""
+
+
+def narrowed(experiment: Experiment, arms, rates) -> Experiment:
+    """The experiment with these of its arms, or all, each at every rate, or at its own."""
+    if unknown := sorted({*arms} - {*experiment.arms}):
+        raise ValueError(f"there is no arm {unknown[0]!r}, only {', '.join(experiment.arms)}")
+    chosen = {arm: own for arm, own in experiment.arms.items() if arm in (arms or [arm])}
+    if not rates:
+        return replace(experiment, arms=chosen)
+    swept = {f"{arm}, lr {lr:g}": own | {"lr": lr} for arm, own in chosen.items() for lr in rates
+             if own.get("steps") != 0}
+    return replace(experiment, arms=swept, slide={}, claims={}, draw=None)
+
+
+def trial_of(own: dict, quick: bool) -> Trial:
+    """A trial with an arm's settings, or a tiny one with them."""
+    if not quick:
+        return Trial(**{"workers": default_workers()[0]} | own)
+    return Trial(**own | QUICK | {"steps": min(QUICK["steps"], own.get("steps", Trial.steps))})
+
+
+def tried(s: Trial, run, title: str) -> dict:
+    """The numbers of MEASURES and of each task, after the model has learned the tasks."""
+    train, test = data.make_tasks(s.tasks, s.train, s.test, s.seed)
+    model, tokenizer = base(s.model)
+    model, trained, seconds = learned(model, tokenizer, train, s, run, title)
+    return {**right(model, tokenizer, test), LOSS: loss_of_answers(model, tokenizer, test),
+            KNOWN: old_text(model, tokenizer, s), TRAINED: trained,
+            MS: 1e3 * seconds, **kept(model, tokenizer, s, run.path / "kept")}
+
+
+def learned(model, tokenizer, records, s: Trial, run, title: str):
+    """(the model after it has learned the records, how many numbers it trained, seconds a step).
+
+    The seconds are the median's; 0 without a step.
+    """
+    if not s.steps:
+        return model, 0, 0.0
+    model = METHODS[s.method].prepare(model, s)
+    if s.beside:
+        add_prefix(model, s.beside, seed=s.seed)
+    batches = data.InstructionBatches(records, tokenizer, s.batch, None, s.seed, model.room)
+    optimizer, loss = optimizer_and_loss(model, s)
+    seconds = []
+    for _, done in fit(run, model, batches, s, loss, optimizer=optimizer, title=title):
+        seconds += [done.seconds] * (done.targets > 0)
+    if done.step < s.steps:  # by Ctrl-C
+        raise KeyboardInterrupt
+    return model, optimizer.flat.size, float(np.median(seconds or 0.0))
+
+
+def base(folder: str):
+    """A model and its tokenizer, which ends a text as the model does; tiny ones without a folder.
+    """
+    if not folder:
+        return Transformer(Config.gpt2(258, 128, layers=2, heads=2, width=16)), data.ByteTokenizer()
+    model, tokenizer = load_model(folder), data.load_tokenizer(Path(folder) / "tokenizer.json")
+    data.adopt_end(tokenizer, model.ends.eos)
+    return model, tokenizer
+
+
+def right(model, tokenizer, test) -> dict[str, float]:
+    """Per cent of the records that are answered rightly: of all, and of each task."""
+    found = {}
+    for record, said in zip(test, answers(model, test, tokenizer)):
+        found.setdefault(f"{record.task}, %", []).append(100 * data.score(record, said))
+    found = {task: float(np.mean(scores)) for task, scores in found.items()}
+    return {RIGHT: float(np.mean(list(found.values()))), **found}
+
+
+def loss_of_answers(model, tokenizer, records) -> float:
+    """Nats a token of the right answers, ends included."""
+    return loss_of(model, *data.encode(records, tokenizer, context=model.room))
+
+
+def old_text(model, tokenizer, s: Trial) -> float:
+    """Bits a byte of the text that pretrain.py does not train on."""
+    share = (share_held_out(s.model) if s.model else None) or 0.1
+    documents = held_out(share)[: s.documents]
+    tokens, targets = data.rows_of(documents, tokenizer, model.room)
+    size = sum(len(document.encode()) for document in documents)
+    counted = int((targets != data.IGNORED).sum())
+    return bits_per_byte(loss_of(model, tokens, targets), counted, size)
+
+
+@cache
+def held_out(share: float):
+    """The held-out part of the text."""
+    return data.split(data.load_corpus("python-reference"), share)[1]
+
+
+def kept(model, tokenizer, s: Trial, folder: Path) -> dict[str, float]:
+    """The size of what was learned, as it is saved, in kB and beside the model's own file."""
+    if not s.steps:
+        return {KEPT: 0.0, SHARE: 0.0}
+    whole = sum(t.data.nbytes for _, t in base(s.model)[0].named_tensors())
+    method = METHODS[s.method]
+    if s.beside:  # PEFT has one method in a folder
+        size = sum(p.data.nbytes for p in trainable_parameters(model))
+    elif method.whole:
+        save_model(method.finish(model), folder, tokenizer)
+    else:
+        save_adapter(model, folder)
+    if not s.beside:
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        remove(folder)
+    return {KEPT: size / 1e3, SHARE: 100 * size / whole}
