@@ -47,6 +47,10 @@ def test_a_ratio_does_not_feel_the_machines_speed(base, factor, data):
     assert ratio(times, [s * b for s, b in zip(speed, base)]) == pytest.approx(factor)
 
 
+def test_a_ratio_is_of_rounds_not_of_medians():
+    assert ratio([2.0, 40.0, 9.0], [1.0, 10.0, 9.0]) == 2.0
+
+
 def test_a_ratio_needs_the_same_rounds():
     with pytest.raises(ValueError):
         ratio([1.0], [1.0, 2.0])
