@@ -166,11 +166,12 @@ def draw(figure, rows):
                   markeredgewidth=0)
     for height, label in ((100, "full"), (200, "lecture 004")):
         axes.axhline(height, color=COLORS[5], linewidth=1, linestyle="--")
-        axes.annotate(label, (places[-1] + 0.5, height), xytext=(0, -3), color=COLORS[5],
-                      textcoords="offset points", ha="right", va="top")
+        axes.text(0.99, height + 2, label, color=COLORS[5], ha="right",
+                  transform=axes.get_yaxis_transform())
     axes.set_xticks(places, [name.replace("LoRA, ", "") for name in names])
-    axes.set(xlabel="LoRA on these layers, size of the model", ylabel="of full training, %")
-    axes.legend(frameon=False, loc="center left")
+    axes.set(xlabel="LoRA on these layers, size of the model", ylabel="of full training, %",
+             ylim=(0, 225))
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(0, 0.66))
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
