@@ -10,8 +10,6 @@ As two factors B (O, r) and A (r, I), as LoRA's, it takes r (O + I) numbers in t
 it saves something if r < O I / (O + I), which is half of a square matrix's rank.
 """
 
-import numpy as np
-
 from minilm.arrays import wide
 from minilm.backend import array_module
 from minilm.ranges import check, whole
@@ -25,6 +23,7 @@ def truncate(W, r: int):  # (O, I) -> (O, r), (r, I)
     above W's full rank there are only as many as that. ValueError if W is no finite matrix, and for
     a negative r.
 
+    >>> import numpy as np
     >>> B, A = truncate(np.array([[3.0, 0.0], [0.0, 2.0]]), 1)
     >>> (abs(B @ A).round(9) + 0.0).tolist()
     [[3.0, 0.0], [0.0, 0.0]]

@@ -3,11 +3,11 @@
     python scripts/experiments/adaptive_rank.py --model runs/pretrain-*/model
     python scripts/experiments/adaptive_rank.py --quick    # seconds; the numbers mean nothing
 
-Lecture 002 shows that LoRA's rank hardly matters on two tasks, and ends with a question: "Adaptively
-adjust rank r?" AdaLoRA (Zhang et al. 2023; the equations are in minilm/peft/budget.py) starts
-each matrix with rank 6, and gives all of them together a budget of 4 a matrix. Training decides
-which singular values stay. So its final update takes as many ranks as LoRA's with r = 4; LoRA with
-r = 8 has twice as many.
+Lecture 002 shows that LoRA's rank hardly matters on two tasks, and then asks: "Adaptively adjust
+rank r?" AdaLoRA (Zhang et al. 2023; the equations are in minilm/peft/budget.py) starts each matrix
+with rank 6, and gives all of them together a budget of 4 a matrix. Training decides which singular
+values stay. So its last update takes as many ranks as LoRA's with r = 4; LoRA with r = 8 has twice
+as many.
 
 The table has the ranks that are left, averaged over matrices of a kind and over halves of the
 layers; LoRA's are what it was given. The picture has AdaLoRA's rank of every matrix. If no matrix
