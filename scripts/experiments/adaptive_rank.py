@@ -11,7 +11,7 @@ as many.
 
 The table has the ranks that are left, averaged over matrices of a kind and over halves of the
 layers; LoRA's are what it was given. The picture has AdaLoRA's rank of every matrix. If no matrix
-needed more than another, all ranks would be 4 up to chance, and both claims about them would fail.
+needed more than another, all ranks would be 4 up to chance, and no claim about them would hold.
 """
 
 import numpy as np
@@ -66,6 +66,7 @@ CLAIMS = {
     "AdaLoRA is within 2 points of LoRA with twice its budget":
         lambda rows: compared(rows, RIGHT, ADA, "LoRA, r = 8", at_least=-2, at_most=2),
     "the MLP gets more than q and k": lambda rows: more(rows, MLP, QK),
+    "v and o get more than q and k": lambda rows: more(rows, VO, QK),
     "late layers get more than early ones": lambda rows: more(rows, LATE, EARLY),
 }
 
