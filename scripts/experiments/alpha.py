@@ -12,7 +12,7 @@ steps by about the rate, and B' by c times the rate; and B' starts from zeros, a
 
     c alpha at the rates (lr of A, lr of B)  =  alpha at the rates (lr of A, c lr of B)      (1)
 
-which is LoRA+ with lambda = c (Hayou et al. 2024, arXiv:2402.12354, section 4), up to Adam's eps
+which is LoRA+ with lambda = c (Hayou et al. 2024, arXiv:2402.12354), up to Adam's eps
 and the clipping of the gradient's norm. tests/test_alpha.py checks it. So alpha is a second
 learning rate: the arms "rate x" and "rate /" undo its effect on B, and only A's rate is left to
 differ. A seed takes about 10 minutes on two cores.
@@ -29,7 +29,7 @@ from minilm.trial import KNOWN, LOSS, RIGHT, program
 QUESTION = "Which alpha is best, and is it more than a learning rate?"
 
 SLIDE = {}  # the lecture has no number of an arm
-R, LR = 8, 3e-3  # LR is the best for alpha = 2 r among 1e-3, 3e-3, 1e-2
+R, LR = 8, 3e-3  # LR is better than 1e-3 for alpha = 2 r, see ranks.py
 NEAR = 0.07  # nats: what lies between r = 1 and r = 16 in lecture 004's table of ranks
 ALPHAS = {"alpha = r/2": 0.5, "alpha = r": 1, "alpha = 2r": 2, "alpha = 4r": 4, "alpha = 8r": 8}
 RATES = dict(zip(ALPHAS, ("rate x 4", "rate x 2", "", "rate / 2", "rate / 4")))
@@ -83,7 +83,8 @@ def draw(figure, rows):
     axes.legend(frameon=False)
 
 
-EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, {LOSS: 3, RIGHT: 1, KNOWN: 2}, CLAIMS, draw)
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, {LOSS: 3, RIGHT: 1, KNOWN: 2}, CLAIMS,
+                        draw)
 main = program(EXPERIMENT)
 
 if __name__ == "__main__":

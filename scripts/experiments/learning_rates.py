@@ -76,7 +76,8 @@ def draw(figure, rows):
     axes.legend(frameon=False)
 
 
-EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, {LOSS: 3, RIGHT: 1, KNOWN: 2}, CLAIMS, draw)
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, {LOSS: 3, RIGHT: 1, KNOWN: 2}, CLAIMS,
+                        draw)
 main = program(EXPERIMENT)
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ SLIDE = {
         "q": 91.0, "k": 90.8, "v": 91.0, "o": 91.3, "q k": 91.3, "q v": 91.3, "q k v o": 91.7},
 }
 NEAR = 0.07  # nats: 1.23 - 1.16 in lecture 004
-LR = 3e-3  # of all arms; --rates shows what others give
+LR = 3e-3  # of all arms, see ranks.py; --rates shows what others give
 
 
 def on(layers: str, r: int) -> dict:
@@ -94,7 +94,7 @@ def draw(figure, rows):
         axes.plot(losses, [i] * len(losses), "o", color=color, markersize=4, markeredgewidth=0)
     axes.set_yticks(range(len(arms)), arms)
     axes.grid(axis="y", visible=False)
-    axes.set(xlabel=f"{LOSS} (blue: attention alone)")
+    axes.set(xlabel=f"{LOSS} (orange: MLP or all)")
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, {LOSS: 3, RIGHT: 1, KNOWN: 2, TRAINED: 0},
