@@ -145,9 +145,12 @@ def trial_of(own: dict, quick: bool, kind: type = Trial) -> Trial:
     return kind(**own | QUICK | {"steps": min(QUICK["steps"], own.get("steps", Trial.steps))})
 
 
-def tried(s: Trial, run, title: str) -> dict:
-    """The numbers of MEASURES and of each task, after the model has learned the tasks."""
-    train, test = data.make_tasks(s.tasks, s.train, s.test, s.seed)
+def tried(s: Trial, run, title: str, records=None) -> dict:
+    """The numbers of MEASURES and of each task, after the model has learned the tasks.
+
+    records: (to learn from, to be asked), if they are not those of the settings' tasks.
+    """
+    train, test = records or data.make_tasks(s.tasks, s.train, s.test, s.seed)
     model, tokenizer = base(s.model)
     model, trained, seconds = learned(model, tokenizer, train, s, run, title)
     return {**right(model, tokenizer, test), LOSS: loss_of_answers(model, tokenizer, test),
@@ -179,7 +182,7 @@ def base(folder: str):
     """A model and its tokenizer, which ends a text as the model does; tiny ones without a folder.
     """
     if not folder:
-        return Transformer(Config.gpt2(258, 128, layers=2, heads=2, width=16)), data.ByteTokenizer()
+        return Transformer(Config.gpt2(258, 128, layers=2, heads=2, width=64)), data.ByteTokenizer()
     model, tokenizer = load_model(folder), data.load_tokenizer(Path(folder) / "tokenizer.json")
     data.adopt_end(tokenizer, model.ends.eos)
     return model, tokenizer

@@ -23,7 +23,9 @@ from minilm.measure.verdict import (
     HOLDS,
     OPEN,
     T975,
+    by_seed,
     compared,
+    compared_best,
     difference,
     interval,
     verdict,
@@ -105,6 +107,20 @@ def test_differences_are_of_seeds_that_both_have():
             {"arm": "a", "seed": 2, "x": 99}]
     assert difference(rows, "x", "a", "b") == [9, 2]
     assert compared(rows, "x", "a", "b", at_least=0).about == "a - b: x"
+
+
+def test_the_best_of_some_arms_against_the_best_of_others():
+    """Each seed has its own best arms; a seed that lacks one of them does not count."""
+    of = {0: (5, 3, 4, 9), 1: (1, 8, 7, 2), 2: (0, 0, 0, None)}
+    rows = [{"arm": arm, "seed": seed, "x": x} for seed, numbers in of.items()
+            for arm, x in zip("abcd", numbers) if x is not None]
+    assert by_seed(rows, "x", "dab") == [[9, 5, 3], [2, 1, 8]]
+    low = compared_best(rows, "x", "ab", "cd", "ab - cd", at_most=0)
+    assert (low.seeds, low.mean, low.about) == (2, -1, "ab - cd: x")  # 3 - 4 and 1 - 2
+    assert low.verdict == HOLDS
+    high = compared_best(rows, "x", "ab", "cd", "ab - cd", at_least=0, best=max)
+    assert (high.mean, high.verdict) == (-1.5, OPEN)  # 5 - 9 and 8 - 7
+    assert compared_best(rows, "x", "ab", "e", "nobody", at_least=0).seeds == 0
 
 
 # A small experiment: what it measures is a + seed / 10.
