@@ -9,6 +9,7 @@ The file says what is measured; `conduct` does what all experiments need. A run'
     ARM-SEED/       checkpoints of the arm that is running
 """
 
+import json
 import platform
 import shlex
 import shutil
@@ -22,7 +23,7 @@ import numpy as np
 
 from minilm.command import Given, typed
 from minilm.extras import told
-from minilm.files import remove, write_atomically
+from minilm.files import json_bytes, remove, write_atomically
 from minilm.measure.verdict import Verdict
 from minilm.parallel.cores import default_workers
 from minilm.picture import draw_svg
@@ -96,7 +97,7 @@ def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory],
     command = shlex.join([*program, *options, *["--quick"] * quick])
     result = Result(experiment.name, experiment.question, command, quick, experiment.slide,
                     experiment.measures)
-    settings = settings | {"quick": quick}
+    settings = json.loads(json_bytes(settings | {"quick": quick}))  # as run.json gives them back
     if resume:
         run = RunDirectory(resume)
         stored = run.describe()["settings"]

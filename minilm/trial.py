@@ -71,12 +71,12 @@ class Trial(Adapting, Training):
 QUICK = {"batch": 4, "steps": 4, "warmup": 1, "workers": 1, "train": 16, "test": 2, "documents": 1}
 
 
-def program(experiment: Experiment, measured: Callable | None = None):
+def program(experiment: Experiment, measured: Callable | None = None, kind: type = Trial):
     """The main function of an experiment whose arms are settings of Trial.
 
     measured: what gives an arm's numbers, (Trial, RunDirectory, title) -> {measure: number}; by
-    default `tried`. ValueError for options that cannot be together, and for a model that cannot
-    give answers.
+    default `tried`. kind: Trial with more settings. ValueError for options that cannot be together,
+    and for a model that cannot give answers.
     """
     def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Path("runs"),
              model: tuple[Path, ...] = (), arms: tuple[str, ...] = (),
@@ -93,7 +93,7 @@ def program(experiment: Experiment, measured: Callable | None = None):
         bases = [] if quick else list(model) or [newest_model(Path("runs"), "pretrain-*")]
         for folder in bases:  # if it is of no use, fail before the run gets a folder
             load_model(folder).config.require_writer(folder, "gives answers")
-        trials = {arm: trial_of(own, quick) for arm, own in chosen.arms.items()}
+        trials = {arm: trial_of(own, quick, kind) for arm, own in chosen.arms.items()}
         settings = {"bases": [fingerprints(folder) for folder in bases],
                     "arms": {arm: asdict(trial) for arm, trial in trials.items()}}
 
@@ -138,16 +138,19 @@ def narrowed(experiment: Experiment, arms, rates) -> Experiment:
     return replace(experiment, arms=swept, slide={}, claims={}, draw=None)
 
 
-def trial_of(own: dict, quick: bool) -> Trial:
+def trial_of(own: dict, quick: bool, kind: type = Trial) -> Trial:
     """A trial with an arm's settings, or a tiny one with them."""
     if not quick:
-        return Trial(**{"workers": default_workers()[0]} | own)
-    return Trial(**own | QUICK | {"steps": min(QUICK["steps"], own.get("steps", Trial.steps))})
+        return kind(**{"workers": default_workers()[0]} | own)
+    return kind(**own | QUICK | {"steps": min(QUICK["steps"], own.get("steps", Trial.steps))})
 
 
-def tried(s: Trial, run, title: str) -> dict:
-    """The numbers of MEASURES and of each task, after the model has learned the tasks."""
-    train, test = data.make_tasks(s.tasks, s.train, s.test, s.seed)
+def tried(s: Trial, run, title: str, records=None) -> dict:
+    """The numbers of MEASURES and of each task, after the model has learned the tasks.
+
+    records: (to learn from, to be asked), if they are not those of the settings' tasks.
+    """
+    train, test = records or data.make_tasks(s.tasks, s.train, s.test, s.seed)
     model, tokenizer = base(s.model)
     model, trained, seconds = learned(model, tokenizer, train, s, run, title)
     return {**right(model, tokenizer, test), LOSS: loss_of_answers(model, tokenizer, test),
@@ -179,7 +182,7 @@ def base(folder: str):
     """A model and its tokenizer, which ends a text as the model does; tiny ones without a folder.
     """
     if not folder:
-        return Transformer(Config.gpt2(258, 128, layers=2, heads=2, width=16)), data.ByteTokenizer()
+        return Transformer(Config.gpt2(258, 128, layers=2, heads=2, width=64)), data.ByteTokenizer()
     model, tokenizer = load_model(folder), data.load_tokenizer(Path(folder) / "tokenizer.json")
     data.adopt_end(tokenizer, model.ends.eos)
     return model, tokenizer

@@ -56,6 +56,8 @@ class Settings(Training):
     """attention heads in a block"""
     width: int = 64
     """size of the vector that stands for a token; a multiple of heads"""
+    bias: bool = False
+    """give a llama's linear layers biases; the other families always have them"""
     context: int = 128
     """tokens in a row"""
     dropout: float = 0.0
@@ -79,6 +81,7 @@ class Settings(Training):
     sample: int = 300
     """tokens in a sample"""
 
+    LATER: ClassVar = ("bias",)  # settings that runs of 0.1.0 do not have
     RANGES: ClassVar = Training.RANGES | {
         "steps": whole(1), "lr": POSITIVE, "min_lr": optional(AT_LEAST_0), "beta2": BELOW_1,
         "weight_decay": AT_LEAST_0, "weights": each(AT_LEAST_0), "vocab_size": whole(1),
@@ -107,6 +110,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         refuse_unused(given, ["vocab_size"], f"the tokenizer {s.tokenizer} has its own vocabulary")
     if not run and s.family == "bert":
         refuse_unused(given, ["sample"], "bert fills in tokens of the prompt and writes no others")
+    if not run and s.family != "llama":
+        refuse_unused(given, ["bias"], f"a {s.family} has biases in any case")
     if not run and len(s.corpus) == 1:
         refuse_unused(given, ["weights"], "there is one corpus to draw from")
     if not run and (s.min_lr or 0) > s.lr:
@@ -231,7 +236,7 @@ def make_model(s: Settings, vocab_size: int) -> Transformer:
     if s.family == "gpt2":
         return Transformer(Config.gpt2(**shape), s.seed)
     if s.family == "llama":  # SwiGLU's three matrices at 8/3 of the width are as large as two at 4
-        return Transformer(Config.llama(**shape, hidden=8 * s.width // 3), s.seed)
+        return Transformer(Config.llama(**shape, hidden=8 * s.width // 3, bias=s.bias), s.seed)
     return Transformer(Config.bert(**shape, hidden=4 * s.width), s.seed)
 
 

@@ -4,7 +4,6 @@ import importlib
 import math
 import re
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilm import data, loop
+from minilm import data, loop, trial
 from minilm import experiment as module
 from minilm.command import typed
 from minilm.experiment import QUICK, Experiment, conduct
@@ -24,7 +23,9 @@ from minilm.measure.verdict import (
     HOLDS,
     OPEN,
     T975,
+    by_seed,
     compared,
+    compared_best,
     difference,
     interval,
     verdict,
@@ -106,6 +107,20 @@ def test_differences_are_of_seeds_that_both_have():
             {"arm": "a", "seed": 2, "x": 99}]
     assert difference(rows, "x", "a", "b") == [9, 2]
     assert compared(rows, "x", "a", "b", at_least=0).about == "a - b: x"
+
+
+def test_the_best_of_some_arms_against_the_best_of_others():
+    """Each seed has its own best arms; a seed that lacks one of them does not count."""
+    of = {0: (5, 3, 4, 9), 1: (1, 8, 7, 2), 2: (0, 0, 0, None)}
+    rows = [{"arm": arm, "seed": seed, "x": x} for seed, numbers in of.items()
+            for arm, x in zip("abcd", numbers) if x is not None]
+    assert by_seed(rows, "x", "dab") == [[9, 5, 3], [2, 1, 8]]
+    low = compared_best(rows, "x", "ab", "cd", "ab - cd", at_most=0)
+    assert (low.seeds, low.mean, low.about) == (2, -1, "ab - cd: x")  # 3 - 4 and 1 - 2
+    assert low.verdict == HOLDS
+    high = compared_best(rows, "x", "ab", "cd", "ab - cd", at_least=0, best=max)
+    assert (high.mean, high.verdict) == (-1.5, OPEN)  # 5 - 9 and 8 - 7
+    assert compared_best(rows, "x", "ab", "e", "nobody", at_least=0).seeds == 0
 
 
 # A small experiment: what it measures is a + seed / 10.
@@ -303,28 +318,29 @@ def test_each_experiment_runs_quickly(name, tmp_path, capsys):
 
 def test_an_arm_that_was_killed_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     methods = importlib.import_module("adaptation_methods")
-    monkeypatch.setattr(methods, "QUICK", replace(methods.QUICK, save_every=2))
-    begun = []
+    monkeypatch.setattr(trial, "QUICK", trial.QUICK | {"save_every": 2})
+    begun, arms = [], ("full", "LoRA, 9k", "QLoRA, 74k")
 
     def fit(run, *args, kill=False, title, **settings):
         for trainer, done in loop.fit(run, *args, title=title, **settings):
             if not done.targets:
                 begun.append((title, done.step))
-            if kill and title == "LoRA, seed 0" and done.step == 3:
+            if kill and title == "LoRA, 9k, seed 0" and done.step == 3:
                 raise SystemExit("killed")
             yield trainer, done
 
-    monkeypatch.setattr(methods, "fit", partial(fit, kill=True))
+    monkeypatch.setattr(trial, "fit", partial(fit, kill=True))
     with pytest.raises(SystemExit):
-        methods.main(seeds=(0,), quick=True, out=tmp_path)
-    monkeypatch.setattr(methods, "fit", fit)
-    methods.main(seeds=(0,), quick=True, resume=tmp_path / "adaptation_methods-1")
-    assert begun == [("full, seed 0", 0), ("LoRA, seed 0", 0), ("LoRA, seed 0", 2),
-                     ("QLoRA, seed 0", 0)]
-    methods.main(seeds=(0,), quick=True, out=tmp_path)
+        methods.main(seeds=(0,), quick=True, out=tmp_path, arms=arms)
+    monkeypatch.setattr(trial, "fit", fit)
+    methods.main(seeds=(0,), quick=True, resume=tmp_path / "adaptation_methods-1", arms=arms)
+    assert begun == [("full, seed 0", 0), ("LoRA, 9k, seed 0", 0), ("LoRA, 9k, seed 0", 2),
+                     ("QLoRA, 74k, seed 0", 0)]
+    methods.main(seeds=(0,), quick=True, out=tmp_path, arms=arms)
     first, second = (Result.load(tmp_path / f"adaptation_methods-{i}" / "result.json")
                      for i in (1, 2))
-    assert first.rows == second.rows
+    for one, other in zip(first.rows, second.rows, strict=True):
+        assert one | {trial.MS: 0} == other | {trial.MS: 0}  # all but the clock's
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -41,8 +41,15 @@ class Verdict:
 
 def difference(rows: Iterable[dict], measure: str, a: str, b: str) -> list[float]:
     """Arm a's number minus arm b's, for each seed that has both."""
-    of = {arm: {r["seed"]: r[measure] for r in rows if r["arm"] == arm} for arm in (a, b)}
-    return [of[a][seed] - of[b][seed] for seed in sorted(of[a].keys() & of[b].keys())]
+    return [x - y for x, y in by_seed(rows, measure, (a, b))]
+
+
+def by_seed(rows: Iterable[dict], measure: str, arms: Iterable[str]) -> list[list[float]]:
+    """The arms' numbers, in their order, for each seed that has all of them."""
+    arms = tuple(arms)
+    of = {(r["seed"], r["arm"]): r[measure] for r in rows if r["arm"] in arms}
+    seeds = sorted({seed for seed, _ in of})
+    return [[of[s, a] for a in arms] for s in seeds if all((s, a) in of for a in arms)]
 
 
 def interval(d: list[float]) -> tuple[float, float]:
@@ -83,3 +90,17 @@ def compared(rows: Iterable[dict], measure: str, a: str, b: str, at_least: float
     """The verdict on arm a's number minus arm b's."""
     about = f"{a} - {b}: {measure}"
     return verdict(difference(rows, measure, a, b), about, at_least, at_most)
+
+
+def compared_best(rows: Iterable[dict], measure: str, some: Iterable[str], others: Iterable[str],
+                  about: str, at_least: float | None = None, at_most: float | None = None,
+                  best=min) -> Verdict:
+    """The verdict on the best number of some arms minus the best of others, on each seed.
+
+    about: what the groups are called, as in "some - others". best: min or max. The best of more
+    arms is the luckier one.
+    """
+    some, others = tuple(some), tuple(others)
+    d = [best(numbers[: len(some)]) - best(numbers[len(some) :])
+         for numbers in by_seed(rows, measure, some + others)]
+    return verdict(d, f"{about}: {measure}", at_least, at_most)

@@ -1,0 +1,88 @@
+"""Trials: arms are settings of finetune.py; what they say of a model is what finetune.py says."""
+
+import numpy as np
+import pytest
+
+from minilm import data, trial
+from minilm.experiment import Experiment
+from minilm.peft import add_lora
+from minilm.run import RunDirectory
+from minilm.trial import KEPT, KNOWN, LOSS, MEASURES, RIGHT, SHARE, TRAINED, Trial, program, tried
+
+ARMS = {"base": {"steps": 0}, "full": {"method": "full", "lr": 1e-2}, "LoRA": {"r": 1, "lr": 3e-2}}
+TINY = Trial(**trial.QUICK, seed=1, tasks=("upper", "add"), lr=1e-2)
+
+
+def experiment(file="rates.py", **changes):
+    """An experiment of ARMS."""
+    given = {"claims": {}, "slide": {}, "measures": MEASURES} | changes
+    return Experiment(str(file), "Which?", given["slide"], ARMS, given["measures"],
+                      given["claims"], None)
+
+
+def test_arms_run_at_their_own_rates_or_at_those_given(tmp_path, capsys):
+    main = program(experiment(tmp_path / "rates.py"))
+    result = main(seeds=(0,), quick=True, out=tmp_path)
+    assert result.arms == ["base", "full", "LoRA"]
+    assert [row[TRAINED] for row in result.rows[:2]] == [0, 12_768]
+    swept = main(seeds=(0,), quick=True, out=tmp_path, rates=(1e-2, 0.3), arms=("full", "base"))
+    assert swept.arms == ["full, lr 0.01", "full, lr 0.3"]
+    assert swept.command.endswith("--arms full base --rates 0.01 0.3 --quick")
+    first, again = result.rows[1], swept.rows[0]
+    assert [first[m] for m in (LOSS, KNOWN, RIGHT)] == [again[m] for m in (LOSS, KNOWN, RIGHT)]
+    assert swept.rows[1][LOSS] != again[LOSS]
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"arms": ("lora",)}, "there is no arm 'lora', only base, full, LoRA"),
+    ({"rates": (1e-3,), "keep": True, "given": frozenset({"keep"})}, "keep is given, but these"),
+    ({"model": ("x",), "given": frozenset({"model"})}, "a quick run makes a tiny model"),
+    ({"out": "x", "resume": "y", "given": frozenset({"out"})}, "give --resume or --out"),
+])
+def test_options_that_cannot_be_together(options, text, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        program(experiment())(**{"quick": True, "out": tmp_path} | options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_numbers_of_a_trial(tmp_path):
+    run = RunDirectory(tmp_path)
+    found = tried(TINY, run, "x")
+    assert found.keys() == MEASURES.keys() | {"upper, %", "add, %"}
+    assert found[RIGHT] == np.mean([found["upper, %"], found["add, %"]])
+    adapted = add_lora(trial.base("")[0], 8, 16, "all-linear")
+    assert found[TRAINED] == sum(p.size for p in adapted.parameters() if p.requires_grad)
+    assert 4 * found[TRAINED] < 1e3 * found[KEPT] < 4 * found[TRAINED] + 9000  # and names
+    held = sum(t.data.nbytes for _, t in trial.base("")[0].named_tensors())
+    assert found[SHARE] == pytest.approx(1e5 * found[KEPT] / held)
+    untrained = tried(Trial(**trial.QUICK | {"steps": 0}, tasks=("upper",)), run, "x")
+    assert untrained[TRAINED] == untrained[KEPT] == untrained[SHARE] == 0
+    assert untrained[KNOWN] == pytest.approx(np.log2(258), abs=0.1)  # it knows nothing
+
+
+def test_the_answers_that_count_are_those_of_all_tasks_alike():
+    """Each task weighs the same, and an answer is right or wrong."""
+    class Parrot:
+        """Stands for a model."""
+
+    _, test = data.make_tasks(("upper", "add"), 0, 2, 0)
+    said = {record: record.output for record in test[:3]}
+
+    def answers(model, records, tokenizer):
+        return [said.get(record, "?") for record in records]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial, "answers", answers)
+        found = trial.right(Parrot(), None, test)
+    assert found == {RIGHT: 75, "upper, %": 100, "add, %": 50}
+
+
+def test_a_prefix_learns_beside_low_rank(tmp_path):
+    beside = Trial(**trial.QUICK, r=1, beside=3, lr=1e-2)
+    model, tokenizer = trial.base("")
+    records, _ = data.make_tasks(("upper",), 16, 1, 0)
+    model, trained, _ = trial.learned(model, tokenizer, records, beside, RunDirectory(tmp_path), "")
+    moved = [name for name, p in model.named_parameters() if p.requires_grad and p.grad.any()]
+    assert any("front" in name for name in moved) and any(".B" in name for name in moved)
+    assert trained == sum(p.size for p in model.parameters() if p.requires_grad)
+    assert trained == 576 + 2 * 2 * 16 * 3
