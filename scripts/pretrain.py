@@ -106,14 +106,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         raise ValueError(f"accumulate must be 1 to the batch's {settings.batch} rows, got "
                          f"{settings.accumulate}")
     run, s = resumed(settings, resume, given)
-    if not run and s.tokenizer != "bpe":
-        refuse_unused(given, ["vocab_size"], f"the tokenizer {s.tokenizer} has its own vocabulary")
-    if not run and s.family == "bert":
-        refuse_unused(given, ["sample"], "bert fills in tokens of the prompt and writes no others")
-    if not run and s.family != "llama":
-        refuse_unused(given, ["bias"], f"a {s.family} has biases in any case")
-    if not run and len(s.corpus) == 1:
-        refuse_unused(given, ["weights"], "there is one corpus to draw from")
+    if not run:
+        refuse_idle(s, given)
     if not run and (s.min_lr or 0) > s.lr:
         raise ValueError(f"min_lr must be at most lr, {s.lr}; got {s.min_lr}")
     corpora = data.load_corpora(progress(s.corpus, "reading", "corpus"))
@@ -223,6 +217,18 @@ def make_tokenizer(s: Settings, parts):
         documents = progress(training, "words for the tokenizer", "document")
         return data.BPETokenizer.train(documents, s.vocab_size)
     return data.load_tokenizer(s.tokenizer, framed=False)
+
+
+def refuse_idle(s: Settings, given):
+    """ValueError for an option that was given and decides nothing."""
+    if s.tokenizer != "bpe":
+        refuse_unused(given, ["vocab_size"], f"the tokenizer {s.tokenizer} has its own vocabulary")
+    if s.family == "bert":
+        refuse_unused(given, ["sample"], "bert fills in tokens of the prompt and writes no others")
+    if s.family != "llama":
+        refuse_unused(given, ["bias"], f"a {s.family} has biases in any case")
+    if len(s.corpus) == 1:
+        refuse_unused(given, ["weights"], "there is one corpus to draw from")
 
 
 def progress(items, title: str, unit: str) -> Iterable:
