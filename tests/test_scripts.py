@@ -252,6 +252,7 @@ WRONG = [
     ("pretrain --context 0", "context must be at least 1, got 0"),
     ("pretrain --lr 1e-4 --min-lr 1e-3", "min_lr must be at most lr, 0.0001; got 0.001"),
     ("pretrain --family bert --sample 9", "sample is given, but bert fills in tokens"),
+    ("pretrain --family gpt2 --bias", "bias is given, but a gpt2 has biases in any case"),
     ("pretrain --weights 2", "weights is given, but there is one corpus to draw from"),
     ("pretrain --corpus file --context 64", "file: the text to train on is too short: it has"),
     ("distill --corpus file --context 64", "file: the text to train on is too short: it has"),
