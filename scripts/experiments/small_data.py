@@ -138,12 +138,13 @@ def draw(figure, rows):
     """What is answered rightly by n: a dot for each seed, a line through the means."""
     axes = figure.subplots()
     for name, color in zip(METHODS, COLORS):
-        points = np.array([(n, row[RIGHT]) for n in STEPS for row in rows
-                           if row["arm"] == f"{name}, n = {n}"])
-        x = np.unique(points[:, 0])
-        y = [points[points[:, 0] == n, 1].mean() for n in x]
-        axes.plot(*points.T, "o", color=color, markersize=4, alpha=0.6, markeredgewidth=0)
-        axes.plot(x, y, color=color, linewidth=1.5, label=name)
+        found = {n: [row[RIGHT] for row in rows if row["arm"] == f"{name}, n = {n}"] for n in STEPS}
+        found = {n: scores for n, scores in found.items() if scores}
+        axes.plot([n for n, scores in found.items() for _ in scores],
+                  [score for scores in found.values() for score in scores], "o", color=color,
+                  markersize=4, alpha=0.6, markeredgewidth=0)
+        axes.plot([*found], [np.mean(scores) for scores in found.values()], color=color,
+                  linewidth=1.5, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks([*STEPS], [*STEPS])
     axes.legend(frameon=False)
