@@ -5,13 +5,14 @@
     python scripts/experiments/prefix_length.py --rates 3e-2 1e-1 3e-1 --seeds 100
 
 Lecture 002 says of prefix tuning: "hard optimization, reduces the sequence length available to
-process a downstream task". Hu et al. 2021, arXiv:2106.09685, section 1, add that what it reaches
+process a downstream task". Hu et al. 2021, arXiv:2106.09685, section 3, add that what it reaches
 does not always rise with the number of parameters; their figure 2 shows it for GPT-3.
 
 Here l rows go in front of each layer's keys and values (PrefixLayer), or in front of the embedded
 text (PrefixEmbed), and learn the five tasks of adaptation_methods.py. If optimisation were easy,
-more rows would never be worse: the model could pass over the ones that it does not need. LoRA of
-rank 1 has fewer numbers than PrefixLayer of 16 rows.
+more rows would never be worse: the model could pass over the ones that it does not need. Few rows
+give no whole answers, so losses are compared. LoRA of rank 1 has fewer numbers than PrefixLayer of
+16 rows.
 """
 
 import itertools
@@ -46,7 +47,7 @@ CLAIMS = {
     **{f"{name}: a row takes a token's place from the text": lambda rows, name=name:
        taken(rows, name) for name in METHODS},
     **{f"{name}: {more} rows are better than {less}": lambda rows, name=name, more=more, less=less:
-       compared(rows, RIGHT, f"{name}, l = {more}", f"{name}, l = {less}", at_least=0)
+       compared(rows, LOSS, f"{name}, l = {more}", f"{name}, l = {less}", at_most=0)
        for name in METHODS for less, more in itertools.pairwise(LENGTHS)},
     "a prefix is hard to optimise: LoRA learns more with fewer numbers":
         lambda rows: compared(rows, LOSS, "LoRA, r = 1", "PrefixLayer, l = 16", at_most=0),
