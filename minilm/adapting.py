@@ -42,9 +42,9 @@ class Adapting:
     """Settings of the methods. A program's own settings extend them."""
 
     method: Literal[NAMES] = "lora"
-    """full: every weight; top: the last blocks; bitfit: the biases; lora, dora, adalora: adapters
-    of low rank; qlora: these on a base of few bits; ia3: scaling vectors; bottleneck: small MLPs;
-    prompt, prefix: rows in front of the text"""
+    """full: every weight. Selective: top, the last blocks; bitfit, the biases. Reparametrised, by
+    changes of low rank: lora, dora, adalora; qlora, on a base of few bits. Additive: ia3, scaling
+    vectors; bottleneck, small MLPs; prompt, prefix, rows in front of the text"""
     r: int = 8
     """rank of the adapters; adalora's first one"""
     last: int | None = None

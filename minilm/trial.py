@@ -34,6 +34,7 @@ from minilm.transformer import Config, Transformer
 from minilm.versions import fingerprints
 
 FIVE = ("reverse", "upper", "sort", "last", "add")
+ROOM = "room for text, tokens"
 RIGHT, LOSS = "answered rightly, %", "loss of answers, nats a token"
 KNOWN, TRAINED = "old text, bits a byte", "trained parameters"
 MS, KEPT, SHARE = "ms a step", "kept, kB", "kept, % of the model's file"
@@ -71,8 +72,8 @@ class Trial(Adapting, Training):
 QUICK = {"batch": 4, "steps": 4, "warmup": 1, "workers": 1, "train": 16, "test": 2, "documents": 1}
 
 
-def program(experiment: Experiment, measured: Callable | None = None, kind: type = Trial):
-    """The main function of an experiment whose arms are settings of Trial.
+def program(experiment: Experiment, measured: Callable | None = None, kind: type[Trial] = Trial):
+    """The main function of an experiment whose arms are settings of Trial, or of a kind of it.
 
     measured: what gives an arm's numbers, (Trial, RunDirectory, title) -> {measure: number}; by
     default `tried`. kind: Trial with more settings. ValueError for options that cannot be together,
@@ -138,7 +139,7 @@ def narrowed(experiment: Experiment, arms, rates) -> Experiment:
     return replace(experiment, arms=swept, slide={}, claims={}, draw=None)
 
 
-def trial_of(own: dict, quick: bool, kind: type = Trial) -> Trial:
+def trial_of(own: dict, quick: bool, kind: type[Trial] = Trial) -> Trial:
     """A trial with an arm's settings, or a tiny one with them."""
     if not quick:
         return kind(**{"workers": default_workers()[0]} | own)
@@ -154,14 +155,16 @@ def tried(s: Trial, run, title: str, records=None) -> dict:
     model, tokenizer = base(s.model)
     model, trained, seconds = learned(model, tokenizer, train, s, run, title)
     return {**right(model, tokenizer, test), LOSS: loss_of_answers(model, tokenizer, test),
-            KNOWN: old_text(model, tokenizer, s), TRAINED: trained,
+            KNOWN: old_text(model, tokenizer, s), TRAINED: trained, ROOM: model.room,
             MS: 1e3 * seconds, **kept(model, tokenizer, s, run.path / "kept")}
 
 
-def learned(model, tokenizer, records, s: Trial, run, title: str):
+def learned(model, tokenizer, records, s: Trial, run, title: str,
+            watch: Callable = lambda trainer, done: None):
     """(the model after it has learned the records, how many numbers it trained, seconds a step).
 
-    The seconds are the median's; 0 without a step.
+    The seconds are the median's; 0 without a step. watch(Trainer, Step) is called where the run
+    stands, and after each step.
     """
     if not s.steps:
         return model, 0, 0.0
@@ -171,8 +174,9 @@ def learned(model, tokenizer, records, s: Trial, run, title: str):
     batches = data.InstructionBatches(records, tokenizer, s.batch, None, s.seed, model.room)
     optimizer, loss = optimizer_and_loss(model, s)
     seconds = []
-    for _, done in fit(run, model, batches, s, loss, optimizer=optimizer, title=title):
+    for trainer, done in fit(run, model, batches, s, loss, optimizer=optimizer, title=title):
         seconds += [done.seconds] * (done.targets > 0)
+        watch(trainer, done)
     if done.step < s.steps:  # by Ctrl-C
         raise KeyboardInterrupt
     return model, optimizer.flat.size, float(np.median(seconds or 0.0))

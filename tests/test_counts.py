@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from test_methods import CONFIGS
 
 from minilm.measure import counts
-from minilm.measure.step import parameters
+from minilm.measure.lecture_numbers import kinds
+from minilm.measure.step import KINDS, METHODS, parameters
 from minilm.peft import add_adalora, add_bitfit, add_bottleneck, add_dora, add_lora, train_top
 from minilm.transformer import Config, Transformer
 
@@ -62,3 +63,21 @@ def test_no_m_gives_the_slides_adapter_h():
     found = np.array([counts.bottleneck(counts.GPT2_M, m, norms=norms) / 1e6
                       for m in range(1, 300) for norms in (False, True)])
     assert np.abs(found - 11.09).min() > 0.02
+
+
+def test_every_method_but_full_is_of_one_kind():
+    """The lecture's three, "additive, selective, reparameterization"."""
+    found = [method for methods in KINDS.values() for method in methods]
+    assert len(KINDS) == 3 and sorted(["full", *found]) == sorted(METHODS)
+
+
+def test_what_each_kind_trains():
+    m = counts.GPT2_M
+    trained = {method: (kind, int(n.replace(",", ""))) for kind, method, n, _ in kinds()[1:]}
+    assert trained["top"] == ("selective", counts.top(m, 2))
+    assert trained["bitfit"] == ("selective", counts.bitfit(m))
+    assert trained["ia3"] == ("additive", counts.ia3(m)) == ("additive", 24 * (1024 + 1024 + 4096))
+    assert trained["prompt"] == ("additive", 16 * 1024)
+    assert trained["lora"] == ("reparametrised", counts.lora(m, 8))
+    assert trained["lora"][1] / parameters(m) == pytest.approx(0.00222, abs=5e-6)
+    assert kinds()[7][1:] == ["lora", "786,432", "0.222%"]

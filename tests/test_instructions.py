@@ -7,6 +7,7 @@ test share no prompt. Files are mutated and may raise FormatError only.
 import os
 import re
 import sqlite3
+import string
 from collections import Counter
 from itertools import chain, combinations, islice
 
@@ -23,6 +24,7 @@ from minilm.data import (
     CharTokenizer,
     InstructionBatches,
     Record,
+    Words,
     encode,
     load_records,
     make_tasks,
@@ -518,6 +520,31 @@ def test_the_records_of_a_seed_never_change():
         ("umzo lty lh", "lh"),
         ("24+62", "86"),
     ]
+
+
+@given(bounds=st.tuples(st.integers(0, 25), st.integers(0, 25)).map(sorted),
+       sizes=st.tuples(st.integers(5, 9), st.integers(5, 9)).map(sorted), seed=seeds)
+def test_words_can_be_drawn_otherwise(bounds, sizes, seed):
+    first, end = (string.ascii_lowercase[i] for i in bounds)
+    least, most = sizes
+    words = Words(first, end, least, most)
+    count = 20 if first < end else 1  # one letter gives few distinct words
+    names = ["reverse", "upper", "sort", "last"]
+    for record in make_tasks(names, count, 0, seed, words)[0]:
+        assert re.fullmatch(f"[{first}-{end}]{{{least},{most}}}( [a-z]+){{0,3}}", record.context)
+        for word in record.context.split(" "):
+            assert least <= len(word) <= most and first <= min(word) and max(word) <= end
+        assert record.output == {
+            "reverse": record.context[::-1], "upper": record.context.upper(),
+            "sort": "".join(sorted(record.context)), "last": record.context.split(" ")[-1],
+        }[record.task]
+    assert make_tasks(names, 5, 5, seed, Words()) == make_tasks(names, 5, 5, seed)
+
+
+def test_a_task_without_words_draws_no_other_ones():
+    with pytest.raises(ValueError, match="task 'add' draws no words"):
+        make_tasks(["sort", "add"], 1, 1, 0, Words(last="m"))
+    assert make_tasks(["add"], 3, 1, 0, Words()) == make_tasks(["add"], 3, 1, 0)
 
 
 @pytest.mark.parametrize(

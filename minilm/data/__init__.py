@@ -37,7 +37,7 @@ from minilm.data.instructions import (
     prompt,
     save_records,
 )
-from minilm.data.tasks import TASKS, make_tasks, score
+from minilm.data.tasks import TASKS, Words, make_tasks, score
 from minilm.data.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
@@ -62,6 +62,7 @@ __all__ = [
     "Record",
     "RowBatches",
     "Tokenizer",
+    "Words",
     "account",
     "adopt_end",
     "answer_rows",

@@ -12,6 +12,8 @@ so sql is scored by running them, see queries.py.
 """
 
 from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,17 +46,36 @@ SENTENCES = (
 )
 
 
+class Words(NamedTuple):
+    """Which words the tasks on words draw."""
+
+    first: str = "a"  # of their letters
+    last: str = "z"
+    least: int | None = None  # letters in a word; None: as each task has it
+    most: int | None = None
+
+    def draw(self, rng: np.random.Generator, least: int, most: int) -> str:
+        """A word, by default of `least` to `most` letters."""
+        least, most = self.least or least, self.most or most
+        size = rng.integers(least, most + 1)
+        return rng.integers(ord(self.first), ord(self.last) + 1, size, np.uint8).tobytes().decode()
+
+
+ALL = Words()
+
+
 def make_tasks(
-    names: Iterable[str], train: int, test: int, seed: int
+    names: Iterable[str], train: int, test: int, seed: int, words: Words = ALL
 ) -> tuple[list[Record], list[Record]]:
     """(train, test) records of each named task, task after task; no two with the same prompt.
 
-    A task's records do not depend on the other names. ValueError for a name that is not in TASKS,
-    and if a task cannot give as many records.
+    words: what the tasks on words draw. A task's records do not depend on the other names.
+    ValueError for a name that is not in TASKS, for words that are to be different in a task without
+    words, and if a task cannot give as many records.
     """
     if train < 0 or test < 0:
         raise ValueError(f"train and test must not be negative, got {train} and {test}")
-    made = [_distinct(name, train + test, seed) for name in dict.fromkeys(names)]
+    made = [_distinct(name, train + test, seed, words) for name in dict.fromkeys(names)]
     return (
         [record for records in made for record in records[:train]],
         [record for records in made for record in records[train:]],
@@ -77,24 +98,24 @@ def score(record: Record, answer: str) -> bool:
     return right
 
 
-def reverse(rng: np.random.Generator) -> Record:
-    word = _word(rng, 3, 6)
+def reverse(rng: np.random.Generator, words: Words = ALL) -> Record:
+    word = words.draw(rng, 3, 6)
     return Record("Reverse", word, word[::-1], task="reverse")
 
 
-def upper(rng: np.random.Generator) -> Record:
-    word = _word(rng, 3, 6)
+def upper(rng: np.random.Generator, words: Words = ALL) -> Record:
+    word = words.draw(rng, 3, 6)
     return Record("Upper", word, word.upper(), task="upper")
 
 
-def sort(rng: np.random.Generator) -> Record:
-    word = _word(rng, 3, 6)
+def sort(rng: np.random.Generator, words: Words = ALL) -> Record:
+    word = words.draw(rng, 3, 6)
     return Record("Sort", word, "".join(sorted(word)), task="sort")
 
 
-def last(rng: np.random.Generator) -> Record:
-    words = [_word(rng, 2, 4) for _ in range(rng.integers(2, 5))]
-    return Record("Last word", " ".join(words), words[-1], task="last")
+def last(rng: np.random.Generator, words: Words = ALL) -> Record:
+    drawn = [words.draw(rng, 2, 4) for _ in range(rng.integers(2, 5))]
+    return Record("Last word", " ".join(drawn), drawn[-1], task="last")
 
 
 def add(rng: np.random.Generator) -> Record:
@@ -139,21 +160,20 @@ def sql(rng: np.random.Generator) -> Record:
     return Record("SQL", question, query, task="sql")
 
 
-TASKS = {task.__name__: task for task in (reverse, upper, sort, last, add, triangle, table, sql)}
+ON_WORDS = {task.__name__: task for task in (reverse, upper, sort, last)}
+TASKS = ON_WORDS | {task.__name__: task for task in (add, triangle, table, sql)}
 
 
-def _word(rng, least, most):
-    letters = rng.integers(ord("a"), ord("z") + 1, rng.integers(least, most + 1), np.uint8)
-    return letters.tobytes().decode()
-
-
-def _distinct(name, count, seed):
+def _distinct(name, count, seed, words):
     """`count` records of a task, no two with the same prompt."""
     if name not in TASKS:
         raise ValueError(f"{name!r} is none of the tasks {', '.join(TASKS)}")
+    if words != ALL and name not in ON_WORDS:
+        raise ValueError(f"task {name!r} draws no words, got {words}")
+    make = partial(ON_WORDS[name], words=words) if name in ON_WORDS else TASKS[name]
     rng, found, misses = np.random.default_rng([seed, *name.encode()]), {}, 0
     while len(found) < count:
-        record = TASKS[name](rng)
+        record = make(rng)
         misses = misses + 1 if prompt(record) in found else 0
         if misses > 1000 + 10 * len(found):  # if one were left, the chance was e^-10
             raise ValueError(f"task {name!r} gave {len(found)} distinct records, not {count}")

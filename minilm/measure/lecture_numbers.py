@@ -8,9 +8,9 @@ tests/test_plan_memory.py.
 import math
 from typing import NamedTuple
 
-from minilm.measure.counts import GPT3, lora, table
+from minilm.measure.counts import GPT2_M, GPT3, lora, table
 from minilm.measure.plan import plan
-from minilm.measure.step import Step, parameters, trainable
+from minilm.measure.step import KINDS, Step, parameters, trainable
 from minilm.transformer import Config
 
 RANKS = (1, 2, 8, 16, 512, 1024, 8192)
@@ -108,6 +108,18 @@ def layer_share(O: int, I: int, r: int) -> tuple[int, int, int, float]:
     return O * I, r * I, O * r, r * (O + I) / (O * I)
 
 
+def kinds() -> list[list[str]]:
+    """The slide's three methods of PEFT, "additive, selective, reparameterization": which ones of
+    finetune.py are of each kind, and what they train of GPT-2 medium as plan_memory.py has them."""
+    rows = [["PEFT, GPT-2 medium", "method", "trained", "share"]]
+    for kind, methods in KINDS.items():
+        for method in methods:
+            targets = ("k", "v", "down") if method == "ia3" else ("q", "v")
+            n = trainable(Step(GPT2_M, method, 1, 512, targets=targets))
+            rows.append([kind, method, f"{n:,}", f"{n / parameters(GPT2_M):.3%}"])
+    return rows
+
+
 def print_lectures():
     """Print every table, with the formulas' numbers."""
     rows = [["full, float32", *Bytes._fields, "total"]]
@@ -131,6 +143,7 @@ def print_lectures():
     W, A, B, share = layer_share(768, 768, 16)
     show([["768 x 768, rank 16", "W", "A", "B", "A and B"],
           ["", f"{W:,}", f"{A:,}", f"{B:,}", f"{share:.1%}"]])
+    show(kinds())
     for model, *cells, why in table():
         print(f"{model:24}" + "{:>20}{:>9}{:>9}".format(*cells) + f"  {why}".rstrip())
     print()

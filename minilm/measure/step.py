@@ -16,6 +16,11 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 METHODS = ("full", "top", "bitfit", "lora", "qlora", "dora", "adalora", "ia3", "bottleneck",
            "prompt", "prefix")
 LOW_RANK = ("lora", "qlora", "dora", "adalora")
+KINDS = {  # of PEFT, as Lialin et al. 2023, arXiv:2303.15647, call them
+    "additive": ("ia3", "bottleneck", "prompt", "prefix"),  # numbers beside the model's
+    "selective": ("top", "bitfit"),  # some of the model's own
+    "reparametrised": LOW_RANK,  # all that is adapted, by a change of low rank
+}
 OWN = ("full", "top")  # these train the model's own tensors
 
 
