@@ -1,13 +1,13 @@
-"""Every method on five small tasks: what it learns and forgets, and what it takes.
+"""Every method on four small tasks: what it learns and forgets, and what it takes.
 
     python scripts/experiments/adaptation_methods.py --model runs/pretrain-*/model
     python scripts/experiments/adaptation_methods.py --quick    # seconds; the numbers mean nothing
     python scripts/experiments/adaptation_methods.py --rates 1e-3 3e-3 1e-2 --seeds 100
 
 Lectures 000, 001 and 002 compare the methods on models with billions of parameters. Here a small
-model, made by pretrain.py, learns five tasks: reverse a word, put it in upper case, sort its
-letters, find the last word, add two numbers. Then it answers held-out records. Its loss on the text
-that it was trained on says what it still knows.
+model, made by pretrain.py, learns four tasks: reverse a word, put it in upper case, sort its
+letters, find the last word. Then it answers held-out records. Its loss on the text that it was
+trained on says what it still knows.
 
 The arms have about 9 or about 74 thousand parameters, as far as a method can. The last command is
 how their rates were found. BitFit needs a model with biases: pretrain.py --family gpt2.
@@ -19,7 +19,7 @@ from minilm.command import command
 from minilm.experiment import Experiment
 from minilm.measure.verdict import compared
 from minilm.picture import COLORS
-from minilm.trial import FIVE, KNOWN, MEASURES, RIGHT, program
+from minilm.trial import KNOWN, MEASURES, RIGHT, TASKS, program
 
 QUESTION = "Which small change is enough, what does it forget, and what does it take?"
 
@@ -74,7 +74,7 @@ def draw(figure, rows):
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS,
-                        MEASURES | {f"{task}, %": 0 for task in FIVE}, CLAIMS, draw)
+                        MEASURES | {f"{task}, %": 0 for task in TASKS}, CLAIMS, draw)
 main = program(EXPERIMENT)
 
 if __name__ == "__main__":

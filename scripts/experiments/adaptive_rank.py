@@ -16,23 +16,23 @@ needed more than another, all ranks would be 4 up to chance, and no claim about 
 
 import numpy as np
 
-from minilm import data
 from minilm.command import command
 from minilm.experiment import Experiment
 from minilm.measure.verdict import compared, verdict
 from minilm.peft.adalora import AdaLoRA
 from minilm.peft.adapted import adapted_layers
 from minilm.trial import (
-    FIVE,
     KNOWN,
     LOSS,
     RIGHT,
+    TASKS,
     TRAINED,
     base,
     learned,
     loss_of_answers,
     old_text,
     program,
+    records_of,
     right,
 )
 
@@ -73,7 +73,7 @@ CLAIMS = {
 
 def measured(s, run, title: str) -> dict:
     """What the adapted model can do, and the ranks of its updates."""
-    train, test = data.make_tasks(s.tasks, s.train, s.test, s.seed)
+    train, test = records_of(s)
     model, tokenizer = base(s.model)
     model, trained, _ = learned(model, tokenizer, train, s, run, title)
     return {**right(model, tokenizer, test), LOSS: loss_of_answers(model, tokenizer, test),
@@ -116,7 +116,7 @@ def draw(figure, rows):
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS,
                         {RIGHT: 1, LOSS: 3, KNOWN: 2, TRAINED: 0} | dict.fromkeys(RANKS, 2)
-                        | {f"{task}, %": 0 for task in FIVE}, CLAIMS, draw)
+                        | {f"{task}, %": 0 for task in TASKS}, CLAIMS, draw)
 main = program(EXPERIMENT, measured)
 
 if __name__ == "__main__":

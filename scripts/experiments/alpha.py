@@ -4,7 +4,7 @@
     python scripts/experiments/alpha.py --quick    # seconds; the numbers mean nothing
 
 Lecture 004 advises an alpha of 2 to 4 ranks. Here the update (alpha / r) B A has r = 8 and an alpha
-of half a rank to 8 ranks, on all linear layers and five small tasks.
+of half a rank to 8 ranks, on all linear layers and four small tasks.
 
 What alpha does under Adam: let B' = c B be what c times alpha makes of B. The gradient of B is c
 times that of B', but the size of Adam's steps does not depend on the size of the gradients. So B

@@ -4,7 +4,7 @@
     python scripts/experiments/learning_rates.py --quick    # seconds; the numbers mean nothing
 
 Lecture 004 advises a rate for LoRA that is 10 to 100 times that of full fine-tuning. Here both
-learn five small tasks at each rate, LoRA with r = 8 and alpha = 16 on all linear layers. On each
+learn four small tasks at each rate, LoRA with r = 8 and alpha = 16 on all linear layers. On each
 seed a parabola through the lowest loss and its neighbours, over the logarithm of the rate, says
 which rate is best; see minilm/measure/optimum.py. The claim is about the ratio of the two.
 

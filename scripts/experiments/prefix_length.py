@@ -9,7 +9,7 @@ process a downstream task". Hu et al. 2021, arXiv:2106.09685, section 3, add tha
 does not always rise with the number of parameters; their figure 2 shows it for GPT-3.
 
 Here l rows go in front of each layer's keys and values (PrefixLayer), or in front of the embedded
-text (PrefixEmbed), and learn the five tasks of adaptation_methods.py. If optimisation were easy,
+text (PrefixEmbed), and learn the four tasks of adaptation_methods.py. If optimisation were easy,
 more rows would never be worse: the model could pass over the ones that it does not need. Few rows
 give no whole answers, so losses are compared. LoRA of rank 1 has fewer numbers than PrefixLayer of
 16 rows.

@@ -4,7 +4,7 @@
     python scripts/experiments/rank_compression.py --quick    # seconds; the numbers mean nothing
 
 Lecture 002 asks about "model compression with rank decomposition", after the claim that LoRA rests
-on: the update of a weight has a low rank. Here the whole model learns five tasks, W = W0 + dW in
+on: the update of a weight has a low rank. Here the whole model learns four tasks, W = W0 + dW in
 each linear layer but the head. Then W or dW is replaced by the nearest matrix of rank r (Eckart &
 Young 1936, in minilm/peft/truncate.py):
 
@@ -23,7 +23,6 @@ from typing import Literal
 
 import numpy as np
 
-from minilm import data
 from minilm.command import command
 from minilm.experiment import Experiment
 from minilm.measure.verdict import compared
@@ -40,6 +39,7 @@ from minilm.trial import (
     loss_of_answers,
     old_text,
     program,
+    records_of,
     right,
 )
 
@@ -90,7 +90,7 @@ TUNED = {}  # settings of the last fine-tuning -> its tensors; all arms of a see
 
 def measured(s: Compressed, run, title: str) -> dict:
     """The base's bits a byte, and what the tuned model can do, when both are compressed."""
-    test = data.make_tasks(s.tasks, s.train, s.test, s.seed)[1]
+    test = records_of(s)[1]
     after, (model, tokenizer) = tuned(s, run, title), base(s.model)
     W0 = {path: layer.weight.data.copy() for path, layer in chosen(model, "all-linear").items()}
     compress(model, W0, s)
@@ -106,7 +106,7 @@ def tuned(s: Compressed, run, title: str) -> dict:
     s = replace(s, of=None, rank=None, kind=None)
     if s not in TUNED:
         model, tokenizer = base(s.model)
-        records = data.make_tasks(s.tasks, s.train, s.test, s.seed)[0]
+        records = records_of(s)[0]
         TUNED.clear()
         TUNED[s] = learned(model, tokenizer, records, s, run, title)[0].state_dict()
     return TUNED[s]

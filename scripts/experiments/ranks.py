@@ -1,4 +1,4 @@
-"""LoRA's rank and layers on five small tasks: how small a rank is enough?
+"""LoRA's rank and layers on four small tasks: how small a rank is enough?
 
     python scripts/experiments/ranks.py --model runs/pretrain-*/model
     python scripts/experiments/ranks.py --quick    # seconds; the numbers mean nothing
@@ -6,7 +6,7 @@
 
 Lectures 000 and 002 show that GPT-3 needs no more than r = 1 if q and v are adapted (Hu et al.
 2021, arXiv:2106.09685, table 6). Lecture 004 shows that the loss of GPT-2 medium on E2E, where q
-and v are adapted, falls until r = 16 (table 18). Here a small model learns five tasks that are far
+and v are adapted, falls until r = 16 (table 18). Here a small model learns four tasks that are far
 from its text, with adapters on q, on q and v, on q, k, v, o, or on all linear layers. Then it
 learns what is near its text: to go on with documentation out of Python's source.
 

@@ -34,7 +34,7 @@ from minilm.command import command
 from minilm.experiment import Experiment
 from minilm.measure.verdict import compared
 from minilm.picture import COLORS
-from minilm.ranges import one_of, whole
+from minilm.ranges import whole
 from minilm.train import Trainer
 from minilm.transformer import Transformer
 from minilm.trial import RIGHT, TRAINED, Trial, base, learned, program, right
@@ -56,15 +56,14 @@ class Small(Trial):
     """A trial on few records."""
 
     tasks: tuple[str, ...] = TASKS
+    words: data.Words = data.Words()
     test: int = 100
     n: int = 2048
     """records to learn from, of all tasks in turn"""
     scratch: bool = False
     """random weights in the place of the model's"""
-    letters: str = "z"
-    """words to learn from have letters from a to this one"""
 
-    RANGES: ClassVar = Trial.RANGES | {"n": whole(1), "letters": one_of("m", "z")}
+    RANGES: ClassVar = Trial.RANGES | {"n": whole(1)}
 
 
 STEPS = {32: 300, 128: 600, 512: 1200, 2048: 2000}  # n -> updates
@@ -72,7 +71,7 @@ METHODS = {"full": {"method": "full", "lr": 1e-3}, "LoRA": {"method": "lora", "r
            "from scratch": {"method": "full", "scratch": True, "lr": 3e-3}}
 ARMS = {f"{name}, n = {n}": own | {"n": n, "steps": steps, "eval_every": steps // 10}
         for n, steps in STEPS.items() for name, own in METHODS.items()}
-ARMS |= {f"{name}, a - m": ARMS[f"{name}, n = 2048"] | {"letters": "m"}
+ARMS |= {f"{name}, a - m": ARMS[f"{name}, n = 2048"] | {"words": data.Words(last="m")}
          for name in ("full", "LoRA")}
 
 CLAIMS = {
@@ -118,7 +117,7 @@ def measured(s: Small, run, title: str) -> dict:
 
     (of_learned, _), (of_held, _) = asked(train[: len(test)]), asked(test)
     optimizer.flat.data[...] = np.load(best)
-    sets = {TOKENS: test, LONG: others(s, data.Words(last=s.letters, least=7, most=8)),
+    sets = {TOKENS: test, LONG: others(s, s.words._replace(least=7, most=8)),
             OTHER: others(s, data.Words("n", "z"))}
     return {RIGHT: right(model, tokenizer, test)[RIGHT],
             **{name: 100 * asked(records)[1] for name, records in sets.items()},
@@ -137,7 +136,7 @@ def drawn(s: Small) -> tuple[list, list, list]:
     More records to learn from begin with the same ones, and the others stay what they are.
     """
     each = s.train + 2 * s.test
-    made, _ = data.make_tasks(s.tasks, each, 0, s.seed, data.Words(last=s.letters))
+    made, _ = data.make_tasks(s.tasks, each, 0, s.seed, s.words)
     made = [made[task * each + i] for i in range(each) for task in range(len(s.tasks))]
     kinds = len(s.tasks)
     return (made[: s.train * kinds][: s.n], made[s.train * kinds : (s.train + s.test) * kinds],
