@@ -4,8 +4,8 @@ An arm of such an experiment is a few settings of `Trial`, which are options of 
 
     ARMS = {"full": {"method": "full", "lr": 1e-3}, "LoRA, r = 4": {"r": 4, "lr": 3e-3}}
 
-The tasks are on words of 3 or 4 letters out of 8. Full fine-tuning and LoRA learn them to the end, so
-their scores hold over seeds and over models. With 26 letters, up to 6 in a word, and sums of two
+The tasks are on words of 3 or 4 letters out of 8. Full fine-tuning and LoRA learn them to the end,
+so their scores hold over seeds and over models. With 26 letters, up to 6 in a word, and sums of two
 numbers, the same number of steps ends in the steep part of the curve, and says more about the seed
 than about the method.
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_data import BEST, GAP, HELD, LEARNED, Small, drawn, measured
 
-from minilm import loop, trial
+from minilm import data, loop, trial
 from minilm.run import RunDirectory
 
 TINY = Small(batch=4, steps=9, warmup=1, workers=1, train=8, test=2, n=6, eval_every=1, lr=0.5,
@@ -18,7 +18,7 @@ TINY = Small(batch=4, steps=9, warmup=1, workers=1, train=8, test=2, n=6, eval_e
 
 @given(n=st.integers(1, 24), seed=st.integers(0, 99), letters=st.sampled_from("mz"))
 def test_fewer_records_are_the_first_of_more(n, seed, letters):
-    s = replace(TINY, n=n, seed=seed, letters=letters)
+    s = replace(TINY, n=n, seed=seed, words=data.Words(last=letters))
     train, held, test = drawn(s)
     most, *others = drawn(replace(s, n=24))
     assert train == most[:n] and [held, test] == others

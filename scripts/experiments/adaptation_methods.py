@@ -42,12 +42,13 @@ ARMS = {
     "adapter H, 74k": {"method": "bottleneck", "form": "H", "m": 35, "lr": 1e-2},
     "adapter P, 74k": {"method": "bottleneck", "form": "P", "m": 71, "lr": 1e-2},
     "adapter L, 74k": {"method": "bottleneck", "form": "L", "m": 71, "lr": 1e-2},
-    "LoRA, 9k": {"method": "lora", "r": 1, "lr": 3e-3},
+    "LoRA, 9k": {"method": "lora", "r": 1, "alpha": 2.0, "lr": 3e-3},
+    "LoRA, 37k": {"method": "lora", "r": 4, "alpha": 8.0, "lr": 3e-3},
     "LoRA, 74k": {"method": "lora", "r": 8, "lr": 3e-3},
     "QLoRA, 74k": {"method": "qlora", "r": 8, "lr": 3e-3},
     "DoRA, 74k": {"method": "dora", "r": 8, "lr": 3e-3},
-    "AdaLoRA, 74k": {"method": "adalora", "r": 12, "last": 8, "lr": 1e-2},
-    "LoRA and prefix, 74k": {"method": "lora", "r": 7, "beside": 9, "lr": 3e-3},
+    "AdaLoRA, 74k": {"method": "adalora", "r": 12, "last": 8, "alpha": 24.0, "lr": 1e-2},
+    "LoRA and prefix, 74k": {"method": "lora", "r": 7, "alpha": 14.0, "beside": 9, "lr": 3e-3},
 }
 CLAIMS = {
     "LoRA is within 4 points of full fine-tuning":

@@ -56,7 +56,7 @@ class Small(Trial):
     """A trial on few records."""
 
     tasks: tuple[str, ...] = TASKS
-    words: data.Words = data.Words()
+    words: data.Words = data.tasks.ALL
     test: int = 100
     n: int = 2048
     """records to learn from, of all tasks in turn"""
