@@ -7,10 +7,10 @@ from minilm import data, trial
 from minilm.experiment import Experiment
 from minilm.peft import add_lora
 from minilm.run import RunDirectory
-from minilm.trial import KEPT, KNOWN, LOSS, MEASURES, RIGHT, SHARE, TRAINED, Trial, program, tried
+from minilm.trial import KEPT, KNOWN, LOSS, MEASURES, RIGHT, ROOM, SHARE, TRAINED, Trial, program, tried
 
 ARMS = {"base": {"steps": 0}, "full": {"method": "full", "lr": 1e-2}, "LoRA": {"r": 1, "lr": 3e-2}}
-TINY = Trial(**trial.QUICK, seed=1, tasks=("upper", "add"), lr=1e-2)
+TINY = Trial(**trial.QUICK, seed=1, tasks=("upper", "sort"), lr=1e-2)
 
 
 def experiment(file="rates.py", **changes):
@@ -24,7 +24,8 @@ def test_arms_run_at_their_own_rates_or_at_those_given(tmp_path, capsys):
     main = program(experiment(tmp_path / "rates.py"))
     result = main(seeds=(0,), quick=True, out=tmp_path)
     assert result.arms == ["base", "full", "LoRA"]
-    assert [row[TRAINED] for row in result.rows[:2]] == [0, 12_768]
+    whole = sum(p.size for p in trial.base("")[0].parameters())
+    assert [row[TRAINED] for row in result.rows[:2]] == [0, whole]
     swept = main(seeds=(0,), quick=True, out=tmp_path, rates=(1e-2, 0.3), arms=("full", "base"))
     assert swept.arms == ["full, lr 0.01", "full, lr 0.3"]
     assert swept.command.endswith("--arms full base --rates 0.01 0.3 --quick")
@@ -48,8 +49,8 @@ def test_options_that_cannot_be_together(options, text, tmp_path):
 def test_the_numbers_of_a_trial(tmp_path):
     run = RunDirectory(tmp_path)
     found = tried(TINY, run, "x")
-    assert found.keys() == MEASURES.keys() | {"upper, %", "add, %"}
-    assert found[RIGHT] == np.mean([found["upper, %"], found["add, %"]])
+    assert found.keys() == MEASURES.keys() | {"upper, %", "sort, %", ROOM}
+    assert found[RIGHT] == np.mean([found["upper, %"], found["sort, %"]])
     adapted = add_lora(trial.base("")[0], 8, 16, "all-linear")
     assert found[TRAINED] == sum(p.size for p in adapted.parameters() if p.requires_grad)
     assert 4 * found[TRAINED] < 1e3 * found[KEPT] < 4 * found[TRAINED] + 9000  # and names
@@ -85,4 +86,6 @@ def test_a_prefix_learns_beside_low_rank(tmp_path):
     moved = [name for name, p in model.named_parameters() if p.requires_grad and p.grad.any()]
     assert any("front" in name for name in moved) and any(".B" in name for name in moved)
     assert trained == sum(p.size for p in model.parameters() if p.requires_grad)
-    assert trained == 576 + 2 * 2 * 16 * 3
+    config, low_rank = model.config, sum(p.size for n, p in model.named_parameters() if ".B" in n
+                                         or ".A" in n)
+    assert trained == low_rank + 2 * config.layers * config.width * 3  # keys and values
