@@ -15,8 +15,8 @@ on (lemma 1). Adapters of rank R change a product by a matrix of rank R L or les
 better, in the 2-norm and in Frobenius' alike (Eckart & Young 1936). With L = 1 this is the best
 approximation of W - W_1 by B A.
 
-ReLU nets, x -> ReLU(W_l x + b_l) in each layer (theorem 3, and its case of equal parts): a target
-of Lt layers of the same width is reached exactly on a bounded set of inputs if
+ReLU nets, x -> ReLU(W_l x + b_l) in each layer (theorem 3): a target of Lt layers of the same width
+is reached exactly, on a bounded set of inputs, if
 
     R >= D / floor(L / Lt),    the abstract's (width of f) (depth of target) / (depth of f)
 

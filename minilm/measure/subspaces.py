@@ -51,7 +51,7 @@ def phi(A, other, i: int, j: int) -> float:
 
     ValueError as in `directions`, and if the two have rows of different lengths.
 
-    >>> phi([[1.0, 0.0]], [[1.0, 1.0]], 1, 1)  # 45 degrees
+    >>> round(phi([[1.0, 0.0]], [[1.0, 1.0]], 1, 1), 9)  # 45 degrees
     0.5
     """
     U, V = directions(A, i), directions(other, j)
