@@ -23,8 +23,9 @@ is reached exactly, on a bounded set of inputs, if
 Then floor(L / Lt) frozen layers, or more at the end, make one layer of the target: biases keep all
 their ReLUs but the last one open, and what is open is linear. The biases are trained, too.
 
-The conditions are that W_l and W_L .. W_1 + (best approximation of E of rank r), r < R L, are
-invertible, which random matrices are. Enough does not mean needed: for nets it is an upper bound.
+The conditions are that W_l and W_L .. W_1 + (best approximation of E of rank r), r <= R (L - 1),
+are invertible, which random matrices are. Enough does not mean needed: for nets it is an upper
+bound.
 
 Transformers, by the same abstract: a target of the same size is reached at rank D / 2. Its heads
 have W_q, W_k, W_v, W_o of (D, D) each, and there are no residual branches and no norms. Then
