@@ -163,17 +163,17 @@ def draw(figure, rows):
     for (w, line) in zip("qv", grid):
         for (arm, label), axes in zip(pairs.items(), line):
             phis = np.mean(of_arm(rows, arm, lambda row: row[f"{w}: {GRID}"]), axis=0)
-            n = len(phis) + 0.5
-            image = axes.imshow(phis, vmin=0, vmax=1, origin="lower", cmap="viridis",
-                                extent=(0.5, n, 0.5, n))
+            edges = np.arange(len(phis) + 1) + 0.5
+            squares = axes.pcolormesh(edges, edges, phis, vmin=0, vmax=1, cmap="viridis")
+            squares.set_cmap(squares.cmap.resampled(20))  # a picture of few shapes
             axes.grid(False)
-            axes.set(xticks=(1, 4, 8), yticks=(1, 4, 8))
+            axes.set(xticks=(1, 4, 8), yticks=(1, 4, 8), aspect="equal")
             if w == "q":
                 axes.set_title(label, fontsize=9)
         line[0].set_ylabel(f"{w}: i")
     for axes in grid[-1]:
         axes.set_xlabel("j")
-    figure.colorbar(image, ax=grid, label="phi(i, j), mean of the layers", shrink=0.8)
+    figure.colorbar(squares, ax=grid, label="phi(i, j), mean of the layers", shrink=0.8)
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
