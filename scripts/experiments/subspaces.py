@@ -65,13 +65,16 @@ def of_arm(rows, arm: str, value) -> list[float]:
 
 def claims(w: str) -> dict:
     """What is claimed of the layers q, or v."""
-    first, rest, there, factor = (f"{w}: {m}" for m in (FIRST, REST, THERE, FACTOR))
+    first, rest, whole, there, factor = (
+        f"{w}: {m}" for m in (FIRST, REST, UPDATES, THERE, FACTOR))
     return {
         f"{w}: ranks 8 and 64 share their top direction (phi above .5)":
             lambda rows: verdict(of_arm(rows, "r = 8", lambda row: row[first]), f"r = 8: {first}",
                                  at_least=0.5),
         f"{w}: they share more of it than random matrices":
             lambda rows: compared(rows, first, "r = 8", "random, r = 8", at_least=0),
+        f"{w}: their updates B A share more of it than random ones":
+            lambda rows: compared(rows, whole, "r = 8", "random, r = 8", at_least=0),
         f"{w}: two seeds of rank 64 share more of it than random matrices":
             lambda rows: compared(rows, first, "r = 64", "random, r = 8", at_least=0),
         f"{w}: ranks 8 and 64 share less of the next directions":
