@@ -1,6 +1,6 @@
 """What rank is enough: errors of the best adapters by rank, and gradient descent beside them.
 
-    python scripts/experiments/expressive_power.py            # about two minutes
+    python scripts/experiments/expressive_power.py            # about a minute
     python scripts/experiments/expressive_power.py --quick    # seconds; the numbers mean nothing
 
 Lecture 000 shows Zeng & Lee 2023: LoRA can adapt a model f to a smaller target if its rank is at
