@@ -7,7 +7,19 @@ from minilm import data, trial
 from minilm.experiment import Experiment
 from minilm.peft import add_lora
 from minilm.run import RunDirectory
-from minilm.trial import KEPT, KNOWN, LOSS, MEASURES, RIGHT, ROOM, SHARE, TRAINED, Trial, program, tried
+from minilm.trial import (
+    KEPT,
+    KNOWN,
+    LOSS,
+    MEASURES,
+    RIGHT,
+    ROOM,
+    SHARE,
+    TRAINED,
+    Trial,
+    program,
+    tried,
+)
 
 ARMS = {"base": {"steps": 0}, "full": {"method": "full", "lr": 1e-2}, "LoRA": {"r": 1, "lr": 3e-2}}
 TINY = Trial(**trial.QUICK, seed=1, tasks=("upper", "sort"), lr=1e-2)
