@@ -12,6 +12,7 @@ MLP. It has been within 6 % for them (`tests/test_plan_memory.py`).
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -54,6 +55,8 @@ def step(s: Step) -> list[Op]:
            Op(0, 3 * x, 3 * x + (3 if c.tied else 1) * table if full else 0)]
     if not c.norm_first:
         ops.append(norm(s, 0, full))
+        if s.method == "prompt":  # the norm of its rows
+            ops.append(norm(replace(s, T=s.front, method="prefix"), 0, True))
     ops += [Op(op.saved, op.forward, op.backward + held) for op in blocks(s)]
     if c.norm_first:
         ops.append(norm(s, x, True))
@@ -82,35 +85,38 @@ def blocks(s: Step) -> list[Op]:
 def block(s: Step, alive: int, flows: bool) -> list[Op]:
     """Attention, MLP and their norms. alive: bytes that outer functions hold. flows: does a
     gradient flow to the block's input?"""
-    attend = [attention(s, alive, flows), bottleneck(s, alive, s.form == "H")]
-    flowed = flows or s.method == "full"
+    attend = [attention(s, alive, flows), bottleneck(s, alive, flows, s.form == "H")]
+    first = norm(s, alive, flows, trained=s.method == "full")
     flows = flows or s.trains("attention.") or attend[1].saved > 0
+    flown = flows or s.trains("mlp.") or s.method == "bottleneck"  # behind the MLP
     if not s.config.norm_first or s.config.norm_output:
-        return [*attend, norm(s, alive, flows), mlp(s, alive, flows), bottleneck(s, alive),
-                norm(s, alive, True)]
+        around = s.method == "bottleneck" and s.form == "P" and not s.config.norm_first
+        inner = [norm(s, alive, flows)] if around else []
+        return [*attend, norm(s, alive, flows), mlp(s, alive, flows), *inner,
+                bottleneck(s, alive, flows), norm(s, alive, flown)]
     alive2 = alive + s.array(s.config.width)  # the block's input is held beside the sum after it
     both = [norm(s, alive, flows)] if s.config.norm_both else []
-    last = [norm(s, alive2, True)] if s.config.norm_both else []
-    return [norm(s, alive, flowed), *attend, *both, norm(s, alive2, flows),
-            mlp(s, alive2, flows), bottleneck(s, alive2), *last]
+    last = [norm(s, alive2, flown)] if s.config.norm_both else []
+    return [first, *attend, *both, norm(s, alive2, flows), mlp(s, alive2, flows),
+            bottleneck(s, alive2, flows), *last]
 
 
-def bottleneck(s: Step, alive: int, there: bool = True) -> Op:
-    """It keeps its input, which form L's norm makes of xhat, and its middle and that before f."""
+def bottleneck(s: Step, alive: int, flows: bool, there: bool = True) -> Op:
+    """It keeps its input, which form L's norm makes of xhat, and its middle after f, a ReLU."""
     if s.method != "bottleneck" or not there:
         return Op(0, 0, 0)
     x, middle = s.array(s.config.width), s.array(s.m)
-    saved = x * (2 if s.form == "L" else 1) + 2 * middle
+    saved = x + middle + (x + flows * s.array(1, wide=True) if s.form == "L" else 0)
     return Op(saved, alive + saved + x, 3 * x + middle)
 
 
-def norm(s: Step, alive: int, flows: bool) -> Op:
-    """A norm keeps xhat and rstd for dx; the gradients of g and b need no more. On a GPU rms_norm
-    keeps x instead of xhat. The next layer keeps the result, if it is trained."""
+def norm(s: Step, alive: int, flows: bool, trained: bool = False) -> Op:
+    """A norm keeps xhat and rstd for dx; the gradients of g and b need xhat alone. On a GPU
+    rms_norm keeps x instead of xhat. The next layer keeps the result, if it is trained."""
     x, rstd = s.array(s.config.width), s.array(1, wide=True)
     xhat = s.array(s.config.width, wide=s.config.norm == "layer" or s.device == "cpu")
     # forward: xhat, y, xhat g. backward: the residual's gradient, dy, dx, and a temporary or sum
-    return Op(flows * (xhat + rstd), alive + 3 * xhat, 3 * x + xhat)
+    return Op((flows or trained) * xhat + flows * rstd, alive + 3 * xhat, 3 * x + xhat)
 
 
 def attention(s: Step, alive: int, flows: bool) -> Op:
@@ -187,7 +193,9 @@ def head(s: Step) -> Op:
     c, full = s.config, s.method == "full"
     x, logits = s.array(c.width, rows=s.T), s.array(c.vocab_size, rows=s.T)
     p = s.array(c.vocab_size, wide=True, rows=s.T)
-    transform = x + 2 * s.array(c.width, wide=True, rows=s.T) if c.head == "masked" else 0
+    # BERT's transform: its input, the slope of gelu, the norm's xhat and rstd
+    transform = c.head == "masked" and (
+        full * x + 2 * s.array(c.width, wide=True, rows=s.T) + s.array(1, wide=True, rows=s.T))
     table = full * c.vocab_size * c.width * s.size
     slope = p if c.logits_cap else 0  # of the cap, which makes dlogits anew
     forward = x + transform + logits + p + slope + s.temporaries(p, 0, blocks=4 if slope else 2)
