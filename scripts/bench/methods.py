@@ -11,7 +11,8 @@ in the gradients, and after each tenth it chooses what is kept.
 
 from contenders import CORES, RANK, timed
 
-METHODS = ("dora", "adalora", "ia3", "prompt", "prefix")
+IN_FRONT = ("prompt", "prefix")
+METHODS = ("dora", "adalora", "ia3", *IN_FRONT)
 ROWS = 16  # in front of the text
 BUDGET = dict(steps=10_000, warmup=0, final=0, every=10)
 LEFT = 5  # of RANK, on average, when the budget is at its end
@@ -21,24 +22,10 @@ VECTORS = ("k", "v", "down")  # IA3's layers
 def our_step(method, shape, threads):
     """Seconds of a step in this project."""
     from minilm.optim import AdamW
-    from minilm.peft import (
-        Budget,
-        Orthogonal,
-        add_adalora,
-        add_dora,
-        add_ia3,
-        add_prefix,
-        add_prompt,
-    )
+    from minilm.peft import Budget, Orthogonal
     from minilm.train import LabelLoss, Trainer
-    from minilm.transformer import Config, Transformer
 
-    s, front = shape, ROWS * (method in ("prompt", "prefix"))
-    model = Transformer(Config.gpt2(s.vocab, s.context + front, s.layers, s.heads, s.width))
-    {"dora": lambda: add_dora(model, RANK, 2 * RANK, ("q", "v")),
-     "adalora": lambda: add_adalora(model, RANK, 2 * RANK, ("q", "v")),
-     "ia3": lambda: add_ia3(model, VECTORS),
-     "prompt": lambda: add_prompt(model, ROWS), "prefix": lambda: add_prefix(model, ROWS)}[method]()
+    model = our_model(method, shape)
     optimizer = AdamW(model.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.0)
     budget = Budget(model, optimizer, LEFT, **BUDGET) if method == "adalora" else None
     loss = Orthogonal(LabelLoss()) if budget else LabelLoss()
@@ -50,16 +37,29 @@ def our_step(method, shape, threads):
         yield from timed(step)
 
 
+def our_model(method, shape):
+    """A GPT-2 with the method on it."""
+    from minilm import peft
+    from minilm.transformer import Config, Transformer
+
+    s, front = shape, ROWS * (method in IN_FRONT)
+    model = Transformer(Config.gpt2(s.vocab, s.context + front, s.layers, s.heads, s.width))
+    return {
+        "dora": lambda: peft.add_dora(model, RANK, 2 * RANK, ("q", "v")),
+        "adalora": lambda: peft.add_adalora(model, RANK, 2 * RANK, ("q", "v")),
+        "ia3": lambda: peft.add_ia3(model, VECTORS),
+        "prompt": lambda: peft.add_prompt(model, ROWS),
+        "prefix": lambda: peft.add_prefix(model, ROWS),
+    }[method]()
+
+
 def their_step(method, shape):
     """Seconds of a step in PEFT."""
     import torch
-    from peft import get_peft_model
 
     torch.set_num_threads(CORES)
     torch.manual_seed(0)
-    in_front = method in ("prompt", "prefix")
-    base = transformers_gpt2(shape) if in_front else with_loss(shape)
-    model = get_peft_model(base, settings(method))
+    model = their_model(method, shape)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0, fused=True)
     tokens, targets = map(torch.from_numpy, shape.tokens())
@@ -69,7 +69,7 @@ def their_step(method, shape):
         nonlocal steps
         steps += 1
         optimizer.zero_grad(set_to_none=True)
-        if in_front:
+        if method in IN_FRONT:
             logits = model(tokens).logits[:, -shape.context:]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         else:
@@ -81,6 +81,14 @@ def their_step(method, shape):
         return loss.item()
 
     yield from timed(step)
+
+
+def their_model(method, shape):
+    """The same in PEFT."""
+    from peft import get_peft_model
+
+    base = transformers_gpt2(shape) if method in IN_FRONT else with_loss(shape)
+    return get_peft_model(base, settings(method))
 
 
 def settings(method):
