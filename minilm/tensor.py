@@ -265,13 +265,13 @@ def getitem(x, index):
         xp = array_module(dy)
         dy = wide(dy)
         whole = xp.zeros(shape, dy.dtype)
-        if xp is not np and is_basic(index):
-            whole[index] = dy
+        if is_basic(index):  # it names no element twice
+            whole[index] += dy
         elif xp is not np and dy.dtype in cuda.COMPUTES:  # in a fixed order, unlike add.at
             places = xp.arange(whole.size).reshape(shape)[index].reshape(-1)
             return cuda.scatter_add(places, dy.reshape(-1, 1), whole.size).reshape(shape)
         else:
-            xp.add.at(whole, index, dy)  # an index may name an element twice
+            xp.add.at(whole, index, dy)
         return whole
     return x[index], dx
 

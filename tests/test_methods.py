@@ -11,11 +11,20 @@ from minilm import ops
 from minilm.generate import generate
 from minilm.optim import AdamW
 from minilm.peft import (
+    Budget,
     add_adalora,
     add_bitfit,
     add_bottleneck,
     add_dora,
+    add_ia3,
+    add_lora,
+    add_prefix,
+    add_prompt,
     merge_lora,
+    requantize_lora,
+    retrain,
+    settle_prefix,
+    train_top,
     unload_lora,
     unmerge_lora,
     use_adapter,
@@ -23,6 +32,7 @@ from minilm.peft import (
 from minilm.peft.adapted import adapted_layers
 from minilm.peft.dora import DoRA
 from minilm.quantize import quantize_model
+from minilm.seq2seq import T5, EncoderDecoder
 from minilm.tensor import no_grad
 from minilm.transformer import Config, Transformer
 
@@ -174,6 +184,81 @@ def test_two_of_a_kind_take_turns(method):
     model = stir(METHODS[method](alone(1), name="b"), 2)
     assert np.array_equal(logits(model), logits(alone(2)))
     assert np.array_equal(logits(use_adapter(model, "default")), logits(alone(1)))
+
+
+def all_of(model):
+    """What must not change if something is refused: tensors, modules, and what acts."""
+    tensors = {p: (t.data.tobytes(), t.requires_grad) for p, t in model.named_tensors()}
+    slots = {p: (m.active, m.merged) for p, m in adapted_layers(model).items()}
+    return tensors, {p: id(m) for p, m in model.named_modules()}, slots, model.training
+
+
+lora, adalora = partial(add_lora, r=2, alpha=4), partial(add_adalora, r=2, alpha=4)
+EVERY = METHODS | {"lora": lora, "ia3": add_ia3, "prompt": partial(add_prompt, length=3),
+                   "prefix": partial(add_prefix, length=3), "top": partial(train_top, k=1)}
+
+
+@pytest.mark.parametrize("first", [*METHODS, "lora", "ia3", "prompt", "prefix"])
+def test_two_methods_cannot_have_one_name(first):
+    """Unless one is in front of the text and the other is not: they act together. top trains the
+    model's own tensors, and takes no adapters beside it."""
+    front = {"prompt", "prefix"}
+    for second, add in EVERY.items():
+        model = EVERY[first](make("gpt2"))
+        if (first in front) != (second in front) and second != "top":
+            assert np.isfinite(logits(add(model))).all()
+            continue
+        before = all_of(model)
+        with pytest.raises(ValueError, match="has adapters" if second == "top" else "already has"):
+            add(model)
+        assert all_of(model) == before
+
+
+def t5():
+    return EncoderDecoder(T5(vocab_size=V, layers=1, decoder_layers=1, heads=2, width=16, hidden=24,
+                             head_width=8))
+
+
+def merged(add, base="plain"):
+    return lambda: merge_lora(stir(add(make("gpt2", base))))
+
+
+def budget(model, **settings):
+    return Budget(model, AdamW(model.parameters()), **dict(last=1, steps=10) | settings)
+
+
+@pytest.mark.parametrize("model, change, error, text", [
+    *((t5, EVERY[name], TypeError, "is for a Transformer, not for EncoderDecoder")
+      for name in ("H", "prompt", "prefix", "top")),
+    (t5, add_bitfit, ValueError, "no layer of this model has one"),
+    (t5, settle_prefix, ValueError, "there is no prefix 'default' with an MLP"),
+    (t5, partial(lora, targets="all-linear", r=17), ValueError, "r must be 1 to 16, the size of"),
+    *((partial(make, family), partial(add, r=9, alpha=4, targets="all-linear"), ValueError,
+       r"r must be 1 to 8, the size of blocks\.0\.attention\.k \(8, 16\); got 9")
+      for add in (add_lora, add_dora, add_adalora) for family in ("llama",)),
+    *((partial(make, "bert"), partial(add, targets=targets), error, text)
+      for add in (lora, adalora, partial(add_ia3, feedforward=())) for targets, error, text in (
+          (None, TypeError, "targets must be a word or several words, got None"),
+          (["q", 3], TypeError, "targets must be a word or several words, got 3"),
+          (["q", "w"], ValueError, r"targets \['w'\] match no layer; there are \['down', "),
+          ((), ValueError, r"targets \[\] match no layer"))),
+    (partial(make, "gpt2"), partial(add_ia3, feedforward=2), TypeError, "feedforward must be a wo"),
+    (lambda: lora(make("gpt2")), partial(retrain, paths=[]), ValueError, "there are no paths"),
+    (lambda: lora(make("gpt2")), partial(retrain, paths=[3]), TypeError, "paths must be a word"),
+    (lambda: adalora(make("gpt2")), partial(budget, last=3), ValueError, "at most the first rank"),
+    (merged(adalora), budget, ValueError, "no AdaLoRA adapter acts .* takes merged ones out"),
+    *((merged(add), merge_lora, ValueError, "call unmerge_lora before merging again")
+      for add in (lora, adalora, add_ia3, add_bitfit)),
+    *((merged(lora), partial(EVERY[name], name="b"), ValueError, "before adding an adapter")
+      for name in (*METHODS, "ia3", "prompt", "prefix")),
+    (merged(add_bitfit, "nf4"), requantize_lora, ValueError, "norm1 is not quantized"),
+    (merged(add_ia3, "int8"), requantize_lora, ValueError, "has IA3 merged, not LoRA")])
+def test_what_is_refused_leaves_the_model_as_it_was(model, change, error, text):
+    model = model()
+    before = all_of(model)
+    with pytest.raises(error, match=text):
+        change(model)
+    assert all_of(model) == before
 
 
 @methods

@@ -167,12 +167,12 @@ def test_it_is_so_under_checkpoints(config, every):
     ("top", dict(k=1)), ("bottleneck", dict(form="L")), ("bottleneck", dict(form="P", skip=1)),
     ("prefix", dict(prefix_hidden=64))], ids=str)
 def test_it_is_about_so_for_the_other_methods(config, method, settings):
-    """Within 6 %, of which the docstring of activations.py tells."""
+    """Within 2 %, of which the docstring of activations.py tells."""
     if method == "bitfit" and config is LLAMA:
         return
     step = Step(replace(config, context=128), method, 16, 32, **settings)
     predicted, found = plan(step), sum(measured(step).values())
-    assert predicted.activations == pytest.approx(found - sum(predicted[:4]), rel=0.06)
+    assert predicted.activations == pytest.approx(found - sum(predicted[:4]), rel=0.02)
 
 
 HIGHEST = {  # where else the highest moment may lie

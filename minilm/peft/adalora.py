@@ -76,11 +76,13 @@ def add_adalora(model: Module, r: int, alpha: float, targets="all-linear", dropo
 
 
 def acting(model: Module) -> list[AdaLoRA]:
-    """The adapters that act. ValueError if there is none."""
-    found = [m.adapters[m.active] for m in adapted_layers(model).values() if m.active in m.adapters]
+    """The adapters that act beside their layers. ValueError if there is none."""
+    found = [m.adapters[m.active] for m in adapted_layers(model).values()
+             if m.active in m.adapters and not m.merged]
     found = [a for a in found if type(a) is AdaLoRA]
     if not found:
-        raise ValueError("no AdaLoRA adapter acts on this model: add_adalora puts them on")
+        raise ValueError("no AdaLoRA adapter acts on this model: add_adalora puts them on, and "
+                         "unmerge_lora takes merged ones out")
     return found
 
 

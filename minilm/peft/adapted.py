@@ -235,6 +235,7 @@ def chosen(model: Module, targets: str | Iterable[str]) -> dict[str, Linear | Qu
 
     A target is the last part or parts of a path, such as "q", "mlp.up" or "blocks.0.attention.q".
     "all-linear" means all layers but the head. ValueError for a target that matches nothing.
+    TypeError for what is no word.
     """
     layers = adaptable_layers(model)
     if targets == "all-linear":
@@ -242,12 +243,21 @@ def chosen(model: Module, targets: str | Iterable[str]) -> dict[str, Linear | Qu
         if not layers:
             raise ValueError("there is no linear layer outside of the head")
         return layers
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    targets = words("targets", targets)
     wrong = [t for t in targets if not any(ends_with(path, t) for path in layers)]
     if wrong or not targets:
         names = sorted({path.rpartition(".")[2] for path in layers})
         raise ValueError(f"targets {wrong} match no layer; there are {names} and 'all-linear'")
     return {path: m for path, m in layers.items() if any(ends_with(path, t) for t in targets)}
+
+
+def words(what: str, given: str | Iterable[str]) -> tuple[str, ...]:
+    """One word or several as a tuple. TypeError if that is not what was given."""
+    several = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else given
+    several = tuple(several)
+    if wrong := [w for w in several if not isinstance(w, str)]:
+        raise TypeError(f"{what} must be a word or several words, got {wrong[0]!r}")
+    return several
 
 
 def require_transformer(model):

@@ -19,7 +19,7 @@ import numpy as np
 
 from minilm.arrays import one_dtype
 from minilm.nn import Linear, Module
-from minilm.peft.adapted import Adapter, chosen, ends_with, insert_adapters, placed
+from minilm.peft.adapted import Adapter, chosen, ends_with, insert_adapters, placed, words
 from minilm.tensor import Tensor
 
 
@@ -62,7 +62,7 @@ def add_ia3(model: Module, targets=("k", "v", "down"), feedforward=("down",),
     [('blocks.0.mlp.down.adapters.default.l', (32,))]
     """
     bases = chosen(model, targets)
-    feedforward = (feedforward,) if isinstance(feedforward, str) else tuple(feedforward)
+    feedforward = words("feedforward", feedforward)
     if wrong := [f for f in feedforward if not any(ends_with(path, f) for path in bases)]:
         raise ValueError(f"feedforward {wrong} names none of the targets {sorted(bases)}")
     adapters = {}

@@ -30,7 +30,7 @@ from minilm.backend import array_module
 from minilm.cache import Cache, for_rows
 from minilm.graph import no_dropout
 from minilm.nn import Module, normal, parameter
-from minilm.peft.adapted import Adapter, placed
+from minilm.peft.adapted import FRONT, Adapter, adapted_layers, placed
 from minilm.peft.front import length_and_ids, put_in_front, seen
 from minilm.ranges import check, whole
 from minilm.rope import rotary_tables
@@ -164,7 +164,8 @@ def settle_prefix(model: Transformer, name: str = "default") -> Transformer:
     The rows are new parameters: make the optimizer after this. ValueError if there is no prefix of
     this name with an MLP.
     """
-    adapter = getattr(model.front, "adapters", {}).get(name)
+    slot = adapted_layers(model).get(FRONT)
+    adapter = slot and slot.adapters.get(name)
     if type(adapter) is not Prefix or not adapter.mlp:
         raise ValueError(f"there is no prefix {name!r} with an MLP")
     adapter.settle()

@@ -44,11 +44,13 @@ class Prompt(Adapter):
         p, mask = self.length, seen(mask, self.length, tokens, cache)
         if cache and cache.length:
             return base(model, tokens, mask, cache, segments)
-        text = model.embedded(tokens, p, segments)
-        xp = array_module(text.data)
-        P = for_rows(self.P[None], len(text))  # (B, p, C)
-        x = ops.concat(model.placed(P, xp.arange(p)), text, axis=1)
-        return model.run(x, mask, cache=cache)[:, p:]
+        return model.run(self.joined(model, tokens, segments), mask, cache=cache)[:, p:]
+
+    def joined(self, model, tokens, segments):  # (B, T) -> (B, p + T, C)
+        """The rows and the text's. Of both apart nothing is left while the blocks run."""
+        text = model.embedded(tokens, self.length, segments)
+        P, xp = for_rows(self.P[None], len(text)), array_module(text.data)  # (B, p, C)
+        return ops.concat(model.placed(P, xp.arange(self.length)), text, axis=1)
 
 
 def add_prompt(model: Transformer, length: int | None = None, ids=None, name: str = "default",

@@ -12,7 +12,14 @@ from collections.abc import Iterable
 from copy import copy
 
 from minilm.nn import Linear, Module
-from minilm.peft.adapted import AdaptedLinear, Adapter, adapted_layers, unadapted, use_adapter
+from minilm.peft.adapted import (
+    AdaptedLinear,
+    Adapter,
+    adapted_layers,
+    unadapted,
+    use_adapter,
+    words,
+)
 from minilm.quantize.linear import QuantizedLinear
 from minilm.tensor import Tensor
 
@@ -47,8 +54,8 @@ def retrain(model: Module, paths: Iterable[str], name: str = "default") -> Modul
 
     So a new head learns together with LoRA. Each layer begins as it is, with tensors of its own: a
     tied head is then no longer the embedding. The adapter acts from now on. ValueError if there is
-    none, if a path has no layer with floats for a weight or one that is retrained already, and
-    while an adapter is merged; the model is then as it was.
+    none, if there are no paths, if one has no layer with floats for a weight or one that is
+    retrained already, and while an adapter is merged; the model is then as it was.
 
     >>> from minilm.peft import add_lora
     >>> from minilm.transformer import Config, Transformer
@@ -57,8 +64,9 @@ def retrain(model: Module, paths: Iterable[str], name: str = "default") -> Modul
     >>> [path for path, _ in model.named_parameters()][-1]
     'head.adapters.default.layer.weight'
     """
-    paths = [paths] if isinstance(paths, str) else list(paths)
-    bases, slots = unadapted(model), adapted_layers(model)
+    paths, bases, slots = words("paths", paths), unadapted(model), adapted_layers(model)
+    if not paths:
+        raise ValueError("there are no paths of layers to train")
     for path in paths:
         if not isinstance(getattr(bases.get(path), "weight", None), Tensor):
             raise ValueError(f"{path} is no layer whose weight can be trained")

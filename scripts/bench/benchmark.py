@@ -9,10 +9,11 @@ machine's speed affects both. A ratio is the other's median time over ours: abov
 The lowest and the highest ratio of neighbouring turns stand beside it. Both sides use two cores; in
 the row `codes` both use one. The rows `qlora` and `paged` compare our own steps: LoRA's time over
 QLoRA's, and AdamW's over PagedAdamW's on threads, when everything fits in memory. The row `llama`
-is generation and a LoRA step at a real size, see llama.py.
+is generation and a LoRA step at a real size, see llama.py; `methods` is a step of the methods that
+PEFT has beside LoRA, see methods.py.
 
-Needs the extra `test` and, for `lora`, `codes` and `llama`, the extra `peers`. gpu_table.py says
-how things are measured on a GPU; kernels/RESULTS.md has the results.
+Needs the extra `test` and, for `lora`, `methods`, `codes` and `llama`, the extra `peers`.
+gpu_table.py says how things are measured on a GPU; kernels/RESULTS.md has the results.
 """
 
 import importlib.util
@@ -28,17 +29,20 @@ from typing import Literal, get_args
 
 from contenders import SHAPES, Shape, bitsandbytes_codes, our_codes, our_side, torch_side
 from llama import JOBS, our_llama, their_llama
+from methods import METHODS, our_step, their_step
 from tqdm import tqdm
 
 from minilm.extras import install
 
 GROWTH = Shape(6, 6, 384, 256, 8, 512), Shape(6, 6, 384, 1024, 2, 512)
-OnCPU = Literal["train", "lora", "qlora", "paged", "generate", "memory", "growth", "codes",
-                "llama"]
+OnCPU = Literal["train", "lora", "methods", "qlora", "paged", "generate", "memory", "growth",
+                "codes", "llama"]
 OnGPU = Literal["dequantize", "quantize", "matmul", "lora", "reference", "attention", "swiglu",
                 "rms_norm", "adamw", "step", "pages"]
-OTHERS = {"torch": ("test", ("train", "lora", "generate", "memory", "growth", "codes", "llama")),
-          "peft": ("peers", ("lora", "llama")), "transformers": ("peers", ("llama",)),
+OTHERS = {"torch": ("test", ("train", "lora", "methods", "generate", "memory", "growth", "codes",
+                             "llama")),
+          "peft": ("peers", ("lora", "methods", "llama")),
+          "transformers": ("peers", ("methods", "llama")),
           "bitsandbytes": ("peers", ("codes",))}
 
 
@@ -81,6 +85,10 @@ def on_cpu(rows, configs, rounds, threads):
                 compare_memory(f"memory of a step, {name}", shape, threads)
                 compare_memory(f"with checkpoints, {name}", replace(shape, checkpoint=True),
                                threads)
+            elif row == "methods":
+                for method in METHODS:
+                    turns(f"{method} step, {name}", (their_step, method, shape),
+                          (our_step, method, shape, threads))
             elif row == "qlora":
                 turns(f"QLoRA after LoRA, {name}", (our_side, "lora", shape, threads), ours)
             elif row == "paged":
