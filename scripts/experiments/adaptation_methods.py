@@ -23,7 +23,7 @@ from minilm.command import command
 from minilm.experiment import Experiment
 from minilm.measure.verdict import compared, verdict
 from minilm.picture import COLORS
-from minilm.trial import KNOWN, MEASURES, RIGHT, SHARE, TASKS, program
+from minilm.trial import KNOWN, MEASURES, RIGHT, SHARE, TASKS, low_rank, program
 
 QUESTION = "Which small change is enough, what does it forget, and what does it take?"
 
@@ -40,7 +40,7 @@ ARMS = {
     "base model": {"steps": 0},
     "full": {"method": "full", "lr": 1e-3},
     "top 2": {"method": "top", "k": 2, "lr": 3e-3},
-    "BitFit": {"method": "bitfit", "lr": 1e-2},
+    "BitFit": {"method": "bitfit", "lr": 3e-2},
     "IA3": {"method": "ia3", "lr": 3e-2},
     "PrefixEmbed, 9k": {"method": "prompt", "length": 72, "lr": 1e-1},
     "PrefixLayer, 9k": {"method": "prefix", "length": 9, "lr": 1e-1},
@@ -49,13 +49,13 @@ ARMS = {
     "adapter H, 74k": {"method": "bottleneck", "form": "H", "m": 35, "lr": 1e-2},
     "adapter P, 74k": {"method": "bottleneck", "form": "P", "m": 71, "lr": 1e-2},
     "adapter L, 74k": {"method": "bottleneck", "form": "L", "m": 71, "lr": 1e-2},
-    "LoRA, 9k": {"method": "lora", "r": 1, "alpha": 2.0, "lr": 3e-3},
-    "LoRA, 37k": {"method": "lora", "r": 4, "alpha": 8.0, "lr": 3e-3},
-    "LoRA, 74k": {"method": "lora", "r": 8, "lr": 3e-3},
-    "QLoRA, 74k": {"method": "qlora", "r": 8, "lr": 3e-3},
-    "DoRA, 74k": {"method": "dora", "r": 8, "lr": 3e-3},
+    "LoRA, 9k": low_rank(1),
+    "LoRA, 37k": low_rank(4),
+    "LoRA, 74k": low_rank(8),
+    "QLoRA, 74k": low_rank(8) | {"method": "qlora"},
+    "DoRA, 74k": low_rank(8) | {"method": "dora"},
     "AdaLoRA, 74k": {"method": "adalora", "r": 12, "last": 8, "alpha": 24.0, "lr": 1e-2},
-    "LoRA and prefix, 74k": {"method": "lora", "r": 7, "alpha": 14.0, "beside": 9, "lr": 3e-3},
+    "LoRA and prefix, 74k": low_rank(7) | {"beside": 9},
 }
 BEST = "LoRA, 74k"
 

@@ -30,6 +30,7 @@ from minilm.trial import (
     base,
     learned,
     loss_of_answers,
+    low_rank,
     old_text,
     program,
     records_of,
@@ -42,9 +43,9 @@ SLIDE = {"lecture 002: GPT-3, WikiSQL, rank on q, k, v and o, %":
          {"LoRA, r = 4": 74.0, "LoRA, r = 8": 74.0}}
 ADA = "AdaLoRA, 6 to 4"
 ARMS = {
-    "LoRA, r = 4": {"r": 4, "lr": 3e-3},
-    ADA: {"method": "adalora", "r": 6, "last": 4, "lr": 1e-2},
-    "LoRA, r = 8": {"r": 8, "lr": 3e-3},
+    "LoRA, r = 4": low_rank(4),
+    ADA: {"method": "adalora", "r": 6, "last": 4, "alpha": 12.0, "lr": 1e-2},
+    "LoRA, r = 8": low_rank(8),
 }
 QK, VO, MLP = "rank of q and k", "rank of v and o", "rank of the MLP"
 EARLY, LATE, LEFT = "rank in early layers", "rank in late layers", "rank of all"

@@ -23,18 +23,19 @@ from minilm.command import command
 from minilm.experiment import Experiment
 from minilm.measure.verdict import compared
 from minilm.picture import COLORS
-from minilm.trial import LOSS, MS, RIGHT, ROOM, TRAINED, program
+from minilm.trial import LOSS, MS, RIGHT, ROOM, TRAINED, low_rank, program
 
 QUESTION = "Is a longer prefix always better, and what does it take from the text?"
 
 SLIDE = {
     "lecture 002: GPT-3, WikiSQL, %": {"PrefixLayer, l = 16": 70.1, "LoRA, r = 1": 73.4},
 }
+STEPS = {"steps": 1000}  # longer ones take three times as long a step
 LENGTHS = (1, 4, 16, 64)
 METHODS = {"PrefixLayer": "prefix", "PrefixEmbed": "prompt"}
-ARMS = {f"{name}, l = {l}": {"method": method, "length": l, "lr": 1e-1}
+ARMS = {f"{name}, l = {l}": {"method": method, "length": l, "lr": 1e-1} | STEPS
         for name, method in METHODS.items() for l in LENGTHS}
-ARMS["LoRA, r = 1"] = {"method": "lora", "r": 1, "lr": 3e-3}
+ARMS["LoRA, r = 1"] = low_rank(1) | STEPS
 MEASURES = {ROOM: 0, RIGHT: 1, LOSS: 3, TRAINED: 0, MS: 0}
 
 

@@ -37,7 +37,7 @@ from minilm.picture import COLORS
 from minilm.ranges import whole
 from minilm.train import Trainer
 from minilm.transformer import Transformer
-from minilm.trial import RIGHT, TRAINED, Trial, base, learned, program, right
+from minilm.trial import RIGHT, TRAINED, Trial, base, learned, low_rank, program, right
 
 QUESTION = "What do few examples teach, with and without pre-training, and what overfits?"
 
@@ -67,7 +67,7 @@ class Small(Trial):
 
 
 STEPS = {32: 300, 128: 600, 512: 1200, 2048: 2000}  # n -> updates
-METHODS = {"full": {"method": "full", "lr": 1e-3}, "LoRA": {"method": "lora", "r": 8, "lr": 3e-3},
+METHODS = {"full": {"method": "full", "lr": 1e-3}, "LoRA": low_rank(8),
            "from scratch": {"method": "full", "scratch": True, "lr": 3e-3}}
 ARMS = {f"{name}, n = {n}": own | {"n": n, "steps": steps, "eval_every": steps // 10}
         for n, steps in STEPS.items() for name, own in METHODS.items()}

@@ -33,15 +33,15 @@ from minilm.measure.verdict import compared, verdict
 from minilm.peft.adapted import adapted_layers
 from minilm.run import RunDirectory
 from minilm.shapes import linear_layers
-from minilm.trial import LOSS, Trial, base, learned, loss_of_answers, program, records_of
+from minilm.trial import LOSS, Trial, base, learned, loss_of_answers, low_rank, program, records_of
 
 QUESTION = "Does LoRA amplify directions that the model already has?"
 
 SLIDE = {}  # the slide gives no numbers
 ARMS = {
-    "r = 4": {"r": 4, "alpha": 8.0, "lr": 3e-3},
-    "r = 8": {"r": 8, "alpha": 16.0, "lr": 3e-3},
-    "r = 64": {"r": 64, "alpha": 128.0, "lr": 1e-3},
+    "r = 4": low_rank(4),
+    "r = 8": low_rank(8),
+    "r = 64": low_rank(64),
     "random, r = 8": {"r": 8, "lr": 0.0},  # nothing is learned
 }
 PARTNER = ARMS["r = 64"]

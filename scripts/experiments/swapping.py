@@ -25,14 +25,25 @@ from minilm.peft import use_adapter
 from minilm.picture import COLORS
 from minilm.run import RunDirectory
 from minilm.tensor import no_grad
-from minilm.trial import KEPT, SHARE, Trial, base, kept, learned, program, records_of, right
+from minilm.trial import (
+    KEPT,
+    SHARE,
+    Trial,
+    base,
+    kept,
+    learned,
+    low_rank,
+    program,
+    records_of,
+    right,
+)
 
 QUESTION = "Can one model serve many tasks, if only adapters change places?"
 
 SLIDE = {}  # the lectures give no numbers
 ADAPTERS = ("reverse", "upper", "last")
 ARMS = {"base model": {"tasks": ADAPTERS, "steps": 0}} | {
-    task: {"tasks": (task,), "steps": 1000, "r": 4, "alpha": 16.0, "lr": 3e-3} for task in ADAPTERS}
+    task: low_rank(4) | {"tasks": (task,), "steps": 1000} for task in ADAPTERS}
 SWITCH, LOAD = "ms to switch", "ms to load the model"
 MOVED = "base's logits after all switches, moved by"
 MEASURES = {f"{task}, %": 1 for task in ADAPTERS} | {

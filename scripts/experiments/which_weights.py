@@ -26,7 +26,7 @@ from minilm.command import command
 from minilm.experiment import Experiment
 from minilm.measure.verdict import compared, compared_best
 from minilm.picture import COLORS
-from minilm.trial import KNOWN, LOSS, RIGHT, TRAINED, program
+from minilm.trial import KNOWN, LOSS, RIGHT, TRAINED, low_rank, program
 
 QUESTION = "Which weights should be adapted, if their number is given?"
 
@@ -37,12 +37,11 @@ SLIDE = {
         "q": 91.0, "k": 90.8, "v": 91.0, "o": 91.3, "q k": 91.3, "q v": 91.3, "q k v o": 91.7},
 }
 NEAR = 0.07  # nats: 1.23 - 1.16 in lecture 004
-LR = 3e-3  # of all arms, see ranks.py; --rates shows what others give
 
 
 def on(layers: str, r: int) -> dict:
     """Settings of rank r on layers with these names."""
-    return {"targets": tuple(layers.split()), "r": r, "alpha": 2.0 * r, "lr": LR}
+    return {"targets": tuple(layers.split())} | low_rank(r)
 
 
 ATTENTION, EVERYWHERE = "q k v o, 77k", "all, 77k"
