@@ -65,7 +65,9 @@ def test_the_numbers_of_a_trial(tmp_path):
     assert found[RIGHT] == np.mean([found["upper, %"], found["sort, %"]])
     adapted = add_lora(trial.base("")[0], 8, 16, "all-linear")
     assert found[TRAINED] == sum(p.size for p in adapted.parameters() if p.requires_grad)
-    assert 4 * found[TRAINED] < 1e3 * found[KEPT] < 4 * found[TRAINED] + 9000  # and names
+    joined = 2 * 4 * 6 * 8 * 64  # a GPT-2's q, k, v are one layer there: each layer's B has zeros
+    names = 1e3 * found[KEPT] - 4 * found[TRAINED] - joined
+    assert 0 < names < 4000
     held = sum(t.data.nbytes for _, t in trial.base("")[0].named_tensors())
     assert found[SHARE] == pytest.approx(1e5 * found[KEPT] / held)
     untrained = tried(Trial(**trial.QUICK | {"steps": 0}, tasks=("upper",)), run, "x")
