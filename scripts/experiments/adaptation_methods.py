@@ -2,7 +2,7 @@
 
     python scripts/experiments/adaptation_methods.py --model runs/pretrain-*/model
     python scripts/experiments/adaptation_methods.py --quick    # seconds; the numbers mean nothing
-    python scripts/experiments/adaptation_methods.py --rates 1e-3 3e-3 1e-2 --arms "LoRA, 9k" --seeds 100
+    python scripts/experiments/adaptation_methods.py --rates 1e-3 3e-3 --arms "LoRA, 9k" --seeds 9
 
 Lectures 000, 001 and 002 compare the methods on models with billions of parameters. Here a small
 model, made by pretrain.py, learns four tasks: reverse a word, put it in upper case, sort its
