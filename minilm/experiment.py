@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import numpy as np
 from minilm.command import Given, typed
 from minilm.extras import told
 from minilm.files import json_bytes, remove, write_atomically
-from minilm.measure.verdict import Verdict
+from minilm.measure.verdict import FAILS, Verdict
 from minilm.parallel.cores import default_workers
 from minilm.picture import draw_svg
 from minilm.results import Result, number, table, verdicts
@@ -44,6 +44,7 @@ class Experiment:
     measures: dict[str, int]  # what is measured, with its unit -> decimals that are shown
     claims: dict[str, Callable[[list[dict]], Verdict]]  # text -> its verdict from the rows
     draw: Callable | None = None  # draw(figure, rows)
+    likely: dict[str, str] = field(default_factory=dict)  # claim -> why it may fail; shown if so
 
     @property
     def name(self) -> str:
@@ -108,9 +109,7 @@ def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory],
     with run.going_on():
         print(f"{run.path}: {experiment.question}" + f"\n{QUICK}" * quick, flush=True)
         result = run_arms(experiment, result, measured, seeds, run.path)
-        judged = [{"claim": claim, **asdict(judge(result.rows))}
-                  for claim, judge in experiment.claims.items()]
-        result = replace(result, claims=tuple(judged))
+        result = replace(result, claims=judged(experiment, result))
         result.save(run.path / "result.json")
         print(f"\n{table(result)}\n\n{verdicts(result)}\n" + f"{QUICK}\n" * quick)
         leave(experiment, result, run.path, keep)
@@ -158,6 +157,17 @@ def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Pa
         result.save(folder / "result.json")
         shutil.rmtree(own)
     return result
+
+
+def judged(experiment: Experiment, result: Result) -> tuple[dict, ...]:
+    """The claims with their verdicts, and the likely reason if one does not hold."""
+    found = []
+    for claim, judge in experiment.claims.items():
+        verdict = judge(result.rows)
+        failed = verdict.verdict == FAILS and not result.quick
+        why = {"likely": experiment.likely[claim]} if failed and claim in experiment.likely else {}
+        found.append({"claim": claim, **why, **asdict(verdict)})
+    return tuple(found)
 
 
 def leave(experiment: Experiment, result: Result, folder: Path, keep: bool):

@@ -33,7 +33,8 @@ class Result:
     commit: str = ""  # of the source; several, if the run went on with another source
     machine: str = ""
     rows: tuple[dict, ...] = ()  # {"arm": name, "seed": seed, measure: number, ...}
-    claims: tuple[dict, ...] = ()  # {"claim": text, and the fields of Verdict}
+    claims: tuple[dict, ...] = ()  # {"claim": text, "likely": why it does not hold,
+    # if that is known, and the fields of Verdict}
 
     @classmethod
     def load(cls, path: str | Path):
@@ -73,7 +74,9 @@ class Result:
 def _check_claim(claim: dict, path, where: str):
     if not fits(claim.get("claim"), str):
         raise FormatError(path, f"{where}: claim is {claim.get('claim')!r:.100}, expected str")
-    verdict = {name: value for name, value in claim.items() if name != "claim"}
+    if not fits(claim.get("likely", ""), str):
+        raise FormatError(path, f"{where}: likely is {claim['likely']!r:.100}, expected str")
+    verdict = {name: value for name, value in claim.items() if name not in ("claim", "likely")}
     said = revive(Verdict, verdict, path, where)
     if said.verdict not in (known := (HOLDS, FAILS, OPEN)):
         raise FormatError(path, f"{where}: verdict is {said.verdict!r:.100}, expected of {known}")
@@ -123,6 +126,8 @@ def verdicts(result: Result) -> str:
         lines.append(f"{claim['claim']}: {claim['verdict']}")
         if claim["low"] is not None:
             lines.append(f"    {claim['about']}: {found(claim)}; claimed: {claimed(claim)}")
+        if "likely" in claim:
+            lines.append(f"    likely: {claim['likely']}")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import importlib
 import math
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -158,6 +159,20 @@ def test_table_and_verdicts(tmp_path, capsys):
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", result.date) and "cores" in result.machine
     assert Result.load(tmp_path / "towers-1" / "result.json") == result
     assert result.spread("high", "height, m") == (5.05, 5.0, 5.1)
+
+
+def test_why_a_claim_may_fail_is_said_if_it_does(tmp_path, capsys):
+    towers = replace(small(tmp_path), likely=dict.fromkeys(CLAIMS, "they grew"))
+    result = conduct(towers, heights, (0, 1), {}, out=tmp_path)
+    assert [claim.get("likely") for claim in result.claims] == [None, "they grew"]
+    assert capsys.readouterr().out.count("\n    likely: they grew\n") == 1
+    assert Result.load(tmp_path / "towers-1" / "result.json") == result
+    quick = conduct(towers, heights, (0, 1), {}, quick=True, out=tmp_path)
+    assert not any("likely" in claim for claim in quick.claims)
+    wrong = vars(result) | {"claims": (result.claims[1] | {"likely": 3},)}
+    Result(**wrong).save(tmp_path / "wrong.json")
+    with pytest.raises(FormatError, match=r"claims\[0\]: likely is 3, expected str"):
+        Result.load(tmp_path / "wrong.json")
 
 
 names = st.text("abc %-,", min_size=1, max_size=30)

@@ -30,7 +30,9 @@ def result(name="towers", question="Which is higher?", seeds=(0, 1, 2), quick=Fa
     judged = {"high is above low": compared(rows, TALL, "high", "low", at_least=0),
               "high is near low": compared(rows, TALL, "high", "low", -2.5, 2.5),
               "mid & <low>": compared(rows[:4], TALL, "mid", "low", at_most=9)}
-    claims = tuple({"claim": claim, **asdict(verdict)} for claim, verdict in judged.items())
+    why = {"high is near low": {"likely": "it is <high>"}}
+    claims = tuple({"claim": claim, **why.get(claim, {}), **asdict(verdict)}
+                   for claim, verdict in judged.items())
     slide = {"lecture 000: towers, m": {"low": 3.25, "high": 812.5}}
     return Result(name, question, f"python scripts/experiments/{name}.py --seeds 0 1 2", quick,
                   slide, MEASURES, "2026-11-27 10:00 UTC", "abc123", "a machine",
@@ -81,6 +83,7 @@ def test_every_number_and_claim_is_on_the_page(folder):
         assert f"{claim['claim']} {mark} {claim['verdict']}" in seen
     assert "high − low: height, m: 49, 95 % interval 49 to 49; claimed: above 0" in seen
     assert "claimed: between −2.5 and 2.5" in seen
+    assert seen.count("Likely: it is <high>") == 1
     assert "mid − low: height, m: fewer than two seeds; claimed: below 9" in seen
     for fact in ("first.py --seeds 0 1 2", "seeds 0, 1, 2", made.question, made.date, made.commit,
                  made.machine):
