@@ -158,7 +158,7 @@ def with_own_biases(model):
     return model
 
 
-# On a Llama of 8 x 64, in 1500 steps on four tasks (scripts/experiments/adaptation_methods.py), each
+# On a Llama of 8 x 64, in 1500 steps on the tasks of scripts/experiments/adaptation_methods.py, each
 # rate was as good as any of two or three, a factor of about 3 apart. ia3's was the highest tried.
 LOW_RANK = "r alpha dropout targets kind"
 METHODS = {

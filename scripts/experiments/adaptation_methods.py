@@ -98,8 +98,8 @@ CLAIMS = {
 CEILING = "both answer nearly everything, and there is no room for a difference"
 LIKELY = {
     "LoRA forgets less than full fine-tuning":
-        "the tasks are so far from the text that all arms lose it, beyond the 8 bits of a model that "
-        "knows nothing; and LoRA's rate is more than three times as high",
+        "the tasks are so far from the text that all arms lose it, beyond the 8 bits of a model "
+        "that knows nothing; and LoRA's rate is more than three times as high",
     "DoRA is better than LoRA": CEILING,
     "AdaLoRA is better than LoRA": CEILING,
     "LoRA with 74k is within 2 points of adapter H":
