@@ -158,8 +158,8 @@ def with_own_biases(model):
     return model
 
 
-# On a Llama of 8 x 64, in 1500 steps on the tasks of scripts/experiments/adaptation_methods.py, each
-# rate was as good as any of two or three, a factor of about 3 apart. ia3's was the highest tried.
+# On a Llama of 8 x 64, in 1500 steps of scripts/experiments/adaptation_methods.py, each of these
+# rates was as good as any of two or three, a factor of about 3 apart. ia3's is the highest tried.
 LOW_RANK = "r alpha dropout targets kind"
 METHODS = {
     "full": Method(1e-3, "", everything, whole=True),
