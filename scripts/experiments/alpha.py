@@ -12,10 +12,10 @@ steps by about the rate, and B' by c times the rate; and B' starts from zeros, a
 
     c alpha at the rates (lr of A, lr of B)  =  alpha at the rates (lr of A, c lr of B)      (1)
 
-which is LoRA+ with lambda = c (Hayou et al. 2024, arXiv:2402.12354), up to Adam's eps
-and the clipping of the gradient's norm. tests/test_alpha.py checks it. So alpha is a second
-learning rate: the arms "rate x" and "rate /" undo its effect on B, and only A's rate is left to
-differ. A seed takes about 10 minutes on two cores.
+which is LoRA+ with lambda = c (Hayou et al. 2024, arXiv:2402.12354), up to Adam's eps and the
+clipping of the gradient's norm. tests/test_alpha.py checks it. So alpha is a second learning rate:
+the arms "rate x" and "rate /" undo its effect on B, and only A's rate is left to
+differ. A seed takes about 8 minutes of one core.
 """
 
 import numpy as np

@@ -9,8 +9,8 @@ seed a parabola through the lowest loss and its neighbours, over the logarithm o
 which rate is best; see minilm/measure/optimum.py. The claim is about the ratio of the two.
 
 A best rate at an end of the grid is only a bound: look at the picture. LoRA's rate depends on alpha
-and on how A starts, so the ratio is one of this LoRA: see alpha.py. A seed takes about 16 minutes
-on two cores.
+and on how A starts, so the ratio is one of this LoRA: see alpha.py. A seed takes about 13 minutes
+of one core.
 """
 
 import numpy as np

@@ -16,10 +16,10 @@ alpha of 16, which is 2 r at r = 8, it would be the 2 of the other arm. Each ran
 its own, the same on all layers, since a rank of 64 breaks at the rate of a rank of 8. The last
 command is how to find them, arm by arm.
 
-Many arms answer nearly nothing rightly (no text can be guessed to the letter), so the loss of the
-right answers is what is compared first.
-Two losses are taken for equal if they differ by less than NEAR, which is what lies between r = 1
-and r = 16 in lecture 004. A seed takes about 25 minutes on two cores.
+Arms of few numbers answer little rightly, and those near the text nothing, as no text can be
+guessed to the letter. So the loss of the right answers is what is compared first. Two losses are
+taken for equal if they differ by less than NEAR, which is what lies between r = 1 and r = 16 in
+lecture 004. A seed takes about 17 minutes of one core.
 """
 
 from functools import cache
@@ -62,7 +62,6 @@ SWEPT = {"q": (1, 8, 64), "q v": (1, 2, 4, 8, 16, 64), "q k v o": (1, 8, 64), "a
 DOCUMENTATION = ("documentation",)  # no task of data.TASKS: see continuations
 NEAR_TEXT = {"tasks": DOCUMENTATION, "steps": 1000, "train": 16000, "targets": LAYERS["q v"]}
 ASKED, ANSWERED = 32, 64  # characters of a record of it
-
 
 ARMS = {
     **{f"{layers}, r = {r}": {"targets": LAYERS[layers]} | low_rank(r)

@@ -17,7 +17,7 @@ more, the other two have 9 % less. Since these small arms may answer nearly noth
 attention and all layers are also compared at a size of 77 thousand, r = 19 and r = 8.
 
 alpha is 2 r. Two losses are taken for equal if they differ by less than NEAR, which is what lies
-between r = 1 and r = 16 in lecture 004. A seed takes about 14 minutes on two cores.
+between r = 1 and r = 16 in lecture 004. A seed takes about 11 minutes of one core.
 """
 
 import numpy as np
