@@ -107,7 +107,7 @@ def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory],
                                   fill=lambda folder: result.save(folder / "result.json"))
     with run.going_on():
         print(f"{run.path}: {experiment.question}" + f"\n{QUICK}" * quick, flush=True)
-        result = run_arms(experiment, result, measured, seeds, run.path)
+        result = run_arms(experiment, result, measured, seeds, run.path, keep)
         judged = [{"claim": claim, **asdict(judge(result.rows))}
                   for claim, judge in experiment.claims.items()]
         result = replace(result, claims=tuple(judged))
@@ -130,7 +130,8 @@ def continued(before: Result, now: Result, stored: dict, settings: dict) -> Resu
                    rows=before.rows)
 
 
-def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Path) -> Result:
+def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Path,
+             keep: bool) -> Result:
     """The result with a row for every arm and seed, saved after each.
 
     All arms of a seed come before the next seed: a run that is cut short still has pairs to judge.
@@ -146,7 +147,7 @@ def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Pa
         try:
             row = {"arm": arm, "seed": seed, **measured(arm, seed, RunDirectory(own))}
         except KeyboardInterrupt:
-            words = shlex.split(result.command)[2:]  # without python and the program
+            words = shlex.split(result.command)[2:] + ["--keep"] * keep  # without python FILE
             print(f"\ngo on with: {typed(experiment.file, *words, resume=folder)}")
             raise
         shown = [f"{measure} {number(row[measure], decimals)}"

@@ -140,7 +140,7 @@ Args:
         default the newest runs/pretrain-*/model. The intervals from one base say nothing about
         another base.
     arms: run only these.
-    rates: run every arm at each of these learning rates, to find which is best for it.
+    rates: run every arm that learns at each of these learning rates, to find its best one.
     resume: folder of a run to go on with; arms and seeds that are done are not run again.
     keep: leave the result beside this program, for the page that report.py makes.
     given: names of the options on the command line.

@@ -224,10 +224,11 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, capsys):
         return heights(arm, seed, run, calls)
 
     with pytest.raises(KeyboardInterrupt):
-        conduct(small(tmp_path), stopped, (0, 1, 2), {"steps": 3}, out=tmp_path)
+        conduct(small(tmp_path), stopped, (0, 1, 2), {"steps": 3}, out=tmp_path, keep=True)
     folder = tmp_path / "towers-1"
+    words = "--seeds", 0, 1, 2, "--keep"
     assert capsys.readouterr().out.endswith(
-        f"go on with: {typed(tmp_path / 'towers.py', '--seeds', 0, 1, 2, resume=folder)}\n")
+        f"go on with: {typed(tmp_path / 'towers.py', *words, resume=folder)}\n")
     assert calls == [("low", 0), ("high", 0), ("low", 1)]  # all arms of a seed, then the next
     before = Result.load(folder / "result.json")
     assert len(before.rows) == 3 and before.claims == ()
