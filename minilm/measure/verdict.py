@@ -52,6 +52,14 @@ def by_seed(rows: Iterable[dict], measure: str, arms: Iterable[str]) -> list[lis
     return [[of[s, a] for a in arms] for s in seeds if all((s, a) in of for a in arms)]
 
 
+def by_arm(rows: Iterable[dict], measure: str) -> dict[str, list[float]]:
+    """arm -> its numbers, arms and numbers in the order of the rows."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["arm"], []).append(row[measure])
+    return found
+
+
 def interval(d: list[float]) -> tuple[float, float]:
     """The 95 % interval (low, high) of eq. (1). ValueError for fewer than two numbers."""
     if len(d) < 2:

@@ -20,12 +20,10 @@ The last command is how the rates were found. The model needs biases, for BitFit
     python scripts/pretrain.py --bias --seed 1
 """
 
-import numpy as np
-
 from minilm.command import command
 from minilm.experiment import Experiment
-from minilm.measure.verdict import compared, single
-from minilm.picture import COLORS
+from minilm.measure.verdict import by_arm, compared, single
+from minilm.picture import COLORS, bars
 from minilm.trial import KNOWN, MEASURES, RIGHT, SHARE, TASKS, low_rank, program
 
 QUESTION = "Which small change is enough, what does it forget, and what does it take?"
@@ -100,15 +98,10 @@ CLAIMS = {
 def draw(figure, rows):
     """Learning beside forgetting: a bar for the mean of each arm, a dot for each seed."""
     sides = figure.subplots(1, 2, sharey=True)
-    arms = list(dict.fromkeys(row["arm"] for row in rows))[::-1]
     for axes, measure, color in zip(sides, (RIGHT, KNOWN), COLORS):
-        for i, arm in enumerate(arms):
-            found = [row[measure] for row in rows if row["arm"] == arm]
-            axes.barh(i, np.mean(found), color=color, alpha=0.45)
-            axes.plot(found, [i] * len(found), "o", color=color, markersize=3, markeredgewidth=0)
-        axes.grid(axis="y", visible=False)
+        bars(axes, by_arm(rows, measure), lambda arm, color=color: color)
         axes.set_xlabel(measure, fontsize=8)
-    sides[0].set_yticks(range(len(arms)), arms, fontsize=6.5)
+    sides[0].tick_params(axis="y", labelsize=6.5)
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS,

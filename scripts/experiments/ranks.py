@@ -29,8 +29,8 @@ import numpy as np
 from minilm import data
 from minilm.command import command
 from minilm.experiment import Experiment
-from minilm.measure.verdict import compared, compared_best
-from minilm.picture import COLORS
+from minilm.measure.verdict import by_arm, compared, compared_best
+from minilm.picture import COLORS, curve
 from minilm.trial import KNOWN, LOSS, RIGHT, TRAINED, Trial, low_rank, program, tried
 
 QUESTION = "How small a rank is enough, and on which layers?"
@@ -130,20 +130,14 @@ def documentation() -> list[list[str]]:
 
 def draw(figure, rows):
     """Loss against rank, a line for each set of layers: its mean, with a dot for each seed."""
-    axes = figure.subplots()
+    axes, found = figure.subplots(), by_arm(rows, LOSS)
     lines = {f"{layers}, r = ": layers for layers in SWEPT}
     lines |= {"near text: q v, r = ": "q v, near text"}
     for (start, label), color in zip(lines.items(), COLORS):
-        points = [(int(rank), row[LOSS]) for row in rows
-                  if (rank := row["arm"].removeprefix(start)).isdigit()]
-        if not points:
-            continue
-        ranks, losses = np.array(points).T
-        shown = np.unique(ranks)
-        axes.plot(shown, [losses[ranks == r].mean() for r in shown], color=color, label=label)
-        axes.plot(ranks, losses, "o", color=color, markersize=4, alpha=0.6, markeredgewidth=0)
-    if full := [row[LOSS] for row in rows if row["arm"] == "full"]:
-        axes.axhline(np.mean(full), color=COLORS[5], linestyle="--", label="full")
+        curve(axes, {int(rank): losses for arm, losses in found.items()
+                     if (rank := arm.removeprefix(start)).isdigit()}, color, label)
+    if "full" in found:
+        axes.axhline(np.mean(found["full"]), color=COLORS[5], linestyle="--", label="full")
     axes.set_xscale("log", base=2)
     ticks = sorted({r for ranks in SWEPT.values() for r in ranks})
     axes.set_xticks(ticks, map(str, ticks))

@@ -33,8 +33,8 @@ import numpy as np
 from minilm import data
 from minilm.command import command
 from minilm.experiment import Experiment
-from minilm.measure.verdict import compared
-from minilm.picture import COLORS
+from minilm.measure.verdict import by_arm, compared
+from minilm.picture import COLORS, curve
 from minilm.ranges import whole
 from minilm.train import Trainer
 from minilm.transformer import Transformer
@@ -146,16 +146,9 @@ def drawn(s: Small) -> tuple[list, list, list]:
 
 def draw(figure, rows):
     """Right tokens by n: a dot for each seed, a line through the means."""
-    axes = figure.subplots()
+    axes, found = figure.subplots(), by_arm(rows, TOKENS)
     for name, color in zip(METHODS, COLORS):
-        found = {n: [row[TOKENS] for row in rows if row["arm"] == f"{name}, n = {n}"]
-                 for n in STEPS}
-        found = {n: scores for n, scores in found.items() if scores}
-        axes.plot([n for n, scores in found.items() for _ in scores],
-                  [score for scores in found.values() for score in scores], "o", color=color,
-                  markersize=4, alpha=0.6, markeredgewidth=0)
-        axes.plot([*found], [np.mean(scores) for scores in found.values()], color=color,
-                  linewidth=1.5, label=name)
+        curve(axes, {n: found.get(f"{name}, n = {n}", []) for n in STEPS}, color, name)
     axes.set_xscale("log", base=2)
     axes.set_xticks([*STEPS], [*STEPS])
     axes.legend(frameon=False)

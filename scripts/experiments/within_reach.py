@@ -20,8 +20,8 @@ import numpy as np
 from minilm import data
 from minilm.command import command
 from minilm.experiment import Experiment
-from minilm.measure.verdict import compared, single
-from minilm.picture import COLORS
+from minilm.measure.verdict import by_arm, compared, single
+from minilm.picture import COLORS, bars
 from minilm.trial import LOSS, RIGHT, TASKS, TRAINED, Trial, base, low_rank, program, tried
 
 QUESTION = "What does LoRA need to come within 4 points of full fine-tuning?"
@@ -74,16 +74,10 @@ def measured(s: Trial, run, title: str) -> dict:
 def draw(figure, rows):
     """A bar for the mean of each arm, a dot for each seed, a line 4 points below full."""
     axes = figure.subplots()
-    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)][::-1]
-    for i, arm in enumerate(arms):
-        scores = [row[RIGHT] for row in rows if row["arm"] == arm]
-        color = COLORS[1 if "five" in arm else 0]
-        axes.barh(i, np.mean(scores), color=color, alpha=0.45)
-        axes.plot(scores, [i] * len(scores), "o", color=color, markersize=4, markeredgewidth=0)
-    if full := [row[RIGHT] for row in rows if row["arm"] == "full"]:
-        axes.axvline(np.mean(full) - 4, linestyle="--", linewidth=1, color=COLORS[2])
-    axes.set_yticks(range(len(arms)), arms)
-    axes.grid(axis="y", visible=False)
+    found = by_arm(rows, RIGHT)
+    bars(axes, found, lambda arm: COLORS[1 if "five" in arm else 0])
+    if "full" in found:
+        axes.axvline(np.mean(found["full"]) - 4, linestyle="--", linewidth=1, color=COLORS[2])
     axes.set(xlabel=f"{RIGHT} (line: full - 4 points)")
 
 
