@@ -28,6 +28,7 @@ from minilm.run import RunDirectory
 from minilm.tensor import no_grad
 from minilm.trial import (
     KEPT,
+    QUICK,
     SHARE,
     Trial,
     base,
@@ -98,7 +99,7 @@ def served(s: Trial, run):
         SERVED.clear()
         (model, tokenizer), sizes = base(s.model), {None: {KEPT: 0.0, SHARE: 0.0}}
         for task in ADAPTERS:
-            steps = min(ARMS[task]["steps"], s.steps or 1000)
+            steps = s.steps or (ARMS[task]["steps"] if s.model else QUICK["steps"])
             arm = replace(s, **ARMS[task] | {"steps": steps, "lr": lr})
             alone, folder = base(s.model)[0], run.path / task
             folder.mkdir(exist_ok=True)  # it is there if the run goes on
