@@ -108,7 +108,7 @@ def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory],
                                   fill=lambda folder: result.save(folder / "result.json"))
     with run.going_on():
         print(f"{run.path}: {experiment.question}" + f"\n{QUICK}" * quick, flush=True)
-        result = run_arms(experiment, result, measured, seeds, run.path)
+        result = run_arms(experiment, result, measured, seeds, run.path, keep)
         result = replace(result, claims=judged(experiment, result))
         result.save(run.path / "result.json")
         print(f"\n{table(result)}\n\n{verdicts(result)}\n" + f"{QUICK}\n" * quick)
@@ -129,7 +129,8 @@ def continued(before: Result, now: Result, stored: dict, settings: dict) -> Resu
                    rows=before.rows)
 
 
-def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Path) -> Result:
+def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Path,
+             keep: bool) -> Result:
     """The result with a row for every arm and seed, saved after each.
 
     All arms of a seed come before the next seed: a run that is cut short still has pairs to judge.
@@ -145,7 +146,7 @@ def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Pa
         try:
             row = {"arm": arm, "seed": seed, **measured(arm, seed, RunDirectory(own))}
         except KeyboardInterrupt:
-            words = shlex.split(result.command)[2:]  # without python and the program
+            words = shlex.split(result.command)[2:] + ["--keep"] * keep  # without python FILE
             print(f"\ngo on with: {typed(experiment.file, *words, resume=folder)}")
             raise
         shown = [f"{measure} {number(row[measure], decimals)}"

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 from minilm.files import write_atomically
 
@@ -27,6 +28,25 @@ PLAIN = {  # what matplotlib writes -> what a page can hold
         r'\1 stroke-linejoin="round" stroke-linecap="butt" font-family="sans-serif">',
     r"font-family: [^;]*; ": "",
 }
+
+
+def curve(axes, found: dict[float, list[float]], color: str, label: str):
+    """A line through the means of found, x -> numbers, and a dot for each number."""
+    found = {x: numbers for x, numbers in found.items() if numbers}
+    axes.plot([*found], [fmean(numbers) for numbers in found.values()], color=color, label=label)
+    for x, numbers in found.items():
+        axes.plot([x] * len(numbers), numbers, "o", color=color, markersize=4, alpha=0.6,
+                  markeredgewidth=0)
+
+
+def bars(axes, found: dict[str, list[float]], color_of: Callable[[str], str]):
+    """From top to bottom a bar for the mean of each name's numbers, and a dot for each number."""
+    for i, name in enumerate(names := [*found][::-1]):
+        axes.barh(i, fmean(found[name]), color=color_of(name), alpha=0.45)
+        axes.plot(found[name], [i] * len(found[name]), "o", color=color_of(name), markersize=4,
+                  markeredgewidth=0)
+    axes.set_yticks(range(len(names)), names)
+    axes.grid(axis="y", visible=False)
 
 
 def save_png(figure, path: Path) -> Path:

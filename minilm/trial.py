@@ -27,7 +27,7 @@ from minilm import data
 from minilm.adapting import METHODS, Adapting, optimizer_and_loss
 from minilm.command import Given
 from minilm.experiment import Experiment, conduct
-from minilm.files import remove
+from minilm.files import read_json, remove, write_json
 from minilm.interop import load_model, save_adapter, save_model
 from minilm.loop import Training, fit, refuse_unused
 from minilm.measure.answers import answers
@@ -97,7 +97,7 @@ def program(experiment: Experiment, measured: Callable | None = None, kind: type
 
     measured: what gives an arm's numbers, (Trial, RunDirectory, title) -> {measure: number}; by
     default `tried`. kind: Trial with more settings. ValueError for options that cannot be together,
-    and for a model that cannot give answers.
+    and as in require_use.
     """
     def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Path("runs"),
              model: tuple[Path, ...] = (), arms: tuple[str, ...] = (),
@@ -112,9 +112,9 @@ def program(experiment: Experiment, measured: Callable | None = None, kind: type
             refuse_unused(given, ("keep",), "these are not all arms at their own rates")
         chosen = narrowed(experiment, arms, rates)
         bases = [] if quick else list(model) or [newest_model(Path("runs"), "pretrain-*")]
-        for folder in bases:  # if it is of no use, fail before the run gets a folder
-            load_model(folder).config.require_writer(folder, "gives answers")
         trials = {arm: trial_of(own, quick, kind) for arm, own in chosen.arms.items()}
+        for folder in bases:  # if it is of no use, fail before the run gets a folder
+            require_use(folder, trials)
         settings = {"bases": [fingerprints(folder) for folder in bases],
                     "arms": {arm: asdict(trial) for arm, trial in trials.items()}}
 
@@ -123,9 +123,9 @@ def program(experiment: Experiment, measured: Callable | None = None, kind: type
             s = replace(trials[arm], seed=seed, model=folder)
             return (measured or tried)(s, run, f"{arm}, seed {seed}")
 
-        words = [(name, given) for name, given in
-                 [("model", bases), ("arms", arms), ("rates", rates)] if given]
-        options = [word for name, given in words for word in (f"--{name}", *map(str, given))]
+        options = [word for name, values in
+                   [("model", bases), ("arms", arms), ("rates", rates)] if values
+                   for word in (f"--{name}", *map(str, values))]
         return conduct(chosen, run_arm, seeds, settings, options, quick, out, resume, keep)
     main.__doc__ = f"{experiment.question}\n\n{OPTIONS}"
     return main
@@ -140,7 +140,7 @@ Args:
         default the newest runs/pretrain-*/model. The intervals from one base say nothing about
         another base.
     arms: run only these.
-    rates: run every arm at each of these learning rates, to find which is best for it.
+    rates: run every arm that learns at each of these learning rates, to find its best one.
     resume: folder of a run to go on with; arms and seeds that are done are not run again.
     keep: leave the result beside this program, for the page that report.py makes.
     given: names of the options on the command line.
@@ -155,7 +155,9 @@ def narrowed(experiment: Experiment, arms, rates) -> Experiment:
     if not rates:
         return replace(experiment, arms=chosen)
     swept = {f"{arm}, lr {lr:g}": own | {"lr": lr} for arm, own in chosen.items() for lr in rates
-             if own.get("steps") != 0}
+             if own.get("steps") != 0 and own.get("lr") != 0}
+    if not swept:
+        raise ValueError(f"{', '.join(chosen)} learns nothing, so no rate is best for it")
     return replace(experiment, arms=swept, slide={}, claims={}, draw=None)
 
 
@@ -164,6 +166,28 @@ def trial_of(own: dict, quick: bool, kind: type[Trial] = Trial) -> Trial:
     if not quick:
         return kind(**{"workers": default_workers()[0]} | own)
     return kind(**own | QUICK | {"steps": min(QUICK["steps"], own.get("steps", Trial.steps))})
+
+
+def require_use(folder, trials: dict[str, Trial]):
+    """ValueError if the model in the folder gives no answers, if a method is not for it, or if a
+    method leaves no room for the tasks."""
+    load_model(folder).config.require_writer(folder, "gives answers")
+    for arm, s in trials.items():
+        if not s.steps:
+            continue
+        model, tokenizer = base(folder)
+        try:
+            model = prepared(model, replace(s, model=str(folder)))
+            if data.TASKS.keys() >= {*s.tasks}:
+                data.encode(records_of(replace(s, train=1))[1], tokenizer, context=model.room)
+        except ValueError as error:
+            raise ValueError(f"{folder} is not for the arm {arm!r}: {error}") from None
+
+
+def prepared(model, s: Trial):
+    """The model, ready to learn by the settings' method."""
+    model = METHODS[s.method].prepare(model, s)
+    return add_prefix(model, s.beside, seed=s.seed) if s.beside else model
 
 
 def tried(s: Trial, run, title: str, records=None) -> dict:
@@ -188,23 +212,23 @@ def learned(model, tokenizer, records, s: Trial, run, title: str,
             watch: Callable = lambda trainer, done: None):
     """(the model after it has learned the records, how many numbers it trained, seconds a step).
 
-    The seconds are the median's; 0 without a step. watch(Trainer, Step) is called where the run
-    stands, and after each step.
+    The seconds are the median of the steps since the run last went on; 0 without a step.
+    watch(Trainer, Step) is called where the run stands, and after each step.
     """
     if not s.steps:
         return model, 0, 0.0
-    model = METHODS[s.method].prepare(model, s)
-    if s.beside:
-        add_prefix(model, s.beside, seed=s.seed)
+    model = prepared(model, s)
     batches = data.InstructionBatches(records, tokenizer, s.batch, None, s.seed, model.room)
     optimizer, loss = optimizer_and_loss(model, s)
-    seconds = []
+    seconds, median = [], run.path / "seconds.json"  # of a step, if no step is left to be made
     for trainer, done in fit(run, model, batches, s, loss, optimizer=optimizer, title=title):
         seconds += [done.seconds] * (done.targets > 0)
+        if done.step == s.steps and seconds:
+            write_json(median, float(np.median(seconds)))
         watch(trainer, done)
     if done.step < s.steps:  # by Ctrl-C
         raise KeyboardInterrupt
-    return model, optimizer.flat.size, float(np.median(seconds or 0.0))
+    return model, optimizer.flat.size, read_json(median)
 
 
 def base(folder: str):

@@ -5,8 +5,10 @@ import pytest
 
 from minilm import data, trial
 from minilm.experiment import Experiment
+from minilm.interop import save_model
 from minilm.peft import add_lora
 from minilm.run import RunDirectory
+from minilm.transformer import Config, Transformer
 from minilm.trial import (
     KEPT,
     KNOWN,
@@ -27,8 +29,8 @@ TINY = Trial(**trial.QUICK, seed=1, tasks=("upper", "sort"), lr=1e-2)
 
 def experiment(file="rates.py", **changes):
     """An experiment of ARMS."""
-    given = {"claims": {}, "slide": {}, "measures": MEASURES} | changes
-    return Experiment(str(file), "Which?", given["slide"], ARMS, given["measures"],
+    given = {"claims": {}, "slide": {}, "measures": MEASURES, "arms": ARMS} | changes
+    return Experiment(str(file), "Which?", given["slide"], given["arms"], given["measures"],
                       given["claims"], None)
 
 
@@ -56,6 +58,38 @@ def test_options_that_cannot_be_together(options, text, tmp_path):
     with pytest.raises(ValueError, match=text):
         program(experiment())(**{"quick": True, "out": tmp_path} | options)
     assert not list(tmp_path.iterdir())
+
+
+def test_rates_of_arms_that_learn_nothing_are_refused(tmp_path):
+    still = {"base": {"steps": 0}, "random": {"lr": 0.0}}
+    with pytest.raises(ValueError, match="base, random learns nothing"):
+        program(experiment(arms=still))(quick=True, out=tmp_path, rates=(0.1,))
+    assert not list(tmp_path.iterdir())
+    swept = trial.narrowed(experiment(arms=still | ARMS), (), (0.1,))
+    assert list(swept.arms) == ["full, lr 0.1", "LoRA, lr 0.1"]
+
+
+@pytest.mark.parametrize("own, text", [
+    ({"method": "bitfit"}, "BitFit trains biases, but no layer"),
+    ({"method": "prefix", "length": 48}, "48"),
+    ({"method": "prefix", "length": 40}, "takes .* tokens, but"),
+    ({"r": 9}, "r must be 1 to 8"),
+    ({"r": 1, "beside": 48}, "48"),
+])
+def test_a_base_that_is_not_for_an_arm_is_refused_before_the_run(own, text, tmp_path):
+    llama = Config.llama(258, 48, layers=1, heads=2, width=8, hidden=8)
+    save_model(Transformer(llama), tmp_path / "llama", data.ByteTokenizer())
+    program_of = program(experiment(arms={"base": {"steps": 0}, "mine": own}))
+    with pytest.raises(ValueError, match=f"llama is not for the arm 'mine': .*{text}"):
+        program_of(seeds=(0,), model=(tmp_path / "llama",), out=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_trial_that_stopped_after_its_last_step_knows_how_long_steps_took(tmp_path):
+    records = trial.records_of(TINY)[0]
+    first, again = (trial.learned(*trial.base(""), records, TINY, RunDirectory(tmp_path), "")
+                    for _ in range(2))
+    assert first[2] == again[2] > 0
 
 
 def test_the_numbers_of_a_trial(tmp_path):

@@ -7,8 +7,8 @@
     table                   a table of a restaurant: a sentence, one of four that are right
     sql                     a question about CITIES: the query that finds the answer
 
-The first five take at most 40 bytes, prompt and end included. Queries can be written in many ways,
-so sql is scored by running them, see queries.py.
+The first five take at most 40 bytes, prompt and end included, if `Words` do not make words longer.
+Queries can be written in many ways, so sql is scored by running them, see queries.py.
 """
 
 from collections.abc import Iterable

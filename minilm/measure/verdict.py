@@ -14,7 +14,7 @@ settings.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
@@ -50,6 +50,14 @@ def by_seed(rows: Iterable[dict], measure: str, arms: Iterable[str]) -> list[lis
     of = {(r["seed"], r["arm"]): r[measure] for r in rows if r["arm"] in arms}
     seeds = sorted({seed for seed, _ in of})
     return [[of[s, a] for a in arms] for s in seeds if all((s, a) in of for a in arms)]
+
+
+def by_arm(rows: Iterable[dict], measure: str) -> dict[str, list[float]]:
+    """arm -> its numbers, arms and numbers in the order of the rows."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["arm"], []).append(row[measure])
+    return found
 
 
 def interval(d: list[float]) -> tuple[float, float]:
@@ -90,6 +98,25 @@ def compared(rows: Iterable[dict], measure: str, a: str, b: str, at_least: float
     """The verdict on arm a's number minus arm b's."""
     about = f"{a} - {b}: {measure}"
     return verdict(difference(rows, measure, a, b), about, at_least, at_most)
+
+
+def single(rows: Iterable[dict], measure: str, arm: str, at_least: float | None = None,
+           at_most: float | None = None) -> Verdict:
+    """The verdict on one arm's number."""
+    d = [x for x, in by_seed(rows, measure, (arm,))]
+    return verdict(d, f"{arm}: {measure}", at_least, at_most)
+
+
+def each_seed(rows: Iterable[dict], value: Callable[[dict], float], pick: Callable = max
+              ) -> list[float]:
+    """One number a seed: the largest value(row) of its rows, or what `pick` takes of them.
+
+    Rows of one seed have much in common, so an interval over all rows would be too narrow.
+    """
+    found = {}
+    for row in rows:
+        found.setdefault(row["seed"], []).append(value(row))
+    return [pick(values) for _, values in sorted(found.items())]
 
 
 def compared_best(rows: Iterable[dict], measure: str, some: Iterable[str], others: Iterable[str],

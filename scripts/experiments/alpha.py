@@ -12,18 +12,21 @@ steps by about the rate, and B' by c times the rate; and B' starts from zeros, a
 
     c alpha at the rates (lr of A, lr of B)  =  alpha at the rates (lr of A, c lr of B)      (1)
 
-which is LoRA+ with lambda = c (Hayou et al. 2024, arXiv:2402.12354), up to Adam's eps
-and the clipping of the gradient's norm. tests/test_alpha.py checks it. So alpha is a second
-learning rate: the arms "rate x" and "rate /" undo its effect on B, and only A's rate is left to
-differ. A seed takes about 10 minutes on two cores.
+which is LoRA+ with lambda = c (Hayou et al. 2024, arXiv:2402.12354), up to Adam's eps and the
+clipping of the gradient's norm. tests/test_alpha.py checks it. So alpha is a second learning rate:
+the arms "rate x" and "rate /" undo its effect on B, and only A's rate is left to differ.
+
+The fixed rate was found for alpha = 2 r, which favours this alpha and its neighbours. The arms at
+scaled rates show how much of their lead is left without that. A seed takes about 8 minutes of one
+core.
 """
 
 import numpy as np
 
 from minilm.command import command
 from minilm.experiment import Experiment
-from minilm.measure.verdict import Verdict, by_seed, compared, compared_best, verdict
-from minilm.picture import COLORS
+from minilm.measure.verdict import Verdict, by_arm, by_seed, compared, compared_best, verdict
+from minilm.picture import COLORS, curve
 from minilm.trial import KNOWN, LOSS, RIGHT, program
 
 QUESTION = "Which alpha is best, and is it more than a learning rate?"
@@ -67,16 +70,10 @@ CLAIMS = {
 
 def draw(figure, rows):
     """Loss against alpha: a line for the mean, a dot for each seed."""
-    axes = figure.subplots()
+    axes, found = figure.subplots(), by_arm(rows, LOSS)
     groups = {f"rate {LR:g}": FIXED, f"rate {LR:g} x 2r / alpha": SCALED}
     for (label, arms), color in zip(groups.items(), COLORS):
-        of = {k: [row[LOSS] for row in rows if row["arm"] == arm]
-              for k, arm in zip(ALPHAS.values(), arms)}
-        of = {k: losses for k, losses in of.items() if losses}
-        axes.plot(of.keys(), [np.mean(losses) for losses in of.values()], color=color, label=label)
-        for k, losses in of.items():
-            axes.plot([k] * len(losses), losses, "o", color=color, markersize=4, alpha=0.6,
-                      markeredgewidth=0)
+        curve(axes, {k: found.get(arm, []) for k, arm in zip(ALPHAS.values(), arms)}, color, label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(ALPHAS.values()), [f"{k:g}" for k in ALPHAS.values()])
     axes.set(xlabel="alpha / r", ylabel=LOSS, ylim=(0, None))

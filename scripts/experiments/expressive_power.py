@@ -34,7 +34,7 @@ from minilm.measure.expressive import (
     product,
     relu_net,
 )
-from minilm.measure.verdict import verdict
+from minilm.measure.verdict import each_seed, verdict
 from minilm.optim import AdamW, cosine_schedule
 from minilm.picture import COLORS
 from minilm.tensor import Tensor
@@ -69,11 +69,7 @@ NOTHING = 1e-4  # per cent
 
 def of_seeds(rows, value, which, pick=max) -> list[float]:
     """For each seed the largest value(row), or what pick takes, of the arms with which(case)."""
-    found = {}
-    for row in rows:
-        if which(ARMS[row["arm"]]):
-            found.setdefault(row["seed"], []).append(value(row))
-    return [pick(values) for _, values in sorted(found.items())]
+    return each_seed([row for row in rows if which(ARMS[row["arm"]])], value, pick)
 
 
 def enough(c: Case) -> bool: return c.R * c.L >= c.D
@@ -104,10 +100,10 @@ CLAIMS = {
     "In the paper's transformers half the width is enough for Wk^T Wq":
         lambda rows: verdict(of_seeds(rows, lambda r: r[HEAD], lambda c: 2 * c.R >= c.D),
                              f"largest: {HEAD}", at_most=NOTHING),
-    "The slide's rank is low (a quarter of the width) for a target of one layer":
+    "By the formula a rank of a quarter of the width is enough for a target of one layer":
         lambda rows: verdict(of_seeds(rows, lambda r: r[ENOUGH[1]] / ARMS[r["arm"]].D, always),
                              "largest rank / width", at_most=0.26),
-    "It is low for a target as deep as the model":
+    "By the formula it is enough for a target as deep as the model":
         lambda rows: verdict(of_seeds(rows, lambda r: r[OWN] / ARMS[r["arm"]].D, always, min),
                              "smallest rank / width", at_most=0.26),
     "Any W is B A of a rank below its own, to 1 %":

@@ -33,7 +33,7 @@ from minilm.experiment import Experiment, program
 from minilm.generate import generate
 from minilm.graph import no_dropout
 from minilm.measure.speed import in_turn, ratio
-from minilm.measure.verdict import compared, verdict
+from minilm.measure.verdict import compared, single, verdict
 from minilm.peft import add_bottleneck, add_lora, merge_lora, trainable_parameters, unload_lora
 from minilm.peft.adapted import adapted_layers
 from minilm.picture import COLORS
@@ -72,17 +72,12 @@ MEASURES = {ms(job): 1 for job in JOBS} | {over(job): 1 for job in JOBS} | {
     ADDED: 0, LAYERS: 2, LOGITS: 2}
 
 
-def of(rows, arm: str, measure: str, **bounds):
-    """The verdict on one arm's numbers."""
-    return verdict([r[measure] for r in rows if r["arm"] == arm], f"{arm}: {measure}", **bounds)
-
-
 CLAIMS = {
     f"merged LoRA adds no latency, up to 3 %: {job}":
-        lambda rows, job=job: of(rows, "LoRA merged", over(job), at_most=3) for job in JOBS
+        lambda rows, job=job: single(rows, over(job), "LoRA merged", at_most=3) for job in JOBS
 } | {
     f"{arm} adds latency: {job}":
-        lambda rows, arm=arm, job=job: of(rows, arm, over(job), at_least=0)
+        lambda rows, arm=arm, job=job: single(rows, over(job), arm, at_least=0)
     for arm in ARMS[2:] for job in JOBS
 } | {
     f"{arm} costs more than at 32 x 128, in %: {job}":
@@ -95,10 +90,10 @@ CLAIMS = {
         lambda rows: compared(rows, over("1 x 32"), "adapter H", "adapter L", at_least=0),
 } | {
     f"each layer gives W x + B A x, up to 5 ppm in float32: {arm}":
-        lambda rows, arm=arm: of(rows, arm, LAYERS, at_most=5) for arm in ARMS[1:3]
+        lambda rows, arm=arm: single(rows, LAYERS, arm, at_most=5) for arm in ARMS[1:3]
 } | {
     "the logits of merged LoRA are those of LoRA beside, up to 5 ppm":
-        lambda rows: of(rows, "LoRA merged", LOGITS, at_most=5),
+        lambda rows: single(rows, LOGITS, "LoRA merged", at_most=5),
 }
 
 

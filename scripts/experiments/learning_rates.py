@@ -9,8 +9,8 @@ seed a parabola through the lowest loss and its neighbours, over the logarithm o
 which rate is best; see minilm/measure/optimum.py. The claim is about the ratio of the two.
 
 A best rate at an end of the grid is only a bound: look at the picture. LoRA's rate depends on alpha
-and on how A starts, so the ratio is one of this LoRA: see alpha.py. A seed takes about 16 minutes
-on two cores.
+and on how A starts, so the ratio is one of this LoRA: see alpha.py. A seed takes about 13 minutes
+of one core.
 """
 
 import numpy as np
@@ -18,8 +18,8 @@ import numpy as np
 from minilm.command import command
 from minilm.experiment import Experiment
 from minilm.measure.optimum import lowest_at
-from minilm.measure.verdict import Verdict, by_seed, compared_best, verdict
-from minilm.picture import COLORS
+from minilm.measure.verdict import Verdict, by_arm, by_seed, compared_best, verdict
+from minilm.picture import COLORS, curve
 from minilm.trial import KNOWN, LOSS, RIGHT, program
 
 QUESTION = "How much higher is LoRA's learning rate than that of full fine-tuning?"
@@ -62,15 +62,10 @@ CLAIMS = {
 
 def draw(figure, rows):
     """Loss against rate: a line for the mean, a dot for each seed."""
-    axes = figure.subplots()
+    axes, found = figure.subplots(), by_arm(rows, LOSS)
     for method, color in zip(METHODS, COLORS):
-        of = {lr: [row[LOSS] for row in rows if row["arm"] == arm]
-              for arm, lr in zip(named(method), RATES)}
-        of = {lr: losses for lr, losses in of.items() if losses}
-        axes.plot(of.keys(), [np.mean(losses) for losses in of.values()], color=color, label=method)
-        for lr, losses in of.items():
-            axes.plot([lr] * len(losses), losses, "o", color=color, markersize=4, alpha=0.6,
-                      markeredgewidth=0)
+        curve(axes, {lr: found.get(arm, []) for arm, lr in zip(named(method), RATES)}, color,
+              method)
     axes.set_xscale("log")
     axes.set(xlabel="learning rate", ylabel=LOSS, ylim=(0, None))
     axes.legend(frameon=False)

@@ -17,12 +17,10 @@ give no whole answers, so losses are compared. LoRA of rank 1 has fewer numbers 
 
 import itertools
 
-import numpy as np
-
 from minilm.command import command
 from minilm.experiment import Experiment
-from minilm.measure.verdict import compared
-from minilm.picture import COLORS
+from minilm.measure.verdict import by_arm, compared
+from minilm.picture import COLORS, curve
 from minilm.trial import LOSS, MS, RIGHT, ROOM, TRAINED, low_rank, program
 
 QUESTION = "Is a longer prefix always better, and what does it take from the text?"
@@ -57,17 +55,10 @@ CLAIMS = {
 
 def draw(figure, rows):
     """The loss by l: a dot for each seed, a line through the means."""
-    axes = figure.subplots()
-    for name, color in zip((*METHODS, "LoRA, r = 1"), COLORS):
-        found = {l: [row[LOSS] for row in rows if row["arm"] in (f"{name}, l = {l}", name)]
-                 for l in LENGTHS}
-        found = {l: losses for l, losses in found.items() if losses}
-        axes.plot([*found], [np.mean(losses) for losses in found.values()], color=color,
-                  linewidth=1.5, label=name)
-        if name in METHODS:
-            axes.plot([l for l, losses in found.items() for _ in losses],
-                      [loss for losses in found.values() for loss in losses], "o", color=color,
-                      markersize=4, alpha=0.6, markeredgewidth=0)
+    axes, found = figure.subplots(), by_arm(rows, LOSS)
+    for name, color in zip((*METHODS, "LoRA, r = 1"), COLORS):  # LoRA has no l: a level line
+        curve(axes, {l: found.get(f"{name}, l = {l}", found.get(name, [])) for l in LENGTHS}, color,
+              name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(LENGTHS, LENGTHS)
     axes.legend(frameon=False)

@@ -16,10 +16,10 @@ alpha of 16, which is 2 r at r = 8, it would be the 2 of the other arm. Each ran
 its own, the same on all layers, since a rank of 64 breaks at the rate of a rank of 8. The last
 command is how to find them, arm by arm.
 
-Many arms answer nearly nothing rightly (no text can be guessed to the letter), so the loss of the
-right answers is what is compared first.
-Two losses are taken for equal if they differ by less than NEAR, which is what lies between r = 1
-and r = 16 in lecture 004. A seed takes about 25 minutes on two cores.
+Arms of few numbers answer little rightly, and those near the text nothing, as no text can be
+guessed to the letter. So the loss of the right answers is what is compared first. Two losses are
+taken for equal if they differ by less than NEAR, which is what lies between r = 1 and r = 16 in
+lecture 004. A seed takes about 17 minutes of one core.
 """
 
 from functools import cache
@@ -29,8 +29,8 @@ import numpy as np
 from minilm import data
 from minilm.command import command
 from minilm.experiment import Experiment
-from minilm.measure.verdict import compared, compared_best
-from minilm.picture import COLORS
+from minilm.measure.verdict import by_arm, compared, compared_best
+from minilm.picture import COLORS, curve
 from minilm.trial import KNOWN, LOSS, RIGHT, TRAINED, Trial, low_rank, program, tried
 
 QUESTION = "How small a rank is enough, and on which layers?"
@@ -62,7 +62,6 @@ SWEPT = {"q": (1, 8, 64), "q v": (1, 2, 4, 8, 16, 64), "q k v o": (1, 8, 64), "a
 DOCUMENTATION = ("documentation",)  # no task of data.TASKS: see continuations
 NEAR_TEXT = {"tasks": DOCUMENTATION, "steps": 1000, "train": 16000, "targets": LAYERS["q v"]}
 ASKED, ANSWERED = 32, 64  # characters of a record of it
-
 
 ARMS = {
     **{f"{layers}, r = {r}": {"targets": LAYERS[layers]} | low_rank(r)
@@ -131,20 +130,14 @@ def documentation() -> list[list[str]]:
 
 def draw(figure, rows):
     """Loss against rank, a line for each set of layers: its mean, with a dot for each seed."""
-    axes = figure.subplots()
+    axes, found = figure.subplots(), by_arm(rows, LOSS)
     lines = {f"{layers}, r = ": layers for layers in SWEPT}
     lines |= {"near text: q v, r = ": "q v, near text"}
     for (start, label), color in zip(lines.items(), COLORS):
-        points = [(int(rank), row[LOSS]) for row in rows
-                  if (rank := row["arm"].removeprefix(start)).isdigit()]
-        if not points:
-            continue
-        ranks, losses = np.array(points).T
-        shown = np.unique(ranks)
-        axes.plot(shown, [losses[ranks == r].mean() for r in shown], color=color, label=label)
-        axes.plot(ranks, losses, "o", color=color, markersize=4, alpha=0.6, markeredgewidth=0)
-    if full := [row[LOSS] for row in rows if row["arm"] == "full"]:
-        axes.axhline(np.mean(full), color=COLORS[5], linestyle="--", label="full")
+        curve(axes, {int(rank): losses for arm, losses in found.items()
+                     if (rank := arm.removeprefix(start)).isdigit()}, color, label)
+    if "full" in found:
+        axes.axhline(np.mean(found["full"]), color=COLORS[5], linestyle="--", label="full")
     axes.set_xscale("log", base=2)
     ticks = sorted({r for ranks in SWEPT.values() for r in ranks})
     axes.set_xticks(ticks, map(str, ticks))

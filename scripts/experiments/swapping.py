@@ -12,6 +12,7 @@ one model loads all of them, and each arm switches to one. A switch is timed bes
 replaces: reading the model's folder again.
 """
 
+import itertools
 import time
 from dataclasses import replace
 
@@ -20,13 +21,14 @@ import numpy as np
 from minilm.command import command
 from minilm.experiment import Experiment
 from minilm.interop import load_adapter, load_model, save_adapter
-from minilm.measure.verdict import compared, verdict
+from minilm.measure.verdict import compared, each_seed, verdict
 from minilm.peft import use_adapter
 from minilm.picture import COLORS
 from minilm.run import RunDirectory
 from minilm.tensor import no_grad
 from minilm.trial import (
     KEPT,
+    QUICK,
     SHARE,
     Trial,
     base,
@@ -42,31 +44,31 @@ QUESTION = "Can one model serve many tasks, if only adapters change places?"
 
 SLIDE = {}  # the lectures give no numbers
 ADAPTERS = ("reverse", "upper", "last")
+LORA = low_rank(4)
 ARMS = {"base model": {"tasks": ADAPTERS, "steps": 0}} | {
-    task: low_rank(4) | {"tasks": (task,), "steps": 1000} for task in ADAPTERS}
+    task: LORA | {"tasks": (task,), "steps": 1000} for task in ADAPTERS}
 SWITCH, LOAD = "ms to switch", "ms to load the model"
 MOVED = "base's logits after all switches, moved by"
 MEASURES = {f"{task}, %": 1 for task in ADAPTERS} | {
     KEPT: 0, SHARE: 1, SWITCH: 2, LOAD: 1, MOVED: 0}
 
 
-def own_best(task: str):
-    """Is the adapter of a task better at it than those of the others?"""
-    others = [other for other in ADAPTERS if other != task]
-    return [lambda rows, other=other: compared(rows, f"{task}, %", task, other, at_least=0)
-            for other in others]
+def largest(rows, what: str, value, at_most: float):
+    """The verdict on the largest value(row) of the adapters, on each seed."""
+    rows = [row for row in rows if row["arm"] in ADAPTERS]
+    return verdict(each_seed(rows, value), f"largest {what}", at_most=at_most)
 
 
 CLAIMS = {
-    **{f"{task}: its own adapter is better than that of {other}": judge for task in ADAPTERS
-       for other, judge in zip([o for o in ADAPTERS if o != task], own_best(task))},
-    "a switch takes less than a tenth of loading the model": lambda rows: verdict(
-        [row[SWITCH] / row[LOAD] for row in rows if row["arm"] in ADAPTERS],
-        f"{SWITCH} / {LOAD}", at_most=0.1),
-    "an adapter is less than a fifth of the model": lambda rows: verdict(
-        [row[SHARE] for row in rows if row["arm"] in ADAPTERS], SHARE, at_most=20),
-    "the base is what it was, bit for bit": lambda rows: verdict(
-        [row[MOVED] for row in rows], MOVED, at_least=-1e-9, at_most=1e-9),
+    **{f"{task}: its own adapter is better than that of {other}":
+       lambda rows, task=task, other=other: compared(rows, f"{task}, %", task, other, at_least=0)
+       for task, other in itertools.permutations(ADAPTERS, 2)},
+    "a switch takes less than a tenth of loading the model": lambda rows: largest(
+        rows, f"{SWITCH} / {LOAD}", lambda row: row[SWITCH] / row[LOAD], at_most=0.1),
+    "an adapter is less than a fifth of the model": lambda rows: largest(
+        rows, SHARE, lambda row: row[SHARE], at_most=20),
+    "the base is what it was, bit for bit": lambda rows: largest(
+        rows, MOVED, lambda row: row[MOVED], at_most=1e-9),
 }
 SERVED = {}  # settings of a seed -> the model with all adapters, its tokenizer, sizes
 
@@ -91,14 +93,16 @@ def measured(s: Trial, run, title: str) -> dict:
 
 def served(s: Trial, run):
     """(a model with the adapter of every task, its tokenizer, the sizes of what each keeps)."""
-    key = s.model, s.seed
+    lr = s.lr if s.steps else LORA["lr"]
+    key = s.model, s.seed, lr
     if key not in SERVED:
         SERVED.clear()
         (model, tokenizer), sizes = base(s.model), {None: {KEPT: 0.0, SHARE: 0.0}}
         for task in ADAPTERS:
-            arm = replace(s, **ARMS[task] | {"steps": min(ARMS[task]["steps"], s.steps or 1000)})
+            steps = s.steps or (ARMS[task]["steps"] if s.model else QUICK["steps"])
+            arm = replace(s, **ARMS[task] | {"steps": steps, "lr": lr})
             alone, folder = base(s.model)[0], run.path / task
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)  # it is there if the run goes on
             alone, *_ = learned(alone, tokenizer, records_of(arm)[0], arm, RunDirectory(folder),
                                 f"{task}, seed {s.seed}")
             sizes[task] = kept(alone, tokenizer, arm, folder / "kept")

@@ -35,7 +35,7 @@ from minilm.measure.memory import make_model
 from minilm.measure.memory import measured as memory
 from minilm.measure.speed import in_turn, ratio
 from minilm.measure.step import Step
-from minilm.measure.verdict import verdict
+from minilm.measure.verdict import single, verdict
 from minilm.optim import AdamW
 from minilm.parallel.cores import default_workers
 from minilm.picture import COLORS
@@ -68,11 +68,6 @@ for size in SIZES:
                  f"{size}: memory, MB": 1, f"{size}: memory, % of full": 1}
 
 
-def of(rows, arm: str, measure: str, **bounds):
-    """The verdict on one arm's numbers."""
-    return verdict([r[measure] for r in rows if r["arm"] == arm], f"{arm}: {measure}", **bounds)
-
-
 def claims_at(size: str) -> dict:
     """The slides' claims, each for the arm that is the likeliest to fulfil it; then our own."""
     few, many = "LoRA, q v", "LoRA, all-linear"
@@ -83,15 +78,15 @@ def claims_at(size: str) -> dict:
 
     return {
         f"004: LoRA's step takes twice as long, 150 to 250 %: {many}, {size}":
-            lambda rows: of(rows, many, time(size), at_least=150, at_most=250),
+            lambda rows: single(rows, time(size), many, at_least=150, at_most=250),
         f"001: LoRA's step is much faster, at most 50 %: {few}, {size}":
-            lambda rows: of(rows, few, time(size), at_most=50),
+            lambda rows: single(rows, time(size), few, at_most=50),
         f"LoRA's step is faster at all: {few}, {size}":
-            lambda rows: of(rows, few, time(size), at_most=100),
+            lambda rows: single(rows, time(size), few, at_most=100),
         f"LoRA's step is faster at all: {many}, {size}":
-            lambda rows: of(rows, many, time(size), at_most=100),
+            lambda rows: single(rows, time(size), many, at_most=100),
         f"001: LoRA takes less memory: {many}, {size}":
-            lambda rows: of(rows, many, f"{size}: memory, % of full", at_most=100),
+            lambda rows: single(rows, f"{size}: memory, % of full", many, at_most=100),
         f"time goes with the operations, within 10 points: {many}, {size}": as_counted,
     }
 

@@ -17,15 +17,13 @@ more, the other two have 9 % less. Since these small arms may answer nearly noth
 attention and all layers are also compared at a size of 77 thousand, r = 19 and r = 8.
 
 alpha is 2 r. Two losses are taken for equal if they differ by less than NEAR, which is what lies
-between r = 1 and r = 16 in lecture 004. A seed takes about 14 minutes on two cores.
+between r = 1 and r = 16 in lecture 004. A seed takes about 11 minutes of one core.
 """
-
-import numpy as np
 
 from minilm.command import command
 from minilm.experiment import Experiment
-from minilm.measure.verdict import compared, compared_best
-from minilm.picture import COLORS
+from minilm.measure.verdict import by_arm, compared, compared_best
+from minilm.picture import COLORS, bars
 from minilm.trial import KNOWN, LOSS, RIGHT, TRAINED, low_rank, program
 
 QUESTION = "Which weights should be adapted, if their number is given?"
@@ -85,14 +83,8 @@ CLAIMS = {
 def draw(figure, rows):
     """The loss of each arm: a bar for the mean, a dot for each seed."""
     axes = figure.subplots()
-    arms = list(dict.fromkeys(row["arm"] for row in rows))[::-1]
-    for i, arm in enumerate(arms):
-        losses = [row[LOSS] for row in rows if row["arm"] == arm]
-        color = COLORS[0] if set(arm.split(",")[0].split()) <= set("qkvo") else COLORS[1]
-        axes.barh(i, np.mean(losses), color=color, alpha=0.45)
-        axes.plot(losses, [i] * len(losses), "o", color=color, markersize=4, markeredgewidth=0)
-    axes.set_yticks(range(len(arms)), arms)
-    axes.grid(axis="y", visible=False)
+    bars(axes, by_arm(rows, LOSS),
+         lambda arm: COLORS[0] if set(arm.split(",")[0].split()) <= set("qkvo") else COLORS[1])
     axes.set(xlabel=f"{LOSS} (orange: MLP or all)")
 
 
