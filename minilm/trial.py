@@ -102,9 +102,9 @@ def program(experiment: Experiment, measured: Callable | None = None, kind: type
     """The main function of an experiment whose arms are settings of Trial, or of a kind of it.
 
     measured: what gives an arm's numbers, (Trial, RunDirectory, title) -> {measure: number}; by
-    default `tried`. kind: Trial with more settings. require: raises ValueError for a model that is of no
-    use; by default one that cannot give answers. ValueError for such a model, and for options that
-    cannot be together.
+    default `tried`. kind: Trial with more settings. require: raises ValueError for a model that
+    is of no use; by default one that cannot give answers. ValueError for such a model, and for
+    options that cannot be together.
     """
     def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Path("runs"),
              model: tuple[Path, ...] = (), arms: tuple[str, ...] = (),
@@ -144,8 +144,8 @@ Args:
     quick: end in seconds, on a tiny model that knows nothing; the numbers mean nothing.
     out: the run gets a folder of its own in here.
     model: folders of n base models, with a tokenizer.json each; seed s adapts number s mod n. By
-        default the newest runs/pretrain-*/model that is of use. The intervals from one base say nothing about
-        another base.
+        default the newest runs/pretrain-*/model that is of use. The intervals from one base say
+        nothing about another base.
     arms: run only these.
     rates: run every arm at each of these learning rates, to find which is best for it.
     resume: folder of a run to go on with; arms and seeds that are done are not run again.
