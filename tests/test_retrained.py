@@ -10,7 +10,15 @@ from minilm import ops
 from minilm.generate import generate
 from minilm.interop import load_model, save_model
 from minilm.interop.peft import load_adapter, save_adapter
-from minilm.peft import add_bitfit, add_lora, merge_lora, retrain, unload_lora, unmerge_lora, use_adapter
+from minilm.peft import (
+    add_bitfit,
+    add_lora,
+    merge_lora,
+    retrain,
+    unload_lora,
+    unmerge_lora,
+    use_adapter,
+)
 from minilm.peft.adapted import Adapter, adapted_layers, chosen, insert_adapters, unadapted
 from minilm.peft.ia3 import IA3
 from minilm.peft.lora import LoRA

@@ -1,5 +1,6 @@
 """Tasks of understanding: what their examples are, their rows and batches; and the experiment."""
 
+import os
 from collections import Counter
 
 import numpy as np
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 
 from minilm import data
 from minilm.data.understanding import Pieces
+from minilm.interop import huggingface
 from minilm.run import newest_model
 from minilm.transformer import Config, Transformer
-from minilm.trial import writer
+from minilm.trial import newest, writer
 
 CORPORA = {"low": ("abcd efgh " * 9, "short", "ijkl mnop qr " * 5), "high": ("STUV WXYZ " * 20,)}
 BYTES = data.ByteTokenizer()
@@ -75,7 +77,7 @@ def test_words_are_turned_round_or_not(seed):
 def test_a_second_text_goes_on(seed):
     found = Counter((label, "".join(texts) in texts_of())
                     for texts, label in made("next", seed, 60))
-    assert found[1, True] == 30 and found[0, False] > 10  # two of three places differ by a multiple
+    assert found[1, True] == 30 and found[0, False] > 10  # the texts repeat: some go on by chance
 
 
 @pytest.mark.parametrize("given, said", [
@@ -89,8 +91,11 @@ def test_what_gives_no_examples(given, said):
         data.make_examples(*given)
 
 
-@given(st.lists(st.tuples(st.lists(st.text(max_size=12), min_size=1, max_size=2), st.integers(0, 2)),
-                min_size=1, max_size=5), st.integers(8, 40))
+one_or_two = st.lists(st.text(max_size=12), min_size=1, max_size=2)
+
+
+@given(st.lists(st.tuples(one_or_two, st.integers(0, 2)), min_size=1, max_size=5),
+       st.integers(8, 40))
 def test_rows(examples, context):
     examples = [data.Example(tuple(texts), label) for texts, label in examples]
     tokens, labels, mask = data.rows_of_examples(examples, BYTES, context)
@@ -109,7 +114,7 @@ def test_rows(examples, context):
 @given(st.integers(1, 9), st.integers(1, 7), seeds)
 def test_an_epoch_has_every_row_once(rows, batch, seed):
     arrays = np.arange(rows), np.arange(rows) * 10
-    batches = data.understanding.EpochBatches(arrays, batch, seed)
+    batches = data.EpochBatches(arrays, batch, seed)
     drawn = [batches[step] for step in range(rows)]  # `batch` epochs
     a, b = (np.concatenate([part[i] for part in drawn]) for i in (0, 1))
     assert (b == 10 * a).all()
@@ -123,22 +128,14 @@ def test_batches_of_unequal_arrays():
         data.EpochBatches((np.zeros(3), np.zeros(2)), 1, 0)
 
 
-def saved(tmp_path, name, config):
-    from minilm.interop import huggingface
-
-    folder = tmp_path / "runs" / name / "model"
-    huggingface.save_model(Transformer(config), folder, BYTES)
-    return folder
-
-
 def test_each_experiment_takes_the_newest_model_that_it_can_use(tmp_path, monkeypatch):
-    from minilm.trial import newest
-
     sizes = dict(vocab_size=258, context=48, layers=1, heads=2, width=8)
-    saved(tmp_path, "pretrain-1", Config.bert(**sizes, hidden=8))
-    saved(tmp_path, "pretrain-2", Config.gpt2(**sizes))
+    for run, config in ((1, Config.bert(**sizes, hidden=8)), (2, Config.gpt2(**sizes))):
+        folder = tmp_path / "runs" / f"pretrain-{run}" / "model"
+        huggingface.save_model(Transformer(config), folder, BYTES)
+        os.utime(folder / "config.json", (1e9 + run, 1e9 + run))
     monkeypatch.chdir(tmp_path)
     assert newest(understanding.require_encoder).parent.name == "pretrain-1"
     assert newest(writer).parent.name == newest_model(tmp_path / "runs").parent.name == "pretrain-2"
     with pytest.raises(ValueError, match="pretrain-2/model predicts next tokens; this needs"):
-        understanding.main(model=(tmp_path / "runs" / "pretrain-2" / "model",), out=tmp_path)
+        understanding.main(model=(folder,), out=tmp_path)
