@@ -82,12 +82,12 @@ class Understanding(Trial):
     """A trial on texts and their classes."""
 
     tasks: tuple[str, ...] = TASKS
-    batch: int = 16
-    steps: int = 240
-    warmup: int = 24
+    batch: int = 8
+    steps: int = 300
+    warmup: int = 30
     train: int = 4000
     test: int = 1000
-    size: int = 64
+    size: int = 48
     """characters of an example"""
     alone: bool = False
     """train the new head alone"""
