@@ -189,18 +189,16 @@ def require_encoder(config: Config, folder):
 
 
 def draw(figure, rows):
-    """A panel for each task and for the average: each arm's mean, and a dot for each seed."""
+    """For each arm a small dot for each task, and a large one for the average; means of seeds."""
+    axes = figure.subplots()
     arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)][::-1]
-    panels = figure.subplots(1, len(TASKS) + 1, sharey=True)
-    for axes, measure, color in zip(panels, [f"{task}, %" for task in TASKS] + [AVERAGE], COLORS):
-        for i, arm in enumerate(arms):
-            scores = [row[measure] for row in rows if row["arm"] == arm]
-            axes.plot(scores, [i] * len(scores), "o", color=color, markersize=4, alpha=0.6,
-                      markeredgewidth=0)
-            axes.plot(np.mean(scores), i, "|", color=color, markersize=14, markeredgewidth=2)
-        axes.set(xlabel=measure)
-        axes.margins(x=0.15)
-    panels[0].set_yticks(range(len(arms)), arms)
+    for measure, color in zip([f"{task}, %" for task in TASKS] + [AVERAGE], COLORS):
+        means = [np.mean([row[measure] for row in rows if row["arm"] == arm]) for arm in arms]
+        axes.plot(means, range(len(arms)), "o", color=color, markeredgewidth=0,
+                  markersize=9 if measure == AVERAGE else 4, label=measure.removesuffix(", %"))
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set(xlabel="held-out texts told rightly, %")
+    figure.legend(loc="outside upper right", ncols=4, frameon=False)
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
