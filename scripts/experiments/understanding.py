@@ -86,7 +86,7 @@ class Understanding(Trial):
     steps: int = 300
     warmup: int = 30
     train: int = 4000
-    test: int = 1000
+    test: int = 600
     size: int = 48
     """characters of an example"""
     alone: bool = False
