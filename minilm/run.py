@@ -253,15 +253,15 @@ class RunDirectory:
         return save_png(figure, self.path / "loss.png")
 
 
-def newest_model(runs: Path, run: str = "*") -> Path:
-    """The model that was saved last, among the folders of `runs` whose names match `run`.
+def newest_model(runs: Path, run: str = "*", fits=lambda folder: True) -> Path:
+    """The model that was saved last, of those that fit in folders of `runs` that match `run`.
 
     ValueError if there is none, or if one of several has a date that is still to come.
     """
     for folder in runs.glob(f"{run}/model"):
         settle(folder)
     # config.json comes last, so only whole models are found.
-    found = runs.glob(f"{run}/model/config.json")
+    found = [path for path in runs.glob(f"{run}/model/config.json") if fits(path.parent)]
     configs = sorted(found, key=lambda path: path.stat().st_mtime)
     if not configs:
         raise ValueError(f"no model in {runs}/{run}/model: run pretrain.py first, or give --model")

@@ -17,6 +17,7 @@ Shapes: B batch, T tokens, C width, H heads, K key/value heads, D head width, V 
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -239,3 +240,25 @@ def make_head(c: Config, rng) -> Module | None:
     if c.head == "classes":
         return Linear(c.width, len(c.labels), rng, bias=bool(c.pooler))
     return None if c.head == "none" else Linear(c.width, c.vocab_size, rng, bias=False)
+
+
+def with_classes(model: Transformer, labels: tuple[str, ...], seed: int = 0) -> Transformer:
+    """The model with a new head, for classes of whole texts; its body is a copy.
+
+    The head is drawn from `seed`, and so is a pooler (tanh), if the model is not causal and has
+    none. ValueError for a model that has adapters or codes, since a new model has none.
+
+    >>> model = Transformer(Config.bert(50, context=8, layers=1, heads=2, width=4, hidden=8))
+    >>> with_classes(model, ("no", "yes"))(np.array([[1, 2, 3]])).shape
+    (1, 2)
+    """
+    c, like = model.config, model.embed.weight
+    pooler = None if c.causal else c.pooler or "tanh"
+    new = Transformer(replace(c, head="classes", labels=labels, pooler=pooler), seed)
+    new = new.astype(like.dtype).to(like.device)
+    body = {name: a for name, a in model.state_dict().items() if not name.startswith("head.")}
+    drawn = {name: a for name, a in new.state_dict().items()
+             if name.startswith(("head.", "pooler."))}
+    new.load_state_dict(drawn | body)
+    new.ends = model.ends
+    return new

@@ -92,12 +92,19 @@ def low_rank(r: int) -> dict:
     return {"r": r, "alpha": 2.0 * r, "lr": float(f"{1e-2 / math.sqrt(r):.2g}")}
 
 
-def program(experiment: Experiment, measured: Callable | None = None, kind: type[Trial] = Trial):
+def writer(config: Config, folder: Path):
+    """ValueError for the facts of a folder's model that cannot give answers."""
+    config.require_writer(folder, "gives answers")
+
+
+def program(experiment: Experiment, measured: Callable | None = None, kind: type[Trial] = Trial,
+            require: Callable[[Config, Path], None] = writer):
     """The main function of an experiment whose arms are settings of Trial, or of a kind of it.
 
     measured: what gives an arm's numbers, (Trial, RunDirectory, title) -> {measure: number}; by
-    default `tried`. kind: Trial with more settings. ValueError for options that cannot be together,
-    and as in require_use.
+    default `tried`. kind: Trial with more settings. require: raises ValueError for a model that
+    is of no use; by default one that cannot give answers. ValueError for such a model, for one that
+    an arm's method is not for, and for options that cannot be together.
     """
     def main(seeds: tuple[int, ...] = (0, 1, 2), quick: bool = False, out: Path = Path("runs"),
              model: tuple[Path, ...] = (), arms: tuple[str, ...] = (),
@@ -111,10 +118,11 @@ def program(experiment: Experiment, measured: Callable | None = None, kind: type
         if arms or rates:
             refuse_unused(given, ("keep",), "these are not all arms at their own rates")
         chosen = narrowed(experiment, arms, rates)
-        bases = [] if quick else list(model) or [newest_model(Path("runs"), "pretrain-*")]
+        bases = [] if quick else list(model) or [newest(require)]
         trials = {arm: trial_of(own, quick, kind) for arm, own in chosen.arms.items()}
         for folder in bases:  # if it is of no use, fail before the run gets a folder
-            require_use(folder, trials)
+            require(load_model(folder).config, folder)
+            require_methods(folder, trials)
         settings = {"bases": [fingerprints(folder) for folder in bases],
                     "arms": {arm: asdict(trial) for arm, trial in trials.items()}}
 
@@ -137,14 +145,25 @@ Args:
     quick: end in seconds, on a tiny model that knows nothing; the numbers mean nothing.
     out: the run gets a folder of its own in here.
     model: folders of n base models, with a tokenizer.json each; seed s adapts number s mod n. By
-        default the newest runs/pretrain-*/model. The intervals from one base say nothing about
-        another base.
+        default the newest runs/pretrain-*/model that is of use. The intervals from one base say
+        nothing about another base.
     arms: run only these.
     rates: run every arm that learns at each of these learning rates, to find its best one.
     resume: folder of a run to go on with; arms and seeds that are done are not run again.
     keep: leave the result beside this program, for the page that report.py makes.
     given: names of the options on the command line.
 """
+
+
+def newest(require: Callable[[Config, Path], None]) -> Path:
+    """The newest of pretrain.py's models that are of use."""
+    def fits(folder):
+        try:
+            require(load_model(folder).config, folder)
+        except ValueError:
+            return False
+        return True
+    return newest_model(Path("runs"), "pretrain-*", fits)
 
 
 def narrowed(experiment: Experiment, arms, rates) -> Experiment:
@@ -168,10 +187,9 @@ def trial_of(own: dict, quick: bool, kind: type[Trial] = Trial) -> Trial:
     return kind(**own | QUICK | {"steps": min(QUICK["steps"], own.get("steps", Trial.steps))})
 
 
-def require_use(folder, trials: dict[str, Trial]):
-    """ValueError if the model in the folder gives no answers, if a method is not for it, or if a
-    method leaves no room for the tasks."""
-    load_model(folder).config.require_writer(folder, "gives answers")
+def require_methods(folder, trials: dict[str, Trial]):
+    """ValueError if an arm's method is not for the model in the folder, or leaves no room for the
+    tasks."""
     for arm, s in trials.items():
         if not s.steps:
             continue

@@ -23,7 +23,7 @@ from minilm.peft import add_lora, merge_lora, retrain
 from minilm.quantize import quantize_model
 from minilm.shapes import tensor_shapes
 from minilm.train import Trainer
-from minilm.transformer import Config, Transformer
+from minilm.transformer import Config, Transformer, with_classes
 
 V, CONTEXT = 23, 12
 SIZES = dict(vocab_size=V, context=CONTEXT, layers=2, heads=2, width=16)
@@ -261,3 +261,27 @@ def test_a_model_that_is_not_its_configs_is_not_saved(tmp_path, changes):
     model.config = replace(model.config, **changes)
     with pytest.raises(ValueError, match=r"padding|pooler|cannot express"):
         save_model(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_another_head_on_the_same_body(name):
+    """The hidden states are what they were; what is trained later is a copy."""
+    model, labels = noisy(name), ("a", "b", "c", "d")
+    before, states = {k: a.copy() for k, a in model.state_dict().items()}, model.hidden(TOKENS).data
+    new = with_classes(model, labels, seed=3).eval()
+    assert new.config.labels == labels and new(TOKENS).shape == (len(TOKENS), 4)
+    assert np.array_equal(new.hidden(TOKENS).data, states)
+    if model.pooler:
+        assert np.array_equal(new.pooled(new.hidden(TOKENS)).data,
+                              model.pooled(model.hidden(TOKENS)).data)
+    again, other = (with_classes(model, labels, seed).head.weight.data for seed in (3, 4))
+    assert np.array_equal(again, new.head.weight.data) and (again != other).all()
+    for t in new.parameters():
+        t.data += 1
+    assert all(np.array_equal(a, before[k]) for k, a in model.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [quantize_model, lambda model: add_lora(model, 2, 4)])
+def test_no_other_head_on_adapters_or_codes(change):
+    with pytest.raises(ValueError, match="state does not fit"):
+        with_classes(change(noisy("bert")), ("no", "yes"))

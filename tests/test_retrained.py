@@ -10,7 +10,15 @@ from minilm import ops
 from minilm.generate import generate
 from minilm.interop import load_model, save_model
 from minilm.interop.peft import load_adapter, save_adapter
-from minilm.peft import add_lora, merge_lora, retrain, unload_lora, unmerge_lora, use_adapter
+from minilm.peft import (
+    add_bitfit,
+    add_lora,
+    merge_lora,
+    retrain,
+    unload_lora,
+    unmerge_lora,
+    use_adapter,
+)
 from minilm.peft.adapted import Adapter, adapted_layers, chosen, insert_adapters, unadapted
 from minilm.peft.ia3 import IA3
 from minilm.peft.lora import LoRA
@@ -210,3 +218,21 @@ def test_what_cannot_be_trained_whole(paths, name, said):
     retrain(model, ["head"])
     with pytest.raises(ValueError, match="head is trained whole already"):
         retrain(model, "head")
+
+
+def test_a_layer_of_bitfits_is_trained_whole():
+    """Its bias stays what it has become; the weight joins it, and the base keeps both."""
+    model, plain = add_bitfit(base()), base()(TOKENS).data
+    for t in model.parameters():
+        t.data += 0.5
+    expected, biases = model(TOKENS).data, len(model.parameters())
+    retrain(model, "blocks.0.mlp.up")
+    assert np.array_equal(model(TOKENS).data, expected)
+    assert len(model.parameters()) == biases + 1
+    layer = adapted_layers(model)["blocks.0.mlp.up"]
+    own = layer.adapters["default"].layer
+    assert own.weight.requires_grad and own.weight is not layer.base.weight
+    assert np.array_equal(own.bias.data, layer.base.bias.data + 0.5)
+    with pytest.raises(ValueError, match=r"mlp\.up is trained whole already"):
+        retrain(model, ["blocks.0.mlp.up"])
+    assert np.array_equal(use_adapter(model, None)(TOKENS).data, plain)

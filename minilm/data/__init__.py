@@ -47,6 +47,13 @@ from minilm.data.tokenizers import (
     load_tokenizer,
     printable,
 )
+from minilm.data.understanding import (
+    EpochBatches,
+    Example,
+    classes_of,
+    make_examples,
+    rows_of_examples,
+)
 
 __all__ = [
     "IGNORED",
@@ -57,6 +64,8 @@ __all__ = [
     "CharTokenizer",
     "Chat",
     "Corpus",
+    "EpochBatches",
+    "Example",
     "InstructionBatches",
     "MaskedBatches",
     "Record",
@@ -67,6 +76,7 @@ __all__ = [
     "adopt_end",
     "answer_rows",
     "batches_of",
+    "classes_of",
     "corrupt",
     "cut",
     "encode",
@@ -78,6 +88,7 @@ __all__ = [
     "load_corpus",
     "load_records",
     "load_tokenizer",
+    "make_examples",
     "make_tasks",
     "mask_tokens",
     "opening",
@@ -88,6 +99,7 @@ __all__ = [
     "read_names",
     "read_templates",
     "rows_of",
+    "rows_of_examples",
     "save_records",
     "score",
     "split",

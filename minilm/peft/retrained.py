@@ -53,9 +53,10 @@ def retrain(model: Module, paths: Iterable[str], name: str = "default") -> Modul
     """Train the layers at these paths whole, beside the adapter of this name; returns the model.
 
     So a new head learns together with LoRA. Each layer begins as it is, with tensors of its own: a
-    tied head is then no longer the embedding. The adapter acts from now on. ValueError if there is
-    none, if there are no paths, if one has no layer with floats for a weight or one that is
-    retrained already, and while an adapter is merged; the model is then as it was.
+    tied head is then no longer the embedding. A layer whose bias alone is trained, as BitFit's, is
+    trained whole from now on. The adapter acts from now on. ValueError if there is none, if there
+    are no paths, if one has no layer with floats for a weight or one whose weight is retrained
+    already, and while an adapter is merged; the model is then as it was.
 
     >>> from minilm.peft import add_lora
     >>> from minilm.transformer import Config, Transformer
@@ -70,7 +71,8 @@ def retrain(model: Module, paths: Iterable[str], name: str = "default") -> Modul
     for path in paths:
         if not isinstance(getattr(bases.get(path), "weight", None), Tensor):
             raise ValueError(f"{path} is no layer whose weight can be trained")
-        if path in slots and isinstance(slots[path].adapters.get(name), Retrained):
+        own = slots[path].adapters.get(name) if path in slots else None
+        if isinstance(own, Retrained) and own.layer.weight is not bases[path].weight:
             raise ValueError(f"{path} is trained whole already")
     use_adapter(model, name)
     for path in paths:
@@ -78,7 +80,9 @@ def retrain(model: Module, paths: Iterable[str], name: str = "default") -> Modul
             slots[path] = AdaptedLinear(bases[path])
             model.replace(path, slots[path])
         adapters = slots[path].adapters
-        adapters[name] = retrained(bases[path], inner=adapters.get(name))
+        own = adapters.get(name)
+        layer, inner = (own.layer, own.inner) if isinstance(own, Retrained) else (bases[path], own)
+        adapters[name] = retrained(layer, inner=inner)
         slots[path].train(model.training)
     return use_adapter(model, name)
 

@@ -1,0 +1,208 @@
+"""Every method on three tasks of understanding: an encoder that learns to tell texts apart.
+
+    python scripts/experiments/understanding.py --model runs/pretrain-*/model
+    python scripts/experiments/understanding.py --quick    # seconds; the numbers mean nothing
+    python scripts/experiments/understanding.py --rates 1e-3 3e-3 1e-2 --arms "LoRA, 8k" --seeds 9
+
+Lectures 002 and 004 compare the methods on GLUE, with RoBERTa and DeBERTa. Here a small encoder
+that pretrain.py has taught to fill in masked tokens learns three tasks, each alone: from which
+corpus a text is (corpus), whether some of its words are written backwards (words), whether a second
+text goes on where the first ends (next). Then it is asked about texts that were held out, from it
+and from pretrain.py. As in RoBERTa, what stands between two texts is an end; there are no segments.
+
+Each task has a new head: a pooler of the first token, and a linear layer. It is trained whole with
+every method, as it must be, and counted apart; the slide's counts are without it, too. Its share is
+large, since the model is small. The arm "head alone" shows what it can do without a method.
+
+Adapter D is AdapterDrop: adapters P without those in the lowest blocks, here in three of eight. The
+sizes are the slide's in proportion: its 0.3M or 0.8M are 8k here. LoRA is on q and v, as there; "on
+all layers" is the other choice.
+
+    python scripts/pretrain.py --family bert --corpus python-reference python-source \\
+        --weights 1 1 --steps 6000 --seed 0
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+
+from minilm import data
+from minilm.adapting import METHODS, optimizer_and_loss
+from minilm.command import command
+from minilm.experiment import Experiment
+from minilm.loop import fit
+from minilm.measure.verdict import compared
+from minilm.peft import retrain
+from minilm.peft.adapted import insert_adapters, unadapted
+from minilm.peft.retrained import retrained
+from minilm.picture import COLORS
+from minilm.ranges import whole
+from minilm.run import RunDirectory, share_held_out
+from minilm.train import Trainer
+from minilm.transformer import Config, Transformer, with_classes
+from minilm.trial import Trial, base, low_rank, program
+
+QUESTION = "Which small change is enough to understand texts, beside a new head?"
+
+GLUE = {  # accuracies of MNLI, SST-2, MRPC, QNLI, QQP and RTE; the two correlations are left out
+    "RoBERTa base": {
+        "full": (87.6, 94.8, 90.2, 92.8, 91.9, 78.7),
+        "BitFit": (84.7, 93.7, 92.7, 91.8, 84.0, 81.5),
+        "adapter D, 8k": (87.1, 94.2, 88.5, 93.1, 90.2, 71.5),
+        "adapter D, 24k": (87.3, 94.7, 88.4, 93.0, 90.6, 75.9),
+        "LoRA, 8k": (87.5, 95.1, 89.7, 93.3, 90.8, 86.6)},
+    "RoBERTa large": {
+        "full": (90.2, 96.4, 90.9, 94.7, 92.2, 86.6),
+        "LoRA, 8k": (90.6, 96.2, 90.9, 94.9, 91.6, 87.4)},
+    "RoBERTa large, Houlsby's setup": {
+        "adapter P, 8k": (90.5, 96.6, 89.7, 94.8, 91.7, 80.1),
+        "adapter P, 31k": (90.2, 96.1, 90.2, 94.8, 91.9, 83.8),
+        "adapter H, 8k": (90.3, 96.3, 87.7, 94.7, 91.5, 72.9),
+        "adapter H, 61k": (89.9, 96.2, 88.7, 94.7, 92.1, 83.4),
+        "LoRA, 8k": (90.6, 96.2, 90.2, 94.8, 91.6, 85.2)},
+    "DeBERTa XXL": {
+        "full": (91.8, 97.2, 92.0, 96.0, 92.7, 93.9),
+        "LoRA, 8k": (91.9, 96.9, 92.6, 96.0, 92.9, 94.9)},
+}
+SLIDE = {f"lecture 002: {model}, mean of 6, %": {
+    arm: round(float(np.mean(right)), 1) for arm, right in arms.items()}
+    for model, arms in GLUE.items()}
+
+TASKS = ("corpus", "words", "next")
+HEAD = ("pooler.dense", "head")
+AVERAGE = "average, %"
+TRAINED, OF_HEAD = "trained parameters of the method", "and of the head"
+MEASURES = {f"{task}, %": 1 for task in TASKS} | {AVERAGE: 1, TRAINED: 0, OF_HEAD: 0}
+
+
+@dataclass(frozen=True)
+class Understanding(Trial):
+    """A trial on texts and their classes."""
+
+    tasks: tuple[str, ...] = TASKS
+    batch: int = 8
+    steps: int = 300
+    warmup: int = 30
+    train: int = 4000
+    test: int = 600
+    size: int = 48
+    """characters of an example"""
+    alone: bool = False
+    """train the new head alone"""
+
+    RANGES: ClassVar = Trial.RANGES | {"size": whole(8)}
+
+
+def bottleneck(form: str, m: int, skip: int = 0) -> dict:
+    """Settings of adapters."""
+    return {"method": "bottleneck", "form": form, "m": m, "skip": skip, "lr": 3e-3}
+
+
+ARMS = {
+    "head alone": {"alone": True, "lr": 3e-3},
+    "full": {"method": "full", "lr": 1e-3},
+    "BitFit": {"method": "bitfit", "lr": 1e-2},
+    "adapter D, 8k": bottleneck("P", 12, skip=3),
+    "adapter D, 24k": bottleneck("P", 36, skip=3),
+    "adapter P, 8k": bottleneck("P", 8),
+    "adapter P, 31k": bottleneck("P", 30),
+    "adapter H, 8k": bottleneck("H", 4),
+    "adapter H, 61k": bottleneck("H", 29),
+    "LoRA, 8k": low_rank(4) | {"targets": ("q", "v")},
+    "LoRA on all layers, 9k": low_rank(1) | {"targets": ("q", "k", "v", "o", "up", "down")},
+}
+BEST = "LoRA, 8k"
+
+
+def better(a: str, b: str, points: float = 0):
+    """Is a better than b, or at most some points below it?"""
+    return lambda rows: compared(rows, AVERAGE, a, b, at_least=-points)
+
+
+CLAIMS = {
+    "LoRA is at most 1 point below full fine-tuning": better(BEST, "full", 1),
+    **{f"LoRA is better than {arm}": better(BEST, arm) for arm in ARMS if "adapter" in arm},
+    "BitFit is at most 2 points below full fine-tuning": better("BitFit", "full", 2),
+    "LoRA is better than BitFit": better(BEST, "BitFit"),
+    **{f"larger adapters {form} are better": better(f"adapter {form}, {large}k",
+                                                    f"adapter {form}, 8k")
+       for form, large in (("D", 24), ("P", 31), ("H", 61))},
+    "LoRA is better than the new head alone": better(BEST, "head alone"),
+}
+
+
+def measured(s: Understanding, run, title: str) -> dict:
+    """The numbers of MEASURES."""
+    found, (learn, ask) = {}, texts((share_held_out(s.model) if s.model else None) or 0.1)
+    for task in s.tasks:
+        model, tokenizer = encoder(s.model)
+        model = prepared(with_classes(model, data.classes_of(task, learn), s.seed), s)
+        rows, asked = (data.rows_of_examples(
+            data.make_examples(task, part, count, s.size, s.seed), tokenizer, model.room)
+            for part, count in ((learn, s.train), (ask, s.test)))
+        (folder := run.path / task).mkdir(exist_ok=True)
+        optimizer, loss = optimizer_and_loss(model, s)
+        batches = data.EpochBatches(rows, s.batch, s.seed)
+        *_, (_, done) = fit(RunDirectory(folder), model, batches, s, loss, optimizer=optimizer,
+                            title=f"{title}, {task}")
+        if done.step < s.steps:  # by Ctrl-C
+            raise KeyboardInterrupt
+        found[f"{task}, %"] = 100 * Trainer(model, optimizer).evaluate(*asked)[1]
+    of_head = sum(p.size for path, p in model.named_parameters() if path.startswith(HEAD))
+    return {**found, AVERAGE: float(np.mean([*found.values()])),
+            TRAINED: optimizer.flat.size - of_head, OF_HEAD: of_head}
+
+
+def prepared(model, s: Understanding):
+    """The model, ready to train: the method's numbers and the head."""
+    if s.alone:
+        layers = unadapted(model)
+        return insert_adapters(model, "default", {path: retrained(layers[path]) for path in HEAD})
+    model = METHODS[s.method].prepare(model, s)
+    return model if s.method == "full" else retrain(model, HEAD)
+
+
+@cache
+def texts(share: float) -> tuple[dict, dict]:
+    """The corpora's documents, (to learn from, held out), each by the corpus's name."""
+    corpora = data.load_corpora(("python-reference", "python-source"))
+    parts = {corpus.name: data.split(corpus, share) for corpus in corpora}
+    return tuple({name: part[side] for name, part in parts.items()} for side in (0, 1))
+
+
+def encoder(folder: str):
+    """A model that fills in masked tokens, and its tokenizer; tiny ones without a folder."""
+    if folder:
+        return base(folder)
+    tiny = Config.bert(258, 128, layers=4, heads=2, width=8, hidden=16)
+    return Transformer(tiny), data.ByteTokenizer()
+
+
+def require_encoder(config: Config, folder):
+    """ValueError unless the model fills in masked tokens."""
+    config.require_language(folder)
+    if config.causal:
+        raise ValueError(f"{folder} predicts next tokens; this needs a model that fills in masked "
+                         "ones: pretrain.py --family bert")
+
+
+def draw(figure, rows):
+    """For each arm a small dot for each task, and a large one for the average; means of seeds."""
+    axes = figure.subplots()
+    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)][::-1]
+    for measure, color in zip([f"{task}, %" for task in TASKS] + [AVERAGE], COLORS):
+        means = [np.mean([row[measure] for row in rows if row["arm"] == arm]) for arm in arms]
+        axes.plot(means, range(len(arms)), "o", color=color, markeredgewidth=0,
+                  markersize=9 if measure == AVERAGE else 4, label=measure.removesuffix(", %"))
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set(xlabel="held-out texts told rightly, %")
+    figure.legend(loc="outside upper right", ncols=4, frameon=False)
+
+
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
+main = program(EXPERIMENT, measured, Understanding, require_encoder)
+
+if __name__ == "__main__":
+    command(main)
