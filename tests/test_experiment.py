@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -334,6 +335,7 @@ def test_each_experiment_runs_quickly(name, tmp_path, capsys):
     result = Result.load(tmp_path / f"{name}-1" / "result.json")
     assert result.quick and result.seeds == [0, 1] and result.arms == list(experiment.ARMS)
     assert len(result.rows) == 2 * len(experiment.ARMS)
+    report.picture(tmp_path / f"{name}-1" / "result.svg", "picture-")  # the page takes it
     assert [claim["claim"] for claim in result.claims] == list(experiment.CLAIMS)
     for claim in result.claims:
         assert claim["seeds"] in (1, 2), f"{claim['claim']}: judged of no pair"  # 1: of one base

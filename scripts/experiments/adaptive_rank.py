@@ -105,14 +105,15 @@ def draw(figure, rows):
     kinds = [kind for kind in KINDS if any(kind == k for _, k in places)]
     grid = np.array([[mean[f"rank, {layer}.{kind}"] for kind in kinds] for layer in layers])
     axes = figure.subplots()
-    image = axes.imshow(grid, cmap="viridis", vmin=0, aspect="auto", origin="lower")
+    squares = axes.pcolormesh(grid, cmap="viridis", vmin=0)  # shapes: a page takes no pixels
+    squares.set_cmap(squares.cmap.resampled(20))
     for (y, x), rank in np.ndenumerate(grid):
-        axes.text(x, y, f"{rank:.1f}", ha="center", va="center",
+        axes.text(x + 0.5, y + 0.5, f"{rank:.1f}", ha="center", va="center",
                   color="black" if rank > 0.6 * grid.max() else "white")
-    axes.set(xticks=range(len(kinds)), xticklabels=kinds, yticks=layers, xlabel="matrix",
-             ylabel="layer")
+    axes.set(xticks=np.arange(len(kinds)) + 0.5, xticklabels=kinds, xlabel="matrix",
+             yticks=np.array(layers) + 0.5, yticklabels=layers, ylabel="layer")
     axes.grid(False)
-    figure.colorbar(image, label="rank that AdaLoRA left")
+    figure.colorbar(squares, label="rank that AdaLoRA left")
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS,
