@@ -86,8 +86,8 @@ QUICK = {"batch": 4, "steps": 4, "warmup": 1, "workers": 1, "train": 16, "test":
 def low_rank(r: int) -> dict:
     """Settings of LoRA at rank r: alpha is 2 r, and the rate falls with the rank.
 
-    Of rates a factor of about 3 apart, 1e-2 was best for r = 1, 3e-3 for r = 8 and 1e-3 for r = 64,
-    and the next higher one broke each of them.
+    Of rates a factor of about 3 apart, 1e-2 was best for r = 1 and 3e-3 for r = 8, and the next
+    higher one broke both; what this gives for r = 64, 1.2e-3, learned as much as full fine-tuning.
     """
     return {"r": r, "alpha": 2.0 * r, "lr": float(f"{1e-2 / math.sqrt(r):.2g}")}
 

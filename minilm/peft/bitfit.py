@@ -35,5 +35,5 @@ def add_bitfit(model: Module, name: str = "default") -> Module:
     if not biased:
         kinds = sorted({type(m).__name__ for m in bases.values() if hasattr(m, "weight")})
         raise ValueError(f"BitFit trains biases, but no layer of this model has one ({kinds}); "
-                         "GPT-2 and BERT have them, Llama does not")
+                         "GPT-2 and BERT have them, a Llama only if it was made with them")
     return insert_adapters(model, name, {p: retrained(m, "bias") for p, m in biased.items()})
