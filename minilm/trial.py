@@ -253,7 +253,7 @@ def base(folder: str):
     """A model and its tokenizer, which ends a text as the model does; tiny ones without a folder.
     """
     if not folder:
-        return Transformer(Config.gpt2(258, 128, layers=2, heads=2, width=64)), data.ByteTokenizer()
+        return Transformer(Config.gpt2(258, 192, layers=2, heads=2, width=64)), data.ByteTokenizer()
     model, tokenizer = load_model(folder), data.load_tokenizer(Path(folder) / "tokenizer.json")
     data.adopt_end(tokenizer, model.ends.eos)
     return model, tokenizer

@@ -1,0 +1,80 @@
+"""Sentences about restaurants out of tables: the E2E table in small.
+
+    python scripts/experiments/table_to_text.py --model runs/pretrain-*/model
+    python scripts/experiments/table_to_text.py --quick    # seconds; the numbers mean nothing
+    python scripts/experiments/table_to_text.py --rates 1e-3 3e-3 --arms "LoRA, 9k" --seeds 9
+
+Lectures 001 and 004 compare the methods on GPT-2 medium, which learns to describe restaurants (Hu
+et al. 2021, arXiv:2106.09685, table 3; the data are Novikova et al. 2017, arXiv:1706.09254). Here a
+small model, made by pretrain.py, learns
+
+    name: Anna's | food: soup | price: cheap | area: harbour  ->  a sentence that says so
+
+from four ways to say it, all of which are right. The arms train about 9 or 74 thousand numbers,
+where the slide has 0.35 or 11.09 million.
+
+A record takes up to 158 bytes, more than a row of the default model has room for:
+
+    python scripts/pretrain.py --bias --context 192 --seed 0
+    python scripts/pretrain.py --bias --context 192 --seed 1
+"""
+
+from minilm import data
+from minilm.command import command
+from minilm.experiment import Experiment
+from minilm.measure.verdict import by_arm, compared, compared_best
+from minilm.picture import COLORS, bars
+from minilm.trial import KNOWN, LOSS, RIGHT, TRAINED, low_rank, program
+
+QUESTION = "Which small change is enough to describe what a table says?"
+
+SLIDE = {"lecture 001: GPT-2 M, E2E, BLEU": {
+    "full": 68.2, "adapter L, 9k": 66.3, "adapter L, 74k": 68.9, "adapter H, 74k": 67.3,
+    "top 2": 68.1, "PrefixLayer, 9k": 69.7, "LoRA, 9k": 70.4}}
+
+TABLE = {"tasks": ("table",), "words": data.tasks.ALL, "steps": 1000, "train": 4000}
+ARMS = {
+    "base model": TABLE | {"steps": 0},
+    "full": TABLE | {"method": "full", "lr": 1e-3},
+    "top 2": TABLE | {"method": "top", "k": 2, "lr": 3e-3},
+    "PrefixLayer, 9k": TABLE | {"method": "prefix", "length": 9, "lr": 1e-1},
+    "adapter L, 9k": TABLE | {"method": "bottleneck", "form": "L", "m": 9, "lr": 1e-2},
+    "adapter L, 74k": TABLE | {"method": "bottleneck", "form": "L", "m": 71, "lr": 3e-3},
+    "adapter H, 74k": TABLE | {"method": "bottleneck", "form": "H", "m": 35, "lr": 1e-2},
+    "LoRA, 9k": TABLE | low_rank(1),
+    "LoRA, 74k": TABLE | low_rank(8),
+}
+OTHERS = [arm for arm in ARMS if arm != "base model" and "LoRA" not in arm]
+
+
+def better(a: str, b: str):
+    """Has a less loss than b?"""
+    return lambda rows: compared(rows, LOSS, a, b, at_most=0)
+
+
+CLAIMS = {
+    "LoRA with 9k is better than everything that is not LoRA":
+        lambda rows: compared_best(rows, LOSS, ["LoRA, 9k"], OTHERS,
+                                   "LoRA, 9k - best of the others", at_most=0),
+    **{f"LoRA with 9k is better than {arm}": better("LoRA, 9k", arm) for arm in OTHERS},
+    "PrefixLayer is better than adapter L of its size": better("PrefixLayer, 9k", "adapter L, 9k"),
+    "the larger adapter L is better": better("adapter L, 74k", "adapter L, 9k"),
+    "the two top blocks are as good as all: at most 1 point below":
+        lambda rows: compared(rows, RIGHT, "top 2", "full", at_least=-1),
+}
+
+
+def draw(figure, rows):
+    """What is learned: a bar for the mean of each arm, a dot for each seed."""
+    sides = figure.subplots(1, 2, sharey=True)
+    for axes, measure, color in zip(sides, (RIGHT, LOSS), COLORS):
+        bars(axes, by_arm(rows, measure), lambda arm, color=color: color)
+        axes.set_xlabel(measure, fontsize=8)
+
+
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, {RIGHT: 1, LOSS: 3, KNOWN: 2, TRAINED: 0},
+                        CLAIMS, draw)
+main = program(EXPERIMENT)
+
+if __name__ == "__main__":
+    command(main)
