@@ -2,6 +2,7 @@
 
 from minilm.data.batches import (
     IGNORED,
+    LONGEST,
     Batches,
     MaskedBatches,
     batches_of,
@@ -57,6 +58,7 @@ from minilm.data.understanding import (
 
 __all__ = [
     "IGNORED",
+    "LONGEST",
     "TASKS",
     "BPETokenizer",
     "Batches",
