@@ -18,6 +18,7 @@ but for 150 bytes each while copies are looked for. Needs the extra `clean` for 
 import json
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -127,15 +128,15 @@ def collect(folder: Path, s: Settings, funnel: Funnel) -> Funnel | None:
     done = read_json(state) if state.exists() else {"read": 0, "count": 0, "size": 0, "passed": {}}
     funnel.passed = {"reading": Passed()} | funnel.passed
     funnel.passed |= {name: Passed(**passed) for name, passed in done["passed"].items()}
-    store = Store(folder, done["count"], done["size"])
 
     def save(read: int):
         store.save()
         write_json(state, {"read": read, "count": store.count, "size": store.size,
                            "passed": {n: asdict(p) for n, p in funnel.passed.items()}})
 
-    with finish_on_interrupt() as stopped:
-        read = 0
+    read = 0
+    with closing(Store(folder, done["count"], done["size"])) as store, \
+            finish_on_interrupt() as stopped:
         for document in tqdm(read_documents(s.source, s.largest), "cleaning", unit=" documents",
                              leave=False, disable=None):
             read += 1
@@ -148,7 +149,6 @@ def collect(folder: Path, s: Settings, funnel: Funnel) -> Funnel | None:
                 print(f"stopped after {read:,} documents; go on with --resume {folder}")
                 return None
         save(read)
-    store.close()
     return funnel
 
 
@@ -163,12 +163,13 @@ def take(document, funnel: Funnel, store: Store):
 
 def finish(folder: Path, s: Settings, funnel: Funnel):
     """Leave out what stands twice or in no bucket, write what is left, and say what went where."""
-    records = without_copies(Kept(folder), s, funnel)
-    if s.passages:
-        records = without_passages([*records], s.passages, funnel)
-    if s.model:
-        records = of_buckets([*records], s, funnel)
-    count = write_records(folder / "clean.jsonl", records)
+    with closing(Kept(folder)) as kept:
+        records = without_copies(kept, s, funnel)
+        if s.passages:
+            records = without_passages([*records], s.passages, funnel)
+        if s.model:
+            records = of_buckets([*records], s, funnel)
+        count = write_records(folder / "clean.jsonl", records)
     write_json(folder / "funnel.json", {n: asdict(p) for n, p in funnel.passed.items()})
     print(table(funnel.passed))
     print(examples(funnel.passed))

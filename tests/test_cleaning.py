@@ -152,6 +152,7 @@ def test_one_wrong_digit_is_no_card(number):
 # Copies
 
 
+@pytest.mark.peers
 def test_signatures_are_those_of_datasketch():
     """It mixes the 32 bits once more before it permutes them; the hash undoes that."""
     datasketch = pytest.importorskip("datasketch")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from minilm.files import FormatError, read_bytes
+from minilm.files import FormatError, read_bytes, read_json_lines
 
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
 
@@ -69,7 +69,8 @@ def load_corpus(name_or_path: str | os.PathLike) -> Corpus:
     python-docstrings  docstrings of the standard library, one document a module (2 MB)
     python-source      source of the standard library, one document a module (11 MB)
 
-    A file is one document. Of a folder all files with a suffix in TEXT_SUFFIXES are read, sorted by
+    A file is one document, but for JSON lines, as clean.py leaves them: there the field "text" of
+    each line is one. Of a folder all files with a suffix in TEXT_SUFFIXES are read, sorted by
     path; blank ones and hidden ones are left out. Linked folders are followed, each once. What else
     is not read stands in `skipped`: what cannot be read or is not UTF-8, and folders below it that
     hold a run or a model. So a run does not learn from what it wrote itself.
@@ -82,6 +83,8 @@ def load_corpus(name_or_path: str | os.PathLike) -> Corpus:
         documents = PYTHON_CORPORA[name]()
     elif os.path.isdir(name):
         documents, skipped = _texts(Path(name), TEXT_SUFFIXES)
+    elif name.endswith(".jsonl"):
+        documents = _lines(name)
     elif os.path.lexists(name):
         documents = [_text(name)]
     else:
@@ -204,6 +207,14 @@ def _lies_in(path: str | os.PathLike, root: Path) -> str | None:
             if reason := _no_text(str(folder), home, os.listdir(folder)):
                 return f"is a link into {folder}, which {reason}"
     return None
+
+
+def _lines(path: str) -> list[str]:
+    records = read_json_lines(path)
+    for i, record in enumerate(records, 1):
+        if not (isinstance(record, dict) and isinstance(record.get("text"), str)):
+            raise FormatError(path, f'line {i}: expected an object with a text in the field "text"')
+    return [record["text"] for record in records]
 
 
 def _text(path: str | os.PathLike) -> str:

@@ -19,7 +19,8 @@ ENTRY = np.dtype([("start", "<u8"), ("digest", "<u8"), ("bands", "<u8", BANDS)])
 
 
 class Store:
-    """The two files in a folder, cut to `count` documents and open to take more."""
+    """The two files in a folder, cut to `count` documents and `size` bytes of lines, and open to
+    take more. ValueError if they are shorter."""
 
     def __init__(self, folder: Path, count: int = 0, size: int = 0):
         self.folder, self.count, self.size = Path(folder), count, size
@@ -57,13 +58,16 @@ class Store:
 
 
 class Kept:
-    """The documents of a store, to be read in any order."""
+    """The documents of a store, to be read in any order. It holds a file open until `close`."""
 
     def __init__(self, folder: Path):
         path = Path(folder) / "kept.index"
         empty = np.zeros(0, ENTRY)
         self.entries = np.memmap(path, ENTRY, "r") if path.stat().st_size else empty
         self.lines = open(Path(folder) / "kept.jsonl", "rb")
+
+    def close(self):
+        self.lines.close()
 
     def __len__(self):
         return len(self.entries)
