@@ -106,7 +106,7 @@ def test_lines_are_cut_once_and_for_all(text):
 
 def test_lines_that_stay():
     assert c4_lines("Menu\nIt is a good day for us.\nEnable Javascript to see all of this.\n"
-                    "We wait ...\nSee our privacy policy for more on it.\nToo short.") == \
+                    "We wait ...\nSee our privacy policy for more on it.\nThese are four words.") == \
         "It is a good day for us."
 
 
@@ -228,6 +228,12 @@ def test_groups_are_linked_candidates(found):
             for k in both:
                 linked[k] = both
     assert first.tolist() == [min(group) for group in linked]
+
+
+def test_candidates_that_are_not_alike_stay():
+    sets = [{"a", "b", "c", "d"}, {"a", "b", "c", "d", "e"}, {"a", "x"}]
+    assert groups(np.zeros((3, 2), np.uint64), sets.__getitem__).tolist() == [0, 0, 2]
+    assert groups(np.zeros((3, 2), np.uint64), sets.__getitem__, 0.81).tolist() == [0, 1, 2]
 
 
 def test_copies_differ_in_case_digits_and_accents_only():
