@@ -61,19 +61,20 @@ def test_a_line_of_json(line, found):
 
 def test_files_of_every_kind_are_read_or_said_to_be_none(tmp_path):
     files = {"a.txt": b"\xef\xbb\xbfone\r\ntwo", "b.html": PAGE.encode(), "c.eml": MAIL,
-             "d.jsonl": b'{"text": "x"}\nnonsense\n{"text": "' + b"y" * 3000 + b'"}\n{"text": "z"}',
-             "e.bin": b"\x7fELF\xff\xfe", "f.txt": b"caf\xe9", "g.txt": b"l" * 3000,
-             ".hidden.txt": b"no"}
+             "d.jsonl": b'{"text": "x"}\nnonsense\n{"text": "' + b"y" * 9000 + b'"}\n{"text": "z"}',
+             "e.bin": b"\x7fELF\xff\xfe", "f.txt": b"caf\xe9", "g.txt": b"l" * 9000,
+             "h.html": b"<p" * 2000, ".hidden.txt": b"no"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     os.symlink(tmp_path / "a.txt", tmp_path / "link.txt")
-    found = {Path(source).name: text for source, text in read_documents([tmp_path], 2000)}
+    found = {Path(source).name: text for source, text in read_documents([tmp_path], 5000)}
     assert found == {
         "a.txt": "one\ntwo", "b.html": page_text(PAGE), "c.eml": "Café at 3.",
         "d.jsonl:1": "x", "d.jsonl:2": Dropped("not JSON"),
-        "d.jsonl:3": Dropped("too long: over 2,000 bytes"), "d.jsonl:4": "z",
+        "d.jsonl:3": Dropped("too long: over 5,000 bytes"), "d.jsonl:4": "z",
         "e.bin": Dropped("not UTF-8: byte 4 of 6"), "f.txt": Dropped("not UTF-8: byte 3 of 4"),
-        "g.txt": Dropped("too long: 3,000 bytes, expected at most 2,000")}
+        "g.txt": Dropped("too long: 9,000 bytes, expected at most 5,000"),
+        "h.html": Dropped("not HTML: 2,000 tags do not end")}
 
 
 # The store

@@ -95,7 +95,12 @@ def text_of(file: Path, largest: int) -> str | Dropped:
         text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         return Dropped(f"not UTF-8: byte {error.start:,} of {len(data):,}")
-    return page_text(text) if file.suffix.lower() in PAGES else text
+    if file.suffix.lower() not in PAGES:
+        return text
+    # The parser looks for the end of a tag from each that has none: n of them take n^2 steps.
+    if (open_tags := text.count("<") - text.count(">")) > 1000:
+        return Dropped(f"not HTML: {open_tags:,} tags do not end")
+    return page_text(text)
 
 
 def mail_text(data: bytes) -> str | Dropped:
