@@ -106,8 +106,8 @@ def test_lines_are_cut_once_and_for_all(text):
 
 def test_lines_that_stay():
     assert c4_lines("Menu\nIt is a good day for us.\nEnable Javascript to see all of this.\n"
-                    "We wait ...\nSee our privacy policy for more on it.\nThese are four words.") == \
-        "It is a good day for us."
+                    "We wait ...\nSee our privacy policy for more on it.\nThese are four words."
+                    ) == "It is a good day for us."
 
 
 # Private data
