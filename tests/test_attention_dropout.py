@@ -13,7 +13,7 @@ from minilm import ops
 from minilm.attention import plain_attention
 from minilm.graph import no_dropout
 from minilm.seq2seq import T5, EncoderDecoder
-from minilm.tensor import randomness
+from minilm.tensor import Tensor, randomness
 from minilm.train import LabelLoss
 from minilm.transformer import Config, Transformer, drop_attention
 
@@ -98,7 +98,7 @@ def test_the_gradient_is_the_slope(seed, family):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_a_layer_is_pytorchs_with_the_same_weights_left_out(dtype):
-    """16 bits are widened, and 1 / (1 - p) is not rounded to them."""
+    """Values and gradients; 16 bits are widened, and 1 / (1 - p) is not rounded to them."""
     p, (x,) = 0.3, np.random.default_rng(2).standard_normal((1, 2, 70, 16))
     layer = make("llama", p, dtype).blocks[0].attention
     seen = []
@@ -113,12 +113,19 @@ def test_a_layer_is_pytorchs_with_the_same_weights_left_out(dtype):
     assert drop.dtype == ("float64" if dtype == "float64" else "float32")
     kept = np.random.default_rng(3).random(drop.shape, dtype=np.float32) >= p
     close(drop, kept / (1 - p), drop.dtype)
-    y = ops.attention(q, k, v, causal=True, drop=drop).data
-    q, k, v, drop = (torch.tensor(a.astype("float64")) for a in (q, k, v, drop))
-    scores = q @ k.repeat_interleave(2, 1).mT / 2
+    given = [Tensor(a, requires_grad=True) for a in (q, k, v)]
+    y = ops.attention(*given, causal=True, drop=drop)
+    dy = np.random.default_rng(4).standard_normal(y.shape).astype(y.dtype)
+    y.backward(dy)
+    theirs = [torch.tensor(a.astype("float64"), requires_grad=True) for a in (q, k, v)]
+    scores = theirs[0] @ theirs[1].repeat_interleave(2, 1).mT / 2
     hidden = torch.ones(70, 70, dtype=bool).triu(1)
-    P = scores.masked_fill(hidden, -math.inf).softmax(-1)
-    close(y.astype("float64"), (P * drop @ v.repeat_interleave(2, 1)).numpy(), dtype)
+    P = scores.masked_fill(hidden, -math.inf).softmax(-1) * torch.tensor(drop.astype("float64"))
+    expected = P @ theirs[2].repeat_interleave(2, 1)
+    expected.backward(torch.tensor(dy.astype("float64")))
+    close(y.data, expected.detach().numpy(), dtype)
+    for ours, other in zip(given, theirs):
+        close(ours.grad, other.grad.numpy(), dtype)
 
 
 @given(p=st.floats(0.05, 0.6), seed=seeds)

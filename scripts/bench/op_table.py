@@ -168,11 +168,6 @@ def attention_rows(F):
         seen = torch.ones(scores.shape[-2:], dtype=bool).tril(k.shape[2] - q.shape[2])
         return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
     capped = (lambda q, k, v: ops.attention(q, k, v, causal=True, cap=0.7)), capped_twin
-
-    def thinned(r, B, T, C): return qkv(r, B, T, C), [(r.random((B, 4, T, T)) < 0.7) / 0.7]
-    def thinned_twin(q, k, v, drop):
-        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-        return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) * drop @ v
     return [
         Row("rotary", ops.rotary, turn, angles),
         Row("attention", ops.attention, sdpa, lambda *a: (qkv(*a, K=4), [])),
@@ -185,8 +180,6 @@ def attention_rows(F):
         Row("attention scaled", lambda q, k, v: ops.attention(q, k, v, scale=1.0),
             lambda q, k, v: sdpa(q, k, v, scale=1.0), lambda *a: (qkv(*a), [])),
         Row("attention capped, causal", *capped, lambda *a: (qkv(*a, more=2), [])),
-        Row("attention dropout", lambda q, k, v, drop: ops.attention(q, k, v, drop=drop),
-            thinned_twin, thinned),
         Row("attention bias, mask", lambda q, k, v, b, m: ops.attention(q, k, v, m, b, scale=0.5),
             lambda q, k, v, b, m: sdpa(q, k, v, b + m, scale=0.5), both),
     ]

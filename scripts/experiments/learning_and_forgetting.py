@@ -222,7 +222,7 @@ CLAIMS = {
 
 def draw(figure, rows):
     """Forgetting against learning: a curve an arm, from 1/8 of its steps to the dot at the end."""
-    colors, arms = dict(zip(NAMES, COLORS)), {row["arm"] for row in rows}
+    colors, arms, lines = dict(zip(NAMES, COLORS)), {row["arm"] for row in rows}, {}
     for axes, kind in zip(figure.subplots(1, 2), ("CPT", "IFT")):
         for name, color in colors.items():
             points = [tuple(fmean(by_arm(rows, at(measure, share))[f"{kind}, {name}"])
@@ -232,14 +232,15 @@ def draw(figure, rows):
                 axes.axhline(points[0][1], linestyle="--", linewidth=1, color=color)
             elif points:
                 x, y = zip(*points)
-                axes.plot(x, y, color=color, linewidth=1.2, label=name if kind == "IFT" else None)
+                lines[name], = axes.plot(x, y, color=color, linewidth=1.2)
                 axes.plot(x[-1], y[-1], "o", color=color, markersize=4)
         axes.invert_xaxis()
         axes.set_title(kind, fontsize=9)
         axes.set_xlabel(TARGET, fontsize=8)
         axes.tick_params(labelsize=7)
     figure.axes[0].set_ylabel(f"{KNOWN} (dashed: base)", fontsize=8)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=6.5)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False,
+                  fontsize=6.5)
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
