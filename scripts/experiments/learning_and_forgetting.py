@@ -232,8 +232,8 @@ def draw(figure, rows):
                 axes.axhline(points[0][1], linestyle="--", linewidth=1, color=color)
             elif points:
                 x, y = zip(*points)
-                lines[name], = axes.plot(x, y, color=color, linewidth=1.2)
-                axes.plot(x[-1], y[-1], "o", color=color, markersize=4)
+                lines[name], = axes.plot(x, y, ".-", color=color, linewidth=1.2, markersize=4)
+                axes.plot(x[-1], y[-1], "o", color=color, markersize=5)
         axes.invert_xaxis()
         axes.set_title(kind, fontsize=9)
         axes.set_xlabel(TARGET, fontsize=8)
