@@ -22,6 +22,8 @@ from learning_and_forgetting import (
 from minilm import data, loop, trial
 from minilm.measure.losses import loss_of
 from minilm.measure.verdict import FAILS, HOLDS
+from minilm.peft import add_lora
+from minilm.peft.adapted import adapted_layers, chosen
 from minilm.run import RunDirectory
 
 TINY = dict(batch=4, steps=8, warmup=1, workers=1, train=8, test=2, lr=0.1, save_every=3,
@@ -135,3 +137,21 @@ def test_arms_differ_in_what_their_names_say():
         last = arm.rpartition(" ")[2]
         assert own.get("weight_decay", 0) == (float(last) if "decay" in arm else 0)
         assert "r = " not in arm or own["r"] == int(last)
+
+
+def test_how_far_the_weights_moved():
+    """Of LoRA its update counts, of full fine-tuning the difference; the base is where it was."""
+    start, model = trial.base("")[0], trial.base("")[0]
+    assert experiment.moved(model, start) == 0
+
+    def norm(of): return np.sqrt(sum((W**2).sum() for W in of))
+    own = {path: layer.weight.data for path, layer in chosen(model, "all-linear").items()}
+    before = norm(own.values())
+    own["blocks.1.mlp.up"] += 0.25
+    way = 0.25 * own["blocks.1.mlp.up"].size ** 0.5
+    assert experiment.moved(model, start) == pytest.approx(100 * way / before, rel=1e-4)
+    adapted = add_lora(trial.base("")[0], 2, 4, "all-linear")
+    for layer in adapted_layers(adapted).values():
+        layer.adapters["default"].B.data += 0.1
+    updates = [layer.adapters["default"].update() for layer in adapted_layers(adapted).values()]
+    assert experiment.moved(adapted, start) == pytest.approx(100 * norm(updates) / before, rel=1e-4)
