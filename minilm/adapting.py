@@ -33,8 +33,9 @@ from minilm.peft import (
 )
 from minilm.peft.adapted import adapted_layers
 from minilm.quantize import is_quantized, quantize_model
-from minilm.ranges import BELOW_1, POSITIVE, check, one_of, optional, whole
+from minilm.ranges import AT_LEAST_0, BELOW_1, POSITIVE, check, one_of, optional, whole
 from minilm.train import LabelLoss
+from minilm.transformer import drop_attention
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,18 @@ class Adapting:
     hidden: int | None = None
     """width of an MLP that makes a prefix while it trains; by default there is none. It learns more
     at a smaller rate, such as 1e-2"""
+    attention_dropout: float = 0.0
+    """share of what each token attends to that a training step leaves out"""
+    weight_decay: float = 0.0
+    """AdamW's, on the matrices that train"""
+
+    LATER: ClassVar = ("attention_dropout", "weight_decay")  # that earlier runs do not have
 
     RANGES: ClassVar = {
         "method": one_of(*NAMES), "r": whole(1), "last": optional(whole(1)), "alpha": POSITIVE,
         "dropout": BELOW_1, "k": whole(1), "m": whole(1), "form": one_of("H", "P", "L"),
-        "skip": whole(0), "length": whole(1), "hidden": optional(whole(1))}
+        "skip": whole(0), "length": whole(1), "hidden": optional(whole(1)),
+        "attention_dropout": BELOW_1, "weight_decay": AT_LEAST_0}
 
 
 class Method(NamedTuple):
@@ -158,29 +166,50 @@ def with_own_biases(model):
     return model
 
 
+ANY = "attention_dropout weight_decay"
+LOW_RANK = f"r alpha dropout targets kind {ANY}"
+
 # On a Llama of 8 x 64, in 1500 steps of scripts/experiments/adaptation_methods.py, each of these
 # rates was as good as any of two or three, a factor of about 3 apart. ia3's is the highest tried.
-LOW_RANK = "r alpha dropout targets kind"
 METHODS = {
-    "full": Method(1e-3, "", everything, whole=True),
-    "top": Method(3e-3, "k", lambda model, s: train_top(model, s.k), whole=True),
-    "bitfit": Method(3e-2, "", lambda model, s: add_bitfit(model), True, with_own_biases),
+    "full": Method(1e-3, ANY, everything, whole=True),
+    "top": Method(3e-3, f"k {ANY}", lambda model, s: train_top(model, s.k), whole=True),
+    "bitfit": Method(3e-2, "attention_dropout", lambda model, s: add_bitfit(model), True,
+                     with_own_biases),
     "lora": Method(3e-3, f"{LOW_RANK} rslora", low_rank(add_lora, "rslora")),
     "qlora": Method(3e-3, f"{LOW_RANK} rslora", low_rank(add_lora, "rslora")),
     "dora": Method(3e-3, f"{LOW_RANK} rslora", low_rank(add_dora, "rslora")),
     "adalora": Method(1e-2, f"{LOW_RANK} last", adalora),
-    "ia3": Method(1e-1, "targets kind", vectors),
-    "bottleneck": Method(1e-2, "m form skip kind", bottleneck),
-    "prompt": Method(1e-1, "length kind", prompt),
-    "prefix": Method(1e-1, "length hidden kind", prefix),
+    "ia3": Method(1e-1, "targets kind attention_dropout", vectors),
+    "bottleneck": Method(1e-2, f"m form skip kind {ANY}", bottleneck),
+    "prompt": Method(1e-1, f"length kind {ANY}", prompt),
+    "prefix": Method(1e-1, f"length hidden kind {ANY}", prefix),
 }
 
 
+def prepared(model, s):
+    """The model, ready to learn by the settings' method. ValueError for one it is not for."""
+    return METHODS[s.method].prepare(drop_attention(model, s.attention_dropout), s)
+
+
 def optimizer_and_loss(model, s):
-    """What trains the model: AdamW without decay, and the loss, None for the labels' own."""
+    """What trains the model: AdamW, and the loss, None for the labels' own.
+
+    ValueError if there is a weight decay, but no matrix trains.
+    """
     if s.method == "adalora":
         return Budgeted(model, s), Orthogonal(LabelLoss())
-    return AdamW(trainable_parameters(model), s.lr, weight_decay=0.0), None
+    return AdamW(trainable_parameters(model), s.lr, **decay(model, s)), None
+
+
+def decay(model, s) -> dict:
+    """AdamW's settings of a weight decay. Without one all parameters keep their order."""
+    params = trainable_parameters(model) if s.weight_decay else []
+    without = [p for p in params if p.ndim < 2]
+    if params and len(without) == len(params):
+        raise ValueError(f"weight_decay is {s.weight_decay}, but it is for matrices, and "
+                         f"{s.method} trains none")
+    return {"weight_decay": s.weight_decay, "undecayed": without}
 
 
 class Budgeted(AdamW):
@@ -191,7 +220,7 @@ class Budgeted(AdamW):
     """
 
     def __init__(self, model, s):
-        super().__init__(trainable_parameters(model), s.lr, weight_decay=0.0)
+        super().__init__(trainable_parameters(model), s.lr, **decay(model, s))
         last = s.last or max(1, round(2 * s.r / 3))
         self.budget = Budget(model, self, last, s.steps, s.steps // 10, 3 * s.steps // 10,
                              every=max(1, s.steps // 200))

@@ -84,7 +84,8 @@ def _rotary_by_kernel(x, cos, sin):
 FUSED = range(16, 129, 16)  # head widths that kernels/attention.cu takes
 
 
-def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, cap=None, bias=None):
+def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, cap=None, bias=None,
+                    drop=1):
     """softmax(q k^T / sqrt(D)) v, eq. (1) of Vaswani et al. 2017, for arrays as in `attention`.
 
     A query that may see no key gives nan, because its softmax is 0 / 0.
@@ -104,7 +105,7 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, c
     if window:  # Beltagy et al. 2020, arXiv:2004.05150: of those the last ones
         scores = np.where(np.tri(T, S, S - T - window, dtype=bool), -np.inf, scores)
     P = np.exp(scores)
-    return P / P.sum(-1, keepdims=True) @ v  # eq. (1)
+    return P / P.sum(-1, keepdims=True) * drop @ v  # eq. (1)
 
 
 # The fast version goes by tiles of 64 queries, whose scores stay in the cache. A causal tile leaves
@@ -113,7 +114,8 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, c
 # row's largest score is subtracted, or exp would overflow. The query heads of a group lie beside
 # their key/value head, which is not repeated.
 @op
-def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=None, cap=None):
+def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=None, cap=None,
+              drop=None):
     """softmax(q k^T / sqrt(D) + mask) v, eq. (1) of Vaswani et al. 2017, arXiv:1706.03762.
 
     q (B, H, T, D), k and v (B, K, S, D), of one dtype -> (B, H, T, D). H is a multiple of K: each
@@ -122,30 +124,31 @@ def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=No
     one key fewer. window: each sees only the last so many of those. If there are none it gives 0.
     scale: a positive number in place of 1 / sqrt(D). cap: the scores become cap tanh(scores / cap)
     before the mask, and stay between -cap and cap. bias (1 or B, H, T, S), of q's dtype, is added
-    to the scores as such a mask is, and has a gradient: T5's positions.
+    to the scores as such a mask is, and has a gradient: T5's positions. drop (1 or B, H, T, S): the
+    weights of the values are multiplied by it. Dropout gives 0, or 1 / (1 - p) to those it keeps.
 
-    On a GPU kernels/attention.cu takes bfloat16 without a mask, a bias, a window or a cap, if D is
-    16, 32 .. 128.
+    On a GPU kernels/attention.cu takes bfloat16 without a mask, a bias, a window, a cap or a drop,
+    if D is 16, 32 .. 128.
     """
-    _check(q, k, v, bias, causal, window, scale=scale, cap=cap)
+    _check(q, k, v, bias, drop, causal, window, scale=scale, cap=cap)
     D, S = k.shape[3], k.shape[2]
     window = None if window and window >= S else window
     xp, scale = array_module(q), 1 / math.sqrt(D) if scale is None else float(scale)
-    plain = mask is bias is window is cap is None
+    plain = mask is bias is window is cap is drop is None
     if xp is not np and q.dtype == "bfloat16" and plain and D in FUSED:
         return _fused(q, k, v, causal, scale)
-    return _tiled(q, k, v, mask, bias, causal, window, scale, cap)
+    return _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap)
 
 
-def _tiled(q, k, v, mask, bias, causal, window, scale, cap):
+def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
     """The same by tiles."""
     xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
     y = xp.empty_like(q)
-    kept = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)
+    held = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them
-    qg, kg, vg, yg = *_operands(*kept, scale, grouped), y.reshape(grouped)
-    mask, added = (None if a is None else _added(a, (B, H, T, S), qg.dtype).reshape(*grouped[:4], S)
-                   for a in (mask, bias))
+    qg, kg, vg, yg = *_operands(*held, scale, grouped), y.reshape(grouped)
+    mask, added, drop = (None if a is None else _added(a, (B, H, T, S), qg.dtype).reshape(
+        *grouped[:4], S) for a in (mask, bias, drop))
     tiles = []
     for b, t in _tiles(q, S):
         s = _keys(t, S - T, S, causal, window)  # the keys that some of the tile's rows see
@@ -155,28 +158,32 @@ def _tiled(q, k, v, mask, bias, causal, window, scale, cap):
             scores += added[b, :, :, t, s]
         old = window and t.start + S - T - window - s.start  # the last key too old for row 0
         P, l = _weights(scores, causal, old, None if mask is None else mask[b, :, :, t, s], xp)
-        yg[b, :, :, t] = P @ vg[b, :, :, s] * l  # eq. (1)
-        tiles.append((b, t, s, P, l, slope))
+        kept = P if drop is None else P * drop[b, :, :, t, s]
+        yg[b, :, :, t] = kept @ vg[b, :, :, s] * l  # eq. (1)
+        tiles.append((b, t, s, P, kept, l, slope))
 
     @once
     def gradients(dy):
-        """dV = P^T dy;  dS = P (dy V^T - <dy, y>);  dK = dS^T Q / sqrt(D);  dQ = dS K / sqrt(D)."""
-        qg, kg, vg = _operands(*kept, scale, grouped)
+        """dV = P^T dy;  dS = P (dy V^T - <dy, y>);  dK = dS^T Q / sqrt(D);  dQ = dS K / sqrt(D).
+        With drop M: dV = (P M)^T dy;  dS = P (M dy V^T - <dy, y>)."""
+        qg, kg, vg = _operands(*held, scale, grouped)
         fresh = xp.zeros_like if window else xp.empty_like  # for tiles that lack keys
-        dq, dk, dv = (fresh(x, dtype=qg.dtype) for x in kept)
+        dq, dk, dv = (fresh(x, dtype=qg.dtype) for x in held)
         dbias = None if bias is None else xp.zeros((len(bias), *grouped[1:4], S), qg.dtype)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
         while tiles:  # the last tile comes first: it has all keys, or else adds to zeros
-            b, t, s, P, l, slope = tiles.pop()
+            b, t, s, P, kept, l, slope = tiles.pop()
             g = dyg[b, :, :, t] * l
             dS = g @ vg[b, :, :, s].swapaxes(-1, -2)
+            if drop is not None:
+                dS *= drop[b, :, :, t, s]
             dS -= row_dot(g, yg[b, :, :, t])
             dS *= P
             if bias is not None:
                 _add(dbias[b if len(bias) == B else slice(1), :, :, t, s], dS)
             if cap:
                 dS *= slope
-            _into(dv[b, :, s], P.swapaxes(-1, -2) @ g, t.stop == T)
+            _into(dv[b, :, s], kept.swapaxes(-1, -2) @ g, t.stop == T)
             _into(dk[b, :, s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
             dqg[b, :, :, t] = dS @ kg[b, :, :, s]
         dq *= scale  # dk needs no factor: qg has it
@@ -185,7 +192,7 @@ def _tiled(q, k, v, mask, bias, causal, window, scale, cap):
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(5))  # dq, dk, dv, none, dbias
 
 
-def _check(q, k, v, bias, causal, window, **positive):
+def _check(q, k, v, bias, drop, causal, window, **positive):
     """ValueError or TypeError if the operands do not go together."""
     floating("attention", q=q, k=k, v=v)
     one_dtype("attention", q=q, k=k, v=v)
@@ -197,11 +204,13 @@ def _check(q, k, v, bias, causal, window, **positive):
         raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"attention: window {window} must be None, or 1, 2 .. if causal")
+    for name, x in (("bias", bias), ("drop", drop)):
+        if x is not None:
+            floating("attention", **{name: x})
+            if x.shape not in ((1, H, T, S), (B, H, T, S)):
+                raise ValueError(f"attention: {name} {x.shape} must be {(B, H, T, S)}, or 1 for B")
     if bias is not None:
-        floating("attention", bias=bias)
         one_dtype("attention", q=q, bias=bias)
-        if bias.shape not in ((1, H, T, S), (B, H, T, S)):
-            raise ValueError(f"attention: bias {bias.shape} must be {(B, H, T, S)}, or 1 for B")
     for name, x in positive.items():
         if x is not None and not 0 < x < math.inf:
             raise ValueError(f"attention: {name} {x} must be None or a positive number")
@@ -264,10 +273,8 @@ def _tiles(q, S):
         return [(slice(0, B), slice(0, T))]
     t = min(T, 64)
     b = max(1, BLOCK // (H * t * S))
-    return [
-        (slice(i, min(i + b, B)), slice(j, min(j + t, T)))
-        for i in range(0, B, b) for j in range(0, T, t)
-    ]
+    return [(slice(i, min(i + b, B)), slice(j, min(j + t, T)))
+            for i in range(0, B, b) for j in range(0, T, t)]
 
 
 def _keys(t, before, S, causal, window):
@@ -291,8 +298,7 @@ def _future(t, dtype, xp):
 def _added(mask, shape, dtype):
     """The mask, or a bias, as numbers to add, broadcast to the scores' shape without a copy."""
     xp = array_module(mask)
-    if mask.dtype == bool:
-        mask = xp.where(mask, 0, -xp.inf)
+    mask = xp.where(mask, 0, -xp.inf) if mask.dtype == bool else mask
     try:
         return xp.broadcast_to(mask.astype(dtype), shape)
     except ValueError:

@@ -6,6 +6,8 @@ Shapes: B batch, T tokens, S keys, C width, H heads, K key/value heads, D head w
 import math
 
 from minilm import ops
+from minilm.arrays import wide
+from minilm.backend import array_module
 from minilm.config import Config
 from minilm.nn import Dropout, LayerNorm, Linear, Module, RMSNorm
 
@@ -23,6 +25,7 @@ class Attention(Module):
         self.k = Linear(c.width, kv, rng, c.has_bias("k"))
         self.v = Linear(c.width, kv, rng, c.has_bias("v"))
         self.o = Linear(q, c.width, rng, c.has_bias("o"), std=residual_std(c))
+        self.drop = Dropout(0.0)  # of what a token attends to: see transformer.drop_attention
         if c.qk_norm:
             self.q_norm, self.k_norm = (
                 make_norm(c, c.D if c.qk_norm == "head" else width) for width in (q, kv))
@@ -41,9 +44,15 @@ class Attention(Module):
             q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D), the cached ones first
+        drop = self.dropped(q, k) if self.drop.acts else None
         y = ops.attention(q, k, v, mask=mask, causal=self.causal, window=self.window,
-                          scale=self.scale, cap=self.cap)
+                          scale=self.scale, cap=self.cap, drop=drop)
         return self.o(ops.merge_heads(y))
+
+    def dropped(self, q, k):  # (B, H, T, D), (B, K, S, D) -> (B, H, T, S)
+        """0 for each weight that dropout leaves out, 1 / (1 - p) for the others."""
+        ones = array_module(q.data).ones((*q.shape[:3], k.shape[2]), wide(q.data[:0]).dtype)
+        return self.drop(ones).data
 
 
 class MLP(Module):

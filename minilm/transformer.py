@@ -29,7 +29,7 @@ from minilm.cache import Joined
 from minilm.config import Config
 from minilm.inputs import checked, checked_segments, counted, last, seen
 from minilm.nn import Dropout, Embedding, Linear, Module
-from minilm.ranges import check, whole
+from minilm.ranges import BELOW_1, check, whole
 from minilm.rope import rotary_tables
 from minilm.tensor import Tensor, checkpoint
 
@@ -262,3 +262,22 @@ def with_classes(model: Transformer, labels: tuple[str, ...], seed: int = 0) -> 
     new.load_state_dict(drawn | body)
     new.ends = model.ends
     return new
+
+
+def drop_attention(model: Transformer, p: float) -> Transformer:
+    """Let each training step leave out a share p of what the tokens attend to; returns the model.
+
+    It is dropout of the weights of the values, after the softmax, as GPT-2, BERT and Llama have it.
+    It belongs to a training run: model.eval() turns it off, and no folder keeps it. TypeError for
+    another model, ValueError unless 0 <= p < 1.
+
+    >>> model = Transformer(Config.gpt2(vocab_size=9, context=8, layers=1, heads=2, width=4))
+    >>> drop_attention(model, 0.1).blocks[0].attention.drop.acts
+    True
+    """
+    if not isinstance(model, Transformer):
+        raise TypeError(f"attention dropout is for a Transformer, not {type(model).__name__}")
+    check({"p": BELOW_1}, p=p)
+    for block in model.blocks:
+        block.attention.drop.p = p
+    return model

@@ -23,7 +23,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from minilm import data
+from minilm import adapting, data
 from minilm.adapting import METHODS, Adapting, optimizer_and_loss
 from minilm.command import Given
 from minilm.experiment import Experiment, conduct
@@ -204,7 +204,7 @@ def require_methods(folder, trials: dict[str, Trial]):
 
 def prepared(model, s: Trial):
     """The model, ready to learn by the settings' method."""
-    model = METHODS[s.method].prepare(model, s)
+    model = adapting.prepared(model, s)
     return add_prefix(model, s.beside, seed=s.seed) if s.beside else model
 
 
@@ -237,6 +237,12 @@ def learned(model, tokenizer, records, s: Trial, run, title: str,
         return model, 0, 0.0
     model = prepared(model, s)
     batches = data.InstructionBatches(records, tokenizer, s.batch, None, s.seed, model.room)
+    return taught(model, batches, s, run, title, watch)
+
+
+def taught(model, batches, s: Trial, run, title: str,
+           watch: Callable = lambda trainer, done: None):
+    """The same for a model that is prepared, and for any batches."""
     optimizer, loss = optimizer_and_loss(model, s)
     seconds, median = [], run.path / "seconds.json"  # of a step, if no step is left to be made
     for trainer, done in fit(run, model, batches, s, loss, optimizer=optimizer, title=title):

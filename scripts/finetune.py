@@ -29,7 +29,7 @@ import tyro
 from tqdm import tqdm
 
 from minilm import data, versions
-from minilm.adapting import METHODS, Adapting, optimizer_and_loss
+from minilm.adapting import METHODS, Adapting, optimizer_and_loss, prepared
 from minilm.command import Given, command, typed
 from minilm.files import FormatError, sha256
 from minilm.interop import load_model, save_adapter, save_model
@@ -106,7 +106,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     data.adopt_end(tokenizer, base.ends.eos)
     teach, by = ((conversations, data.load_chat(folder, tokenizer, templates)) if talks
                  else (instructions, tokenizer))
-    model = METHODS[s.method].prepare(base, s).astype(s.dtype)
+    model = prepared(base, s).astype(s.dtype)
     lesson = teach(*records, by, model, s.batch, s.seed)
     share = share_held_out(folder) or 0.1
     known = held_out_text(corpora, share, tokenizer, model.room)

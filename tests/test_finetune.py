@@ -221,13 +221,38 @@ def test_the_budget_ends_with_what_was_asked_for(tmp_path, base):
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_settings_that_mean_nothing_to_a_method_are_refused(tmp_path, base, method):
-    used = {"full": 0, "top": 1, "bitfit": 0, "lora": 6, "qlora": 6, "dora": 6, "adalora": 6,
-            "ia3": 2, "bottleneck": 4, "prompt": 2, "prefix": 3}
-    assert len(METHODS[method].without) == 13 - used[method]
+    used = {"full": 2, "top": 3, "bitfit": 1, "lora": 8, "qlora": 8, "dora": 8, "adalora": 8,
+            "ia3": 3, "bottleneck": 6, "prompt": 4, "prefix": 5}
+    assert len(METHODS[method].without) == 15 - used[method]
     for name in METHODS[method].without:
         with pytest.raises(ValueError, match=f"{name} is given, but the method is {method}"):
             main(settings(base, method=method), tmp_path / "runs", given=frozenset({name}))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_from_before_there_was_a_decay_goes_on(tmp_path, base):
+    """Its settings lack attention dropout and weight decay: it has none."""
+    main(settings(base, method="full"), tmp_path)
+    run = tmp_path / "finetune-full-1"
+    said = read_json(run / "run.json")
+    assert said["settings"].pop("attention_dropout") == said["settings"].pop("weight_decay") == 0
+    write_json(run / "run.json", said)
+    main(resume=run)
+    with pytest.raises(ValueError, match=r"weight_decay 0.1 \(it has 0.0\)"):
+        main(settings(base, method="full", weight_decay=0.1), resume=run)
+
+
+def test_attention_dropout_and_decay_change_what_is_learned(tmp_path, base):
+    """Each changes the weights that are kept; the folder says nothing of them."""
+    kept = []
+    for i, more in enumerate(({}, {"attention_dropout": 0.3}, {"weight_decay": 0.5})):
+        main(settings(base, method="full", **more), tmp_path)
+        folder = tmp_path / f"finetune-full-{i + 1}" / "model"
+        kept.append((load_model(folder).state_dict(), (folder / "config.json").read_text()))
+    (plain, said), *others = kept
+    for weights, config in others:
+        assert config == said
+        assert any((weights[name] != plain[name]).any() for name in plain)
 
 
 def test_qlora_trains_on_a_quantized_base(base):

@@ -368,7 +368,7 @@ OWN = {  # of the programs' runs as they are on people's disks
     pretrain: "corpus weights validation tokenizer vocab_size family layers heads width bias "
     "context dropout accumulate min_lr beta2 weight_decay prompt sample",
     finetune: "method model data train test known r last alpha rslora targets "
-    "dropout kind k m form skip length hidden",
+    "dropout kind k m form skip length hidden attention_dropout weight_decay",
 }
 
 

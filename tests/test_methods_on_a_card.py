@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from conftest import close
+from conftest import close, counted_launches
 from test_cuda_path import TOKENS, on_cpu, pair, same, same_dropout, same_parameters, trained
 from test_methods import MERGES, METHODS
 
@@ -12,6 +12,7 @@ from minilm.peft import Budget, add_adalora, merge_lora
 from minilm.peft.adalora import acting, orthogonality
 from minilm.quantize import quantize_model
 from minilm.tensor import no_grad
+from minilm.transformer import drop_attention
 
 __all__ = ["same_dropout"]  # a fixture
 pytestmark = pytest.mark.kernels
@@ -52,3 +53,15 @@ def test_a_budget(cupy, dtype):
         assert np.array_equal(lams != 0, kept[-1])
     if dtype == "float32":
         assert np.array_equal(*kept)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "scaled"])  # a head of 16 has a kernel
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_dropout(cupy, family, dtype):
+    """The kernel of attention has none, so bfloat16 goes without it; the card draws the dropout."""
+    cpu, gpu = pair(family, lambda model: drop_attention(model, 0.3), dtype)
+    with counted_launches() as count:
+        found = trained(gpu, steps=1)[0]
+    assert count["dropout"] >= 2 and count["attention_dq"] == 0
+    close(found, trained(cpu, steps=1)[0], dtype)
+    same_parameters(gpu, cpu, dtype)

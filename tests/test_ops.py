@@ -154,6 +154,8 @@ BAD = {
     "soft_cap": (lambda: ops.soft_cap(f(2), 0.0), ValueError, "got 0.0"),
     "attention: mask": (lambda: attend(mask=f(5, 4)), ValueError, r"\(5, 4\)"),
     "attention: bias": (lambda: attend(bias=f(1, 4, 5, 4)), ValueError, r"\(1, 4, 5, 4\) must"),
+    "attention: drop": (lambda: attend(drop=f(1, 4, 5, 4)), ValueError, r"drop \(1, 4, 5, 4\)"),
+    "attention: drop's dtype": (lambda: attend(drop=f(2, 4, 5, 5) > 0), TypeError, "drop bool"),
     "attention: bias's axes": (lambda: attend(bias=f(5, 5)), ValueError, r"bias \(5, 5\) must"),
     "attention: bias's dtype": (lambda: attend(bias=single(1, 4, 5, 5)), TypeError, "bias float32"),
     "cross_entropy: shapes": (lambda: ops.cross_entropy(f(2, 3, 4), i(6)), ValueError, r"\(6,\)"),
@@ -273,19 +275,26 @@ def with_bias(inputs, biased):
     return [q, k, v] + [normal(*shape)] * (biased != "none"), mask, settings
 
 
-biases = st.sampled_from(["none", "one", "each"])
+def dropped(p, q, k):
+    """What dropout multiplies the weights of the values by; None if p is 0."""
+    shape = (*q.shape[:3], k.shape[2])
+    return ops.dropout(np.ones(shape), p, np.random.default_rng(len(q))).data if p else None
 
 
-@given(inputs=attention_inputs(), biased=biases, block=st.sampled_from([1 << 10, 1 << 16]))
-def test_attention_is_pytorchs(inputs, biased, block):
-    """Tiles over rows and batch, every kind of mask, S > T, queries that see nothing."""
+biases, drops = st.sampled_from(["none", "one", "each"]), st.sampled_from([0, 0.2, 0.9])
+
+
+@given(inputs=attention_inputs(), biased=biases, p=drops, block=st.sampled_from([1 << 10, 1 << 16]))
+def test_attention_is_pytorchs(inputs, biased, p, block):
+    """Tiles over rows and batch, every kind of mask, S > T, queries that see nothing, dropout."""
     inputs, mask, settings = with_bias(inputs, biased)
+    drop = dropped(p, *inputs[:2])
     q, k = inputs[:2]
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     causal, window, scale, cap = settings.values()
 
     def ours(q, k, v, bias=None):
-        return ops.attention(q, k, v, mask, bias, **settings)
+        return ops.attention(q, k, v, mask, bias, drop=drop, **settings)
 
     def twin(q, k, v, bias=None):
         bias = torch.zeros(T, S, dtype=q.dtype) if bias is None else bias
@@ -297,13 +306,15 @@ def test_attention_is_pytorchs(inputs, biased, block):
         if window:
             past = torch.ones(T, S, dtype=bool).tril(S - T - window)
             bias = bias.masked_fill(past, -math.inf)
-        if cap is None:
+        if cap is None and drop is None:
             return torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, bias, scale=scale, enable_gqa=True)
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = cap * torch.tanh(q @ k.mT * (scale or q.shape[-1] ** -0.5) / cap) + bias
+        scores = q @ k.mT * (scale or q.shape[-1] ** -0.5)
+        scores = (cap * torch.tanh(scores / cap) if cap else scores) + bias
         nothing = (scores == -math.inf).all(-1, keepdim=True)  # such a row gives 0
-        return scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ v
+        P = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
+        return (P if drop is None else P * torch.tensor(drop)) @ v
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
@@ -311,10 +322,11 @@ def test_attention_is_pytorchs(inputs, biased, block):
     assert max(op_error(actual, run_torch(twin, inputs, []))) <= TOLERANCE["float64"]
 
 
-@given(inputs=attention_inputs(), biased=biases, block=st.sampled_from([1 << 10, 1 << 16]))
-def test_attention_is_the_papers(inputs, biased, block):
+@given(inputs=attention_inputs(), biased=biases, p=drops, block=st.sampled_from([1 << 10, 1 << 16]))
+def test_attention_is_the_papers(inputs, biased, p, block):
     (q, k, v, *bias), mask, settings = with_bias(inputs, biased)
     given = settings | dict(bias=bias[0] if bias else None)
+    given |= dict(drop=dropped(p, q, k)) if p else {}
     with np.errstate(invalid="ignore"):  # a query that may see nothing
         expected = attention.plain_attention(q, k, v, mask, **given)
     with pytest.MonkeyPatch.context() as patch:

@@ -28,8 +28,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from minilm import data
-from minilm.adapting import METHODS, optimizer_and_loss
+from minilm import adapting, data
+from minilm.adapting import optimizer_and_loss
 from minilm.command import command
 from minilm.experiment import Experiment
 from minilm.loop import fit
@@ -160,7 +160,7 @@ def prepared(model, s: Understanding):
     if s.alone:
         layers = unadapted(model)
         return insert_adapters(model, "default", {path: retrained(layers[path]) for path in HEAD})
-    model = METHODS[s.method].prepare(model, s)
+    model = adapting.prepared(model, s)
     return model if s.method == "full" else retrain(model, HEAD)
 
 
