@@ -9,9 +9,9 @@ each. Here a weight that the seed draws becomes 10 or 100 times as large as the 
 block is a row.
 
 The slide's codes are not those of the weights that it prints: 1.7 has 99, where 127 / 2.2 times 1.7
-is 98. "Possible" counts the codes of weights that are printed like these, if the largest is whatever
-is printed as 2.2. (-0.7 and -0.3 stand above -4 and -2, which seem to lack
-a digit.) The error is that of the other 24 weights.
+is 98. "Possible" counts the codes of weights that are printed like these, if the largest may be
+whatever is printed as 2.2. (-0.7 and -0.3 stand above -4 and -2, which seem to lack a digit.) The
+error is that of the other 24 weights.
 """
 
 from typing import NamedTuple
