@@ -144,5 +144,11 @@ def test_what_is_watched_is_what_is_in_O():
     columns = sum(x.shape[1] for x in inputs.values())
     assert seen.features == columns and seen.outliers == sum(map(len, planted.values()))
     assert seen.share == seen.outliers / columns and 400 < seen.largest < 600
+    for _, layer in model.named_modules():
+        if hasattr(layer, "threshold"):
+            layer.threshold = seen.largest * 2
+    with no_grad(), watched(model) as none:
+        model(TOKENS)
+    assert (none.features, none.outliers, none.largest) == (columns, 0, seen.largest)
     with watched(quantize_model(model_of("gpt2", dtype=np.float32), "int8")) as nothing:
         assert nothing.share == 0
