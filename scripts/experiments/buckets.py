@@ -126,7 +126,7 @@ def draw(figure, rows):
     seed = min(row["seed"] for row in rows)
     arms = [arm for arm in ("int4, range 10", "int4, range 3", "int4, one constant, outlier",
                             "int4, blocks", "nf4, blocks") if any(r["arm"] == arm for r in rows)]
-    grid = figure.subplots(len(arms), sharex=True, sharey=True, squeeze=False)[:, 0]
+    grid = figure.subplots(len(arms), sharex=True, squeeze=False)[:, 0]
     for axes, arm, color in zip(grid, arms, COLORS):
         x, constant = numbers_of(ARMS[arm], seed, True)
         shares = 100 * counts(x, ARMS[arm].codebook, constant) / x.size
