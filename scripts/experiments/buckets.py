@@ -88,9 +88,9 @@ CLAIMS = {
     "nf4 uses its codes more alike than fp4":
         lambda rows: compared(rows, BITS, "nf4, blocks", "fp4, blocks", at_least=0),
     EQUAL: lambda rows: single(rows, BITS, "nf4, blocks", at_least=3.9),
-    "they are equal over the range that they were made for: 3.9 bits or more":
+    "nf4's buckets are equal over the range they were made for: 3.9 bits or more":
         lambda rows: single(rows, BITS, FIT, at_least=3.9),
-    "over that range, where one number in 15 is cut off, nf4 errs less than in blocks":
+    "over that range, with one number in 15 cut off, nf4 errs less than in blocks":
         lambda rows: compared(rows, ERROR, FIT, "nf4, blocks", at_most=0),
     "nf4 has fewer collisions than int4":
         lambda rows: compared(rows, COLLIDE, "nf4, blocks", "int4, blocks", at_most=0),

@@ -57,7 +57,7 @@ CLAIMS = {
         near("float32", LARGEST, 340_282e33, 2e-6),
     "bfloat16 has the range of float32: its largest is within 1 %":
         lambda rows: ratio(rows, LARGEST, "bfloat16", "float32", at_least=0.99, at_most=1.01),
-    "and so is the least normal number of both":
+    "bfloat16 has the range of float32: the least normal numbers are equal":
         lambda rows: compared(rows, LEAST, "bfloat16", "float32", at_least=-0.5, at_most=0.5),
     "bfloat16 is less precise than float16: its step is 8 times as large":
         lambda rows: ratio(rows, STEP, "bfloat16", "float16", at_least=7.9, at_most=8.1),

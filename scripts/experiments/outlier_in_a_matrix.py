@@ -65,10 +65,11 @@ CLAIMS = {
     PRINTED: lambda rows: single(rows, SAME, ONE, at_least=CODES.size - 0.5),
     "20 or more of the 25 are codes of weights that are printed like these":
         lambda rows: single(rows, POSSIBLE, ONE, at_least=19.5),
-    "all 25 are": lambda rows: single(rows, POSSIBLE, ONE, at_least=CODES.size - 0.5),
+    "all 25 are codes of such weights":
+        lambda rows: single(rows, POSSIBLE, ONE, at_least=CODES.size - 0.5),
     "an outlier biases all: 10 times the largest weight makes the others' error 5 times as large":
         lambda rows: ratio(rows, ERROR, f"{ONE}, outlier x 10", ONE, at_least=5),
-    "with a constant a row the error beside it is less than half of that":
+    "with a constant a row, 10 times the largest makes less than half of that error":
         lambda rows: ratio(rows, ERROR, f"{ROWS}, outlier x 10", f"{ONE}, outlier x 10",
                            at_most=0.5),
     "100 times the largest weight leaves less than a third of the codes":
