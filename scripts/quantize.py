@@ -3,10 +3,10 @@
     python scripts/quantize.py                      # with the newest model under runs/
     python scripts/quantize.py --model runs/pretrain-1/model
 
-Prints the lectures' worked examples and three tables: the error of datatypes and block sizes on
-normal numbers, the same on the model's own weights, and the model's perplexity on held-out text
-with its weights in each datatype. Draws the codebooks over a histogram of the weights (needs the
-extra `plots`).
+Prints the lectures' worked examples and four tables: the error of datatypes and block sizes on
+normal numbers, the same on the model's own weights, how full the buckets of 4 bits are with both,
+and the model's perplexity on held-out text with its weights in each datatype. Draws the codebooks
+over a histogram of the weights (needs the extra `plots`).
 """
 
 import math
@@ -20,11 +20,13 @@ from minilm.backend import tune_allocator
 from minilm.command import command
 from minilm.extras import told
 from minilm.interop import load_model
+from minilm.measure.buckets import blocks, colliding, counts, entropy, values
 from minilm.measure.losses import loss_of
 from minilm.nn import Linear
 from minilm.picture import save_png
 from minilm.quantize import is_quantized, quantize_4bit, quantize_int8, quantize_model
 from minilm.quantize.fourbit import BLOCK_SIZES, levels
+from minilm.quantize.outliers import watched
 from minilm.run import newest_model, share_held_out
 
 KINDS = ("nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2")
@@ -66,6 +68,8 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
           "mean |error / x| 0.2033)")
     print(f"\nthe weights of {folder}, without the head")
     print_errors(weights, block_sizes)
+    print_sizes(weights)
+    print_buckets([normal], weights)
     print(f"\nthe model on the {share:.0%} of {corpus} that are held out")
     print_perplexities(folder, rows)
     print("\n" + told("the codebooks over the weights", draw_codebooks(weights, out)))
@@ -80,9 +84,11 @@ def print_examples():
     W = np.array([[-0.7, -0.3, 0.0, -0.4, 0.3], [-1.0, 0.2, 0.7, 1.7, -0.9],
                   [-0.1, -1.5, -0.1, 0.8, 0.5], [1.2, -1.7, -0.9, -0.3, 0.7],
                   [0.4, 0.1, -1.4, 2.2, -1.1]], np.float32)
-    by_row = quantize_int8(W, axis=-1)
+    whole, by_row = quantize_int8(W), quantize_int8(W, axis=-1)
+    print(f"a 5 x 5 matrix with one constant, c = {whole.c:.2f} (the slide's -60, 99 and -100 are "
+          f"codes of weights before they were rounded)\n{whole.codes}")
     constants = quantize_int8(by_row.absmax)
-    print(f"a 5 x 5 matrix with a constant a row, and these in 8 bits: {W.nbytes} bytes -> "
+    print(f"with a constant a row, and these in 8 bits: {W.nbytes} bytes -> "
           f"{by_row.codes.nbytes} + {constants.codes.nbytes} + {constants.absmax.nbytes} = "
           f"{by_row.codes.nbytes + constants.nbytes}\n{by_row.codes}")
     one, two = (quantize_4bit(np.ones((1024, 1024), np.float32), double_quant=d)
@@ -113,24 +119,57 @@ def print_error(kind, size, arrays, quantized):
           f"{np.linalg.norm(e) / np.linalg.norm(x):>11.5f}")
 
 
+def print_sizes(arrays):
+    """Print that most weights are small: shares of them below multiples of their spread."""
+    x = abs(np.concatenate([a.ravel() for a in arrays]).astype(np.float64))
+    spread = math.sqrt(np.mean(x * x))
+    below = ", ".join(f"{np.mean(x < n * spread):.2%} below {n}" for n in (1, 2, 3))
+    print(f"\ntheir spread is {spread:.4f}; {below} spreads; the largest is {x.max() / spread:.1f}")
+
+
+def print_buckets(normal, weights):
+    """Print the levels of three codebooks, and per cent of the numbers, in blocks of 64, at each.
+
+    FP4 and int4 have 15 levels: FP4's two codes for 0 are counted as one.
+    """
+    kinds = ("nf4", "fp4", "int4")
+    numbers = [blocks(np.concatenate([a.ravel() for a in arrays])) for arrays in (normal, weights)]
+    full = [[counts(x, kind, largest) for x, largest in numbers] for kind in kinds]
+    print("\nhow full each bucket is in blocks of 64")
+    print(f"{'':14}" + "".join(f"{kind:>11}{'normal':>8}{'weights':>8}" for kind in kinds))
+    for i in range(16):
+        cells = [f"{values(kind)[i]:>11.7f}" + "".join(f"{n[i] / n.sum():>8.2%}" for n in both)
+                 for kind, both in zip(kinds, full) if i < len(both[0])]
+        print(f"{'':14}" + "".join(cells))
+    for title, of in (("bits", entropy), ("pairs collide", colliding)):
+        form = ".2f" if of is entropy else ".2%"
+        print(f"{title:14}" + "".join(f"{'':11}" + "".join(f"{of(n):>8{form}}" for n in both)
+                                      for both in full))
+    print("(16 equal buckets would have 4 bits, and 6.25 % of the pairs of numbers would collide)")
+
+
 def print_perplexities(folder, rows):
     """Print the model's loss and perplexity on rows of text, with its weights in each datatype."""
     plans = [("float32", None, False), ("int8, a constant a row", "int8", False),
              ("LLM.int8()", "llm.int8", False)]
     plans += [(kind, kind, False) for kind in KINDS]
     plans += [("nf4 + double", "nf4", True), ("nf4 + double, int8", "nf4", "int8")]
-    results = []
+    results, seen = [], None
     for title, kind, double_quant in tqdm(plans, unit="datatype", leave=False, disable=None):
         model = load_model(folder)
         if kind:
             quantize_model(model, kind, double_quant)
         held = sum(t.data.nbytes for name, t in model.named_tensors() if "head" not in name)
-        results.append((title, held, loss_of(model, *rows)))
+        with watched(model) as inputs:
+            results.append((title, held, loss_of(model, *rows)))
+        seen = inputs if inputs.features else seen
     base = results[0]
     print(f"{'weights':24}{'MB':>7}{'loss':>9}{'perplexity':>12}{'rise':>8}")
     for title, size, loss in results:
         print(f"{title:24}{size / 1e6:>7.2f}{loss:>9.4f}{math.exp(loss):>12.4f}"
               f"{math.expm1(loss - base[2]):>8.2%}")
+    print(f"LLM.int8() multiplied {seen.share:.2%} of the columns in 16 bits: O, those with any "
+          f"|x| >= 6 in up to 32 rows of text; the largest |x| is {seen.largest:.1f}")
 
 
 def draw_codebooks(weights, path: Path) -> Path | None:

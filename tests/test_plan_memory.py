@@ -275,6 +275,12 @@ def test_qlora_fits_its_card(name, size, card, published):
     assert found.gradients == 2 * trained
 
 
+@pytest.mark.parametrize("name, published", [("33B", 66), ("13B", 26)])
+def test_16_bits_take_what_the_slide_says(name, published):
+    found = lectures.resident_16bit(parameters(lectures.LLAMAS[name]))
+    assert found == pytest.approx(published * GB, rel=0.015)
+
+
 def test_paging_is_what_fits_33b_on_24_gb():
     assert lectures.qlora(lectures.LLAMAS["33B"], paged=False).total > 24 * GB
 
@@ -443,6 +449,6 @@ def test_lectures_prints_every_table(capsys):
     main(lectures=True)
     said = capsys.readouterr().out
     for number in ("1,400.0 GB", "120.0 GB", "21.2 GB", "780.0 GB", "849K", "4.3B", "37.7M",
-                   "589,824", "4.2%", "25.19", "40.1", "271,360"):
+                   "589,824", "4.2%", "25.19", "40.1", "271,360", "65.1 GB", "26.0 GB"):
         assert number in said, number
     assert len(said.split("\n\n")) == 9

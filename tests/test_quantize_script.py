@@ -11,6 +11,7 @@ from minilm.files import write_json
 from minilm.interop import bitsandbytes, huggingface
 from minilm.measure.losses import loss_of
 from minilm.quantize import quantize_model
+from minilm.quantize.codebooks import NF4
 from minilm.transformer import Config, Transformer
 
 
@@ -32,6 +33,7 @@ def test_the_tables_and_the_picture(tmp_path, model, capsys):
     quantize.main(model, (64,), str(tmp_path / "text.txt"), picture)
     said = capsys.readouterr().out
     assert "c = 12.4510, codes [ 19  29  46  51  70  85  98 105 115 127]" in said
+    assert "[-58  12  40  98 -52]" in said and "c = 57.73" in said
     assert "100 bytes -> 25 + 5 + 4 = 34" in said
     assert "0.500 bits a weight -> 0.127; of 65 billion weights 3.03 GB less" in said
 
@@ -40,6 +42,19 @@ def test_the_tables_and_the_picture(tmp_path, model, capsys):
     assert list(normal) == ["nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2", "int8"] == list(own)
     bits, mean, relative, _ = map(float, normal["nf4"].split())
     assert bits == 4.5 and abs(mean - 0.0728) < 1e-4 and abs(relative - 0.2033) < 5e-4
+
+    table = said.split("how full each bucket is")[1].split("pairs collide")[0]
+    lines = [re.findall(r"(-?\d\.\d{7}) +([\d.]+)% +([\d.]+)%", line)
+             for line in table.splitlines()]
+    columns = {i: [line[i] for line in lines if len(line) > i] for i in range(3)}
+    assert [len(column) for column in columns.values()] == [16, 15, 15]  # nf4, fp4, int4
+    assert [level for level, *_ in columns[0]] == [f"{v:.7f}" for v in NF4]
+    for column in columns.values():
+        for shares in list(zip(*column))[1:]:
+            assert abs(sum(map(float, shares)) - 100) < 0.09
+    assert 3.87 < float(re.search(r"^bits +([\d.]+)", table, re.M)[1]) < 3.9
+    share = re.search(r"LLM.int8\(\) multiplied ([\d.]+)% of the columns", said)[1]
+    assert 0 <= float(share) < 100
 
     loss = {title.strip(): float(value) for title, value in re.findall(
         r"^(.{24}) +[\d.]+ +([\d.]+) +[\d.]+ +-?[\d.]+%$", said, re.M)}

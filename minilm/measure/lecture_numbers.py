@@ -83,6 +83,14 @@ def qlora(config: Config, r: int = 64, batch: int = 1, T: int = 512, paged: bool
     return Bytes(p.weights + p.adapters, 0 if paged else 8 * trained, 2 * trained, p.activations)
 
 
+def resident_16bit(parameters: float) -> float:
+    """Bytes of a model that answers in 16 bits; lecture 002 has 66 GB for 33B and 26 GB for 13B.
+
+    LLaMA's 33B are 32.5B, so it is 65.1 GB.
+    """
+    return 2 * parameters
+
+
 def one_layer_trainable(parameters: float, r: int) -> float:
     """LoRA's parameters if the whole model were one square layer: A (r, C) and B (C, r), C^2 = N.
 
@@ -130,10 +138,11 @@ def print_lectures():
     show([["16 bits", "total"], ["full, 10B", gb(full_16bit(base).total)],
           ["LoRA, 10B, 1 % trained", gb(lora_16bit(base, adapters).total)],
           ["full, 65B", gb(full_16bit(65e9).total)]])
-    rows = [["QLoRA, r = 64", "parameters", *Bytes._fields, "total"]]
+    rows = [["QLoRA, r = 64", "parameters", *Bytes._fields, "total", "in 16 bits"]]
     for name, config in LLAMAS.items():
         found = qlora(config)
-        rows.append([f"LLaMA {name}", short(parameters(config)), *map(gb, (*found, found.total))])
+        cells = map(gb, (*found, found.total, resident_16bit(parameters(config))))
+        rows.append([f"LLaMA {name}", short(parameters(config)), *cells])
     show(rows)
     sizes = (7e9, 13e9, 70e9, 180e9)
     show([["LoRA, one layer", *map(short, sizes)]] +

@@ -43,8 +43,7 @@ def normal_float(k: int) -> list[float]:
     >>> [round(q, 3) for q in normal_float(3)]
     [-1.0, -0.535, -0.247, 0.0, 0.183, 0.382, 0.623, 1.0]
     """
-    half = 2 ** (k - 1)
-    tail = 1 - (1 / 2 ** (k + 1) + 1 / (2 ** (k + 1) - 2)) / 2  # bitsandbytes' 0.9677083 for k = 4
+    half, tail = 2 ** (k - 1), outermost(k)
 
     def side(n):  # n quantiles, outermost first
         probabilities = [tail + (0.5 - tail) * i / n for i in range(n)]
@@ -52,13 +51,18 @@ def normal_float(k: int) -> list[float]:
     return [*(-q for q in side(half - 1)), 0.0, *reversed(side(half))]
 
 
-@functools.cache
+def outermost(k: int) -> float:
+    """The probability below k-bit NormalFloat's largest quantile; bitsandbytes' 0.9677083 for 4."""
+    return 1 - (1 / 2 ** (k + 1) + 1 / (2 ** (k + 1) - 2)) / 2
+
+
 @functools.cache
 def bits_of(name: str) -> int:
     """Bits of a code of this codebook."""
     return math.ceil(math.log2(len(levels(name))))
 
 
+@functools.cache
 def steps(name: str):
     """(midpoints between neighbouring levels, ascending; the levels' codes, in the same order)."""
     values = levels(name)
