@@ -90,10 +90,8 @@ class FourBit:
         for i in range(0, x.size, step):
             part = x[i : i + step]
             _look_up(self.packed[i * k // 8 :][: part.size * k // 8], self.codebook, part)
-            whole, constants = part.size // size * size, c2[i // size :]
-            blocks = part[:whole].reshape(-1, size)
-            blocks *= constants[: len(blocks), None]
-            part[whole:] *= constants[len(blocks) :][:1]  # the last block may be short
+            constants = c2[i // size :][: -(-part.size // size)]
+            part *= xp.repeat(constants, size)[: part.size]  # the last block may be short
         return x[:n].reshape(self.shape).astype(dtype, copy=False)
 
     def on_card(self) -> cuda.Codes:

@@ -1,0 +1,245 @@
+"""Where the time goes when weights of few bits become floats on a CPU, and what a user feels of it.
+
+    python scripts/bench/dequantizing.py                     # about three minutes
+    python scripts/bench/dequantizing.py --rows pieces --sizes 4096 --rounds 21
+    python scripts/bench/dequantizing.py --rows writing --kind int8
+
+Rows:
+
+    pieces   of dequantizing NF4 (n x n): each pass by itself, floors below which no program gets,
+             ways that lost, and bitsandbytes if it is installed. One thread
+    step     a training step of LoRA and QLoRA at the size M on one core, and how much of QLoRA's
+             is dequantizing
+    writing  a GPT-2 of 124 million weights, drawn at random and quantized: tokens a second if none,
+             half and all of its weights are kept as floats (quantize.dequantized)
+
+All contenders of a row run in this process and take turns. Times are seconds of a core, in which
+other programs do not count; for writing also by the clock. Median (lowest - highest).
+"""
+
+import importlib.util
+import mmap
+import statistics
+import time
+import tracemalloc
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from contenders import RANK, SHAPES
+
+from minilm.arrays import BLOCK
+from minilm.backend import tune_allocator, use_huge_pages
+from minilm.generate import generate
+from minilm.measure.speed import in_turn
+from minilm.optim import AdamW
+from minilm.peft import add_lora
+from minilm.quantize import FourBit, dequantized, quantize_4bit, quantize_int8, quantize_model
+from minilm.quantize.codebooks import levels
+from minilm.train import Trainer
+from minilm.transformer import Config, Transformer
+
+Row = Literal["pieces", "step", "writing"]
+GPT2 = dict(vocab_size=50257, context=1024, layers=12, heads=12, width=768)
+PROMPT = 8  # tokens
+
+
+def main(rows: tuple[Row, ...] = ("pieces", "step", "writing"),
+         sizes: tuple[int, ...] = (1024, 4096), rounds: int = 11, tokens: int = 64,
+         kind: Literal["nf4", "int8"] = "nf4"):
+    """Print where the time of dequantizing goes, and what a user feels of it.
+
+    Args:
+        rows: what to measure.
+        sizes: n of the matrices n x n, of the row `pieces`; multiples of 512.
+        rounds: turns of each contender.
+        tokens: that are written, in the row `writing`.
+        kind: of the quantized weights there.
+    """
+    if min(rounds, tokens, *sizes) < 1 or any(n % 512 for n in sizes):
+        raise ValueError(f"rounds and tokens must be at least 1 and sizes multiples of 512, got "
+                         f"{rounds}, {tokens} and {sizes}")
+    tune_allocator()
+    for n in sizes if "pieces" in rows else ():
+        many = max(1, (1 << 22) // n**2)  # a turn of a few milliseconds at least
+        jobs = {what: repeated(job, many) for what, job in pieces(n).items()}
+        times = in_turn(jobs, rounds + 1, clock=lambda: time.thread_time() / many)
+        print(f"\n| NF4, {n} x {n} | ms of a core | ns a weight |\n|---|---|---|")
+        for what, seconds in times.items():
+            middle = statistics.median(seconds[1:])
+            print(f"| {what} | {spread(seconds[1:], 1e3)} | {1e9 * middle / n**2:.2f} |")
+    if "step" in rows:
+        steps(rounds)
+    if "writing" in rows:
+        writing(rounds, tokens, kind)
+
+
+def repeated(job, count):
+    """A call that runs the job so many times."""
+    def run():
+        for _ in range(count):
+            job()
+    return run
+
+
+def spread(values, unit=1.0) -> str:
+    """Median (lowest - highest)."""
+    low, middle, high = (unit * f(values) for f in (min, statistics.median, max))
+    return f"{middle:.2f} ({low:.2f} - {high:.2f})"
+
+
+def pieces(n) -> dict:
+    """name -> what to time, for a matrix (n, n) in NF4."""
+    x = np.random.default_rng(0).standard_normal((n, n), dtype=np.float32)
+    single, double = quantize_4bit(x, double_quant=False), quantize_4bit(x)
+    packed, c2, eight = single.packed, single.c2, quantize_int8(x, axis=-1)
+    pairs, y, other = table_of_bytes(), np.ones(n * n, np.float32), np.ones(n * n, np.float32)
+    quads = np.concatenate([np.tile(pairs, (256, 1)), np.repeat(pairs, 256, 0)], axis=1)
+
+    def index(i, part): packed[i // 2 :][: part.size // 2].astype(np.intp)
+    def look_up(i, part):
+        pairs.take(packed[i // 2 :][: part.size // 2], 0, part.reshape(-1, 2), "clip")
+    def look_up_four(i, part):
+        codes = packed.view(np.uint16)[i // 4 :][: part.size // 4]
+        quads.take(codes, 0, part.reshape(-1, 4), "clip")
+    def scale(i, part): part *= np.repeat(c2[i // 64 :][: part.size // 64], 64)
+    def scale_rows(i, part):  # a loop of its own for each block
+        part = part.reshape(-1, 64)
+        part *= c2[i // 64 :][: len(part), None]
+
+    def passes(*works, step=BLOCK, fresh=True):
+        """Blocks that stay in the cache from pass to pass; fresh: into a new array."""
+        def run():
+            x = np.empty(n * n, np.float32) if fresh else y
+            for i in range(0, x.size, step):
+                for work in works:
+                    work(i, x[i : i + step])
+        return run
+
+    return {
+        "floor: write the floats once": lambda: y.fill(1),
+        "floor: copy the floats": lambda: np.copyto(y, other),
+        "if each array had new pages of the system": lambda: new_pages(y.nbytes),
+        "codes to indices, inside of the look-up": passes(index, fresh=False),
+        "look-up, two values for a byte": passes(look_up, fresh=False),
+        "product with the constants": passes(scale, fresh=False),
+        "constants of double quantization": lambda: double.absmax,
+        "dequantize": single.dequantize,
+        "dequantize, double quantization": double.dequantize,
+        "dequantize to bfloat16": lambda: single.dequantize("bfloat16"),
+        "dequantize, int8": eight.dequantize,
+        "lost: four values for two bytes": passes(look_up_four, scale),
+        "lost: a product for each block": passes(look_up, scale_rows),
+        "lost: smaller pieces": passes(look_up, scale, step=BLOCK // 8),
+        "lost: the whole matrix, pass by pass": passes(look_up, scale, step=n * n),
+    } | bitsandbytes(x)
+
+
+def new_pages(size):
+    """Write into memory that the system has to clear first, page by page."""
+    with mmap.mmap(-1, size) as pages:
+        np.frombuffer(pages, np.uint8)[::4096] = 1
+
+
+def table_of_bytes():
+    """The two levels that each byte stands for: (256, 2)."""
+    codes = np.arange(256)
+    return levels("nf4")[np.stack([codes >> 4, codes & 15], axis=1)]
+
+
+def bitsandbytes(x) -> dict:
+    """The same in bitsandbytes, {} if it is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return {}
+    import torch
+    from bitsandbytes import functional
+
+    torch.set_num_threads(1)
+    codes = functional.quantize_4bit(torch.from_numpy(x), quant_type="nf4")
+    return {"bitsandbytes": lambda: functional.dequantize_4bit(*codes)}
+
+
+def steps(rounds):
+    """Print the time of a step of LoRA and QLoRA, and the share of dequantizing."""
+    inside, plain = [], FourBit.dequantize
+
+    def watched(self, dtype="float32"):
+        start = time.thread_time()
+        floats = plain(self, dtype)
+        inside[-1] += time.thread_time() - start
+        return floats
+
+    with trainer_of("LoRA") as lora, trainer_of("QLoRA") as qlora:
+        def step(trainer):
+            inside.append(0)
+            trainer.step(0, SHAPES["M"].tokens())
+
+        FourBit.dequantize = watched
+        try:
+            times = in_turn({"LoRA": lambda: step(lora), "QLoRA": lambda: step(qlora)}, rounds + 1,
+                            clock=time.thread_time)
+        finally:
+            FourBit.dequantize = plain
+    ratios = [b / a for a, b in zip(*times.values())][1:]
+    shares = [100 * part / whole for part, whole in zip(inside[1::2], times["QLoRA"])][1:]
+    print("\n| a step at M, one core | |\n|---|---|")
+    for method, seconds in times.items():
+        print(f"| {method} | {spread(seconds[1:], 1e3)} ms |")
+    print(f"| QLoRA's over LoRA's | {spread(ratios)} |")
+    print(f"| of QLoRA's, dequantizing | {spread(shares)} % |", flush=True)
+
+
+def trainer_of(method) -> Trainer:
+    """One that trains a GPT-2 of the size M by this method, on one core."""
+    s = SHAPES["M"]
+    model = Transformer(Config.gpt2(s.vocab, s.context, s.layers, s.heads, s.width))
+    if method == "QLoRA":
+        quantize_model(model)
+    add_lora(model, RANK, 2 * RANK, ("q", "v"))
+    return Trainer(model, AdamW(model.parameters(), 1e-3), 1)
+
+
+def writing(rounds, tokens, kind):
+    """Print tokens a second by the memory that weights kept as floats may take."""
+    model = quantize_model(Transformer(Config.gpt2(**GPT2)).eval().freeze(), kind)
+    use_huge_pages(t.data for _, t in model.named_tensors())
+    prompt = np.random.default_rng(0).integers(0, GPT2["vocab_size"], (1, PROMPT))
+    with dequantized(model, 2**62) as kept:
+        everything = sum(floats.nbytes for floats in kept.values())
+    limits, drawn, spent = (0, everything // 2, everything), [], {}
+
+    def write(limit):
+        with dequantized(model, limit) as kept:
+            use_huge_pages(kept.values())
+            start = time.process_time(), time.perf_counter()
+            drawn.append(generate(model, prompt, tokens, temperature=0))
+            now = time.process_time(), time.perf_counter()
+        spent.setdefault(limit, []).append([b - a for a, b in zip(start, now)])
+
+    in_turn({limit: partial(write, limit) for limit in limits}, rounds + 1)
+    if any((other != drawn[0]).any() for other in drawn):
+        raise RuntimeError("weights that are kept changed a token")
+    peaks = {limit: peak(model, prompt, limit) for limit in limits}
+    print(f"\n| {kind}, floats that are kept | memory beyond none | tokens/s by the clock | "
+          "ms of a core for a token |\n|---|---|---|---|")
+    for limit in limits:
+        core, clock = zip(*spent[limit][1:])
+        print(f"| up to {limit / 1e6:.1f} MB | {(peaks[limit] - peaks[0]) / 1e6:.1f} MB | "
+              f"{spread([tokens / t for t in clock])} | {spread(core, 1e3 / tokens)} |")
+
+
+def peak(model, prompt, limit) -> int:
+    """Bytes of arrays at the highest moment of two tokens, weights that are kept among them."""
+    tracemalloc.start()
+    try:
+        with dequantized(model, limit):
+            generate(model, prompt, 2, temperature=0)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+if __name__ == "__main__":
+    from minilm.command import command
+
+    command(main)
