@@ -7,7 +7,7 @@
 Rows:
 
     pieces   of dequantizing NF4 (n x n): each pass by itself, floors below which no program gets,
-             ways that lost, and bitsandbytes if it is installed. One thread
+             other ways that were tried, and bitsandbytes if it is installed. One thread
     step     a training step of LoRA and QLoRA at the size M on one core, and how much of QLoRA's
              is dequantizing
     writing  a GPT-2 of 124 million weights, drawn at random and quantized: tokens a second if none,
@@ -128,10 +128,10 @@ def pieces(n) -> dict:
         "dequantize, double quantization": double.dequantize,
         "dequantize to bfloat16": lambda: single.dequantize("bfloat16"),
         "dequantize, int8": eight.dequantize,
-        "lost: four values for two bytes": passes(look_up_four, scale),
-        "lost: a product for each block": passes(look_up, scale_rows),
-        "lost: smaller pieces": passes(look_up, scale, step=BLOCK // 8),
-        "lost: the whole matrix, pass by pass": passes(look_up, scale, step=n * n),
+        "tried: four values for two bytes": passes(look_up_four, scale),
+        "tried: a product for each block": passes(look_up, scale_rows),
+        "tried: smaller pieces": passes(look_up, scale, step=BLOCK // 8),
+        "tried: the whole matrix, pass by pass": passes(look_up, scale, step=n * n),
     } | bitsandbytes(x)
 
 
