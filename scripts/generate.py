@@ -66,8 +66,7 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
         top_p: sample among the fewest tokens whose probabilities reach p.
         seed: of the samples.
         adapter: folder of an adapter for the model: PEFT's, or one that finetune.py left.
-        dequantized: MB of a few-bit model's weights to keep as floats; an adapter then acts beside
-            the codes, since merging it would make all of them floats.
+        dequantized: MB of a few-bit model's weights to keep as floats; no adapter is merged then.
         chat: hold a conversation.
         system: its system message, which says how the model shall answer.
         given: names of the options on the command line.
@@ -89,10 +88,9 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
     with keeping(transformer, dequantized):
         if chat:
             template = chat_of(folder, adapter, tokenizer)
-            ends, rules = {*ends, *template.closing()}, utf8("system", system)
             dialogue = Dialogue(transformer, temperature, top_k, top_p, seed)
-            converse(dialogue, template, ends, tokens, rules)
-            return
+            ends = {*ends, *template.closing()}
+            return converse(dialogue, template, ends, tokens, utf8("system", system))
         before = tokenizer.prompt(prompt).tolist() or [first]
         drawn = stream(transformer, [before], temperature, top_k, top_p, seed)
         ids = takewhile(lambda id: id not in ends, (int(row[0]) for row in islice(drawn, tokens)))

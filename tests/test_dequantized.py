@@ -7,8 +7,10 @@ import math
 import tracemalloc
 import weakref
 
+import dequantizing
 import numpy as np
 import pytest
+from contenders import Shape
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -267,3 +269,29 @@ def test_there_must_be_something_to_keep(kind):
         quantize_model(model, kind)
     with pytest.raises(ValueError, match="nothing to keep"), dequantized(model, 100):
         raise AssertionError("the body must not begin")
+
+
+def test_what_the_benchmark_tried_gives_the_same_bits(monkeypatch):
+    monkeypatch.setattr(dequantizing, "bitsandbytes", lambda x: {})
+    jobs = dequantizing.pieces(512)
+    expected = {"int8": jobs["dequantize, int8"](), "NF4": jobs["dequantize"]()}
+    tried = [what for what in jobs if what.startswith("tried: ")]
+    for what in tried:
+        of = "int8" if "int8" in what else "NF4"
+        assert jobs[what]().tobytes() == expected[of].tobytes(), what
+    assert len(tried) == 5
+
+
+def test_the_benchmark_prints_its_tables(monkeypatch, capsys):
+    monkeypatch.setattr(dequantizing, "GPT2", dict(
+        vocab_size=V, context=16, layers=2, heads=2, width=64))
+    monkeypatch.setattr(dequantizing, "LAYERS", [(64, 128)])
+    monkeypatch.setitem(dequantizing.SHAPES, "M", Shape(1, 2, 64, 8, 2, V))
+    dequantizing.main(("vector", "step", "writing"), rounds=2, tokens=3)
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    heads = [i for i, line in enumerate(lines) if line[0].startswith("|---")]
+    assert [len(lines[i - 1]) for i in heads] == [3, 2, 4]
+    limits = [line[:2] for line in lines[heads[-1] + 1 :]]
+    assert [limit for limit, _ in limits] == [
+        "| up to 0.0 MB", "| up to 0.2 MB", "| up to 0.4 MB"]  # of 12 x 64^2 weights in 2 layers
+    assert limits[0][1] == "0.0 MB" and limits[1][1] == "0.2 MB"

@@ -8,6 +8,7 @@ Rows:
 
     pieces   of dequantizing NF4 (n x n): each pass by itself, floors below which no program gets,
              other ways that were tried, and bitsandbytes if it is installed. One thread
+    vector   one row times a layer in NF4, as in generation, and other ways that were tried
     step     a training step of LoRA and QLoRA at the size M on one core, and how much of QLoRA's
              is dequantizing
     writing  a GPT-2 of 124 million weights, drawn at random and quantized: tokens a second if none,
@@ -23,28 +24,31 @@ import statistics
 import time
 import tracemalloc
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from contenders import RANK, SHAPES
 
 from minilm.arrays import BLOCK
 from minilm.backend import tune_allocator, use_huge_pages
+from minilm.blas import matmul
 from minilm.generate import generate
 from minilm.measure.speed import in_turn
 from minilm.optim import AdamW
 from minilm.peft import add_lora
 from minilm.quantize import FourBit, dequantized, quantize_4bit, quantize_int8, quantize_model
 from minilm.quantize.codebooks import levels
+from minilm.quantize.linear import product_with_codes
 from minilm.train import Trainer
 from minilm.transformer import Config, Transformer
 
-Row = Literal["pieces", "step", "writing"]
+Row = Literal["pieces", "vector", "step", "writing"]
+LAYERS = (768, 768), (768, 3072), (4096, 4096)  # (O, I), of the row `vector`
 GPT2 = dict(vocab_size=50257, context=1024, layers=12, heads=12, width=768)
 PROMPT = 8  # tokens
 
 
-def main(rows: tuple[Row, ...] = ("pieces", "step", "writing"),
+def main(rows: tuple[Row, ...] = get_args(Row),
          sizes: tuple[int, ...] = (1024, 4096), rounds: int = 11, tokens: int = 64,
          kind: Literal["nf4", "int8"] = "nf4"):
     """Print where the time of dequantizing goes, and what a user feels of it.
@@ -61,25 +65,29 @@ def main(rows: tuple[Row, ...] = ("pieces", "step", "writing"),
                          f"{rounds}, {tokens} and {sizes}")
     tune_allocator()
     for n in sizes if "pieces" in rows else ():
-        many = max(1, (1 << 22) // n**2)  # a turn of a few milliseconds at least
-        jobs = {what: repeated(job, many) for what, job in pieces(n).items()}
-        times = in_turn(jobs, rounds + 1, clock=lambda: time.thread_time() / many)
-        print(f"\n| NF4, {n} x {n} | ms of a core | ns a weight |\n|---|---|---|")
-        for what, seconds in times.items():
-            middle = statistics.median(seconds[1:])
-            print(f"| {what} | {spread(seconds[1:], 1e3)} | {1e9 * middle / n**2:.2f} |")
+        table(f"NF4, {n} x {n}", pieces(n), n * n, rounds)
+    for O, I in LAYERS if "vector" in rows else ():
+        table(f"one row times {O} x {I}", products(O, I), O * I, rounds)
     if "step" in rows:
         steps(rounds)
     if "writing" in rows:
         writing(rounds, tokens, kind)
 
 
-def repeated(job, count):
-    """A call that runs the job so many times."""
-    def run():
-        for _ in range(count):
-            job()
-    return run
+def table(title, jobs, weights, rounds):
+    """Print the time of each job, which does its work on so many weights."""
+    many = max(1, (1 << 22) // weights)  # a turn of a few milliseconds at least
+    turns = {what: partial(repeat, job, many) for what, job in jobs.items()}
+    times = in_turn(turns, rounds + 1, clock=lambda: time.thread_time() / many)
+    print(f"\n| {title} | ms of a core | ns a weight |\n|---|---|---|")
+    for what, (_, *seconds) in times.items():  # the first turn warms up
+        nanoseconds = 1e9 * statistics.median(seconds) / weights
+        print(f"| {what} | {spread(seconds, 1e3)} | {nanoseconds:.2f} |", flush=True)
+
+
+def repeat(job, times):
+    for _ in range(times):
+        job()
 
 
 def spread(values, unit=1.0) -> str:
@@ -114,6 +122,7 @@ def pieces(n) -> dict:
             for i in range(0, x.size, step):
                 for work in works:
                     work(i, x[i : i + step])
+            return x
         return run
 
     return {
@@ -132,6 +141,7 @@ def pieces(n) -> dict:
         "tried: a product for each block": passes(look_up, scale_rows),
         "tried: smaller pieces": passes(look_up, scale, step=BLOCK // 8),
         "tried: the whole matrix, pass by pass": passes(look_up, scale, step=n * n),
+        "tried: int8 in one expression": lambda: eight.codes * (eight.absmax * np.float32(1 / 127)),
     } | bitsandbytes(x)
 
 
@@ -157,6 +167,41 @@ def bitsandbytes(x) -> dict:
     torch.set_num_threads(1)
     codes = functional.quantize_4bit(torch.from_numpy(x), quant_type="nf4")
     return {"bitsandbytes": lambda: functional.dequantize_4bit(*codes)}
+
+
+def products(O, I) -> dict:
+    """name -> what to time: x W^T for one row x (1, I) and W (O, I) in NF4."""
+    rng = np.random.default_rng(0)
+    W = quantize_4bit(rng.standard_normal((O, I), dtype=np.float32), double_quant=False)
+    x = rng.standard_normal((1, I), dtype=np.float32)
+    floats, pairs, step = W.dequantize(), table_of_bytes(), max(1, BLOCK // I)
+    packed, c2, y = W.packed.reshape(O, -1), W.c2.reshape(O, -1), np.empty(O, np.float32)
+    buffer, blocks = np.empty((step, I), np.float32), x.reshape(-1, 64, 1)
+
+    def look_up(i):
+        part = buffer[: min(step, O - i)]
+        pairs.take(packed[i : i + step].reshape(-1), 0, part.reshape(-1, 2), "clip")
+        return part
+    def by_parts():  # a part is used while the cache has it
+        for i in range(0, O, step):
+            part = look_up(i)
+            part *= np.repeat(c2[i : i + step], 64).reshape(-1, I)
+            np.vecdot(part, x[0], out=y[i : i + step])
+    def sums_of_blocks():  # rounds in another order
+        for i in range(0, O, step):
+            z = look_up(i).reshape(-1, I // 64, 64).swapaxes(0, 1) @ blocks  # (blocks, O, 1)
+            np.vecdot(z[..., 0].T, c2[i : i + step], out=y[i : i + step])
+
+    for tried in (by_parts, sums_of_blocks):
+        tried()
+        if np.abs(y - floats @ x[0]).max() > 1e-4 * np.abs(y).max():
+            raise RuntimeError(f"{tried.__name__} gives another product")
+    return {
+        "dequantize and multiply": lambda: product_with_codes(x, W),
+        "multiply, the weight being kept as floats": lambda: matmul(x, floats.T),
+        "tried: part by part": by_parts,
+        "tried: the constants times the blocks' sums": sums_of_blocks,
+    }
 
 
 def steps(rounds):
