@@ -295,3 +295,10 @@ def test_the_benchmark_prints_its_tables(monkeypatch, capsys):
     assert [limit for limit, _ in limits] == [
         "| up to 0.0 MB", "| up to 0.2 MB", "| up to 0.4 MB"]  # of 12 x 64^2 weights in 2 layers
     assert limits[0][1] == "0.0 MB" and limits[1][1] == "0.2 MB"
+
+
+def test_on_a_card_nothing_is_kept(cupy):
+    model = make().to("cuda")
+    with pytest.raises(ValueError, match=r"on the CPU alone"), dequantized(model, 10**6):
+        raise AssertionError("the body must not begin")
+    assert at_rest(model)
