@@ -5,6 +5,7 @@
     python scripts/generate.py --model runs/pretrain-1/model \\
         --adapter runs/finetune-lora-1/adapter --temperature 0 --prompt $'Reverse\\nminilm\\n-> '
     python scripts/generate.py --model my-chat-model --chat
+    python scripts/generate.py --model my-4-bit-model --dequantized 500
 
 Prints the prompt and what the model writes after it, as it is sampled, then the speed. The model is
 the Hugging Face folder of a causal model, with its tokenizer.json. It stops at the ends that the
@@ -13,11 +14,15 @@ folder names (eos_token_id), or else at the tokenizer's.
 With --chat it is a conversation: a line is a message, which the model answers. Its messages are
 written as the chat template of the folder says, or that of the adapter's. Ctrl-C stops an answer.
 At the prompt Ctrl-C or Ctrl-D ends the conversation. Needs the extra `chat`.
+
+A model of 4 or 8 bits makes its weights again for each token. --dequantized keeps as many of them
+as floats as fit into so many MB, which changes the speed and no token.
 """
 
 import sys
 import time
 from collections.abc import Collection, Iterable
+from contextlib import contextmanager
 from itertools import islice, takewhile
 from pathlib import Path
 
@@ -37,6 +42,8 @@ from minilm.interop import base_of, load_adapter, load_model
 from minilm.loop import refuse_unused
 from minilm.peft import merge_lora, unload_lora
 from minilm.peft.adapted import merges
+from minilm.quantize import dequantized as kept_as_floats
+from minilm.ranges import AT_LEAST_0, check
 from minilm.run import newest_model
 from minilm.transformer import Transformer
 
@@ -45,8 +52,8 @@ QUESTION = [{"role": "user", "content": "Hello"}]
 
 def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
          temperature: float = 0.8, top_k: int | None = 40, top_p: float | None = 0.95,
-         seed: int = 0, adapter: Path | None = None, chat: bool = False, system: str = "",
-         given: Given = frozenset()):
+         seed: int = 0, adapter: Path | None = None, dequantized: float | None = None,
+         chat: bool = False, system: str = "", given: Given = frozenset()):
     """Let a trained model write.
 
     Args:
@@ -59,6 +66,7 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
         top_p: sample among the fewest tokens whose probabilities reach p.
         seed: of the samples.
         adapter: folder of an adapter for the model: PEFT's, or one that finetune.py left.
+        dequantized: MB of a few-bit model's weights to keep as floats; no adapter is merged then.
         chat: hold a conversation.
         system: its system message, which says how the model shall answer.
         given: names of the options on the command line.
@@ -71,30 +79,45 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
         refuse_unused(given, ("top_k", "top_p", "seed"), "temperature 0 takes the likeliest token")
     prompt = utf8("prompt", prompt)
     tune_allocator()
-    folder, transformer = load(model, adapter)
+    folder, transformer = load(model, adapter, merge=dequantized is None)
     use_huge_pages(tensor.data for _, tensor in transformer.named_tensors())
     tokenizer, V = load_tokenizer(folder / "tokenizer.json"), transformer.config.vocab_size
     bos, eos, _ = transformer.ends
     first = tokenizer.end if bos is None or bos >= V else bos
     ends = [id for id in eos if id < V] or [tokenizer.end]
-    if chat:
-        template = chat_of(folder, adapter, tokenizer)
-        dialogue = Dialogue(transformer, temperature, top_k, top_p, seed)
-        converse(dialogue, template, {*ends, *template.closing()}, tokens, utf8("system", system))
-        return
-    before = tokenizer.prompt(prompt).tolist() or [first]
-    drawn = stream(transformer, [before], temperature, top_k, top_p, seed)
-    ids = takewhile(lambda id: id not in ends, (int(row[0]) for row in islice(drawn, tokens)))
-    print(prompt, end="", flush=True)
-    start = time.perf_counter()
-    count = write(ids, tokenizer, before)
-    speed = count / (time.perf_counter() - start)
+    with keeping(transformer, dequantized):
+        if chat:
+            template = chat_of(folder, adapter, tokenizer)
+            dialogue = Dialogue(transformer, temperature, top_k, top_p, seed)
+            ends = {*ends, *template.closing()}
+            return converse(dialogue, template, ends, tokens, utf8("system", system))
+        before = tokenizer.prompt(prompt).tolist() or [first]
+        drawn = stream(transformer, [before], temperature, top_k, top_p, seed)
+        ids = takewhile(lambda id: id not in ends, (int(row[0]) for row in islice(drawn, tokens)))
+        print(prompt, end="", flush=True)
+        start = time.perf_counter()
+        count = write(ids, tokenizer, before)
+        speed = count / (time.perf_counter() - start)
     print(f"{count} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
 
 
-def load(model: Path | None, adapter: Path | None) -> tuple[Path, Transformer]:
+@contextmanager
+def keeping(model: Transformer, megabytes: float | None):
+    """Keep weights of few bits as floats inside the `with`, see quantize.dequantized."""
+    if megabytes is None:
+        yield
+        return
+    check({"dequantized": AT_LEAST_0}, dequantized=megabytes)
+    with kept_as_floats(model, int(megabytes * 1e6)) as kept:
+        use_huge_pages(kept.values())
+        size = sum(floats.nbytes for floats in kept.values()) / 1e6
+        print(f"{len(kept)} weights are kept as floats, {size:.2f} MB", file=sys.stderr)
+        yield
+
+
+def load(model: Path | None, adapter: Path | None, merge: bool) -> tuple[Path, Transformer]:
     """The model's folder, and the model with the adapter in its weights, or beside them if it
-    cannot be merged."""
+    cannot be merged or shall not be."""
     folder = model or (base_folder(adapter) if adapter else newest_model(Path("runs")))
     if not model:
         print(f"{folder}:", file=sys.stderr)
@@ -102,7 +125,7 @@ def load(model: Path | None, adapter: Path | None) -> tuple[Path, Transformer]:
         print(f"{adapter} was made for {base_of(adapter)}", file=sys.stderr)
     transformer = load_model(folder).eval()
     transformer.config.require_writer(folder, "writes on")
-    if adapter and merges(load_adapter(transformer, adapter)):
+    if adapter and merges(load_adapter(transformer, adapter)) and merge:
         unload_lora(merge_lora(transformer))
     return folder, transformer
 

@@ -9,6 +9,7 @@ import importlib
 import math
 import os
 import pkgutil
+import re
 import runpy
 import sys
 import threading
@@ -31,9 +32,10 @@ from minilm.data import BPETokenizer, ByteTokenizer, CharTokenizer, printable
 from minilm.decode import caches, decode, decodes
 from minilm.files import read_json, write_json
 from minilm.generate import generate, sample, stream
-from minilm.interop import huggingface, peft
+from minilm.interop import huggingface, peft, save_model
 from minilm.nn import Linear, Module
 from minilm.peft import add_lora, use_adapter
+from minilm.quantize import quantize_model
 from minilm.tensor import Tensor, no_grad, randomness
 from minilm.transformer import Config, Ends, Transformer
 
@@ -604,6 +606,32 @@ def test_the_script_lets_an_adapter_act(tmp_path, capsys):
     use_adapter(model, None)
     script.main(tmp_path, "The ", 20, **settings, adapter=tmp_path / "adapter")
     assert capsys.readouterr().out == adapted != text()
+
+
+def test_the_script_keeps_weights_as_floats(tmp_path, monkeypatch, capsys):
+    """Within the MB that are given; an adapter acts beside the codes then."""
+    model = quantize_model(save(tmp_path / "model", ByteTokenizer()))
+    save_model(model, tmp_path / "4 bits")
+    ByteTokenizer().save(tmp_path / "4 bits" / "tokenizer.json")
+    add_lora(model, 2, 4, "all-linear")
+    for p in model.parameters():
+        p.data += np.random.default_rng(0).normal(0, 0.3, p.shape).astype(np.float32)
+    peft.save_adapter(model, tmp_path / "adapter")
+    settings = dict(tokens=20, temperature=1.0, top_k=None, top_p=None, seed=3)
+    for adapter in (None, tmp_path / "adapter"):
+        use_adapter(model, adapter and "default")
+        ids = generate(model, [list(b"The ")], 20, seed=3)[0]
+        text = printable(ByteTokenizer().decode(ids)) + "\n"
+        for megabytes, said in ((None, ""), (0, "0 weights are kept as floats, 0.00 MB\n"),
+                                (0.0005, "1 weights are kept as floats, 0.00 MB\n"),
+                                (1, "6 weights are kept as floats, 0.00 MB\n")):
+            script.main(tmp_path / "4 bits", adapter=adapter, dequantized=megabytes, **settings)
+            printed = capsys.readouterr()
+            assert printed.out == text and printed.err.startswith(said + "20 tokens, ")
+    for folder, megabytes, words in (("model", 1, "generate.py: no layer of this model .* keep"),
+                                     ("4 bits", -1, "generate.py: dequantized must be .* -1.0$")):
+        line = run_script(monkeypatch, "--model", tmp_path / folder, "--dequantized", megabytes)
+        assert re.match(words, line), line
 
 
 def test_an_empty_prompt_starts_a_new_document(tmp_path, capsys):

@@ -56,6 +56,8 @@ class FourBit:
     c1: np.ndarray | None = None
     offset: np.ndarray | None = None
 
+    floats = None  # what dequantize gives, while kept.py keeps it
+
     @property
     def nbytes(self) -> int:
         """Bytes of codes and constants."""
@@ -69,11 +71,13 @@ class FourBit:
         xp, n = array_module(self.c2), self.c2.size
         if self.offset is None:
             return self.c2 * xp.repeat(self.c1 * np.float32(1 / 127), GROUP)[:n]
-        return xp.asarray(dynamic_map())[self.c2] * xp.repeat(self.c1, GROUP)[:n] + self.offset
+        return xp.asarray(dynamic_map()).take(self.c2) * xp.repeat(self.c1, GROUP)[:n] + self.offset
 
     def dequantize(self, dtype="float32"):
         """The numbers in self.shape: eq. (6) in float32, rounded once to dtype."""
         dtype = np.dtype(dtype)
+        if self.floats is not None and self.floats.dtype == dtype:
+            return self.floats
         if _has_kernels(self.packed, self.codebook):
             if dtype in cuda.COMPUTES:
                 return cuda.nf4_dequantize(self.on_card(), dtype)
@@ -86,10 +90,8 @@ class FourBit:
         for i in range(0, x.size, step):
             part = x[i : i + step]
             _look_up(self.packed[i * k // 8 :][: part.size * k // 8], self.codebook, part)
-            whole, constants = part.size // size * size, c2[i // size :]
-            blocks = part[:whole].reshape(-1, size)
-            blocks *= constants[: len(blocks), None]
-            part[whole:] *= constants[len(blocks) :][:1]  # the last block may be short
+            constants = c2[i // size :][: -(-part.size // size)]
+            part *= xp.repeat(constants, size)[: part.size]  # the last block may be short
         return x[:n].reshape(self.shape).astype(dtype, copy=False)
 
     def on_card(self) -> cuda.Codes:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import ml_dtypes  # noqa: F401  makes "bfloat16" the name of a dtype
 import numpy as np
 
-from minilm.arrays import rows, wide
+from minilm.arrays import BLOCK, rows, wide
 from minilm.backend import array_module
 from minilm.blas import matmul
 from minilm.ranges import Range, check
@@ -39,6 +39,7 @@ class Int8:
     codes: np.ndarray
     absmax: np.ndarray
 
+    floats = None  # what dequantize gives, while kept.py keeps it
     shape = property(lambda self: self.codes.shape)
     nbytes = property(lambda self: self.codes.nbytes + self.absmax.nbytes)
 
@@ -50,7 +51,18 @@ class Int8:
 
     def dequantize(self, dtype="float32"):
         """X_i8 / c in float32, then rounded to dtype."""
-        x = self.codes * (self.absmax * np.float32(1 / 127))  # eq. (2)
+        if self.floats is not None and self.floats.dtype == np.dtype(dtype):
+            return self.floats
+        scale = self.absmax * np.float32(1 / 127)
+        if array_module(self.codes) is not np or not self.shape:
+            return (self.codes * scale).astype(dtype, copy=False)  # eq. (2)
+        # The same in blocks that stay in the cache; casting in the product would be slower.
+        x, scale = np.empty(self.shape, np.float32), np.broadcast_to(scale, self.shape)
+        step = max(1, BLOCK * len(x) // max(1, x.size))
+        for i in range(0, len(x), step):
+            part = x[i : i + step]
+            part[...] = self.codes[i : i + step]
+            part *= scale[i : i + step]
         return x.astype(dtype, copy=False)
 
 
