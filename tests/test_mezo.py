@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from minilm import ops
 from minilm.backend import to_device
+from minilm.graph import current_rng
 from minilm.measure import Ledger
 from minilm.optim import MeZO, mezo
 from minilm.optim.mezo import RECORD, normal, splitmix64
@@ -43,11 +44,6 @@ def bowl(params):
     """A scalar that is steep and bent."""
     return sum(float(np.cos(p.data.astype(np.float64) * (i + 1)).sum())
                for i, p in enumerate(params))
-
-
-def quadratic(params, target):
-    """1/2 ||theta - target||^2; its slope along z is exact for any eps."""
-    return 0.5 * float(((together(params) - target) ** 2).sum())
 
 
 @given(seeds, st.integers(0, 10**12), st.integers(0, 300), st.data())
@@ -105,7 +101,8 @@ def test_theta_comes_back(dtype, seed, log_eps, start, log_size):
     seen = []
     optimizer.sides(seed, lambda: seen.append(together(params)) or 0.0)
     z = normal(seed, 0, before.size)
-    scale = np.maximum(np.abs(before), eps * np.abs(z)) + 1e-5  # float16 is coarse near 0
+    scale = np.maximum(np.abs(before), eps * np.abs(z))
+    scale += 2**-14 if dtype == "float16" else 0  # below, its steps are all the same
     assert (np.abs(together(params) - before) <= BACK[dtype] * scale).all()
     if dtype in ("float64", "float32") and log_size < 0:
         for moved, side in zip(seen, (1, -1), strict=True):
@@ -143,28 +140,27 @@ def test_seeds_differ_by_step_slope_and_seed():
     assert len({*drawn, *optimizer.seeds()}) == 9 and max(drawn) < 2**63
 
 
-@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("n", [1, 3])
 def test_the_update_is_minus_eta_grad_on_average_and_as_long_as_the_formula(n):
     """On a quadratic of d = 20: E[update] = -eta grad, E ||update||^2 = (d + n + 1) / n of it."""
-    d, eta, count = 20, 0.5, 3000
+    d, eta, count = 20, 0.5, 1000
     start = np.random.default_rng(0).standard_normal(d)
     theta = Tensor(start.copy())
     optimizer = MeZO([theta], lr=eta, n=n, seed=7)
     grad, updates = start - np.ones(d), []
     for _ in range(count):
         theta.data[...] = start
-        optimizer.step(partial(quadratic, [theta], np.ones(d)))
+        optimizer.step(lambda: 0.5 * float(((theta.data - 1) ** 2).sum()))
         updates.append(theta.data - start)
     mean, spread = np.mean(updates, 0), np.std(updates, 0) / math.sqrt(count)
     assert (np.abs(mean + eta * grad) < 4.5 * spread).all()
-    assert np.abs(mean).max() > 20 * spread.max()  # so that the line above says something
+    assert np.abs(mean).max() > 10 * spread.max()  # so that the line above says something
     lengths = np.sum(np.square(updates), 1) / (eta**2 * grad @ grad)
-    assert lengths.mean() == pytest.approx((d + n + 1) / n, rel=0.1)
+    assert lengths.mean() == pytest.approx((d + n + 1) / n, rel=0.15)
 
 
-@given(st.integers(2, 12), st.integers(2, 9), st.integers(0, 999))
-def test_the_mean_over_z_points_along_the_gradient(width, hidden, seed):
-    """cosine > .9 with autograd's gradient, for d up to 200 numbers of an MLP."""
+def network(seed, width=8, hidden=12):
+    """(params of an MLP, the loss of a batch as a function of none, its gradient)."""
     rng = np.random.default_rng(seed)
     params = [Tensor(rng.standard_normal(s), requires_grad=True)
               for s in ((hidden, width), (hidden,), (3, hidden))]
@@ -174,12 +170,27 @@ def test_the_mean_over_z_points_along_the_gradient(width, hidden, seed):
         h = ops.gelu(ops.linear(Tensor(x), params[0]) + params[1])
         return ops.cross_entropy(ops.linear(h, params[2]), targets)
 
-    assert sum(p.size for p in params) <= 200
     loss().backward()
-    grad, before = np.concatenate([p.grad.reshape(-1) for p in params]), together(params)
-    MeZO(params, lr=1.0, eps=1e-4, n=1500, seed=seed).step(loss)
+    return params, loss, np.concatenate([p.grad.reshape(-1) for p in params])
+
+
+@given(st.integers(0, 999), seeds)
+def test_g_is_the_gradient_along_z(start, seed):
+    params, loss, grad = network(start)
+    optimizer = MeZO(params, eps=1e-4)
+    plus, minus = optimizer.sides(seed, loss)
+    z = normal(seed, 0, grad.size).astype(np.float64)
+    assert abs((plus - minus) / 2e-4 - z @ grad) < 1e-4 * np.linalg.norm(grad)
+
+
+def test_the_mean_over_z_points_along_the_gradient():
+    """cosine > .9 with autograd's gradient, for d = 144; 1 / sqrt(1 + (d + 1) / n) is expected."""
+    params, loss, grad = network(0)
+    before = together(params)
+    MeZO(params, lr=1.0, eps=1e-4, n=1500).step(loss)
     moved = before - together(params)
-    assert moved @ grad > 0.9 * np.linalg.norm(moved) * np.linalg.norm(grad)
+    cosine = moved @ grad / (np.linalg.norm(moved) * np.linalg.norm(grad))
+    assert grad.size == 144 and 0.9 < cosine < 0.99
 
 
 def language(model, seed=0):
@@ -190,7 +201,7 @@ def language(model, seed=0):
 @pytest.mark.parametrize("add", [lambda model: model, lambda model: add_lora(model, 4, 8),
                                  add_bitfit])
 def test_a_step_takes_the_memory_of_inference(add):
-    """No gradient, no state, and at the peak not even a z: within the largest tensor."""
+    """No gradient, no state, and at the peak not even a z: within the model's largest tensor."""
     model = add(Transformer(GPT2))
     params = trainable_parameters(model)
     optimizer = MeZO(params, lr=1e-3)
@@ -207,7 +218,7 @@ def test_a_step_takes_the_memory_of_inference(add):
         peaks.append(ledger.peak)
     assert peaks[0]["gradients"] == peaks[1]["gradients"] == 0
     assert peaks[0]["optimizer"] == peaks[1]["optimizer"] == 0
-    largest = max(p.data.nbytes for p in params)
+    largest = max(t.data.nbytes for _, t in model.named_tensors())
     assert abs(sum(peaks[1].values()) - sum(peaks[0].values())) <= largest
     assert all(p.grad is None for p in params)
 
@@ -236,7 +247,7 @@ def test_both_sides_drop_the_same():
     losses = []
 
     def loss():
-        losses.append(float(ops.dropout(Tensor(np.ones(100)), 0.5).sum().data))
+        losses.append(float(ops.dropout(Tensor(np.ones(100)), 0.5, current_rng()).sum().data))
         return losses[-1]
 
     optimizer.step(loss)
@@ -249,7 +260,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(values):
     params = tensors()
     before, given = together(params), iter(values)
     optimizer = MeZO(params)
-    with pytest.raises(FloatingPointError, match="step 0: the losses are"), np.errstate(all="ignore"):
+    with pytest.raises(FloatingPointError, match="step 0: the losses are"):
         optimizer.step(lambda: next(given))
     assert np.abs(together(params) - before).max() < 1e-6
     assert (optimizer.steps, len(optimizer.log)) == (0, 0)
@@ -316,7 +327,8 @@ def test_on_a_card_z_and_the_run_are_the_cpus(cupy, dtype):
     for device in ("cpu", "cuda"):
         params = [Tensor(to_device(p.data, device)) for p in tensors(dtype)]
         optimizer = MeZO(params, lr=1e-3, eps=0.01)
-        losses = [optimizer.step(lambda: sum(float((p.data**2).sum()) for p in params))
+        losses = [optimizer.step(lambda: sum(float((p.data.astype("float64") ** 2).sum())
+                                             for p in params))
                   for _ in range(3)]
         again = MeZO([Tensor(to_device(p.data, device)) for p in tensors(dtype)], eps=0.01)
         again.replay(optimizer.log, 1e-3)

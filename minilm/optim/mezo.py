@@ -89,10 +89,11 @@ class MeZO:
         """
         check({"lr": AT_LEAST_0}, lr=self.lr)
         pairs = [self.sides(seed, loss) for seed in self.seeds()]
-        slopes = [np.float32((plus - minus) / (2 * self.eps)) for plus, minus in pairs]  # eq. (1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            slopes = [np.float32((plus - minus) / (2 * self.eps)) for plus, minus in pairs]  # (1)
         if not np.isfinite(slopes).all():
-            raise FloatingPointError(f"step {self.steps}: the losses are {pairs}; theta is where it "
-                                     "was")
+            raise FloatingPointError(f"step {self.steps}: the losses are {pairs}; theta is where "
+                                     "it was")
         self.update(self.seeds(), slopes)
         return float(np.mean(pairs))
 
@@ -126,10 +127,10 @@ class MeZO:
         """theta = theta + c z, in place, tensor by tensor and block by block."""
         place = 0  # of a tensor's first number in z
         for p in self.params:
-            if not p.data.flags.c_contiguous:  # no view of it would be flat
-                p.data = p.data.copy()
-            xp, flat = array_module(p.data), p.data.reshape(-1)
-            size = BLOCK if xp is np else BLOCK_GPU
+            xp = array_module(p.data)
+            if not (isinstance(p.data, xp.ndarray) and p.data.flags.c_contiguous):
+                p.data = xp.array(p.data, order="C")  # of a number or a transpose no view is flat
+            flat, size = p.data.reshape(-1), BLOCK if xp is np else BLOCK_GPU
             for i in range(0, flat.size, size):
                 block = flat[i : i + size]
                 z = normal(seed, place + i, block.size, xp)  # eq. (2)
