@@ -14,10 +14,11 @@ from minilm import ops
 from minilm.backend import to_device
 from minilm.graph import current_rng
 from minilm.measure import Ledger
-from minilm.optim import MeZO, mezo
+from minilm.optim import LossScaler, MeZO, mezo
 from minilm.optim.mezo import RECORD, normal, splitmix64
 from minilm.peft import add_bitfit, add_lora, trainable_parameters
 from minilm.tensor import Tensor, no_grad
+from minilm.train import Diverged, Trainer
 from minilm.transformer import Config, Transformer
 
 SHAPES = [(5, 7), (), (3,), (2, 3, 4), (1,), (40, 11)]
@@ -338,3 +339,35 @@ def test_on_a_card_z_and_the_run_are_the_cpus(cupy, dtype):
     assert found[0][0] == pytest.approx(found[1][0], rel=allowed)
     for ours, theirs in zip(found[0][1], found[1][1]):
         assert np.abs(ours - theirs).max() < allowed * 3
+
+
+def rows():
+    return tuple(np.random.default_rng(0).integers(0, 64, (2, 2, 32)))
+
+
+def test_a_trainers_step_is_mezos():
+    """The loss is that of both sides, the norm |g|; the model is moved as by `step` alone."""
+    models = [add_lora(Transformer(GPT2), 4, 8) for _ in range(2)]
+    one, other = (MeZO(m.parameters(), lr=1e-3, eps=0.01) for m in models)
+    with Trainer(models[0], one) as trainer:
+        done = trainer.step(0, rows(), 1e-3)
+        assert trainer.evaluate(*rows())[0] > 0
+    loss = other.step(lambda: language(models[1]))
+    assert (done.loss, done.norm, done.targets) == (loss, abs(other.log["g"][0]), 64)
+    assert bits(one.params) == bits(other.params)
+    assert all(p.grad is None for p in one.params)
+
+
+def test_a_trainer_refuses_what_needs_a_gradient():
+    model = Transformer(GPT2)
+    optimizer = MeZO(model.parameters())
+    for wrong in (dict(workers=2), dict(scaler=LossScaler())):
+        with pytest.raises(ValueError, match="one worker and without a scaler"):
+            Trainer(model, optimizer, **wrong)
+    trainer = Trainer(model, optimizer)
+    for wrong in (dict(clip=1.0), dict(accumulate=2)):
+        with pytest.raises(ValueError, match="no gradient to accumulate or to clip"):
+            trainer.step(0, rows(), **wrong)
+    model.embed.weight.data[...] = math.nan
+    with pytest.raises(Diverged, match=r"step 0: the losses are .*nothing was updated"):
+        trainer.step(0, rows())

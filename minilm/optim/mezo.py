@@ -9,7 +9,7 @@ forward passes", arXiv:2305.17333. For parameters theta, all d of them together,
 
 For n = 1 and small eps, g z = z z^T grad L: right on average, since E[z z^T] = I, but long,
 
-    E ||g z||^2 = (d + 2) ||grad L||^2    and    E ||mean of g_j z_j||^2 = (d + n + 1) / n ||grad||^2
+    E ||g z||^2 = (d + 2) ||grad L||^2    and    E ||mean of g_j z_j||^2 = (d + n + 1) / n of it
 
 (lemma 2 has d + n - 1, for z on a sphere). So eta must be smaller than SGD's, by up to d times;
 section 4 of the paper says why it is by less where the loss is steep in few directions.
@@ -122,6 +122,13 @@ class MeZO:
             self.move(seed, -self.lr / self.n * float(g))  # eq. (3)
             self.records.append((seed, g))
         self.steps += 1
+
+    def states(self) -> dict:
+        """What the optimizer remembers of earlier steps, for a checkpoint: nothing."""
+        return {}
+
+    def put_back(self, states: dict):
+        """Go on from what states() gave. How many steps were made decides the next seeds."""
 
     def move(self, seed: int, c: float):
         """theta = theta + c z, in place, tensor by tensor and block by block."""

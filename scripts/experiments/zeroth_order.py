@@ -240,6 +240,7 @@ def drawn(s: Zeroth, tokenizer, part: int, count: int):
     labels = rng.permutation(np.arange(count) % 2)
     pieces = [Pieces(texts(share)[part][name], 4 * s.size) for name in CORPORA]
     rows = np.array([tokenizer.encode(pieces[y].draw(rng))[: s.size] for y in labels], np.int32)
+    prompt, pair = tokenizer.encode("\nKind: "), [tokenizer.encode(a)[0] for a in ANSWERS]
     tokens = np.concatenate([rows, np.tile(np.array(prompt, np.int32), (count, 1))], 1)
     return tokens, labels, np.tile(np.array(pair, np.int32), (count, 1))
 
