@@ -93,11 +93,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     """
     run, s = resumed(settings, resume, given)
     if not run:
-        refuse_unused(given, METHODS[s.method].without, f"the method is {s.method}")
-        if s.optimizer == "mezo":
-            s = forward_only(s, given)
-        else:
-            refuse_unused(given, ("eps",), "the optimizer is adamw")
+        s = sensible(s, given)
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
     s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)
     settle(folder)  # so that all that is read of it is new
@@ -136,8 +132,13 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         finetune(run, s, model, tokenizer, templates, lesson, known)
 
 
-def forward_only(s: Settings, given) -> Settings:
-    """The settings of a run of MeZO. ValueError for those that mean nothing to it."""
+def sensible(s: Settings, given) -> Settings:
+    """The settings of a new run. ValueError for those that mean nothing to its method or optimizer.
+    """
+    refuse_unused(given, METHODS[s.method].without, f"the method is {s.method}")
+    if s.optimizer == "adamw":
+        refuse_unused(given, ("eps",), "the optimizer is adamw")
+        return s
     refuse_unused(given, ("clip", "workers", "threads"), "mezo has no gradient to clip or to share "
                   "between workers")
     if s.dtype != "float32":
