@@ -256,13 +256,14 @@ def texts(share: float) -> tuple[dict, dict]:
 def draw(figure, rows):
     """The held-out loss as it falls with the passes: a line for each seed."""
     axes = figure.subplots()
-    for row in rows:
-        optimizer, _, name = row["arm"].partition(", ")
-        if name:
+    for arm in [arm for arm in ARMS if ", " in arm]:
+        optimizer, name = arm.split(", ")
+        look = {"color": COLORS[NAMES.index(name)], "linewidth": 1.2,
+                "linestyle": "-" if optimizer == "MeZO" else ":"}
+        axes.plot([], [], label=arm, **look)
+        for row in [row for row in rows if row["arm"] == arm]:
             passes, _, losses, _ = zip(*row["curve"][1:])
-            axes.plot(passes, losses, "-" if optimizer == "MeZO" else ":", linewidth=1.2,
-                      color=COLORS[NAMES.index(name)],
-                      label=row["arm"] if row["seed"] == rows[0]["seed"] else None)
+            axes.plot(passes, losses, **look)
     axes.set(xscale="log", xlabel="passes of the batch (a backward pass counts as two)",
              ylabel="loss of held-out answers, nats")
     axes.legend(frameon=False)
