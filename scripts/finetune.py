@@ -4,7 +4,7 @@
     python scripts/finetune.py --method qlora       # the same on a base of 4 bits
     python scripts/finetune.py --method prefix --length 8          # adapting.py lists all
     python scripts/finetune.py --method full --model runs/pretrain-1/model
-    python scripts/finetune.py --method bitfit --optimizer mezo --lr 3e-3   # no backward pass
+    python scripts/finetune.py --method bitfit --optimizer mezo --lr 1e-2   # no backward pass
     python scripts/finetune.py --data mine.jsonl    # records of instruction, context, output
     python scripts/finetune.py --data talks.jsonl   # conversations: messages of role and content
 
@@ -147,8 +147,8 @@ def sensible(s: Settings, given) -> Settings:
     if s.method == "adalora":
         raise ValueError("adalora chooses ranks by gradients, and mezo has none")
     if not s.lr:
-        raise ValueError("mezo needs a learning rate of its own: give --lr, such as 1e-4 if full, "
-                         "5e-4 for lora, 5e-3 for bitfit")
+        raise ValueError("mezo needs a learning rate of its own: give --lr, such as 3e-4 if full, "
+                         "1e-3 for lora, 1e-2 for bitfit")
     return replace(s, clip=math.inf, workers=1)
 
 

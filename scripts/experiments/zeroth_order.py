@@ -94,10 +94,10 @@ def adamw(method: str, lr: float) -> dict:
 NAMES = ("full", "LoRA", "BitFit")
 ARMS = {
     "inference": {"method": "full", "steps": 0, "workers": 1},
-    "MeZO, full": mezo("full", 1e-4, 1e-3, 2000),
-    "MeZO, LoRA": mezo("lora", 5e-4, 1e-2, 2000),
-    "MeZO, BitFit": mezo("bitfit", 5e-3, 1e-2, 2000),
-    "AdamW, full": adamw("full", 1e-3),
+    "MeZO, full": mezo("full", 3e-4, 1e-3, 2000),
+    "MeZO, LoRA": mezo("lora", 1.5e-3, 1e-2, 2000),
+    "MeZO, BitFit": mezo("bitfit", 1.5e-2, 1e-2, 2000),
+    "AdamW, full": adamw("full", 3e-3),
     "AdamW, LoRA": adamw("lora", 3e-3),
     "AdamW, BitFit": adamw("bitfit", 1e-2),
 }
