@@ -91,9 +91,9 @@ def adamw(method: str, lr: float) -> dict:
     return {"method": method, "lr": lr, "steps": 150, "warmup": 10, "eval_every": 5, "workers": 1}
 
 
-# MeZO's rates are the best of three in 150 to 250 steps on a seed that is not reported; about three times
-# higher, full and LoRA diverge and BitFit learns less. AdamW's are the better of two in 100 steps,
-# LoRA's is finetune.py's.
+# MeZO's rates are the best of three in 150 to 250 steps on a seed that is not reported; about three
+# times higher, full and LoRA diverge and BitFit learns less. AdamW's are the better of two in 100
+# steps; LoRA's is finetune.py's.
 NAMES = ("full", "LoRA", "BitFit")
 ARMS = {
     "inference": {"method": "full", "steps": 0, "workers": 1},
