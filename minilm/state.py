@@ -16,6 +16,8 @@ def by_name(model: Module, optimizer: AdamW, states: dict) -> dict:
 
     A state that has one number a block, not one a parameter, is kept whole.
     """
+    if not hasattr(optimizer, "flat"):  # MeZO's parameters are where they were
+        return {f"model.{name}": p.data for name, p in model.named_parameters()}
     flat, named = optimizer.flat, {}
     place = {id(p): i for i, p in enumerate(flat.params)}
     for kind, buffer in ({"model": flat.data} | states).items():

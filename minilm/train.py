@@ -26,6 +26,7 @@ from minilm.graph import no_dropout
 from minilm.losses import of_text
 from minilm.measure.losses import alike, refuse_seen_answers
 from minilm.optim.flat import clip_scale, squares
+from minilm.optim.mezo import MeZO
 from minilm.optim.paged import PagedAdamW
 from minilm.optim.precision import LossScaler
 from minilm.parallel.cores import Workers
@@ -46,7 +47,7 @@ class Step:
 
     step: int  # steps done, this one included
     loss: float  # mean over the batch's targets, before the update
-    norm: float  # of the gradient, before clipping
+    norm: float  # of the gradient, before clipping; MeZO's slope |g|
     lr: float
     targets: int  # the targets that were counted: the last of the loss's totals
     seconds: float
@@ -89,11 +90,11 @@ class Trainer:
     """Steps of `optimizer` on `model`, on `workers` cores.
 
     Use it as a context manager, which starts and ends the workers. With one worker this is not
-    needed. optimizer: AdamW or SGD over the model's parameters. processes: workers are forked
-    processes (Linux) instead of threads. seed: of dropout. The same seed, workers and batches give
-    the same parameters, bit for bit, also if the run is stopped and resumed. scaler: of the loss,
-    for float16; with it, a step whose gradient overflows is skipped. loss: what is minimised, see
-    the top of the file; by default LabelLoss().
+    needed. optimizer: AdamW or SGD over the model's parameters, or MeZO, which goes forward only,
+    on one worker. processes: workers are forked processes (Linux) instead of threads. seed: of
+    dropout. The same seed, workers and batches give the same parameters, bit for bit, also if the
+    run is stopped and resumed. scaler: of the loss, for float16; with it, a step whose gradient
+    overflows is skipped. loss: what is minimised, see the top of the file; by default LabelLoss().
     """
 
     RANGES = {"workers": whole(1), "seed": whole(0)}
@@ -102,18 +103,23 @@ class Trainer:
     def __init__(self, model, optimizer, workers: int = 1, processes: bool = False, seed: int = 0,
                  scaler: LossScaler | None = None, loss=None):
         check(self.RANGES, workers=workers, seed=seed)
-        if not hasattr(optimizer, "flat"):
+        forward = isinstance(optimizer, MeZO)
+        if not (forward or hasattr(optimizer, "flat")):
             raise TypeError("optimizer must be AdamW, SGD or their like over the model's "
                             f"parameters, got {type(optimizer).__name__}")
         if not isinstance(scaler, LossScaler | None):
             raise TypeError(f"scaler must be a LossScaler or None, got {scaler!r}")
-        on_gpu = array_module(optimizer.flat.data) is not np
+        if forward and (workers > 1 or scaler):
+            raise ValueError("MeZO goes forward on one worker and without a scaler, got "
+                             f"{workers} workers and {scaler}")
+        flat = optimizer if forward else optimizer.flat
+        on_gpu = array_module(flat.params[0].data) is not np
         if processes and (on_gpu or isinstance(optimizer, PagedAdamW)):
             raise ValueError("processes cannot share a GPU's memory, nor PagedAdamW's pages: "
                              "train there with threads")
         self.model, self.optimizer, self.seed, self.scaler = model, optimizer, seed, scaler
         self.loss = loss or LabelLoss()
-        self.workers = Workers(optimizer.flat, self, workers, processes)
+        self.workers = Workers(flat, self, workers, processes)
 
     def __enter__(self):
         tune_allocator()
@@ -135,13 +141,16 @@ class Trainer:
         start, opt = time.perf_counter(), self.optimizer
         lr = opt.lr if lr is None else lr
         check(self.STEP, step=step, lr=lr, clip=clip, accumulate=accumulate)
-        opt.flat.check()
+        if not isinstance(opt, MeZO):
+            opt.flat.check()
         size, totals = _length(batch), self.loss.totals(*batch)
         if not all(totals):
             raise ValueError(f"step {step}: the loss counts nothing in this batch; is every "
                              f"target {IGNORED}?")
         if not 1 <= accumulate <= size:
             raise ValueError(f"{accumulate} micro-batches cannot be made of {size} rows")
+        if isinstance(opt, MeZO):
+            return self._forward_only(step, batch, totals, lr, clip, accumulate)
         scale = self.scaler.scale if self.scaler else 1.0
         opt.zero_grad()
         loss = 0.0
@@ -194,6 +203,20 @@ class Trainer:
                 raise ValueError(f"step {step}: parameter {i} of the optimizer, {p.shape}, is none "
                                  "of the model's and has no gradient: make the optimizer after a "
                                  "module is replaced")
+
+    def _forward_only(self, step, batch, totals, lr, clip, accumulate) -> Step:
+        if accumulate > 1 or clip < math.inf:
+            raise ValueError("MeZO has no gradient to accumulate or to clip, got "
+                             f"{accumulate} micro-batches and a norm of at most {clip}")
+        start, opt = time.perf_counter(), self.optimizer
+        self.model.train()
+        opt.lr = lr
+        try:
+            loss = opt.step(lambda: self.loss(self.model, *batch, totals=totals))
+        except FloatingPointError as error:
+            raise Diverged(f"{error}; nothing was updated") from None
+        slope = abs(float(opt.records[-1][1]))
+        return Step(step + 1, loss, slope, lr, totals[-1], time.perf_counter() - start)
 
     def _is_good(self, step, loss, norm):
         """May the update be made? False if the step must be skipped."""

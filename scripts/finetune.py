@@ -4,6 +4,7 @@
     python scripts/finetune.py --method qlora       # the same on a base of 4 bits
     python scripts/finetune.py --method prefix --length 8          # adapting.py lists all
     python scripts/finetune.py --method full --model runs/pretrain-1/model
+    python scripts/finetune.py --method bitfit --optimizer mezo --lr 1e-2   # no backward pass
     python scripts/finetune.py --data mine.jsonl    # records of instruction, context, output
     python scripts/finetune.py --data talks.jsonl   # conversations: messages of role and content
 
@@ -19,10 +20,11 @@ the extra `chat`). Their answers are not scored.
 """
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import tyro
@@ -35,7 +37,8 @@ from minilm.files import FormatError, sha256
 from minilm.interop import load_model, save_adapter, save_model
 from minilm.lessons import Lesson, conversations, instructions
 from minilm.loop import Training, fit, refuse_unused, resumed
-from minilm.ranges import optional, whole
+from minilm.optim import MeZO
+from minilm.ranges import POSITIVE, one_of, optional, whole
 from minilm.run import RunDirectory, newest_model, share_held_out
 from minilm.together import settle
 
@@ -60,6 +63,11 @@ class Settings(Adapting, Training):
     lr: float = 0.0
     """learning rate after the warmup; it falls as a cosine; 0 means the method's own, which is a
     starting point"""
+    optimizer: Literal["adamw", "mezo"] = "adamw"
+    """mezo: two forward passes a step and the memory of inference, but many more steps. It needs a
+    learning rate of its own, and has no gradient to clip"""
+    eps: float = 1e-3
+    """how far mezo moves the parameters to see the slope; 1e-2 for adapters and biases"""
     warmup: int = 100
     """steps of linear warmup"""
     eval_every: int = 1000
@@ -68,7 +76,9 @@ class Settings(Adapting, Training):
     """steps between checkpoints"""
 
     RANGES: ClassVar = Training.RANGES | Adapting.RANGES | {
-        "steps": whole(1), "test": whole(1), "train": optional(whole(1))}
+        "steps": whole(1), "test": whole(1), "train": optional(whole(1)),
+        "optimizer": one_of("adamw", "mezo"), "eps": POSITIVE}
+    LATER: ClassVar = (*Adapting.LATER, "optimizer", "eps")  # that earlier runs do not have
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
@@ -83,7 +93,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     """
     run, s = resumed(settings, resume, given)
     if not run:
-        refuse_unused(given, METHODS[s.method].without, f"the method is {s.method}")
+        s = sensible(s, given)
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
     s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)
     settle(folder)  # so that all that is read of it is new
@@ -122,10 +132,32 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         finetune(run, s, model, tokenizer, templates, lesson, known)
 
 
+def sensible(s: Settings, given) -> Settings:
+    """The settings of a new run. ValueError for those that mean nothing to its method or optimizer.
+    """
+    refuse_unused(given, METHODS[s.method].without, f"the method is {s.method}")
+    if s.optimizer == "adamw":
+        refuse_unused(given, ("eps",), "the optimizer is adamw")
+        return s
+    refuse_unused(given, ("clip", "workers", "threads"), "mezo has no gradient to clip or to share "
+                  "between workers")
+    refuse_unused(given, ("weight_decay",), "mezo has none")
+    if s.dtype != "float32":
+        raise ValueError(f"dtype is {s.dtype}, but mezo keeps no float32 masters, without which "
+                         "small updates are lost")
+    if s.method == "adalora":
+        raise ValueError("adalora chooses ranks by gradients, and mezo has none")
+    if not s.lr:
+        raise ValueError("mezo needs a learning rate of its own: give --lr, such as 3e-4 if full, "
+                         "1e-3 for lora, 1e-2 for bitfit")
+    return replace(s, clip=math.inf, workers=1)
+
+
 def finetune(run, s: Settings, model, tokenizer, templates, lesson: Lesson, known):
     """Train, and print what the model can do and what it still knows, before and after."""
-    optimizer, loss = optimizer_and_loss(model, s)
-    trained = sum(p.size for p in optimizer.flat.params)
+    optimizer, loss = ((MeZO(model.parameters(), s.lr, s.eps, seed=s.seed), None)
+                       if s.optimizer == "mezo" else optimizer_and_loss(model, s))
+    trained = sum(p.size for p in model.parameters())
     examine = partial(examined, model, lesson, known)
     for trainer, done in fit(run, model, lesson.batches, s, loss, optimizer=optimizer):
         if not done.targets:

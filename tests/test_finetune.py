@@ -255,6 +255,23 @@ def test_attention_dropout_and_decay_change_what_is_learned(tmp_path, base):
         assert any((weights[name] != plain[name]).any() for name in plain)
 
 
+@pytest.mark.parametrize("name, change, words", [
+    ("clip", {}, "clip is given, but mezo has no gradient"),
+    ("workers", {}, "workers is given, but mezo"), ("threads", {}, "threads is given, but mezo"),
+    ("weight_decay", {}, "weight_decay is given, but mezo has none"),
+    ("lr", dict(lr=0.0), "mezo needs a learning rate of its own"),
+    ("dtype", dict(dtype="bfloat16"), "dtype is bfloat16, but mezo keeps no float32 masters"),
+    ("method", dict(method="adalora"), "adalora chooses ranks by gradients"),
+    ("eps", dict(optimizer="adamw"), "eps is given, but the optimizer is adamw"),
+    ("eps", dict(eps=0.0), "eps must be positive"),
+])
+def test_what_makes_no_sense_with_mezo_is_refused(tmp_path, base, name, change, words):
+    with pytest.raises(ValueError, match=words):
+        s = settings(base, **dict(optimizer="mezo", lr=1e-4) | change)
+        main(s, tmp_path / "runs", given=frozenset({name}))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_qlora_trains_on_a_quantized_base(base):
     model = METHODS["qlora"].prepare(huggingface.load_model(base), settings(base, kind="fp4"))
     layers = adapted_layers(model)
@@ -409,8 +426,17 @@ def test_what_is_shown_of_a_record_cannot_rule_the_terminal(tmp_path, base, caps
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, base, monkeypatch, method):
+    goes_on(tmp_path, base, monkeypatch, method)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_stopped_run_of_mezo_goes_on_bit_for_bit(tmp_path, base, monkeypatch, method):
+    goes_on(tmp_path, base, monkeypatch, method, optimizer="mezo", lr=1e-4)
+
+
+def goes_on(tmp_path, base, monkeypatch, method, **changes):
     # adalora's checkpoint comes after its last choice, which must be in it
-    s = settings(base, method=method, steps=10 if method == "adalora" else 6)
+    s = settings(base, method=method, steps=10 if method == "adalora" else 6, **changes)
     write_json(base / "config.json", read_json(base / "config.json") | {"resid_pdrop": 0.3})
     write_json(base / "generation_config.json", {"temperature": 0.5, "eos_token_id": 7})
     (base / "merges.txt").write_bytes(b"a b")

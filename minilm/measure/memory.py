@@ -48,13 +48,16 @@ KINDS = ("weights", "adapters", "gradients", "optimizer", "activations", "worksp
 
 
 class Ledger:
-    """The memory that the body of a `with` takes. After it, `peak` holds the bytes by kind."""
+    """The memory that the body of a `with` takes. After it, `peak` holds the bytes by kind.
+
+    optimizer: None for inference.
+    """
 
     def __init__(self, model: Module, optimizer):
         self.model, self.optimizer, self.saved, self.peak = model, optimizer, 0, {}
 
     def __enter__(self):
-        on_cpu = array_module(self.optimizer.flat.data) is np
+        on_cpu = array_module(next(t.data for _, t in self.model.named_tensors())) is np
         self.memory = TracedMemory() if on_cpu else peak_memory()
         self.memory.__enter__()
         self.before = self.memory.held
@@ -74,18 +77,20 @@ class Ledger:
 def held(model: Module, optimizer) -> dict[str, int]:
     """Bytes of what is there all the time: weights, adapters, gradients, the optimizer's states.
 
-    optimizer: over the model's parameters. If it is paged, what is on the device now counts.
+    optimizer: over the model's parameters, or None. If it is paged, what is on the device now
+    counts. MeZO has neither gradients nor states.
     """
-    flat = optimizer.flat
-    masters = 0 if flat.rounded is flat.data else flat.data.nbytes
-    states = sum(a.nbytes for a in vars(optimizer).values() if hasattr(a, "nbytes"))
+    flat = getattr(optimizer, "flat", None)
+    masters = 0 if flat is None or flat.rounded is flat.data else flat.data.nbytes
+    states = sum(a.nbytes for a in getattr(optimizer, "__dict__", {}).values()
+                 if hasattr(a, "nbytes"))
     everything = sum(t.data.nbytes for _, t in model.named_tensors())
     own = {id(t) for m in adapted_layers(model).values() for _, t in m.base.named_tensors()}
     added = {id(t): t.data.nbytes for _, m in model.named_modules() if isinstance(m, Adapter)
              for _, t in m.named_tensors() if id(t) not in own}  # each once: some are nested
     adapters = sum(added.values())
     return {"weights": everything - adapters, "adapters": adapters,
-            "gradients": flat.grad.nbytes, "optimizer": masters + states}
+            "gradients": flat.grad.nbytes if flat else 0, "optimizer": masters + states}
 
 
 class TracedMemory:
