@@ -139,21 +139,20 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
     parts = [data.split(corpus, s.validation) for corpus in corpora]
     base = load_base(s, {text for texts, _ in parts for text in texts}) if s.init else None
-    decisive = base.decisive if base else []
     if run:
-        check_same(run, described, decisive)
+        check_same(run, described, base)
     stored = run and data.load_tokenizer(run.path / "tokenizer.json", framed=False)
     tokenizer = base.tokenizer if base else stored or make_tokenizer(s, parts)
     masked = not base.model.config.causal if base else s.family == "bert"
-    shown = [(progress(training, "tokens of the text", "document"), held)
-             for training, held in parts]
+    shown = [(progress(texts, "tokens of the text", "document"), held) for texts, held in parts]
     batches, held_out = data.batches_of(shown, tokenizer, s.batch, s.context, s.seed, s.weights,
                                         masked, [c.name for c in corpora])
     model = base.model if base else make_model(s, tokenizer.vocab_size).astype(s.dtype)
     if run is None:
         written = hashlib.sha256(json_bytes(tokenizer.fields())).hexdigest()
         run = RunDirectory.create(out, "pretrain", asdict(s), described,
-                                  [{"name": "tokenizer.json", "sha256": written}, *decisive],
+                                  [{"name": "tokenizer.json", "sha256": written},
+                                   *(base.decisive if base else [])],
                                   lambda folder: tokenizer.save(folder / "tokenizer.json"))
     for corpus, part in zip(corpora, parts):
         print(data.account(corpus, *part))
@@ -166,12 +165,13 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         pretrain(run, s, model, batches, held_out, tokenizer, size, known)
 
 
-def check_same(run: RunDirectory, described: list[dict], decisive: list[dict]):
+def check_same(run: RunDirectory, described: list[dict], base):
     """ValueError if the run was started on other text, another model or another tokenizer."""
     own, words = run.path / "tokenizer.json", "the text or the tokenizer is not the one that"
+    files = base.decisive if base else []
     known = run.describe().get("base")  # earlier runs know nothing of it
-    run.check(described, words.replace(" or", ", the model or") if decisive else words,
-              [{"name": own.name, "sha256": sha256(own)}, *decisive] if known else ())
+    run.check(described, words.replace(" or", ", the model or") if base else words,
+              [{"name": own.name, "sha256": sha256(own)}, *files] if known else ())
 
 
 def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer, size: int,
