@@ -12,7 +12,8 @@ from minilm.measure.diversity import distinct, distinct_ngrams
 answers = st.lists(st.text("abc", max_size=5), min_size=1, max_size=8).filter(
     lambda said: any(len(text) > 1 for text in said))
 both = pytest.mark.parametrize(
-    "share", [distinct, distinct_ngrams, lambda a: distinct_ngrams(a, 1)], ids=["answers", "2-grams", "1-grams"])
+    "share", [distinct, distinct_ngrams, lambda a: distinct_ngrams(a, 1)],
+    ids=["answers", "2-grams", "1-grams"])
 
 
 @both
