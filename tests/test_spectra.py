@@ -1,7 +1,10 @@
 """Spectra: how many directions a matrix needs, and what is known of normal matrices."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import spectra as experiment
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +17,7 @@ from minilm.measure.spectra import (
     rank_of,
     spectrum,
 )
+from minilm.peft import merge_lora, unload_lora
 from minilm.peft.lora import add_lora
 from minilm.transformer import Config, Transformer
 
@@ -116,3 +120,42 @@ def test_the_part_of_a_normal_matrix_is_the_integral():
 def test_bad_input_is_refused(call, said):
     with pytest.raises(ValueError, match=said):
         call()
+
+
+# The experiment
+
+
+def test_an_update_is_what_merging_adds():
+    model = experiment.base("")[0]
+    W0 = experiment.weights(model)
+    assert len(W0) == 2 * 6 and not any(W.any() for W in experiment.updates(model, W0).values())
+    model = add_lora(model, r=2, alpha=4, targets="all-linear")
+    for path, adapter in model.named_modules():
+        if path.endswith("adapters.default"):
+            adapter.B.data[...] = normal(1, *adapter.B.shape) * 0.1
+    found = experiment.updates(model, W0)
+    merged = experiment.updates(unload_lora(merge_lora(model)), W0)
+    assert found.keys() == merged.keys() == W0.keys()
+    for path, dW in found.items():
+        np.testing.assert_allclose(dW, merged[path], atol=1e-5)
+        assert rank_of(spectrum(dW)) <= 2 and dW.any()
+
+
+def test_the_numbers_of_an_arm_are_those_of_its_updates(monkeypatch):
+    W0 = experiment.weights(experiment.base("")[0])
+    made = {path: 0.5 * W for path, W in W0.items()}
+    by_step = {1: dict.fromkeys(W0, 3), 4: dict.fromkeys(W0, 5)}
+    monkeypatch.setattr(experiment, "tuned", lambda s: (made, by_step, 1.5))
+    s = experiment.Tuned(seed=2)
+    row = experiment.measured(s, None, "")
+    ranks = [rank_of(spectrum(W)) for W in W0.values()]
+    for name in (experiment.RANK0, experiment.RANKW, experiment.RANK):
+        assert row[name] == np.mean(ranks)
+    assert row[experiment.LIKE] == pytest.approx(1) and row[experiment.SIZE] == pytest.approx(50)
+    assert row[experiment.MOVED] == pytest.approx(50)
+    assert 0 < row[experiment.NOISY] < 50  # W0 is normal: noise adds to it at right angles
+    assert row[experiment.EARLY] == 3 and row[experiment.STEPS] == {"1": 3, "4": 5}
+    assert row[experiment.LOSS] == 1.5 and row["gate: k90 of dW"] == 0
+    noise = experiment.measured(replace(s, noise=True), None, "")
+    assert noise[experiment.SIZE] == pytest.approx(50) and noise[experiment.MOVED] < 20
+    assert noise[experiment.RANK] == noise[experiment.EARLY] and noise[experiment.STEPS] == {}
