@@ -127,7 +127,7 @@ def measured(s: Open, run, title: str) -> dict:
     by_step = read_json(file) if file.exists() else {}  # a run that goes on has some of them
 
     def watch(trainer, done):
-        if done.targets and done.step % (s.steps // 20 or 1) == 0:
+        if done.targets and done.step % (s.steps // 10 or 1) == 0:
             by_step[str(done.step)] = drawn(trainer.model, tokenizer, asked, s.seed)
             write_json(file, by_step)
 
