@@ -15,6 +15,7 @@ from minilm.files import FormatError, read_json
 from minilm.interop import load_model, save_adapter, save_model
 from minilm.loop import refuse_unused
 from minilm.stored import fits
+from minilm.together import settle
 from minilm.transformer import Transformer
 from minilm.versions import fingerprints
 
@@ -36,6 +37,7 @@ def load_base(s, learned: Collection[str]) -> Base:
     a context that it has not, and for a method that is not for it.
     """
     folder, method = Path(s.init), METHODS[s.method]
+    settle(folder)  # so that all that is read of it is new
     tokenizer = data.load_tokenizer(folder / "tokenizer.json", framed=False)
     model = load_model(folder, dropout=s.dropout if method.whole else 0.0)
     model.config.require_language()

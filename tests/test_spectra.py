@@ -156,6 +156,8 @@ def test_the_numbers_of_an_arm_are_those_of_its_updates(monkeypatch):
     assert 0 < row[experiment.NOISY] < 50  # W0 is normal: noise adds to it at right angles
     assert row[experiment.EARLY] == 3 and row[experiment.STEPS] == {"1": 3, "4": 5}
     assert row[experiment.LOSS] == 1.5 and row["gate: k90 of dW"] == 0
+    monkeypatch.setattr(experiment, "loss_with", lambda s, noise: 2.5)
     noise = experiment.measured(replace(s, noise=True), None, "")
     assert noise[experiment.SIZE] == pytest.approx(50) and noise[experiment.MOVED] < 20
+    assert noise[experiment.LOSS] == 2.5
     assert noise[experiment.RANK] == noise[experiment.EARLY] and noise[experiment.STEPS] == {}

@@ -16,8 +16,8 @@ python-docstrings), or learns four tasks. The rank is k90, how many directions h
 of squares (minilm/measure/spectra.py). The numbers are means over the 56 matrices of pretrain.py's
 model; their full rank is 64. likeness is the cosine of two spectra, 1 if they are the same up to a
 scaling. The arm `noise` has normal numbers in the place of the update of "full, text", in each
-matrix as large as it. So its k90 is the mark of no structure at all (spectra_of_noise.py has it in
-closed form for a square matrix: .51 n, here 33).
+matrix as large as it; its loss says what that does to the model. So its k90 is the mark of no
+structure at all (spectra_of_noise.py has it in closed form for a square matrix: .51 n, here 33).
 
 A seed takes about five minutes of one core. All arms of a seed that need an update share its
 training; a run that goes on trains it again.
@@ -116,6 +116,8 @@ CLAIMS = {
         lambda rows: compared(rows, LIKE, "full, text", "LoRA, r = 8, text", at_least=0),
     "text: noise as large as dW gives a similar spectrum (apart by less than 2 %)":
         lambda rows: single(rows, NOISY, "full, text", at_most=2),
+    "but it is nothing that was learned: its loss is 0.1 nats above that of dW, or more":
+        lambda rows: compared(rows, LOSS, "noise", "full, text", at_least=0.1),
     "text: dW is of a lower rank than noise":
         lambda rows: compared(rows, RANK, "full, text", "noise", at_most=0),
     "text: the rank of dW grows while it is tuned": grows("full, text"),
@@ -149,7 +151,9 @@ def tuned(s: Tuned) -> tuple[dict[str, np.ndarray], dict[int, dict[str, int]], f
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(Path(folder))
         if s.corpus:
-            model, loss = read(model, tokenizer, s, run, title, watch)
+            batches, held_out = text(s, tokenizer)
+            model = read(model, batches, s, run, title, watch)
+            loss = loss_of(model, *held_out)
         else:
             records, test = records_of(s)
             model = learned(model, tokenizer, records, s, run, title, watch)[0]
@@ -157,17 +161,22 @@ def tuned(s: Tuned) -> tuple[dict[str, np.ndarray], dict[int, dict[str, int]], f
     return updates(model, W0), by_step, loss
 
 
-def read(model, tokenizer, s: Tuned, run, title: str, watch):
-    """(the model after it has read the text, its loss on a part that was held out)."""
+def text(s: Tuned, tokenizer):
+    """(batches of the text, every eighth row of what is held out of it)."""
     corpus = data.load_corpus(s.corpus) if s.model else data.Corpus("quick", ("a few words " * 99,))
     batches, held_out = data.batches_of([data.split(corpus)], tokenizer, s.batch, ROOM, s.seed)
+    return batches, [rows[::8] for rows in held_out]
+
+
+def read(model, batches, s: Tuned, run, title: str, watch):
+    """The model after it has read the text."""
     model = prepared(model, s)
     optimizer, loss = optimizer_and_loss(model, s)
     for trainer, done in fit(run, model, batches, s, loss, optimizer=optimizer, title=title):
         watch(trainer, done)
     if done.step < s.steps:  # by Ctrl-C
         raise KeyboardInterrupt
-    return model, loss_of(model, *(rows[::8] for rows in held_out))
+    return model
 
 
 def weights(model) -> dict[str, np.ndarray]:
@@ -200,6 +209,7 @@ def measured(s: Tuned, run, title: str) -> dict:
     ranks = {step: float(np.mean([*of.values()])) for step, of in by_step.items()}
     if s.noise:
         found, ranks = normal(found, s.seed), {}
+        loss = loss_with(s, found)
     noise, rows, curves = normal(found, s.seed + 1), {}, []
     for path, dW in found.items():
         before, d, after = (spectrum(X) for X in (W0[path], dW, W0[path] + dW))
@@ -214,6 +224,14 @@ def measured(s: Tuned, run, title: str) -> dict:
     early = ranks[min(ranks)] if ranks else row[RANK]
     return row | {EARLY: early, LOSS: loss, STEPS: {str(k): x for k, x in ranks.items()},
                   CURVES: np.mean(curves, axis=0).tolist()}
+
+
+def loss_with(s: Tuned, noise: dict[str, np.ndarray]) -> float:
+    """The loss on the text of the base with noise in its weights."""
+    model, tokenizer = base(s.model)
+    for path, layer in chosen(model, "all-linear").items():
+        layer.weight.data = layer.weight.data + noise[path].astype(layer.weight.data.dtype)
+    return loss_of(model, *text(s, tokenizer)[1])
 
 
 def mean_of(rows: dict[str, dict], kind: str) -> float:
