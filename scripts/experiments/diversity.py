@@ -9,17 +9,19 @@ problem is solved 50 times at temperature .8, and different solutions are counte
 has the most, full fine-tuning the fewest, LoRA lies between.
 
 Here the question is open, too: a word of five letters from a to h that begins and ends as the
-prompt says, which leaves 512 right answers. The models learn from four answers to each of 48
-prompts, in 40 epochs, and give 32 answers at temperature 1 to each of the 16 other prompts. 32
-random ones out of 512 would be different in 97 of 100 cases. Different answers, and different
-2-grams of letters beside all of them (distinct-2), are counted for each prompt. Wrong answers
-count, as in the figure; beside that stands the number of different right ones.
+prompt says, which leaves 512 right answers. The models learn from ten answers to each of 48
+prompts, in 17 epochs, and give 32 answers at temperature 1 to each of the 16 other prompts. Of 32
+random ones out of 512, 97 % would be different. Different answers, and different 2-grams of letters
+beside all of them (distinct-2), are counted for each prompt. Wrong answers count, as in the figure;
+beside that stands the number of different right ones.
 
 Whoever has learned less writes more at random. So the arms are compared twice: after equal steps,
-and where each is first right in 80 % of its answers.
+and at equal learning, where 60 % of an arm's answers are right for the first time (on a line
+between the two looks around it). A seed takes about two minutes of one core.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -36,7 +38,7 @@ from minilm.trial import Trial, base, learned, loss_of_answers, low_rank, progra
 QUESTION = "Does a model that was fine-tuned still give many different answers?"
 SLIDE = {}  # the slide gives no numbers
 LETTERS, SIZE, DRAWN = "abcdefgh", 5, 32
-EQUAL = 80  # per cent of the answers that are right, where learning counts as equal
+EQUAL = 60  # per cent of the answers that are right, where learning counts as equal
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Open(Trial):
 
     steps: int = 1000
     """updates in the whole run"""
-    each: int = 4
+    each: int = 10
     """answers to a prompt that are learned from"""
     asked: int = 16
     """prompts that are asked, and not learned from"""
@@ -127,17 +129,28 @@ def measured(s: Open, run, title: str) -> dict:
     by_step = read_json(file) if file.exists() else {}  # a run that goes on has some of them
 
     def watch(trainer, done):
-        if done.targets and done.step % (s.steps // 10 or 1) == 0:
+        if done.targets and done.step % (s.steps // 20 or 1) == 0:
             by_step[str(done.step)] = drawn(trainer.model, tokenizer, asked, s.seed)
             write_json(file, by_step)
 
     model = learned(model, tokenizer, train, s, run, title, watch)[0]
     last = drawn(model, tokenizer, asked, s.seed)
     curve = sorted((int(step), numbers) for step, numbers in by_step.items()) or [(0, last)]
-    step, there = next(((n, x) for n, x in curve if x[RIGHT] >= EQUAL), curve[-1])
-    return {**last, LOSS: loss_of_answers(model, tokenizer, asked),
-            f"{AT}: {SEVERAL}": there[SEVERAL], f"{AT}: {GRAMS}": there[GRAMS],
-            f"{AT}: step": step, CURVE: [[n, x[RIGHT], x[SEVERAL], x[GRAMS]] for n, x in curve]}
+    points = [[n, x[RIGHT], x[SEVERAL], x[GRAMS]] for n, x in curve]
+    step, _, several, grams = at_equal(points)
+    return {**last, LOSS: loss_of_answers(model, tokenizer, asked), f"{AT}: {SEVERAL}": several,
+            f"{AT}: {GRAMS}": grams, f"{AT}: step": step, CURVE: points}
+
+
+def at_equal(points: list[list[float]]) -> list[float]:
+    """The point (step, right, ...) where right is EQUAL for the first time, on a line between the
+    two points around it; the last one if it never is."""
+    for before, after in pairwise([points[0], *points]):
+        if after[1] >= EQUAL:
+            rise = after[1] - before[1]
+            part = (EQUAL - before[1]) / rise if rise else 1.0
+            return [a + part * (b - a) for a, b in zip(before, after)]
+    return points[-1]
 
 
 def draw(figure, rows):
