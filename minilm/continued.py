@@ -38,7 +38,7 @@ def load_base(s, learned: Collection[str]) -> Base:
     """
     folder, method = Path(s.init), METHODS[s.method]
     settle(folder)  # so that all that is read of it is new
-    tokenizer = data.load_tokenizer(folder / "tokenizer.json", framed=False)
+    tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     model = load_model(folder, dropout=s.dropout if method.whole else 0.0)
     model.config.require_language()
     data.adopt_end(tokenizer, model.ends.eos)

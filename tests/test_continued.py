@@ -115,6 +115,28 @@ def test_a_masked_model_fills_in_the_new_text(tmp_path, base):
     assert not load_model(run / "model").config.causal
 
 
+def test_a_tokenizer_of_others_stays_as_it_was(tmp_path, base):
+    """With what it puts around prompts, though no document of the text has it."""
+    library = pytest.importorskip("tokenizers")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = library.models.WordPiece(
+        {word: i for i, word in enumerate([*special, *"012=+7;", "##1", "cat"])}, unk_token="[UNK]")
+    theirs = library.Tokenizer(words)
+    theirs.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+    theirs.add_special_tokens(special)
+    theirs.post_processor = library.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    bert = Transformer(Config.bert(14, 16, layers=1, heads=2, width=8, hidden=8), seed=2)
+    huggingface.save_model(bert, base)
+    theirs.save(str(base / "tokenizer.json"))
+    main(settings(base, prompt="11 = 7 cat", lr=3e-2, steps=12), tmp_path / "runs")
+    run = tmp_path / "runs" / "pretrain-1"
+    for file in (run / "tokenizer.json", run / "model" / "tokenizer.json"):
+        assert data.load_tokenizer(file).prompt("11 cat").tolist() == [2, 6, 12, 13, 3]
+    assert metrics(run)[-1]["validation_loss"] < metrics(run)[0]["validation_loss"]
+    assert "cat" in (run / "samples.txt").read_text()
+    main(Settings(), resume=run)
+
+
 @pytest.mark.parametrize("change", [dict(method="full", dropout=0.1), dict(method="lora"),
                                     dict(method="adalora", last=2)], ids=lambda c: c["method"])
 def test_a_stopped_and_resumed_run_ends_like_a_straight_one(tmp_path, base, monkeypatch, change):
