@@ -8,7 +8,8 @@ The floors, in reading order. A module imports only from its own line and the li
   rope config inputs nn block transformer seq2seq shapes cache decode generate dialogue
   quantize peft optim parallel distill                  the methods
   data interop measure lessons                          text, others' formats, numbers
-  checkpoint records state versions train adapting picture results run loop command experiment trial
+  checkpoint records state versions train adapting picture results run loop command experiment
+    continued trial
 """
 
 __version__ = "0.1.0"

@@ -132,13 +132,13 @@ class RunDirectory:
 
         names: those that were given; others count as given if they differ from their defaults.
         A run may lack what given.LATER names, which earlier versions did not have: it gets the
-        default, which does what they did.
-        ValueError if one that was given differs from the run's own.
+        default, which does what they did. ValueError if one that was given differs from its own.
         """
         stored, defaults, asked = self.describe()["settings"], asdict(type(given)()), asdict(given)
         if not isinstance(stored, dict):
             raise FormatError(self.path / "run.json", "settings must be an object")
-        stored = {name: defaults[name] for name in getattr(given, "LATER", ())} | stored
+        later = {name: defaults[name] for name in getattr(given, "LATER", ())}
+        stored = json.loads(json.dumps(later)) | stored
         if defaults.keys() != stored.keys():
             missing, unknown = sorted(defaults.keys() - stored), sorted(stored.keys() - defaults)
             raise FormatError(self.path / "run.json", "the run is of another program or version: "

@@ -1,16 +1,22 @@
-"""Train a small language model from nothing, on text that comes with Python.
+"""Train a small language model from nothing, on text that comes with Python, or train one further.
 
     python scripts/pretrain.py                      # about two minutes on two cores
     python scripts/pretrain.py --resume runs/pretrain-1
+    python scripts/pretrain.py --init runs/pretrain-1/model --corpus python-docstrings
+    python scripts/pretrain.py --init runs/pretrain-1/model --corpus mine.txt --method lora
 
 Shows the loss as it falls, and a sample of what the model writes before the first step, after 100
 steps and at the end: random bytes, then words, then sentences. A run directory keeps the metrics,
 their curves, checkpoints, and the model as a Hugging Face folder.
+
+With --init it goes on with the model of a folder: all of its weights, or an adapter on them by one
+of finetune.py's methods. It prints the loss on the new text before and after, and on the text that
+the model was trained on, as far as a run.json says which that is.
 """
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -19,7 +25,9 @@ import tyro
 from tqdm import tqdm
 
 from minilm import data
+from minilm.adapting import METHODS, NAMES, Adapting, optimizer_and_loss
 from minilm.command import Given, command, typed, utf8
+from minilm.continued import load_base, print_losses, refuse_foreign, save_learned
 from minilm.extras import told
 from minilm.files import json_bytes, sha256
 from minilm.generate import generate
@@ -31,13 +39,17 @@ from minilm.optim import AdamW
 from minilm.ranges import AT_LEAST_0, BELOW_1, POSITIVE, each, one_of, optional, whole
 from minilm.run import RunDirectory
 from minilm.tensor import no_grad
-from minilm.transformer import Config, Transformer
+from minilm.transformer import Config, Transformer, drop_attention
 
 
 @dataclass(frozen=True)
-class Settings(Training):
+class Settings(Adapting, Training):
     """What decides a run."""
 
+    init: str = ""
+    """folder of a model to go on with, and of its tokenizer; by default the model is new"""
+    method: Literal[NAMES] = "full"
+    """how the model of --init learns, as in finetune.py; so are the settings of its methods"""
     corpus: tuple[str, ...] = ("python-reference",)
     """python-reference, python-docstrings, python-source, or paths of text files and folders"""
     weights: tuple[float, ...] = ()
@@ -61,13 +73,16 @@ class Settings(Training):
     context: int = 128
     """tokens in a row"""
     dropout: float = 0.0
-    """share of the activations that a training step leaves out"""
+    """share of the activations, or of an adapter's input, that a training step leaves out"""
     accumulate: int = 1
     """a step's rows are run in this many micro-batches, one after another"""
     batch: int = 8
     """rows in a step"""
     steps: int = 2400
     """updates in the whole run"""
+    lr: float | None = None
+    """learning rate after the warmup, from where it falls as a cosine; by default 5e-3, with --init
+    the method's own"""
     warmup: int = 120
     """steps of linear warmup"""
     min_lr: float | None = None
@@ -81,17 +96,26 @@ class Settings(Training):
     sample: int = 300
     """tokens in a sample"""
 
-    LATER: ClassVar = ("bias",)  # settings that runs of 0.1.0 do not have
-    RANGES: ClassVar = Training.RANGES | {
-        "steps": whole(1), "lr": POSITIVE, "min_lr": optional(AT_LEAST_0), "beta2": BELOW_1,
-        "weight_decay": AT_LEAST_0, "weights": each(AT_LEAST_0), "vocab_size": whole(1),
-        "dropout": BELOW_1, "context": whole(1),
+    LATER: ClassVar = (  # settings that runs of 0.1.0 do not have
+        "bias", "init", *(field.name for field in fields(Adapting)))
+    RANGES: ClassVar = Training.RANGES | Adapting.RANGES | {
+        "steps": whole(1), "lr": optional(POSITIVE), "min_lr": optional(AT_LEAST_0),
+        "beta2": BELOW_1, "weight_decay": AT_LEAST_0, "weights": each(AT_LEAST_0),
+        "vocab_size": whole(1), "dropout": BELOW_1, "context": whole(1),
         "sample": whole(0), "family": one_of("gpt2", "llama", "bert")}
+
+    @property
+    def model(self) -> str:
+        """What the methods call the folder of the base."""
+        return self.init
+
+
+NOT_WITH_INIT = ["family", "layers", "heads", "width", "bias", "tokenizer", "vocab_size"]
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
          out: Path = Path("runs"), resume: Path | None = None, given: Given = frozenset()):
-    """Train a small language model.
+    """Train a small language model, from nothing or further.
 
     Args:
         settings: what decides the run.
@@ -108,55 +132,87 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     run, s = resumed(settings, resume, given)
     if not run:
         refuse_idle(s, given)
+    s = replace(s, lr=s.lr or (METHODS[s.method].lr if s.init else 5e-3))
     if not run and (s.min_lr or 0) > s.lr:
         raise ValueError(f"min_lr must be at most lr, {s.lr}; got {s.min_lr}")
     corpora = data.load_corpora(progress(s.corpus, "reading", "corpus"))
     described = [{"name": c.name, "sha256": c.sha256, "characters": c.characters} for c in corpora]
-    if run:
-        own = run.path / "tokenizer.json"
-        known = run.describe().get("base")  # earlier runs know nothing of it
-        run.check(described, "the text or the tokenizer is not the one that",
-                  [{"name": own.name, "sha256": sha256(own)}] if known else ())
     parts = [data.split(corpus, s.validation) for corpus in corpora]
+    base = load_base(s, {text for texts, _ in parts for text in texts}) if s.init else None
+    if run:
+        check_same(run, described, base)
     stored = run and data.load_tokenizer(run.path / "tokenizer.json", framed=False)
-    tokenizer = stored or make_tokenizer(s, parts)
-    shown = [(progress(training, "tokens of the text", "document"), held)
-             for training, held in parts]
+    tokenizer = base.tokenizer if base else stored or make_tokenizer(s, parts)
+    masked = not base.model.config.causal if base else s.family == "bert"
+    shown = [(progress(texts, "tokens of the text", "document"), held) for texts, held in parts]
     batches, held_out = data.batches_of(shown, tokenizer, s.batch, s.context, s.seed, s.weights,
-                                        s.family == "bert", [c.name for c in corpora])
-    model = make_model(s, tokenizer.vocab_size).astype(s.dtype)
+                                        masked, [c.name for c in corpora])
+    model = base.model if base else drop_attention(
+        make_model(s, tokenizer.vocab_size).astype(s.dtype), s.attention_dropout)
     if run is None:
         written = hashlib.sha256(json_bytes(tokenizer.fields())).hexdigest()
         run = RunDirectory.create(out, "pretrain", asdict(s), described,
-                                  [{"name": "tokenizer.json", "sha256": written}],
+                                  [{"name": "tokenizer.json", "sha256": written},
+                                   *(base.decisive if base else [])],
                                   lambda folder: tokenizer.save(folder / "tokenizer.json"))
     for corpus, part in zip(corpora, parts):
         print(data.account(corpus, *part))
-    size = sum(len(text.encode()) for _, held in parts for text in held)
+    size, known = sum(len(text.encode()) for _, held in parts for text in held), {}
+    if base:
+        print(*base.unknown, sep="\n", end="\n" * bool(base.unknown))
+        known = {name: data.held_out_rows([texts], tokenizer, s.context, s.seed, masked)
+                 for name, texts in base.known.items()}
     with run.going_on():
-        pretrain(run, s, model, batches, held_out, tokenizer, size)
+        pretrain(run, s, model, batches, held_out, tokenizer, size, known)
 
 
-def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer, size: int):
-    """Train, evaluate on held-out text of `size` bytes, and sample, until the end or Ctrl-C."""
-    params = model.parameters()
-    optimizer = AdamW(params, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay,
-                      undecayed=[p for p in params if p.ndim < 2])
+def check_same(run: RunDirectory, described: list[dict], base):
+    """ValueError if the run was started on other text, another model or another tokenizer."""
+    own, words = run.path / "tokenizer.json", "the text or the tokenizer is not the one that"
+    files = base.decisive if base else []
+    known = run.describe().get("base")  # earlier runs know nothing of it
+    run.check(described, words.replace(" or", ", the model or") if base else words,
+              [{"name": own.name, "sha256": sha256(own)}, *files] if known else ())
+
+
+def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer, size: int,
+             known):
+    """Train, evaluate on held-out text of `size` bytes, and sample, until the end or Ctrl-C.
+
+    known: rows of each corpus that the model of --init was trained on; it is evaluated on them
+    before the first step and after the last.
+    """
+    optimizer, loss = make_optimizer(model, s)
     min_lr = s.lr / 20 if s.min_lr is None else s.min_lr
-    for trainer, done in fit(run, model, batches, s, optimizer=optimizer, min_lr=min_lr,
+    for trainer, done in fit(run, model, batches, s, loss, optimizer=optimizer, min_lr=min_lr,
                              accumulate=s.accumulate):
         if not done.targets:
-            print(f"{run.path}: {sum(p.size for p in params):,} parameters, {s.workers} workers, "
-                  f"from step {done.step}" + ", its last" * (done.step == s.steps))
+            trains = f"{optimizer.flat.size:,} {'trainable ' * bool(s.init)}parameters"
+            print(f"{run.path}: {f'{s.method} on {s.init}, ' * bool(s.init)}{trains}, {s.workers} "
+                  f"workers, from step {done.step}" + ", its last" * (done.step == s.steps))
             if done.step == 0:
                 show_sample(run, model, tokenizer, s, 0)
+            if s.init and not run.records():
+                found = evaluate(trainer, 0, 0, held_out, size)
+                run.log(step=0, **found, known=losses(trainer, known))
             continue
         due = done.step % s.eval_every == 0 or done.step == s.steps
         found = evaluate(trainer, done.step, s.steps, held_out, size) if due else {}
+        if s.init and done.step == s.steps:
+            found["known"] = losses(trainer, known)
         run.log(**asdict(done), **found)
         if done.step in (100, s.steps):
             show_sample(run, model, tokenizer, s, done.step)
-    finish(run, model, tokenizer, done.step, s.steps)
+    finish(run, model, tokenizer, s, done.step)
+
+
+def make_optimizer(model, s: Settings):
+    """(AdamW, the loss). What finetune.py's adapters and parts learn does not decay."""
+    if s.method != "full":
+        return optimizer_and_loss(model, replace(s, weight_decay=0.0))
+    params = model.parameters()
+    return AdamW(params, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay,
+                 undecayed=[p for p in params if p.ndim < 2]), None
 
 
 def evaluate(trainer, step: int, steps: int, held_out, size: int) -> dict:
@@ -173,17 +229,27 @@ def evaluate(trainer, step: int, steps: int, held_out, size: int) -> dict:
     return found
 
 
-def finish(run, model, tokenizer, step, steps):
-    """Save the model and the curves, and say where they are."""
-    huggingface.save_model(model, run.path / "model", tokenizer)
+def losses(trainer, known) -> dict[str, float]:
+    """The loss on the held-out rows of each corpus."""
+    return {name: trainer.evaluate(*rows)[0] for name, rows in known.items()}
+
+
+def finish(run, model, tokenizer, s: Settings, step: int):
+    """Save the model, or its adapter, and the curves, and say where they are."""
+    use, causal = {"model": run.path / "model"}, model.config.causal
+    if s.init:
+        use = save_learned(model, s, tokenizer, run.path)
+    else:
+        huggingface.save_model(model, run.path / "model", tokenizer)
     drawn = run.plot()
-    if step < steps:
+    if step < s.steps:
         print(f"stopped after step {step}; go on with: {typed(__file__, resume=run.path)}")
         return
+    if s.init:
+        print_losses(run)
     print(told("curves", drawn))
-    if model.config.causal:
-        write = typed(Path(__file__).with_name("generate.py"), model=run.path / "model")
-        print(f"write more: {write}")
+    if causal:
+        print(f"write more: {typed(Path(__file__).with_name('generate.py'), **use)}")
 
 
 def show_sample(run, model, tokenizer, s: Settings, step: int):
@@ -221,6 +287,7 @@ def make_tokenizer(s: Settings, parts):
 
 def refuse_idle(s: Settings, given):
     """ValueError for an option that was given and decides nothing."""
+    refuse_foreign(s, given, NOT_WITH_INIT)
     if s.tokenizer != "bpe":
         refuse_unused(given, ["vocab_size"], f"the tokenizer {s.tokenizer} has its own vocabulary")
     if s.family == "bert":

@@ -41,6 +41,10 @@ JOBS = {  # name: (the run's folder, run it from the folder or go on)
         corpus=("text.txt",), tokenizer="chars", layers=1, heads=2, width=8, context=8, steps=6,
         warmup=2, eval_every=4, save_every=2, sample=6, lr=1e-2, prompt="The ", dropout=0.1,
         **SMALL) if not resume else pretrain.Settings(), resume=resume)),
+    "pretrain, lora": ("pretrain-1", lambda resume: pretrain.main(pretrain.Settings(
+        init="base", method="lora", corpus=("text.txt",), context=8, steps=4, warmup=1, r=1,
+        eval_every=3, save_every=2, sample=6, prompt="The ",
+        **SMALL) if not resume else pretrain.Settings(), resume=resume)),
     "finetune": ("finetune-lora-1", lambda resume: tuned("lora", resume)),
     "finetune, full, float16": ("finetune-full-1", lambda resume: tuned(
         "full", resume, dtype="float16", threads=True)),
@@ -52,7 +56,7 @@ JOBS = {  # name: (the run's folder, run it from the folder or go on)
 }
 
 
-SHARES = dict(zip(JOBS, (0.3, 0.2, 0.2, 0.2, 0.1)))  # of the kills
+SHARES = dict(zip(JOBS, (0.2, 0.1, 0.2, 0.2, 0.2, 0.1)))  # of the kills
 
 
 def tuned(method, resume, **changes):

@@ -25,7 +25,7 @@ FLOORS = [
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
-     "results", "experiment", "command", "adapting", "trial", "__main__"},
+     "results", "experiment", "command", "adapting", "continued", "trial", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
@@ -97,6 +97,9 @@ WITHIN = {  # the arrows inside a floor
     ("experiment", "run"),
     ("loop", "run"),
     ("adapting", "train"),
+    ("continued", "adapting"),
+    ("continued", "loop"),
+    ("continued", "versions"),
     ("trial", "adapting"),
     ("trial", "command"),
     ("trial", "experiment"),

@@ -86,7 +86,8 @@ def test_a_run_leaves_all_that_it_promises(tmp_path, text, capsys, family, token
     assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
     described = RunDirectory(run).describe()
-    assert Settings(**described["settings"] | {"corpus": s.corpus, "weights": ()}) == s
+    tuples = {"corpus": s.corpus, "weights": (), "targets": s.targets}
+    assert Settings(**described["settings"] | tuples) == s
     corpus = data.load_corpus(text)
     assert described["corpora"] == [
         {"name": str(text), "sha256": corpus.sha256, "characters": corpus.characters}

@@ -147,16 +147,23 @@ def batches_of(
     for name, stream in zip(names, streams):
         _stream(stream, length + 1, f"{name}: the text to train on")
     batches = Batches(streams, weights or [len(s) for s in streams], batch, length, seed)
-    tokens, targets = cut(np.concatenate([pack(held, tokenizer) for _, held in parts]), length)
+    held_out = held_out_rows([held for _, held in parts], tokenizer, length, seed, masked)
+    return MaskedBatches(batches, tokenizer, seed) if masked else batches, held_out
+
+
+def held_out_rows(parts: Iterable[Iterable[str]], tokenizer: Tokenizer, length: int, seed: int,
+                  masked: bool = False) -> tuple[np.ndarray, ...]:
+    """Rows of the texts that are held out, of all parts one after another; see `batches_of`."""
+    tokens, targets = cut(np.concatenate([pack(held, tokenizer) for held in parts]), length)
     if not masked:
-        return batches, (tokens, targets)
+        return tokens, targets
     real = targets != IGNORED
     corrupted, targets = corrupt(tokens, np.random.default_rng(seed), tokenizer)
     corrupted, targets = np.where(real, corrupted, tokens), np.where(real, targets, IGNORED)
     if (targets == IGNORED).all():
         raise ValueError(f"the held-out texts are too short: none of their {real.sum()} tokens is "
                          "masked")
-    return MaskedBatches(batches, tokenizer, seed), (corrupted, targets, real.astype(np.int32))
+    return corrupted, targets, real.astype(np.int32)
 
 
 class MaskedBatches:

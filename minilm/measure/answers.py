@@ -12,10 +12,11 @@ from minilm.generate import stream
 ROWS = 256  # of a batch, at most: the keys and values of all its rows are kept
 
 
-def answers(model, records, tokenizer) -> list[str]:
-    """What the model writes after each prompt until it ends, taking the likeliest token each time.
+def answers(model, records, tokenizer, temperature: float = 0.0, seed: int = 0) -> list[str]:
+    """What the model writes after each prompt until it ends, by default the likeliest tokens.
 
-    An answer may take as many tokens as the longest output. ValueError if there is no record.
+    temperature and seed: of samples, as in generate.stream. An answer may take as many tokens as
+    the longest output. ValueError if there is no record.
     """
     if not records:
         raise ValueError("there is no record to answer")
@@ -26,9 +27,11 @@ def answers(model, records, tokenizer) -> list[str]:
         sizes[len(prompt)].append(i)  # prompts of one length make a batch
     batches = [sizes[size][i : i + ROWS] for size in sorted(sizes)
                for i in range(0, len(sizes[size]), ROWS)]
-    for rows in tqdm(batches, "answers", unit="batch", leave=False, disable=None):
+    for number, rows in enumerate(
+            tqdm(batches, "answers", unit="batch", leave=False, disable=None)):
         ended, drawn = np.zeros(len(rows), bool), []
-        for ids in islice(stream(model, [prompts[i] for i in rows], 0), longest):
+        texts = stream(model, [prompts[i] for i in rows], temperature, seed=[seed, number])
+        for ids in islice(texts, longest):
             drawn.append(ids)
             ended |= ids == tokenizer.end
             if ended.all():
