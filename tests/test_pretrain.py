@@ -153,7 +153,8 @@ def test_runs_do_not_overwrite_each_other_and_repeat_with_the_seed(tmp_path, tex
 @pytest.mark.parametrize(
     "change",
     [dict(lr=2e-2), dict(min_lr=1e-3), dict(warmup=0), dict(beta2=0.9), dict(weight_decay=0.5),
-     dict(clip=0.1), dict(dropout=0.1), dict(accumulate=2), dict(batch=7), dict(seed=1)],
+     dict(clip=0.1), dict(dropout=0.1), dict(accumulate=2), dict(batch=7), dict(seed=1),
+     dict(attention_dropout=0.1)],
     ids=lambda change: next(iter(change)),
 )
 def test_every_setting_counts(tmp_path, text, plain, change):
