@@ -35,7 +35,8 @@ METHOD_NAMES = tuple(METHODS)
 WHOLE = {name for name in METHODS if METHODS[name].whole}
 SMALL = {  # beside r and alpha
     "bottleneck": dict(m=3, form="L", skip=1), "prompt": dict(length=3), "top": dict(k=1),
-    "prefix": dict(length=3, hidden=5), "subspace": dict(d=300), "adalora": dict(last=1, dropout=0.1),
+    "prefix": dict(length=3, hidden=5), "subspace": dict(d=300),
+    "adalora": dict(last=1, dropout=0.1),
     **{name: dict(dropout=0.1) for name in ("lora", "qlora", "dora")}}
 GOOD = '{"instruction": "Say", "context": "2", "output": "b"}'
 
@@ -485,8 +486,8 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path):
     (dict(method="qlora", kind="int5"), "kind must be one of"),
     (dict(method="adalora", last=3), "last must be 1 to 2, got 3"),
     (dict(method="top", k=3), "k must be 1 to 2, got 3"),
-    (dict(method="subspace", d=10**6), "d must be 1 to 11,760; got 1000000"),
-    (dict(method="subspace", d=5, said=True), "d must be 6 to 11,760, of which 5 scale a layer"),
+    (dict(method="subspace", d=10**6), "d must be 1 to 11,360; got 1000000"),
+    (dict(method="subspace", d=5, said=True), "d must be 6 to 11,360, of which 5 scale a layer"),
     (dict(method="bottleneck", skip=2), "skip must be 0 to 1, got 2"),
     (dict(method="prompt", length=40), "rows in front must be 1 to 39"),
     (dict(method="prefix", length=30), "a record takes .. tokens, but the model's context is 10"),

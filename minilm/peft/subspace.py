@@ -36,7 +36,7 @@ from minilm.arrays import wide
 from minilm.backend import array_module
 from minilm.nn import Module
 from minilm.peft.adapted import adapted_layers, insert_adapters, require_transformer, unadapted
-from minilm.peft.retrained import Retrained, retrained
+from minilm.peft.retrained import Retrained, retrained, with_tensors
 from minilm.quantize.linear import QuantizedLinear
 from minilm.ranges import check, one_of, whole
 from minilm.tensor import Tensor
@@ -51,7 +51,7 @@ def walsh_hadamard(x):
     highest one, so that after l passes all is where it was. No BLAS: the bits depend on nothing.
     """
     xp, half = array_module(x), len(x) // 2
-    if len(x) != 1 << (len(x).bit_length() - 1):
+    if not len(x) or len(x) & (len(x) - 1):
         raise ValueError(f"the transform is of 2^l numbers, got {len(x)}")
     spare = xp.empty_like(x), xp.empty_like(x)
     for bit in range(len(x).bit_length() - 1):
@@ -134,6 +134,7 @@ class Subspace:
 
     def __init__(self, pairs: dict, d: int, said: bool, projection: str, seed: int):
         self.moved, self.still = zip(*pairs.values())
+        self.settled = {}  # id of a tensor that moves -> a frozen one, for merged layers
         self.d, self.said, self.projection, self.seed = d, said, projection, seed
         self.layers = {}
         for path, (t, _) in pairs.items():
@@ -191,11 +192,22 @@ class Subspace:
             target[...] = wide(t.data) + part  # eq. (1), rounded if the target has 16 bits
             end += t.size
 
+    def frozen(self, t: Tensor) -> Tensor:
+        """A frozen tensor of the same numbers, one for each that moves."""
+        if t.data is not getattr(self.settled.get(id(t)), "data", None):
+            self.settled[id(t)] = Tensor(t.data)
+        return self.settled[id(t)]
+
 
 class Moved(Retrained):
     """A layer whose tensors are at a subspace's point; all layers have the same `subspace`."""
 
     subspace = None
+
+    def merged(self, base):
+        """A frozen layer. Layers that share a tensor, as a tied head does, still share it."""
+        return with_tensors(self.layer, **{name: self.subspace.frozen(t) for name, t
+                                           in vars(self.layer).items() if isinstance(t, Tensor)})
 
 
 def add_subspace(model: Module, d: int, said: bool = False, projection: str = "fastfood",
