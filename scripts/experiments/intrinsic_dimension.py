@@ -51,12 +51,12 @@ class Inside(Trial):
     """Trials in subspaces of several d, from one start."""
 
     method: str = "subspace"
-    lr: float = 1e-1
+    lr: float = 0.3
     tasks: tuple[str, ...] = ("upper", "sort", "last")
     steps: int = 400
     warmup: int = 40
     test: int = 100
-    ds: tuple[int, ...] = (100, 300, 1000, 3000, 10000)
+    ds: tuple[int, ...] = (300, 1000, 3000, 10000, 30000)
     """numbers that are trained, in the order in which they are tried"""
     pretrained: int | None = None
     """steps of pre-training, 0 for random weights; None: the model of the folder"""
