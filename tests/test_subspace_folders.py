@@ -7,8 +7,16 @@ from hypothesis import strategies as st
 from test_methods import CONFIGS, all_of, bits, logits, make
 
 from minilm.files import FormatError, read_json, write_json
-from minilm.interop import base_of, load_adapter, save_adapter, subspaces
-from minilm.peft import add_bottleneck, add_lora, add_subspace, merge_lora, subspace_of, unload_lora
+from minilm.interop import base_of, load_adapter, peft, save_adapter, subspaces
+from minilm.peft import (
+    add_bottleneck,
+    add_lora,
+    add_prefix,
+    add_subspace,
+    merge_lora,
+    subspace_of,
+    unload_lora,
+)
 from minilm.quantize import quantize_model
 from minilm.tensorfiles import write_tensors
 
@@ -102,6 +110,10 @@ def test_only_a_subspace_is_saved(tmp_path):
     for model in (add_lora(make("gpt2"), 2, 4), add_bottleneck(make("gpt2"), 2)):
         with pytest.raises(ValueError, match="this model has no subspace 'default'"):
             subspaces.save_adapter(model, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"a subspace alone, but .* is of \['Moved', 'Prefix'\]"):
+        save_adapter(add_prefix(moved(), 3), tmp_path / "a")
+    with pytest.raises(ValueError, match="PEFT has no form for a subspace"):
+        peft.save_adapter(moved(), tmp_path / "a")
     model = moved()
     subspace_of(model).theta[3] = np.inf
     with pytest.raises(ValueError, match="theta: 1 of its 20 numbers are not finite"):

@@ -18,8 +18,8 @@ from minilm.backend import array_module, to_device
 from minilm.files import FormatError, json_bytes, read_json
 from minilm.interop.huggingface import check, finite
 from minilm.nn import Module
-from minilm.peft.adapted import insert_adapters
-from minilm.peft.subspace import moved, subspace_of
+from minilm.peft.adapted import adapted_layers, insert_adapters
+from minilm.peft.subspace import Moved, moved, subspace_of
 from minilm.stored import revive
 from minilm.tensorfiles import read_tensors, tensor_parts
 from minilm.together import write_together
@@ -73,6 +73,10 @@ def save_adapter(model: Module, path: str | os.PathLike, name: str = "default",
     subspace = subspace_of(model, name)
     if subspace is None:
         raise ValueError(f"this model has no subspace {name!r}")
+    found = {type(m.adapters[name]) for m in adapted_layers(model).values() if name in m.adapters}
+    if found != {Moved}:
+        raise ValueError(f"a folder holds a subspace alone, but {name!r} is of "
+                         f"{sorted(kind.__name__ for kind in found)}")
     theta = to_device(subspace.theta, "cpu")
     if bad := int((~np.isfinite(theta)).sum()):
         raise ValueError(f"theta: {bad:,} of its {theta.size:,} numbers are not finite")
