@@ -86,12 +86,13 @@ class Fastfood:
         rng, n, k = np.random.default_rng([seed, 0]), power_of_2(D), power_of_2(d)
         self.D, self.d, self.n, self.k = D, d, n, k
         B = rng.choice([-1.0, 1.0], d)
-        Pi = rng.permutation(n)
+        Pi, back = rng.permutation(n), np.empty(n, np.int32)
+        back[Pi] = np.arange(n)
         G = rng.standard_normal(n)
-        G /= math.sqrt(n * math.fsum(G * G))  # c: a column has |H G (+-1)| = sqrt(n sum G^2)
+        G /= math.sqrt(n * (G * G).sum())  # c: a column has |H G (+-1)| = sqrt(n sum G^2)
         self.B, self.G = xp.asarray(B.astype(dtype)), xp.asarray(G.astype(dtype))
         self.Pi = xp.asarray((Pi % k).astype(np.int32))  # of the k numbers that repeat
-        self.back = xp.asarray(np.argsort(Pi).astype(np.int32))  # Pi^T
+        self.back = xp.asarray(back)  # Pi^T
 
     def up(self, x):
         """P x: (d,) -> (D,)."""
