@@ -7,6 +7,7 @@
     lora qlora dora adalora ia3                             PEFT's folder
     prompt prefix    rows in front of the text              PEFT's folder
     bottleneck  small MLPs in the blocks                    a folder of our own
+    subspace    d numbers that move every weight            a folder of our own
 
 Their settings are one class, from which each takes what means something to it.
 """
@@ -17,6 +18,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 from minilm.measure.step import METHODS as NAMES
 from minilm.optim import AdamW
+from minilm.optim.inside import Inside
 from minilm.peft import (
     Budget,
     Orthogonal,
@@ -28,6 +30,8 @@ from minilm.peft import (
     add_lora,
     add_prefix,
     add_prompt,
+    add_subspace,
+    subspace_of,
     train_top,
     trainable_parameters,
 )
@@ -44,7 +48,8 @@ class Adapting:
 
     method: Literal[NAMES] = "lora"
     """full: every weight. Selective: top, the last blocks; bitfit, the biases. Reparametrised, by
-    changes of low rank: lora, dora, adalora; qlora, on a base of few bits. Additive: ia3, scaling
+    changes of low rank: lora, dora, adalora; qlora, on a base of few bits; subspace, by few random
+    directions. Additive: ia3, scaling
     vectors; bottleneck, small MLPs; prompt, prefix, rows in front of the text"""
     r: int = 8
     """rank of the adapters; adalora's first one"""
@@ -74,17 +79,25 @@ class Adapting:
     hidden: int | None = None
     """width of an MLP that makes a prefix while it trains; by default there is none. It learns more
     at a smaller rate, such as 1e-2"""
+    d: int = 1000
+    """numbers that a subspace trains in all"""
+    said: bool = False
+    """let some of them scale the layers' steps, one for each"""
+    projection: Literal["fastfood", "dense"] = "fastfood"
+    """of a subspace; dense takes d times the model's memory"""
     attention_dropout: float = 0.0
     """share of what each token attends to that a training step leaves out"""
     weight_decay: float = 0.0
     """AdamW's, on the matrices that train"""
 
-    LATER: ClassVar = ("attention_dropout", "weight_decay")  # that earlier runs do not have
+    LATER: ClassVar = (  # that earlier runs do not have
+        "d", "said", "projection", "attention_dropout", "weight_decay")
 
     RANGES: ClassVar = {
         "method": one_of(*NAMES), "r": whole(1), "last": optional(whole(1)), "alpha": POSITIVE,
         "dropout": BELOW_1, "k": whole(1), "m": whole(1), "form": one_of("H", "P", "L"),
         "skip": whole(0), "length": whole(1), "hidden": optional(whole(1)),
+        "d": whole(1), "projection": one_of("fastfood", "dense"),
         "attention_dropout": BELOW_1, "weight_decay": AT_LEAST_0}
 
 
@@ -159,6 +172,11 @@ def prefix(model, s):
     return add_prefix(few_bits(model, s), s.length, hidden=s.hidden, seed=s.seed)
 
 
+def subspace(model, s):
+    """Tensors beside all of the model's, in a subspace."""
+    return add_subspace(model, s.d, s.said, s.projection, s.seed)
+
+
 def with_own_biases(model):
     """BitFit's layers in the place of the model's: merged, but codes stay codes."""
     for path, layer in adapted_layers(model).items():
@@ -171,6 +189,7 @@ LOW_RANK = f"r alpha dropout targets kind {ANY}"
 
 # On a Llama of 8 x 64, in 1500 steps of scripts/experiments/adaptation_methods.py, each of these
 # rates was as good as any of two or three, a factor of about 3 apart. ia3's is the highest tried.
+# subspace's is for d = 1000, in 400 steps of intrinsic_dimension.py; it falls as 1 / sqrt(d).
 METHODS = {
     "full": Method(1e-3, ANY, everything, whole=True),
     "top": Method(3e-3, f"k {ANY}", lambda model, s: train_top(model, s.k), whole=True),
@@ -184,6 +203,7 @@ METHODS = {
     "bottleneck": Method(1e-2, f"m form skip kind {ANY}", bottleneck),
     "prompt": Method(1e-1, f"length kind {ANY}", prompt),
     "prefix": Method(1e-1, f"length hidden kind {ANY}", prefix),
+    "subspace": Method(3e-1, "d said projection attention_dropout", subspace),
 }
 
 
@@ -199,6 +219,8 @@ def optimizer_and_loss(model, s):
     """
     if s.method == "adalora":
         return Budgeted(model, s), Orthogonal(LabelLoss())
+    if s.method == "subspace":
+        return Inside(subspace_of(model), trainable_parameters(model), s.lr), None
     return AdamW(trainable_parameters(model), s.lr, **decay(model, s)), None
 
 

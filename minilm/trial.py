@@ -33,7 +33,7 @@ from minilm.loop import Training, fit, refuse_unused
 from minilm.measure.answers import answers
 from minilm.measure.losses import bits_per_byte, loss_of
 from minilm.parallel.cores import default_workers
-from minilm.peft import add_prefix, trainable_parameters
+from minilm.peft import add_prefix, degrees_of_freedom, trainable_parameters
 from minilm.ranges import optional, whole
 from minilm.run import newest_model, share_held_out
 from minilm.transformer import Config, Transformer
@@ -252,7 +252,7 @@ def taught(model, batches, s: Trial, run, title: str,
         watch(trainer, done)
     if done.step < s.steps:  # by Ctrl-C
         raise KeyboardInterrupt
-    return model, optimizer.flat.size, read_json(median)
+    return model, degrees_of_freedom(model), read_json(median)
 
 
 def base(folder: str):

@@ -11,8 +11,8 @@
 Without a file the model learns five small tasks on words and numbers. The program prints the share
 of held-out records that the model answers rightly before and after, and some answers. It also
 prints the loss on the text that the model was trained on, to show what it still knows. A run
-directory keeps the adapter as a PEFT folder, or a bottleneck in one of our own. If full, top or
-bitfit change the model's own weights, it keeps the model as a Hugging Face folder.
+directory keeps the adapter as a PEFT folder, or bottlenecks and subspaces in one of our own. If
+full, top or bitfit change the model's own weights, it keeps the model as a Hugging Face folder.
 
 Of conversations it learns the assistant's messages. They are written as the model's chat template
 says, which is kept with what was learned; a model without one gets the format of records (needs
@@ -35,9 +35,11 @@ from minilm.adapting import METHODS, Adapting, optimizer_and_loss, prepared
 from minilm.command import Given, command, typed
 from minilm.files import FormatError, sha256
 from minilm.interop import load_model, save_adapter, save_model
+from minilm.interop.folder import own_format
 from minilm.lessons import Lesson, conversations, instructions
 from minilm.loop import Training, fit, refuse_unused, resumed
 from minilm.optim import MeZO
+from minilm.peft import degrees_of_freedom
 from minilm.ranges import POSITIVE, one_of, optional, whole
 from minilm.run import RunDirectory, newest_model, share_held_out
 from minilm.together import settle
@@ -145,8 +147,8 @@ def sensible(s: Settings, given) -> Settings:
     if s.dtype != "float32":
         raise ValueError(f"dtype is {s.dtype}, but mezo keeps no float32 masters, without which "
                          "small updates are lost")
-    if s.method == "adalora":
-        raise ValueError("adalora chooses ranks by gradients, and mezo has none")
+    if s.method in ("adalora", "subspace"):
+        raise ValueError(f"{s.method} goes by gradients, and mezo has none")
     if not s.lr:
         raise ValueError("mezo needs a learning rate of its own: give --lr, such as 3e-4 if full, "
                          "1e-3 for lora, 1e-2 for bitfit")
@@ -157,7 +159,7 @@ def finetune(run, s: Settings, model, tokenizer, templates, lesson: Lesson, know
     """Train, and print what the model can do and what it still knows, before and after."""
     optimizer, loss = ((MeZO(model.parameters(), s.lr, s.eps, seed=s.seed), None)
                        if s.optimizer == "mezo" else optimizer_and_loss(model, s))
-    trained = sum(p.size for p in model.parameters())
+    trained = degrees_of_freedom(model)
     examine = partial(examined, model, lesson, known)
     for trainer, done in fit(run, model, lesson.batches, s, loss, optimizer=optimizer):
         if not done.targets:
@@ -190,7 +192,7 @@ def examined(model, lesson: Lesson, known, trainer, step: int) -> dict:
 
 def finish(run, model, tokenizer, templates, s: Settings, step: int, prompt: str | None):
     """Save what was learned, print the scores before and after, and say where everything is."""
-    method, trained = METHODS[s.method], sum(p.size for p in model.parameters())
+    method, trained = METHODS[s.method], degrees_of_freedom(model)
     model = method.finish(model)
     if method.whole:
         save_model(model, kept := run.path / "model", tokenizer)
@@ -235,8 +237,7 @@ def print_sizes(trained: int, kept: Path, base: Path):
     """Print how much was learned: numbers that were trained, and bytes beside the base's."""
     ours, base = (sum(file.stat().st_size for file in folder.glob("*.safetensors"))
                   for folder in (kept, base))
-    what = "a folder of our own, which PEFT does not read" if (
-        kept / "bottleneck.json").exists() else kept.name
+    what = "a folder of our own, which PEFT does not read" if own_format(kept) else kept.name
     print(f"{trained:,} numbers were trained; {ours:,} bytes are kept ({what}), beside the base's "
           f"{base:,}")
 

@@ -71,9 +71,11 @@ class Sizing:
     """rows of a prompt or a prefix, in front of the context's tokens"""
     prefix_hidden: int | None = None
     """width of an MLP that makes a prefix while it trains; by default there is none"""
+    d: int = 1000
+    """numbers that a subspace trains"""
 
 
-USES = {"k": ("top",), **dict.fromkeys(("m", "form", "skip"), ("bottleneck",)),
+USES = {"k": ("top",), "d": ("subspace",), **dict.fromkeys(("m", "form", "skip"), ("bottleneck",)),
         "length": ("prompt", "prefix"), "prefix_hidden": ("prefix",), "rank": LOW_RANK,
         "targets": (*LOW_RANK, "ia3")}  # an option, and the methods to which it means something
 

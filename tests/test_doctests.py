@@ -19,7 +19,8 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages(minilm.__path__
 EXPECTED = {
     "minilm.data.batches", "minilm.distill", "minilm.generate", "minilm.ops",
     "minilm.optim.adamw", "minilm.peft.adalora", "minilm.peft.bitfit", "minilm.peft.bottleneck",
-    "minilm.peft.dora", "minilm.peft.ia3", "minilm.peft.lora", "minilm.peft.top",
+    "minilm.peft.dora", "minilm.peft.ia3", "minilm.peft.lora", "minilm.peft.subspace",
+    "minilm.peft.top",
     "minilm.quantize.fourbit", "minilm.tensor", "minilm.transformer",
 }
 

@@ -35,7 +35,8 @@ METHOD_NAMES = tuple(METHODS)
 WHOLE = {name for name in METHODS if METHODS[name].whole}
 SMALL = {  # beside r and alpha
     "bottleneck": dict(m=3, form="L", skip=1), "prompt": dict(length=3), "top": dict(k=1),
-    "prefix": dict(length=3, hidden=5), "adalora": dict(last=1, dropout=0.1),
+    "prefix": dict(length=3, hidden=5), "subspace": dict(d=300),
+    "adalora": dict(last=1, dropout=0.1),
     **{name: dict(dropout=0.1) for name in ("lora", "qlora", "dora")}}
 GOOD = '{"instruction": "Say", "context": "2", "output": "b"}'
 
@@ -106,7 +107,7 @@ TRAINED = {  # of 2 blocks of C = 16: q, k, v, o take and give 16 numbers, up an
     **dict.fromkeys(("lora", "qlora"), 2 * 2 * (4 * 32 + 2 * 80)),
     "dora": 2 * (2 * (4 * 32 + 2 * 80) + 5 * 16 + 64), "adalora": 2 * 2 * (4 * 33 + 2 * 81),
     "bottleneck": 2 * 16 * 3 + 3 + 16 + 2 * 16, "prompt": 3 * 16,
-    "prefix": 3 * 16 + 16 * 5 + 5 + 2 * 2 * 16 * (5 + 1)}
+    "prefix": 3 * 16 + 16 * 5 + 5 + 2 * 2 * 16 * (5 + 1), "subspace": 300}
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
@@ -120,7 +121,8 @@ def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, me
     sizes = [sum(p.stat().st_size for p in folder.glob("*.safetensors")) for folder in (kept, base)]
     assert f"{TRAINED[method]:,} numbers were trained; {sizes[0]:,} bytes are kept (" in said
     assert f"), beside the base's {sizes[1]:,}\n" in said
-    assert ("which PEFT does not read" in said) == (method == "bottleneck")
+    assert ("which PEFT does not read" in said) == (
+        method in ("bottleneck", "subspace"))
     tasks = ["reverse", "upper", "sort", "last", "add"]
     assert said.endswith("\n-> '\n") and "--temperature 0 --prompt 'Reverse\n" in said
     rows = [line.split(":")[0] for line in said.split("before")[1].splitlines()[1:] if ":" in line]
@@ -134,7 +136,9 @@ def test_each_method_says_and_leaves_what_it_promises(tmp_path, base, capsys, me
 
     tensors, state = checkpoint.load(run / "checkpoints")
     names = {n.removeprefix("model.") for n in tensors if n.startswith("model.")}
-    assert sum(tensors[f"model.{n}"].size for n in names) == TRAINED[method]
+    all_that_moves = TRAINED["full" if method == "subspace" else method]
+    assert sum(tensors[f"model.{n}"].size for n in names) == all_that_moves
+    assert method != "subspace" or tensors["theta"].size == TRAINED[method]
     assert state == {"step": 6}
     if method in WHOLE:
         model = huggingface.load_model(kept)
@@ -222,8 +226,8 @@ def test_the_budget_ends_with_what_was_asked_for(tmp_path, base):
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_settings_that_mean_nothing_to_a_method_are_refused(tmp_path, base, method):
     used = {"full": 2, "top": 3, "bitfit": 1, "lora": 8, "qlora": 8, "dora": 8, "adalora": 8,
-            "ia3": 3, "bottleneck": 6, "prompt": 4, "prefix": 5}
-    assert len(METHODS[method].without) == 15 - used[method]
+            "ia3": 3, "bottleneck": 6, "prompt": 4, "prefix": 5, "subspace": 4}
+    assert len(METHODS[method].without) == 18 - used[method]
     for name in METHODS[method].without:
         with pytest.raises(ValueError, match=f"{name} is given, but the method is {method}"):
             main(settings(base, method=method), tmp_path / "runs", given=frozenset({name}))
@@ -261,7 +265,8 @@ def test_attention_dropout_and_decay_change_what_is_learned(tmp_path, base):
     ("weight_decay", {}, "weight_decay is given, but mezo has none"),
     ("lr", dict(lr=0.0), "mezo needs a learning rate of its own"),
     ("dtype", dict(dtype="bfloat16"), "dtype is bfloat16, but mezo keeps no float32 masters"),
-    ("method", dict(method="adalora"), "adalora chooses ranks by gradients"),
+    ("method", dict(method="adalora"), "adalora goes by gradients, and mezo has none"),
+    ("method", dict(method="subspace"), "subspace goes by gradients, and mezo has none"),
     ("eps", dict(optimizer="adamw"), "eps is given, but the optimizer is adamw"),
     ("eps", dict(eps=0.0), "eps must be positive"),
 ])
@@ -533,6 +538,8 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path):
     (dict(method="qlora", kind="int5"), "kind must be one of"),
     (dict(method="adalora", last=3), "last must be 1 to 2, got 3"),
     (dict(method="top", k=3), "k must be 1 to 2, got 3"),
+    (dict(method="subspace", d=10**6), "d must be 1 to 11,360; got 1000000"),
+    (dict(method="subspace", d=5, said=True), "d must be 6 to 11,360, of which 5 scale a layer"),
     (dict(method="bottleneck", skip=2), "skip must be 0 to 1, got 2"),
     (dict(method="prompt", length=40), "rows in front must be 1 to 39"),
     (dict(method="prefix", length=30), "a record takes .. tokens, but the model's context is 10"),

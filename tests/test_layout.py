@@ -127,6 +127,7 @@ PEFT = {  # methods of peft/ that know another one; all others know adapted.py a
     "bottleneck": {"adapted", "retrained"},
     "budget": {"adalora"},  # which of its singular values are kept
     "dora": {"adapted", "lora"},
+    "subspace": {"adapted", "retrained"},
     "requantize": {"adapted", "lora"},  # merged LoRA in codes again
 }
 
@@ -150,7 +151,7 @@ PUBLIC = {  # what other programs rely on
     "FourBit.dequantize QuantizedLinear quantize_model",
     "peft": "add_lora add_ia3 add_bitfit add_bottleneck add_dora add_adalora Budget Budget.at "
     "Budget.step Orthogonal train_top retrain use_adapter merge_lora unmerge_lora unload_lora "
-    "requantize_lora trainable_parameters",
+    "requantize_lora trainable_parameters add_subspace subspace_of degrees_of_freedom",
     "peft.prompt": "add_prompt",
     "peft.prefix": "add_prefix settle_prefix",
     "peft.adapted": "Adapter AdaptedLinear insert_adapters merge unmerge unload chosen",

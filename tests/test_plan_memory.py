@@ -24,6 +24,7 @@ from minilm.measure.plan import Plan, nf4, plan
 from minilm.measure.step import METHODS as NAMES
 from minilm.measure.step import Step, parameters, trainable
 from minilm.optim import AdamW
+from minilm.peft import degrees_of_freedom
 from minilm.quantize import quantize_4bit
 from minilm.transformer import Config, Transformer
 
@@ -89,7 +90,7 @@ def test_the_numbers_of_all_methods_are_those_of_their_models(
     """What each verb really makes, in all families."""
     k, skip = (data.draw(st.integers(low, config.layers - 1 + low)) for low in (1, 0))
     def step(): return Step(config, method, 1, 4, r, targets, k=k, m=m, form=form, skip=skip,
-                            length=length, prefix_hidden=hidden)
+                            length=length, prefix_hidden=hidden, d=m)
     if method == "bitfit" and not config.bias and config.norm == "rms":
         with pytest.raises(ValueError, match="no layer of this model has one"):
             step()
@@ -97,8 +98,8 @@ def test_the_numbers_of_all_methods_are_those_of_their_models(
     found, model = plan(step()), make_model(step())
     there = held(model, AdamW(model.parameters()))
     assert (found.weights, found.adapters) == (there["weights"], there["adapters"])
-    assert found.gradients == 4 * trainable(step())
-    assert trainable(step()) == sum(p.size for p in model.parameters())
+    assert found.gradients == 4 * sum(p.size for p in model.parameters())
+    assert trainable(step()) == degrees_of_freedom(model)
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 127, 16384, 16385, 3 * 16384 + 129])
@@ -165,7 +166,7 @@ def test_it_is_so_under_checkpoints(config, every):
     *((name, {}) for name in NAMES if name not in ("full", "lora", "qlora", "ia3")),
     ("dora", dict(targets="all-linear")), ("ia3", dict(targets=("k", "v", "down"))),
     ("top", dict(k=1)), ("bottleneck", dict(form="L")), ("bottleneck", dict(form="P", skip=1)),
-    ("prefix", dict(prefix_hidden=64))], ids=str)
+    ("prefix", dict(prefix_hidden=64)), ("subspace", dict(d=30))], ids=str)
 def test_it_is_about_so_for_the_other_methods(config, method, settings):
     """Within 2 %, of which the docstring of activations.py tells."""
     if method == "bitfit" and config is LLAMA:

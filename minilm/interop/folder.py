@@ -1,21 +1,24 @@
 """A model or an adapter from any folder, and into one.
 
 A model is of plain weights, or of 4-bit or 8-bit ones. An adapter is in PEFT's folder or, for
-bottlenecks, in one of our own.
+bottlenecks and subspaces, in one of our own.
 """
 
 import os
 from pathlib import Path
 
 from minilm.files import read_json
-from minilm.interop import bitsandbytes, bottlenecks, huggingface, peft
+from minilm.interop import bitsandbytes, bottlenecks, huggingface, peft, subspaces
 from minilm.interop.shards import require_folder
 from minilm.nn import Module
 from minilm.peft.adapted import adapted_layers
 from minilm.peft.bottleneck import Bottleneck
+from minilm.peft.subspace import Moved
 from minilm.quantize.linear import is_quantized
 from minilm.together import settle
 from minilm.transformer import Transformer
+
+OURS = {Bottleneck: bottlenecks, Moved: subspaces}  # what PEFT has no form for
 
 
 def load_model(
@@ -46,19 +49,24 @@ def save_model(model: Transformer, path: str | os.PathLike, tokenizer=None) -> N
 def load_adapter(model: Module, path: str | os.PathLike, name: str = "default") -> Module:
     """Put the folder's adapter on the model, and let it act; returns the model.
 
-    Raises what peft.load_adapter and bottlenecks.load_adapter raise.
+    Raises what the load_adapter of peft, bottlenecks or subspaces raises.
     """
     settle(path)
-    ours = (Path(path) / bottlenecks.CONFIG).exists()
-    return (bottlenecks if ours else peft).load_adapter(model, path, name)
+    return (own_format(path) or peft).load_adapter(model, path, name)
 
 
 def save_adapter(model: Module, path: str | os.PathLike, name: str = "default",
                  base: str | os.PathLike | None = None) -> None:
-    """Write the model's adapter of this name; see peft.save_adapter, or bottlenecks.save_adapter.
+    """Write the model's adapter of this name; see save_adapter of peft, bottlenecks or subspaces.
     """
-    ours = any(type(m.adapters.get(name)) is Bottleneck for m in adapted_layers(model).values())
-    (bottlenecks if ours else peft).save_adapter(model, path, name, base)
+    kinds = {type(m.adapters.get(name)) for m in adapted_layers(model).values()}
+    ours = next((OURS[kind] for kind in kinds if kind in OURS), peft)
+    ours.save_adapter(model, path, name, base)
+
+
+def own_format(path: str | os.PathLike):
+    """The module that reads this folder of an adapter, if it is one of our own; or else None."""
+    return next((m for m in OURS.values() if (Path(path) / m.CONFIG).exists()), None)
 
 
 def base_of(path: str | os.PathLike) -> str | None:
@@ -67,5 +75,5 @@ def base_of(path: str | os.PathLike) -> str | None:
     Raises FileNotFoundError and FormatError.
     """
     settle(path)
-    ours = (Path(path) / bottlenecks.CONFIG).exists()
-    return bottlenecks.read(path).base or None if ours else peft.base_of(path)
+    ours = own_format(path)
+    return ours.read(path).base or None if ours else peft.base_of(path)

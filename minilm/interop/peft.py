@@ -30,6 +30,7 @@ from minilm.peft.adapted import (
     unadapted,
 )
 from minilm.peft.retrained import Retrained
+from minilm.peft.subspace import Moved
 from minilm.seq2seq import EncoderDecoder
 from minilm.tensorfiles import read_tensors, tensor_parts
 from minilm.together import settle, write_together
@@ -101,6 +102,8 @@ def save_adapter(model: Transformer | EncoderDecoder, path: str | os.PathLike,
     adapters = {p: m.adapters[name] for p, m in layers.items() if name in m.adapters}
     if not adapters:
         raise ValueError(f"this model has no adapter {name!r}")
+    if any(type(a) is Moved for a in adapters.values()):
+        raise ValueError("PEFT has no form for a subspace: interop.save_adapter writes one of ours")
     whole = _whole(model, family, FRONT in adapters)
     raw = {"peft_type": None, "base_model_name_or_path": base and os.fspath(base),
            "inference_mode": True, "modules_to_save": None,

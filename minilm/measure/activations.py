@@ -17,7 +17,8 @@ from itertools import chain
 from typing import NamedTuple
 
 from minilm.arrays import BLOCK
-from minilm.measure.step import Step, trainable
+from minilm.measure.step import Step, parameters, trainable
+from minilm.peft.subspace import power_of_2
 
 QKV = ("attention.q", "attention.k", "attention.v")
 
@@ -46,12 +47,12 @@ def step(s: Step) -> list[Op]:
     The gradient of the residual stream is counted in each op. The gradient of a tied embedding is
     alive from the head down to the embedding.
     """
-    c, full = s.config, s.method == "full"
+    c, full = s.config, s.whole
     x, table = s.array(c.width), c.vocab_size * c.width * s.size
     held = table if full and c.tied else 0
     # AdamW's temporary u, one block, comes when all else is gone. The embedding sorts the rows of
     # dy and adds them up. If it is tied, the head's part is added then.
-    ops = [Op(0, 4 * min(trainable(s), BLOCK), 0),
+    ops = [Op(0, updating(s), 0),
            Op(0, 3 * x, 3 * x + (3 if c.tied else 1) * table if full else 0)]
     if not c.norm_first:
         ops.append(norm(s, 0, full))
@@ -61,6 +62,14 @@ def step(s: Step) -> list[Op]:
     if c.norm_first:
         ops.append(norm(s, x, True))
     return [*ops, head(s)]
+
+
+def updating(s: Step) -> int:
+    """What the optimizer has for a moment: AdamW's u, or the gradient of theta^D beside the three
+    arrays of a transform."""
+    if s.method == "subspace":
+        return 4 * (parameters(s.config) + 3 * power_of_2(parameters(s.config)))
+    return 4 * min(trainable(s), BLOCK)
 
 
 def blocks(s: Step) -> list[Op]:
@@ -88,7 +97,7 @@ def block(s: Step, alive: int, flows: bool) -> list[Op]:
     """Attention, MLP and their norms. alive: bytes that outer functions hold. flows: does a
     gradient flow to the block's input?"""
     attend = [attention(s, alive, flows), bottleneck(s, alive, flows, s.form == "H")]
-    first = norm(s, alive, flows, trained=s.method == "full")
+    first = norm(s, alive, flows, trained=s.whole)
     flows = flows or s.trains("attention.") or attend[1].saved > 0
     flown = flows or s.trains("mlp.") or s.method == "bottleneck"  # behind the MLP
     if not s.config.norm_first or s.config.norm_output:
@@ -193,7 +202,7 @@ def mlp(s: Step, alive: int, flows: bool) -> Op:
 def head(s: Step) -> Op:
     """The last linear layer and the loss. The loss keeps p = softmax(logits), and turns it into
     dlogits in place."""
-    c, full = s.config, s.method == "full"
+    c, full = s.config, s.whole
     # x is a view of all rows, a prompt's too
     x, logits = s.array(c.width), s.array(c.vocab_size, rows=s.T)
     p = s.array(c.vocab_size, wide=True, rows=s.T)

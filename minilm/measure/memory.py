@@ -21,6 +21,7 @@ processes never are.
 """
 
 import tracemalloc
+from functools import partial
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from minilm.backend import array_module, peak_memory
 from minilm.measure.step import Step
 from minilm.nn import Module
 from minilm.optim import AdamW
+from minilm.optim.inside import Inside
 from minilm.peft import (
     add_adalora,
     add_bitfit,
@@ -38,6 +40,8 @@ from minilm.peft import (
     add_lora,
     add_prefix,
     add_prompt,
+    add_subspace,
+    subspace_of,
     train_top,
 )
 from minilm.peft.adapted import Adapter, adapted_layers
@@ -116,7 +120,8 @@ def measured(step: Step, make_optimizer=AdamW) -> dict[str, int]:
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(0, step.config.vocab_size, (2, step.batch, step.T))
     model = make_model(step)
-    optimizer = make_optimizer(model.parameters())
+    inside = step.method == "subspace" and partial(Inside, subspace_of(model))
+    optimizer = (inside or make_optimizer)(model.parameters())
     for _ in range(2):
         with Ledger(model, optimizer) as ledger:
             optimizer.zero_grad()
@@ -152,4 +157,5 @@ ADD = {
     "bottleneck": lambda model, s: add_bottleneck(model, s.m, s.form, s.skip),
     "prompt": lambda model, s: add_prompt(model, s.length),
     "prefix": lambda model, s: add_prefix(model, s.length, hidden=s.prefix_hidden),
+    "subspace": lambda model, s: add_subspace(model, s.d),
 }

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from minilm.measure.activations import peak, step
 from minilm.measure.step import OWN, Step, parameters, trainable
+from minilm.peft.subspace import power_of_2
 from minilm.quantize.fourbit import GROUP
 from minilm.shapes import linear_layers
 
@@ -32,8 +33,17 @@ class Plan(NamedTuple):
 def plan(s: Step) -> Plan:
     """How the memory of a step is made up."""
     trained, states = trainable(s), 2 if s.size == 4 else 3
+    if s.method == "subspace":
+        D = parameters(s.config)
+        masters = 0 if s.size == 4 else 4 * D
+        return Plan(weights(s), D * s.size, 4 * D, inside(s) + masters, peak(step(s)))
     adapters = 0 if s.method in OWN else trained * s.size
     return Plan(weights(s), adapters, 4 * trained, 4 * trained * states, peak(step(s)))
+
+
+def inside(s: Step) -> int:
+    """AdamW's m and v of theta^d, theta^d itself, and Fastfood's B (d,), G, Pi and Pi^T (n,)."""
+    return 4 * (4 * s.d + 3 * power_of_2(parameters(s.config)))
 
 
 def weights(s: Step) -> int:

@@ -14,12 +14,12 @@ from minilm.shapes import linear_layers, tensor_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 METHODS = ("full", "top", "bitfit", "lora", "qlora", "dora", "adalora", "ia3", "bottleneck",
-           "prompt", "prefix")
+           "prompt", "prefix", "subspace")
 LOW_RANK = ("lora", "qlora", "dora", "adalora")
 KINDS = {  # of PEFT, as Lialin et al. 2023, arXiv:2303.15647, call them
     "additive": ("ia3", "bottleneck", "prompt", "prefix"),  # numbers beside the model's
     "selective": ("top", "bitfit"),  # some of the model's own
-    "reparametrised": LOW_RANK,  # all that is adapted, by a change of low rank
+    "reparametrised": (*LOW_RANK, "subspace"),  # by a change of low rank, or by few directions
 }
 OWN = ("full", "top")  # these train the model's own tensors
 
@@ -30,14 +30,14 @@ class Step:
 
     targets: as in add_lora, in every block. qlora: NF4 in blocks of 64, with double quantization.
     r: adalora's is the first one. k: blocks of top. m, form, skip: of a bottleneck. length: rows
-    in front of the T tokens. prefix_hidden: of a prefix's MLP. ValueError for settings that the
-    engine would refuse.
+    in front of the T tokens. prefix_hidden: of a prefix's MLP. d: of a subspace. ValueError for
+    settings that the engine would refuse.
     """
 
     RANGES = {"method": one_of(*METHODS), "dtype": one_of(*BYTES), "device": one_of("cpu", "cuda"),
               "batch": whole(1), "checkpoint_every": whole(0), "m": whole(1),
               "form": one_of("H", "P", "L"), "length": whole(1),
-              "prefix_hidden": optional(whole(1))}
+              "prefix_hidden": optional(whole(1)), "d": whole(1)}
 
     config: Config
     method: str  # one of METHODS
@@ -54,6 +54,7 @@ class Step:
     skip: int = 0
     length: int = 16
     prefix_hidden: int | None = None
+    d: int = 1000
 
     def __post_init__(self):
         self.config.require_language()
@@ -65,11 +66,18 @@ class Step:
         check({"k": whole(1, c.layers if self.method == "top" else math.inf),
                "skip": whole(0, c.layers - 1 if self.method == "bottleneck" else math.inf)},
               k=self.k, skip=self.skip)
+        if self.method == "subspace":
+            check({"d": whole(1, parameters(c))}, d=self.d)
         if self.method == "bitfit" and not counts.bitfit(c):
             raise ValueError("bitfit trains biases, but no layer of this model has one")
         largest = min((min(linear_layers(c)[path]) for path in self.adapted), default=math.inf)
         if self.method in LOW_RANK and not 1 <= self.r <= largest:
             raise ValueError(f"rank must be 1 to {largest}, a layer's size; got {self.r}")
+
+    @property
+    def whole(self) -> bool:
+        """Does every weight get a gradient?"""
+        return self.method in ("full", "subspace")
 
     @property
     def front(self) -> int:
@@ -115,7 +123,7 @@ class Step:
 
     def trains(self, *paths: str) -> bool:
         """Is there something that trains at layers whose paths begin so, or in front of them?"""
-        return self.method in ("full", "bitfit", "prefix") or any(
+        return self.method in ("full", "subspace", "bitfit", "prefix") or any(
             path.startswith(paths) for path in self.adapted)
 
     def array(self, features: int, wide: bool = False, rows: int | None = None) -> int:
@@ -126,7 +134,7 @@ class Step:
 
     def reaches(self, i: int) -> bool:
         """Does a gradient flow to the input of block i? If nothing below it trains, none does."""
-        first = {"full": 0, "prompt": 0, "top": self.config.layers - self.k + 1,
+        first = {"full": 0, "subspace": 0, "prompt": 0, "top": self.config.layers - self.k + 1,
                  "bottleneck": self.skip + 1}.get(self.method, 1)
         return i >= first
 
@@ -134,12 +142,12 @@ class Step:
         """Does one of these layers keep its input, for dW, dA or dl?"""
         if self.method == "ia3":
             paths = [path for path in paths if path.endswith("down")]
-        return self.method == "full" or not self.adapted.isdisjoint(paths)
+        return self.whole or not self.adapted.isdisjoint(paths)
 
     def weight(self, path: str) -> int:
         """What is alive beside a layer's dx: its dW, or its weight while that is dequantized."""
         O, I = linear_layers(self.config)[path]
-        if self.method == "full":
+        if self.whole:
             return O * I * self.size
         # The table look-up needs an int64 for every two codes; on a CPU it works in blocks.
         looked_up = O * I if self.device == "cuda" else min(O * I, BLOCK)
@@ -171,7 +179,7 @@ def parameters(c: Config) -> int:
 
 
 def trainable(s: Step) -> int:
-    """Numbers that the step changes."""
+    """Numbers that an optimizer has states of; a subspace's move all others."""
     c = s.config
     return {
         "full": lambda: parameters(c), "top": lambda: counts.top(c, s.k),
@@ -182,5 +190,5 @@ def trainable(s: Step) -> int:
         "ia3": lambda: counts.ia3(c, s.targets),
         "bottleneck": lambda: counts.bottleneck(c, s.m, s.form, s.skip),
         "prompt": lambda: counts.prompt(c, s.length),
-        "prefix": lambda: counts.prefix(c, s.length, s.prefix_hidden),
+        "prefix": lambda: counts.prefix(c, s.length, s.prefix_hidden), "subspace": lambda: s.d,
     }[s.method]()

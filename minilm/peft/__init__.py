@@ -18,11 +18,12 @@ from minilm.peft.prefix import add_prefix, settle_prefix
 from minilm.peft.prompt import add_prompt
 from minilm.peft.requantize import requantize_lora
 from minilm.peft.retrained import retrain
+from minilm.peft.subspace import add_subspace, degrees_of_freedom, subspace_of
 from minilm.peft.top import train_top
 
 __all__ = [
     "Budget", "Orthogonal", "add_adalora", "add_bitfit", "add_bottleneck", "add_dora", "add_ia3",
-    "add_lora", "add_prefix", "add_prompt", "merge_lora", "requantize_lora", "retrain",
-    "settle_prefix", "train_top", "trainable_parameters", "unload_lora", "unmerge_lora",
-    "use_adapter",
+    "add_lora", "add_prefix", "add_prompt", "add_subspace", "degrees_of_freedom", "merge_lora",
+    "requantize_lora", "retrain", "settle_prefix", "subspace_of", "train_top",
+    "trainable_parameters", "unload_lora", "unmerge_lora", "use_adapter",
 ]
