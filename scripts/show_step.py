@@ -96,7 +96,7 @@ def main(model: Path | None = None, data: str = "python-reference", batch: int =
 
 
 def loaded(folder: Path | None, seed: int):
-    """(model, tokenizer) in float64, without dropout; without a folder a model is drawn."""
+    """(model, tokenizer) in float64; without a folder a small model is drawn."""
     if folder is None:
         tokenizer, what = data.ByteTokenizer(), "a small Llama of random weights (see --model)"
         model = Transformer(Config.llama(tokenizer.vocab_size, 128, 2, 4, 32, 88), seed)
@@ -107,7 +107,7 @@ def loaded(folder: Path | None, seed: int):
         if is_quantized(model):
             raise ValueError(f"{folder} is quantized, and codes have no gradient: give the model "
                              "that it was made of")
-    model = model.astype(np.float64).eval()
+    model = model.astype(np.float64)
     print(f"{what}: {len(model.blocks)} blocks, {sum(p.size for p in model.parameters()):,} "
           "numbers")
     return model, tokenizer

@@ -179,7 +179,7 @@ def test_options_that_mean_nothing_are_refused(folder, words):
     assert f"{words[-2].strip('-')} is given, but this is " in done.stderr
 
 
-def test_the_keys_of_a_terminal(tmp_path):
+def test_the_keys_of_a_terminal(tmp_path, ctrl_c):
     """SIGINT during an answer goes back to the prompt, a second one there ends it."""
     model = Transformer(Config.gpt2(WORDS.vocab_size, 30_000, 1, 1, 4), seed=3)
     model.ends = Ends(eos=(WORDS.end,))

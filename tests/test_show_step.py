@@ -17,7 +17,7 @@ from minilm.tensor import no_grad
 from minilm.transformer import Config, Transformer, with_classes
 
 MODELS = {"gpt2": Config.gpt2(258, 40, 1, 2, 16), "llama": Config.llama(258, 40, 2, 2, 16, 24),
-          "bert": Config.bert(258, 40, 1, 2, 16, 24, dropout=0.1)}
+          "bert": Config.bert(258, 40, 1, 2, 16, 24)}
 TEXT = "The cat sat on the mat, and the dog sat on the cat. " * 9
 
 
