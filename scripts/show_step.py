@@ -101,8 +101,8 @@ def loaded(folder: Path | None, seed: int):
         tokenizer, what = data.ByteTokenizer(), "a small Llama of random weights (see --model)"
         model = Transformer(Config.llama(tokenizer.vocab_size, 128, 2, 4, 32, 88), seed)
     else:
-        tokenizer, what = data.load_tokenizer(folder / "tokenizer.json"), folder
-        model = load_model(folder)
+        model, what = load_model(folder), folder
+        tokenizer = data.load_tokenizer(folder / "tokenizer.json")
         model.config.require_language(folder)
         if is_quantized(model):
             raise ValueError(f"{folder} is quantized, and codes have no gradient: give the model "
@@ -127,7 +127,11 @@ def batch_of(source: str, model, tokenizer, folder, batch: int, length: int, see
             records, teach, by = data.load_records(source), instructions, tokenizer
         return teach(records, records[:1], by, model, batch, seed).batches[0]
     stream = data.pack(data.load_corpus(source).documents, tokenizer)
-    batches = data.Batches([stream], [1], batch, min(length, model.room), seed)
+    length = min(length, model.room)
+    if len(stream) <= length:
+        raise ValueError(f"{source} has {len(stream)} tokens, but a row takes {length} and the one "
+                         "that follows: give a smaller --length")
+    batches = data.Batches([stream], [1], batch, length, seed)
     return (batches if model.config.causal else data.MaskedBatches(batches, tokenizer, seed))[0]
 
 

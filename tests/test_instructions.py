@@ -117,7 +117,7 @@ GOOD = '{"instruction": "i", "output": "o"}'
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("", "Expecting value"),
+        ("", "not valid JSON: Expecting value, at column 1"),
         ("{", "Expecting property name"),
         (GOOD + GOOD, "Extra data"),
         (b"\xff", "can't decode"),

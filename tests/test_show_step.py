@@ -156,6 +156,8 @@ def masked(): return Transformer(MODELS["bert"])
     (classes, [], "gives classes of whole texts; a language model is needed here"),
     (codes, [], "is quantized, and codes have no gradient: give the model that it was made of"),
     (masked, ["--data", "a.jsonl"], "a masked model learns text: give --data a text, not records"),
+    (None, ["--data", "short.txt"], "short.txt has 4 tokens, but a row takes 32 and the one that"),
+    (None, ["--model", "nowhere"], "there is no such folder"),
     (None, ["--eta", "0"], "eta must be between 1e-12 and 1000, got 0.0"),
     (None, ["--etas"], "etas must be at least one number, got none"),
     (None, ["--batch", "0"], "batch must be at least 1, got 0"),
@@ -165,7 +167,8 @@ def test_what_cannot_be_shown_is_refused(text, make, words, complaint):
     words = ["--data", text, *words] if "--data" not in words else words
     if make:
         words += ["--model", str(saved(make()))]
-    with pytest.raises(ValueError, match=re.escape(complaint)):
+    Path("short.txt").write_text("abc")
+    with pytest.raises((ValueError, OSError), match=re.escape(complaint)):
         tyro.cli(show_step.main, args=words)
 
 

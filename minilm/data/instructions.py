@@ -58,6 +58,9 @@ def load_records(path: str | os.PathLike) -> list[Record]:
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         try:
             records.append(_record(line))
+        except json.JSONDecodeError as error:
+            said = f"line {number}: not valid JSON: {error.msg}, at column {error.colno}"
+            raise FormatError(path, said) from error
         except (TypeError, ValueError, RecursionError) as error:
             raise FormatError(path, f"line {number}: {error}") from error
     if not records:
