@@ -494,6 +494,8 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path):
     (dict(method="prompt", length=40), "rows in front must be 1 to 39"),
     (dict(method="prefix", length=30), "a record takes .. tokens, but the model's context is 10"),
     (dict(data=("reverse", "juggle")), "'juggle' is none of the tasks"),
+    (dict(data=()), "no task is named; there are reverse, upper"),
+    (dict(seed=2**63), f"seed must fit 64 bits, got {2**63}"),
     (dict(data=("juggle",)), "'juggle' is neither a file nor one of the tasks reverse, upper"),
     (dict(data=("mine.jsonl",)), r"'mine\.jsonl' is neither a file nor one of the tasks"),
     (dict(test=0), "must be at least 1"),
