@@ -10,6 +10,7 @@ The file says what is measured; `conduct` does what all experiments need. A run'
 """
 
 import json
+import math
 import platform
 import shlex
 import shutil
@@ -27,8 +28,10 @@ from minilm.files import json_bytes, remove, write_atomically
 from minilm.measure.verdict import FAILS, Verdict
 from minilm.parallel.cores import default_workers
 from minilm.picture import draw_svg
+from minilm.ranges import check, each, whole
 from minilm.results import Result, number, table, verdicts
 from minilm.run import RunDirectory
+from minilm.train import Diverged
 
 QUICK = "quick: too small and too short a run for its numbers to mean anything"
 
@@ -83,17 +86,18 @@ def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory],
     """Run each arm on each seed, print the table and the verdicts, and draw the picture.
 
     measured(arm, seed, run) returns the number of each measure; training inside it may leave
-    checkpoints in `run`. settings: what decides the numbers, as JSON. options: the words of the
-    command line that give these settings. resume: the folder of a run to go on with; arms and seeds
-    that have a row there are not run again. keep: leave the result beside the experiment, too.
+    checkpoints in `run`. If it raises Diverged, each number is NaN; a claim about NaN cannot be
+    told, and the picture leaves it out. settings: what decides the numbers, as JSON. options: the
+    words of the command line that give these settings. resume: the folder of a run to go on with;
+    arms and seeds that have a row there are not run again. keep: leave the result beside the
+    experiment, too.
     ValueError if a quick run is to be kept, and if the run to go on with has other settings.
     """
     if quick and keep:
         raise ValueError("a quick run cannot be kept: its numbers mean nothing")
     if not (seeds := tuple(dict.fromkeys(seeds))):
         raise ValueError("an experiment needs at least one seed, got none")
-    if min(seeds) < 0:
-        raise ValueError(f"seeds must not be negative, got {seeds}")
+    check({"seeds": each(whole(0))}, seeds=seeds)
     program = ["python", f"scripts/experiments/{experiment.name}.py", "--seeds", *map(str, seeds)]
     command = shlex.join([*program, *options, *["--quick"] * quick])
     result = Result(experiment.name, experiment.question, command, quick, experiment.slide,
@@ -149,6 +153,9 @@ def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Pa
             words = shlex.split(result.command)[2:] + ["--keep"] * keep  # without python FILE
             print(f"\ngo on with: {typed(experiment.file, *words, resume=folder)}")
             raise
+        except Diverged as error:
+            print(f"{arm}, seed {seed}: {error}")
+            row = {"arm": arm, "seed": seed, **dict.fromkeys(experiment.measures, math.nan)}
         shown = [f"{measure} {number(row[measure], decimals)}"
                  for measure, decimals in experiment.measures.items()]
         print(f"{arm}, seed {seed}: {'; '.join(shown)}", flush=True)
@@ -162,20 +169,27 @@ def run_arms(experiment: Experiment, result: Result, measured, seeds, folder: Pa
 
 def judged(experiment: Experiment, result: Result) -> tuple[dict, ...]:
     """The claims with their verdicts, and the likely reason if one does not hold."""
-    found = []
+    found, unknown = [], dict.fromkeys((name for row in result.rows for name in row), math.nan)
+    rows = [row if finite(row) else unknown | row for row in result.rows]  # with all names
     for claim, judge in experiment.claims.items():
-        verdict = judge(result.rows)
+        verdict = judge(rows)
         failed = verdict.verdict == FAILS and not result.quick
         why = {"likely": experiment.likely[claim]} if failed and claim in experiment.likely else {}
         found.append({"claim": claim, **why, **asdict(verdict)})
     return tuple(found)
 
 
+def finite(row: dict) -> bool:
+    """Whether all numbers of a row are finite."""
+    return all(math.isfinite(x) for x in row.values() if isinstance(x, float))
+
+
 def leave(experiment: Experiment, result: Result, folder: Path, keep: bool):
     """Draw the picture, keep the result if asked to, and print where everything is."""
-    def draw(figure): experiment.draw(figure, result.rows)
-    picture = draw_svg(folder / "result.svg", draw) if experiment.draw else None
-    if experiment.draw:
+    rows = tuple(filter(finite, result.rows))
+    def draw(figure): experiment.draw(figure, rows)
+    picture = draw_svg(folder / "result.svg", draw) if experiment.draw and rows else None
+    if experiment.draw and rows:
         print(told("a picture", picture))
     print(f"result: {folder / 'result.json'}")
     if keep:

@@ -171,6 +171,8 @@ def validation(trainer: Trainer, held_out, every: int = 1) -> dict:
 def finish_on_interrupt():
     """A first Ctrl-C only makes the yielded function return True; a second one interrupts.
 
+    So a run saves at SIGINT even if a script has started it with &, which makes programs ignore
+    SIGINT: it is how a script asks a run to stop. A second one then stays ignored.
     Only the main thread may say what Ctrl-C does; in another one nothing changes.
     """
     pressed = []

@@ -1,5 +1,6 @@
 """The result of an experiment: numbers by arm and seed, the lecture's numbers, and verdicts."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,8 @@ class Result:
     date: str = ""  # of the last row, UTC
     commit: str = ""  # of the source; several, if the run went on with another source
     machine: str = ""
-    rows: tuple[dict, ...] = ()  # {"arm": name, "seed": seed, measure: number, ...}
+    rows: tuple[dict, ...] = ()  # {"arm": name, "seed": seed, measure: number, ...}; NaN, in
+    # the file null, for a number that is not finite
     claims: tuple[dict, ...] = ()  # {"claim": text, "likely": why it does not hold,
     # if that is known, and the fields of Verdict}
 
@@ -42,6 +44,8 @@ class Result:
         result = revive(cls, read_json(path), path)
         kinds = {"arm": str, "seed": int} | dict.fromkeys(result.measures, float)
         for i, row in enumerate(result.rows):
+            row.update({name: math.nan for name, x in row.items() if x is None and name not in (
+                "arm", "seed")})
             for name, kind in kinds.items():
                 if not fits(row.get(name), kind):
                     raise FormatError(path, f"rows[{i}]: {name} is {row.get(name)!r:.100}, "
@@ -54,7 +58,10 @@ class Result:
         return result
 
     def save(self, path: str | Path):
-        write_json(path, asdict(self))
+        """Write JSON; what is not finite becomes null."""
+        rows = [{name: None if isinstance(x, float) and not math.isfinite(x) else x
+                 for name, x in row.items()} for row in self.rows]
+        write_json(path, asdict(self) | {"rows": rows})
 
     @property
     def arms(self) -> list[str]:
@@ -66,8 +73,10 @@ class Result:
         return sorted({row["seed"] for row in self.rows})
 
     def spread(self, arm: str, measure: str) -> Spread:
-        """A measure of an arm over its seeds."""
+        """A measure of an arm over its seeds; NaN if it is not finite on one of them."""
         values = [row[measure] for row in self.rows if row["arm"] == arm]
+        if not np.isfinite(values).all():
+            return Spread(math.nan, math.nan, math.nan)
         return Spread(float(np.mean(values)), min(values), max(values))
 
 

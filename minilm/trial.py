@@ -169,7 +169,8 @@ def newest(require: Callable[[Config, Path], None]) -> Path:
 def narrowed(experiment: Experiment, arms, rates) -> Experiment:
     """The experiment with these of its arms, or all, each at every rate, or at its own."""
     if unknown := sorted({*arms} - {*experiment.arms}):
-        raise ValueError(f"there is no arm {unknown[0]!r}, only {', '.join(experiment.arms)}")
+        raise ValueError(f"there is no arm {unknown[0]!r}, only "
+                         f"{', '.join(map(repr, experiment.arms))}")
     chosen = {arm: own for arm, own in experiment.arms.items() if arm in (arms or [arm])}
     if not rates:
         return replace(experiment, arms=chosen)

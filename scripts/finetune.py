@@ -21,6 +21,7 @@ the extra `chat`). Their answers are not scored.
 
 import hashlib
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from minilm import data, versions
 from minilm.adapting import METHODS, Adapting, optimizer_and_loss, prepared
 from minilm.command import Given, command, typed
 from minilm.files import FormatError, sha256
-from minilm.interop import load_model, save_adapter, save_model
+from minilm.interop import load_model, require_folder, save_adapter, save_model
 from minilm.interop.folder import own_format
 from minilm.lessons import Lesson, conversations, instructions
 from minilm.loop import Training, fit, refuse_unused, resumed
@@ -99,6 +100,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
     s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)
     settle(folder)  # so that all that is read of it is new
+    require_folder(folder)
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     templates = data.read_templates(folder) or {"default": data.plain(tokenizer)}
     records = load_data(s)
@@ -246,6 +248,9 @@ def load_data(s: Settings):
     """(records to train on, records held out)."""
     if len(s.data) == 1 and s.data[0] not in data.TASKS:
         (path,) = s.data
+        if not os.path.lexists(path):
+            raise ValueError(f"{path!r} is neither a file nor one of the tasks "
+                             f"{', '.join(data.TASKS)}")
         talks = data.holds_conversations(path)
         records = data.load_conversations(path) if talks else data.load_records(path)
         if len(records) <= s.test:

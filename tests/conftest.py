@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import signal
 import socket
 from collections import Counter
 
@@ -57,6 +58,17 @@ def no_network():
         patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(socket.socket, "connect_ex", refuse)
         yield
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT interrupts, in this process and in those that it starts, as in a terminal.
+
+    A shell without job control ignores it for what it starts with &, and that is inherited.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def has_gpu() -> bool:

@@ -170,6 +170,18 @@ def test_without_a_template_it_says_what_to_do(folder, types):
         script.main(folder, **SHORT)
 
 
+@pytest.mark.parametrize("adapter, words", [
+    ("nowhere", "there is no such folder"), ("model", "holds a model, not an adapter"),
+    ("file", "is no folder; an adapter is a folder with adapter_config.json"),
+])
+def test_what_is_no_adapter_is_named(tmp_path, adapter, words):
+    huggingface.save_model(Transformer(Config.gpt2(258, 40, 1, 1, 4)), tmp_path / "model")
+    (tmp_path / "file").touch()
+    for model in (tmp_path / "model", None):
+        with pytest.raises((OSError, ValueError), match=words):
+            script.main(model, adapter=tmp_path / adapter)
+
+
 @pytest.mark.parametrize("words", [["--chat", "--prompt", "x"], ["--system", "x"]])
 def test_options_that_mean_nothing_are_refused(folder, words):
     done = subprocess.run([sys.executable, ROOT / "scripts" / "generate.py", "--model", folder,
@@ -179,7 +191,7 @@ def test_options_that_mean_nothing_are_refused(folder, words):
     assert f"{words[-2].strip('-')} is given, but this is " in done.stderr
 
 
-def test_the_keys_of_a_terminal(tmp_path):
+def test_the_keys_of_a_terminal(tmp_path, ctrl_c):
     """SIGINT during an answer goes back to the prompt, a second one there ends it."""
     model = Transformer(Config.gpt2(WORDS.vocab_size, 30_000, 1, 1, 4), seed=3)
     model.ends = Ends(eos=(WORDS.end,))

@@ -209,7 +209,7 @@ def test_a_file_of_conversations(tmp_path):
     ('{"messages": [{"role": "user", "content": "", "name": "x"}]}', "message 0: .*'name': 'x'"),
     ('{"messages": [{"role": "user", "content": ""}]}', "no message has the role assistant"),
     ('{"messages": [', "Expecting value"),
-    ("", "Expecting value"),
+    ("", "not valid JSON: Expecting value, at column 1"),
 ])
 def test_a_damaged_line_is_named(tmp_path, line, words):
     file = tmp_path / "t.jsonl"

@@ -265,7 +265,9 @@ def test_a_teacher_whose_saving_was_killed_is_finished_first(tmp_path, text, pla
     ("teacher", 3, {}), ("teacher", 8, {}), (ARMS[0], 0, {}), (ARMS[0], 3, dict(workers=2)),
     (ARMS[2], 3, dict(student_width=12)), (ARMS[3], 6, dict(objective="masked")),
     ("teacher", 0, dict(teacher="gpt2"))])
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, text, plain, monkeypatch, arm, step, changes):
+def test_a_stopped_run_goes_on_bit_for_bit(
+    tmp_path, text, plain, monkeypatch, ctrl_c, arm, step, changes
+):
     if "teacher" in changes:
         changes = dict(teacher=save_teacher(tmp_path / "theirs"))
     s, log = settings(text, **changes), RunDirectory.log

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import report
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minilm import data, loop, trial
@@ -26,6 +26,7 @@ from minilm.measure.verdict import (
     HOLDS,
     OPEN,
     T975,
+    Verdict,
     by_seed,
     compared,
     compared_best,
@@ -37,6 +38,7 @@ from minilm.measure.verdict import (
 )
 from minilm.picture import draw_svg
 from minilm.results import Result, table, verdicts
+from minilm.train import Diverged
 from minilm.transformer import Config, Transformer
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "experiments"
@@ -104,6 +106,23 @@ def test_what_cannot_be_told():
         verdict([1.0, 2.0], "d")
     with pytest.raises(ValueError, match="at least two numbers, got 1"):
         interval([1.0])
+
+
+@pytest.mark.parametrize("x", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_nothing_can_be_told_of_what_is_not_finite(x, place):
+    """Wherever it stands: Python's max and min see NaN in some places only."""
+    d = [1.0, 2.0, 3.0]
+    d[place] = x
+    assert verdict(d, "d", at_least=0) == Verdict(OPEN, "d", 0, None, 3)
+    assert verdict([x], "d", at_least=0) == Verdict(OPEN, "d", 0, None, 1)
+    rows = [{"arm": "abc"[i], "seed": seed, "x": 0.0 if seed else d[i]}
+            for seed in (0, 1) for i in range(3)]
+    for best in (min, max):
+        if math.isnan(x):
+            assert math.isnan(each_seed(rows, lambda row: row["x"], best)[0])
+            said = compared_best(rows, "x", "ab", "c", "ab - c", at_least=-9, best=best)
+            assert said.verdict == OPEN and said.low is None
 
 
 def test_differences_are_of_seeds_that_both_have():
@@ -228,6 +247,67 @@ def test_a_row_without_a_measure_is_refused(tmp_path):
     Result("n", "q", "c", False, {}, {"x": 1}, rows=({"arm": "a", "seed": 0},)).save(tmp_path / "r")
     with pytest.raises(FormatError, match=r"rows\[0\]: x is None, expected float"):
         Result.load(tmp_path / "r")
+
+
+@given(st.lists(st.floats(), min_size=1, max_size=4))
+@example([math.nan])
+@example([1.0, math.inf])
+def test_what_is_not_finite_comes_back_as_nan(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("result") / "result.json"
+    rows = tuple({"arm": "a", "seed": s, "x": v, "other": v} for s, v in enumerate(values))
+    Result("name", "q", "c", False, {}, {"x": 1}, rows=rows).save(path)
+    back = Result.load(path)
+    for row, v in zip(back.rows, values, strict=True):
+        assert row["x"] == row["other"] == v if math.isfinite(v) else (
+            math.isnan(row["x"]) and math.isnan(row["other"]))
+    assert ("nan" in table(back)) == (not all(map(math.isfinite, values)))
+
+
+@pytest.mark.parametrize("name", ["arm", "seed"])
+def test_null_is_no_arm_and_no_seed(tmp_path, name):
+    row = {"arm": "a", "seed": 0, "x": 1.0, name: None}
+    Result("n", "q", "c", False, {}, {"x": 1}, rows=(row,)).save(tmp_path / "r")
+    with pytest.raises(FormatError, match=rf"rows\[0\]: {name} is None"):
+        Result.load(tmp_path / "r")
+
+
+@pytest.mark.parametrize("how", ["raises", "gives"])
+def test_an_arm_that_diverges_keeps_its_row(tmp_path, capsys, how):
+    """The other arms run, the claims about it cannot be told, and the picture leaves it out."""
+    drawn, calls = [], []
+
+    def measured(arm, seed, run):
+        row = heights(arm, seed, run, calls) | {"depth, m": 1.0}
+        if (arm, seed) != ("low", 1):
+            return row
+        if how == "raises":
+            raise Diverged("step 3: loss nan")
+        return row | {"height, m": math.nan}
+
+    deep = {"high is deep": lambda rows: compared(rows, "depth, m", "high", "low", at_least=-1)}
+    experiment = small(tmp_path, claims=CLAIMS | deep,
+                       draw=lambda figure, rows: drawn.extend((r["arm"], r["seed"]) for r in rows))
+    conduct(experiment, measured, (0, 1, 2), {}, out=tmp_path)
+    said = capsys.readouterr().out
+    assert "low, seed 1: height, m nan; width, m " in said
+    assert ("low, seed 1: step 3: loss nan" in said) == (how == "raises")
+    assert f"high is above low: {OPEN}" in said and f"high is near low: {OPEN}" in said
+    assert f"high is deep: {OPEN if how == 'raises' else HOLDS}" in said
+    assert set(drawn) == {(arm, seed) for arm in ARMS for seed in (0, 1, 2)} - {("low", 1)}
+    folder = tmp_path / "towers-1"
+    (row,) = (r for r in Result.load(folder / "result.json").rows if math.isnan(r["height, m"]))
+    assert (row["arm"], row["seed"]) == ("low", 1)
+    conduct(experiment, measured, (0, 1, 2), {}, resume=folder)
+    assert len(calls) == 6  # it is done
+
+
+def test_a_best_rate_is_not_told_if_a_rate_diverged():
+    rates = importlib.import_module("learning_rates")
+    rows = [{"arm": arm, "seed": seed, rates.LOSS: abs(i - 3.0)} for seed in (0, 1)
+            for i, arm in enumerate(rates.ARMS)]
+    assert all(judge(rows).low is not None for judge in rates.CLAIMS.values())
+    rows[3][rates.LOSS] = math.nan
+    assert {judge(rows).verdict for judge in rates.CLAIMS.values()} == {OPEN}
 
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, capsys):

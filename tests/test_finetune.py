@@ -19,9 +19,17 @@ from generate import load as load_to_generate
 from minilm import checkpoint, data
 from minilm.files import FormatError, read_json, write_json
 from minilm.generate import generate, stream
-from minilm.interop import base_of, bitsandbytes, huggingface, load_adapter, load_model
+from minilm.interop import (
+    base_of,
+    bitsandbytes,
+    huggingface,
+    load_adapter,
+    load_model,
+    save_adapter,
+)
 from minilm.measure.answers import answers
 from minilm.measure.losses import loss_of
+from minilm.peft import add_lora
 from minilm.peft.adapted import adapted_layers
 from minilm.quantize import QuantizedLinear, quantize_model
 from minilm.run import RunDirectory
@@ -544,6 +552,10 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path):
     (dict(method="prompt", length=40), "rows in front must be 1 to 39"),
     (dict(method="prefix", length=30), "a record takes .. tokens, but the model's context is 10"),
     (dict(data=("reverse", "juggle")), "'juggle' is none of the tasks"),
+    (dict(data=()), "no task is named; there are reverse, upper"),
+    (dict(seed=2**63), f"seed must fit 64 bits, got {2**63}"),
+    (dict(data=("juggle",)), "'juggle' is neither a file nor one of the tasks reverse, upper"),
+    (dict(data=("mine.jsonl",)), r"'mine\.jsonl' is neither a file nor one of the tasks"),
     (dict(test=0), "must be at least 1"),
     (dict(data=("sql",)), "a record takes 1.. tokens, but the model's context is 40"),
 ])
@@ -567,6 +579,18 @@ def test_bad_records_are_refused_before_a_run_is_made(tmp_path, base, lines, cha
     with pytest.raises(ValueError, match=words):
         main(settings(base, data=(str(tmp_path / "r.jsonl"),), train=None, **change),
              tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name, words", [
+    ("nowhere", "there is no such folder"), ("adapter", "holds an adapter, not a model"),
+    ("file", "is no folder; a model is a folder with config.json"),
+])
+def test_a_folder_that_is_no_models_is_named(tmp_path, base, name, words):
+    save_adapter(add_lora(huggingface.load_model(base), 2, 4), tmp_path / "adapter")
+    (tmp_path / "file").touch()
+    with pytest.raises((OSError, ValueError), match=words):
+        main(settings(tmp_path / name), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

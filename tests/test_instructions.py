@@ -117,7 +117,7 @@ GOOD = '{"instruction": "i", "output": "o"}'
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("", "Expecting value"),
+        ("", "not valid JSON: Expecting value, at column 1"),
         ("{", "Expecting property name"),
         (GOOD + GOOD, "Extra data"),
         (b"\xff", "can't decode"),
@@ -149,6 +149,12 @@ def test_a_broken_line_is_named(tmp_path, line, message):
     path.write_bytes(GOOD.encode() + b"\n" + line + b"\n" + GOOD.encode())
     with pytest.raises(FormatError, match=rf"(?s)records\.jsonl: line 2: .*{message}"):
         load_records(path)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    (tmp_path / "r.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(FormatError, match=r"r\.jsonl: is a pointer of git-lfs"):
+        load_records(tmp_path / "r.jsonl")
 
 
 def test_a_file_has_a_record(tmp_path):
@@ -550,6 +556,7 @@ def test_a_task_without_words_draws_no_other_ones():
 @pytest.mark.parametrize(
     "names, train, test, message",
     [
+        ([], 1, 1, "no task is named; there are reverse, upper"),
         (["add", "ad"], 1, 1, "'ad' is none of the tasks reverse, upper, sort, last, add, tri"),
         (["triangle"], 2500, 1, "task 'triangle' gave 2500 distinct records, not 2501"),
         (["add"], -1, 5, "must not be negative, got -1 and 5"),

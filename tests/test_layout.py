@@ -95,6 +95,7 @@ WITHIN = {  # the arrows inside a floor
     ("experiment", "picture"),
     ("experiment", "results"),
     ("experiment", "run"),
+    ("experiment", "train"),
     ("loop", "run"),
     ("adapting", "train"),
     ("continued", "adapting"),

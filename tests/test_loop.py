@@ -134,7 +134,7 @@ def test_a_first_ctrl_c_saves_and_ends(tmp_path, straight):
     assert saved(run) == saved(straight) and losses(run) == losses(straight)
 
 
-def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path, ctrl_c):
     run, before = new_run(tmp_path), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         go_on(run, after=press(2, 4))
@@ -438,20 +438,25 @@ def test_ctrl_c_is_a_line_and_a_bug_stays_one(monkeypatch):
             command(main)
 
 
-def test_ctrl_c_asks_first_and_interrupts_then():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with finish_on_interrupt() as interrupted:
-            assert not interrupted()
+def test_ctrl_c_asks_first_and_interrupts_then(ctrl_c):
+    with finish_on_interrupt() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-            assert interrupted()
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        with finish_on_interrupt():
-            pass
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with finish_on_interrupt():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_in_the_background_of_a_script_hears_the_first_one_too(ctrl_c):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with finish_on_interrupt() as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_thread_trains_without_a_word_on_ctrl_c():

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from plan_memory import METHODS, Widths, amount, main, make_config
 from threadpoolctl import threadpool_limits
 
+from minilm import adapting
 from minilm.arrays import BLOCK
 from minilm.files import FormatError
 from minilm.interop import huggingface
 from minilm.measure import held
 from minilm.measure import lecture_numbers as lectures
 from minilm.measure.activations import norm, probabilities
-from minilm.measure.memory import make_model, measured
+from minilm.measure.memory import ADD, make_model, measured
 from minilm.measure.plan import Plan, nf4, plan
 from minilm.measure.step import METHODS as NAMES
 from minilm.measure.step import Step, parameters, trainable
@@ -27,6 +28,7 @@ from minilm.optim import AdamW
 from minilm.peft import degrees_of_freedom
 from minilm.quantize import quantize_4bit
 from minilm.transformer import Config, Transformer
+from minilm.trial import Trial
 
 GPT2 = Config.gpt2(256, 64, layers=3, heads=4, width=128)
 LLAMA = Config.llama(300, 32, layers=3, heads=4, width=96, hidden=258, kv_heads=2)
@@ -51,6 +53,22 @@ def one_thread():
     """BLAS's threads wait for each other where tests run side by side."""
     with threadpool_limits(1, "blas"):
         yield
+
+
+def test_all_lists_of_methods_are_one():
+    assert list(adapting.METHODS) == list(ADD) == list(NAMES)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_what_is_measured_trains_what_finetune_trains(method):
+    """measure/ may not import adapting.py, so each says how to make a model ready for a method."""
+    chosen = dict(targets=("k", "v", "down") if method == "ia3" else ("q", "down"), r=4, k=1, m=3,
+                  form="L", skip=1, length=5)
+    ours = make_model(Step(GPT2, method, 1, 8, **chosen, prefix_hidden=7))
+    settings = Trial(method=method, **chosen, alpha=8.0, hidden=7)
+    theirs = adapting.METHODS[method].prepare(Transformer(GPT2), settings)
+    def trained(model): return {name: p.shape for name, p in model.named_parameters()}
+    assert trained(ours) == trained(theirs)
 
 
 # What follows from the shapes

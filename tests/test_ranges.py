@@ -55,6 +55,14 @@ def test_ranges_of_whole_numbers(n, least, more):
     assert holds(power_of_two(2), n) == (n in (2, 4, 8, 16, 32, 64))
 
 
+def test_a_whole_number_fits_64_bits():
+    """A larger one would be stored, and then refused as the run is read."""
+    assert check({"x": whole(0)}, x=2**63 - 1) is None
+    for x in (2**63, 10**30, -(2**63) - 1):
+        with pytest.raises(ValueError, match=f"^x must fit 64 bits, got {x}$"):
+            check({"x": whole(0)}, x=x)
+
+
 def test_other_types_are_said_to_be_what_they_are():
     for wanted, value, said in [
             (AT_LEAST_0, "1", "a number, finite and at least 0; got '1'"),

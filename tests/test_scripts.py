@@ -212,7 +212,7 @@ def test_ctrl_c_before_the_first_step_costs_no_time(tmp_path):
 
 WRONG = [
     ("quantize --model nowhere", "nowhere: there is no such folder"),
-    ("finetune --model nowhere", "nowhere/tokenizer.json"),
+    ("finetune --model nowhere", "nowhere: there is no such folder"),
     ("plan_memory --model nowhere", "nowhere: there is no such folder"),
     ("pretrain --resume nowhere", "nowhere/run.json"),
     ("finetune --resume nowhere", "nowhere/run.json"),
@@ -223,7 +223,7 @@ WRONG = [
     ("quantize", "no model in runs/pretrain-*/model: run pretrain.py first, or give --model"),
     ("quantize --model MODEL --corpus nowhere", "'nowhere' is neither a path nor one of python-"),
     ("finetune --model MODEL --data nowhere", "nowhere"),
-    ("generate --model MODEL --adapter nowhere", "nowhere/adapter_config.json"),
+    ("generate --model MODEL --adapter nowhere", "nowhere: there is no such folder"),
     ("plan_memory", "give --model, or --layers and --width"),
     ("compare_torch --steps 0", "steps must be at least 1, got 0"),
     ("benchmark --rounds 0", "rounds must be at least 1, got 0"),
@@ -281,7 +281,7 @@ WRONG = [
     ("adaptation_methods --resume nowhere --out runs", "give --resume or --out, not both"),
     ("memory_report --page-size 1000", "page_size must be a power of two from 4 up, got 1000"),
     ("finetune --model MODEL --train 0", "train must be at least 1, got 0"),
-    ("adaptation_methods --quick --seeds -1", "seeds must not be negative, got (-1,)"),
+    ("adaptation_methods --quick --seeds -1", "seeds must be at least 0, got -1"),
     ("pretrain --tokenizer nowhere", "pretrain.py: nowhere: No such file or directory"),
 ]
 

@@ -49,7 +49,7 @@ def test_arms_run_at_their_own_rates_or_at_those_given(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, text", [
-    ({"arms": ("lora",)}, "there is no arm 'lora', only base, full, LoRA"),
+    ({"arms": ("lora",)}, "there is no arm 'lora', only 'base', 'full', 'LoRA'"),
     ({"rates": (1e-3,), "keep": True, "given": frozenset({"keep"})}, "keep is given, but these"),
     ({"model": ("x",), "given": frozenset({"model"})}, "a quick run makes a tiny model"),
     ({"out": "x", "resume": "y", "given": frozenset({"out"})}, "give --resume or --out"),

@@ -12,6 +12,7 @@ long as one's tokens begin with those of the turn before. Some templates write a
 otherwise than the last one, without its thoughts, say; then the next turn begins a row of its own.
 """
 
+import json
 import os
 from collections.abc import Collection, Sequence
 
@@ -40,6 +41,9 @@ def load_conversations(path: str | os.PathLike) -> list[Messages]:
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         try:
             found.append(_conversation(parse(line)))
+        except json.JSONDecodeError as error:
+            said = f"line {number}: not valid JSON: {error.msg}, at column {error.colno}"
+            raise FormatError(path, said) from error
         except (TypeError, ValueError, RecursionError) as error:
             raise FormatError(path, f"line {number}: {error}") from error
     if not found:

@@ -14,7 +14,7 @@ import numpy as np
 
 from minilm.data.batches import IGNORED
 from minilm.data.tokenizers import Tokenizer
-from minilm.files import FormatError, read_bytes, write_atomically
+from minilm.files import FormatError, read_bytes, require_no_pointer, write_atomically
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,14 @@ def prompt(record: Record) -> str:
 
 def load_records(path: str | os.PathLike) -> list[Record]:
     """The records of a JSONL file. Raises FormatError with line and field, FileNotFoundError."""
-    records = []
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+    records, content = [], read_bytes(path)
+    require_no_pointer(path, content)
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             records.append(_record(line))
+        except json.JSONDecodeError as error:
+            said = f"line {number}: not valid JSON: {error.msg}, at column {error.colno}"
+            raise FormatError(path, said) from error
         except (TypeError, ValueError, RecursionError) as error:
             raise FormatError(path, f"line {number}: {error}") from error
     if not records:

@@ -70,12 +70,14 @@ def make_tasks(
     """(train, test) records of each named task, task after task; no two with the same prompt.
 
     words: what the tasks on words draw. A task's records do not depend on the other names.
-    ValueError for a name that is not in TASKS, for words that are to be different in a task without
-    words, and if a task cannot give as many records.
+    ValueError for no name or one that is not in TASKS, for words that are to be different in a task
+    without words, and if a task cannot give as many records.
     """
     if train < 0 or test < 0:
         raise ValueError(f"train and test must not be negative, got {train} and {test}")
-    made = [_distinct(name, train + test, seed, words) for name in dict.fromkeys(names)]
+    if not (names := tuple(dict.fromkeys(names))):
+        raise ValueError(f"no task is named; there are {', '.join(TASKS)}")
+    made = [_distinct(name, train + test, seed, words) for name in names]
     return (
         [record for records in made for record in records[:train]],
         [record for records in made for record in records[train:]],

@@ -5,5 +5,8 @@ them.
 """
 
 from minilm.interop.folder import base_of, load_adapter, load_model, save_adapter, save_model
+from minilm.interop.shards import require_folder
 
-__all__ = ["base_of", "load_adapter", "load_model", "save_adapter", "save_model"]
+__all__ = [
+    "base_of", "load_adapter", "load_model", "require_folder", "save_adapter", "save_model",
+]

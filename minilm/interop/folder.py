@@ -4,10 +4,11 @@ A model is of plain weights, or of 4-bit or 8-bit ones. An adapter is in PEFT's 
 bottlenecks and subspaces, in one of our own.
 """
 
+import errno
 import os
 from pathlib import Path
 
-from minilm.files import read_json
+from minilm.files import FormatError, read_json
 from minilm.interop import bitsandbytes, bottlenecks, huggingface, peft, subspaces
 from minilm.interop.shards import require_folder
 from minilm.nn import Module
@@ -52,6 +53,7 @@ def load_adapter(model: Module, path: str | os.PathLike, name: str = "default") 
     Raises what the load_adapter of peft, bottlenecks or subspaces raises.
     """
     settle(path)
+    _require_adapter(Path(path))
     return (own_format(path) or peft).load_adapter(model, path, name)
 
 
@@ -75,5 +77,17 @@ def base_of(path: str | os.PathLike) -> str | None:
     Raises FileNotFoundError and FormatError.
     """
     settle(path)
+    _require_adapter(Path(path))
     ours = own_format(path)
     return ours.read(path).base or None if ours else peft.base_of(path)
+
+
+def _require_adapter(folder: Path) -> None:
+    """FileNotFoundError if there is no such folder, FormatError if it is none of an adapter."""
+    if not os.path.lexists(folder):
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(folder))
+    if not folder.is_dir():
+        raise FormatError(folder, "is no folder; an adapter is a folder with adapter_config.json")
+    if (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        raise FormatError(folder, "holds a model, not an adapter: give it to load_model, or to a "
+                                  "program as --model")

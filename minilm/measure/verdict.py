@@ -34,7 +34,7 @@ class Verdict:
     at_least: float | None  # what is claimed; None: no bound
     at_most: float | None
     seeds: int
-    mean: float | None = None  # None without a seed
+    mean: float | None = None  # None without a seed, or if it is not finite
     low: float | None = None  # the interval; None with fewer than two seeds
     high: float | None = None
 
@@ -75,11 +75,13 @@ def verdict(d: list[float], about: str, at_least: float | None = None,
     """Does the mean of d lie between the bounds?
 
     The claim holds if all of the interval lies inside them. It does not hold if all of the interval
-    lies outside. Otherwise, and with fewer than two numbers, it cannot be told. ValueError if there
-    is no bound.
+    lies outside. Otherwise it cannot be told, nor with fewer than two numbers, nor if one of them
+    is not finite. ValueError if there is no bound.
     """
     if at_least is None and at_most is None:
         raise ValueError(f"a claim about {about} needs at_least, at_most or both")
+    if not all(map(math.isfinite, d)):
+        return Verdict(OPEN, about, at_least, at_most, len(d))
     if len(d) < 2:
         return Verdict(OPEN, about, at_least, at_most, len(d), *d)
     low, high = interval(d)
@@ -111,12 +113,18 @@ def each_seed(rows: Iterable[dict], value: Callable[[dict], float], pick: Callab
               ) -> list[float]:
     """One number a seed: the largest value(row) of its rows, or what `pick` takes of them.
 
-    Rows of one seed have much in common, so an interval over all rows would be too narrow.
+    Rows of one seed have much in common, so an interval over all rows would be too narrow. A seed
+    with a value that is NaN gives NaN.
     """
     found = {}
     for row in rows:
         found.setdefault(row["seed"], []).append(value(row))
-    return [pick(values) for _, values in sorted(found.items())]
+    return [_known(pick, values) for _, values in sorted(found.items())]
+
+
+def _known(pick: Callable, values: list[float]) -> float:
+    """pick(values), or NaN if one of them is NaN, which max and min see or not by its place."""
+    return math.nan if any(map(math.isnan, values)) else pick(values)
 
 
 def compared_best(rows: Iterable[dict], measure: str, some: Iterable[str], others: Iterable[str],
@@ -125,9 +133,9 @@ def compared_best(rows: Iterable[dict], measure: str, some: Iterable[str], other
     """The verdict on the best number of some arms minus the best of others, on each seed.
 
     about: what the groups are called, as in "some - others". best: min or max. The best of more
-    arms is the luckier one.
+    arms is the luckier one. If an arm has NaN, nobody knows which is best.
     """
     some, others = tuple(some), tuple(others)
-    d = [best(numbers[: len(some)]) - best(numbers[len(some) :])
+    d = [_known(best, numbers[: len(some)]) - _known(best, numbers[len(some) :])
          for numbers in by_seed(rows, measure, some + others)]
     return verdict(d, f"{about}: {measure}", at_least, at_most)

@@ -42,8 +42,9 @@ ARMS = {arm: own | {"lr": lr} for method, own in METHODS.items()
 
 def log_ratio(rows, at_least: float | None = None, at_most: float | None = None) -> Verdict:
     """The verdict on log10 of LoRA's best rate over that of full fine-tuning, on each seed."""
-    found = [(lowest_at(np.log10(RATES), numbers[: len(RATES)]),
-              lowest_at(np.log10(RATES), numbers[len(RATES) :]))
+    def best(losses):
+        return lowest_at(np.log10(RATES), losses) if np.isfinite(losses).all() else np.nan
+    found = [(best(numbers[: len(RATES)]), best(numbers[len(RATES) :]))
              for numbers in by_seed(rows, LOSS, named("LoRA") + named("full"))]
     lora, full = 10 ** np.mean(found or [(np.nan, np.nan)], axis=0)
     about = f"log10 of LoRA's best rate, {lora:.2g}, over that of full fine-tuning, {full:.2g}"
