@@ -44,6 +44,7 @@ QUESTION = "Can adapters on random weights take the place of pre-training?"
 SLIDE = {}  # the lecture has no number for it
 FULL, LORA, QLORA = "full", "LoRA, 32 bits", "QLoRA, NF4"
 HIGH, ALL = "QLoRA, NF4, r = 64", "QLoRA, NF4, and all but the codes"
+STEPS = 400
 ARMS = {
     FULL: {"lr": 5e-3},
     LORA: {"lr": 1e-2, "r": 8},
@@ -86,7 +87,7 @@ def text(quick: bool):
 def untrained(seed: int, quick: bool, r: int | None = None, kind: str | None = None,
               rest: bool = False) -> Transformer:
     """A Llama of random weights, as an arm trains it."""
-    layers, width = (1, 16) if quick else (4, 64)
+    layers, width = 1 if quick else 4, 64
     model = Transformer(Config.llama(258, 128, layers=layers, heads=4, width=width,
                                      hidden=8 * width // 3), seed)
     if kind:
@@ -105,7 +106,7 @@ def untrained(seed: int, quick: bool, r: int | None = None, kind: str | None = N
 
 def measured(arm: str, seed: int, quick: bool) -> dict:
     """The numbers of one arm."""
-    how, steps = dict(ARMS[arm]), 3 if quick else 400
+    how, steps = dict(ARMS[arm]), 3 if quick else STEPS
     lr = how.pop("lr")
     stream, held, size, entropy = text(quick)
     model = untrained(seed, quick, **how)

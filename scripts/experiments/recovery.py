@@ -120,7 +120,7 @@ TUNED = {}  # settings -> what `tuned` gave, for the arms of one model and seed
 def measured(s: Recovery, run, title: str) -> dict:
     """The numbers of MEASURES, on this base before and after it was tuned."""
     control = replace(s, **LORA, reading_lr=Recovery.reading_lr)
-    best, adapter = tuned(control, run, f"LoRA, seed {s.seed}")
+    best, adapter = tuned(control, inside(run, "control"), f"LoRA, seed {s.seed}")
     own, _ = tuned(s, run, title)
     model, tokenizer = base_of(s)
     model = prepared(model, replace(control, kind=s.kind))
