@@ -29,12 +29,12 @@ def verdict(experiment, words, rows):
 
 # Half precision.
 
-def trained(dtype, masters, scale=False, **settings):
+def trained(dtype, masters, **settings):
     """(shares, the weights at the end) of three steps."""
     tokens = np.random.default_rng(0).integers(0, 258, 500).astype(np.int32)
     batches = data.Batches([tokens], [1], 2, 16, 0)
     model, twin = (half_precision.untrained(0, quick=True) for _ in range(2))
-    found = half_precision.trained(model, twin, batches, dtype, masters, scale, 3, **settings)
+    found = half_precision.trained(model, twin, batches, dtype, masters, 1.0, False, 3, **settings)
     return found, np.concatenate([p.data.ravel() for p in twin.parameters()])
 
 
@@ -74,7 +74,8 @@ def test_a_gradient_of_float16_underflows_and_overflows():
 @pytest.mark.parametrize("words, arm, measure, good, bad", [
     ("updates are imprecise", half_precision.SCALER, STILL, 10, 1),
     ("with masters 1 %", half_precision.MIXED, STILL, 0, 3),
-    ("gradients underflow", half_precision.MASTERS, ZERO, 5, 0),
+    ("in a small batch", half_precision.MASTERS, ZERO, 5, 0),
+    ("in a part of a large batch", half_precision.LARGE, ZERO, 5, 0),
     ("with a scaler 0.1", half_precision.MIXED, ZERO, 0, 1),
     ("gradients overflow", half_precision.MIXED, half_precision.INF, 80, 10)])
 def test_a_claim_on_half_precision_may_fail(words, arm, measure, good, bad):

@@ -12,13 +12,17 @@ always take. Here a small Llama learns a text from nothing for 300 steps, with a
     masters    the rule changes float32 copies of the weights. Without them the rule's result is
                rounded to 16 bits after each step, and the next step begins with what is left
     scaler     the loss is multiplied, by 2^16 at first, and the gradients are divided
+    / 4096     the loss is divided by 2^12, and the gradients are multiplied. So are those of a step
+               here, 512 tokens, if they are a part of a batch of 2 million tokens, as large models
+               have: each part's loss is divided by the tokens of the whole batch
 
 AdamW's states are float32 in every arm. Shares are defined in minilm/measure/rounding.py:
 
     gradients that are 0     of those that are not 0 in float32 with the same weights and batch;
                              the mean of ten steps
-    updates without effect   of what the rule changes, the mean of all steps that were made
-    at loss x 2^24           the gradients of the last state, if the loss is multiplied by 2^24
+    no effect                updates after which the number that the rule changes is what it was,
+                             the mean of all steps that were made
+    at loss x 2^28           the gradients of the last state, if the loss is multiplied by 2^28
 
 The picture has these gradients for other scales, too. Held-out text is read in float32.
 """
@@ -41,31 +45,31 @@ from minilm.transformer import Config, Transformer
 
 QUESTION = "What goes wrong in half precision, and do masters and a loss scale mend it?"
 
-SLIDE = {"lecture 004: largest number": {
-    "float32": 3.40282e38, "float16, plain": 65504, "float16, masters": 65504,
-    "float16, scaler": 65504, "float16, masters, scaler": 65504}}
 F32, PLAIN, MIXED = "float32", "float16, plain", "float16, masters, scaler"
-MASTERS, SCALER = "float16, masters", "float16, scaler"
+MASTERS, SCALER, LARGE = "float16, masters", "float16, scaler", "float16, masters, / 4096"
 BF16, BF16_PLAIN = "bfloat16, masters", "bfloat16, plain"
-ARMS = {  # (dtype, masters, scaler)
-    F32: ("float32", True, False),
-    PLAIN: ("float16", False, False),
-    SCALER: ("float16", False, True),
-    MASTERS: ("float16", True, False),
-    MIXED: ("float16", True, True),
-    BF16_PLAIN: ("bfloat16", False, False),
-    BF16: ("bfloat16", True, False),
+ARMS = {  # (dtype, masters, what the loss is multiplied by, whether that is adjusted)
+    F32: ("float32", True, 1.0, False),
+    PLAIN: ("float16", False, 1.0, False),
+    SCALER: ("float16", False, 2.0**16, True),
+    MASTERS: ("float16", True, 1.0, False),
+    LARGE: ("float16", True, 2.0**-12, False),
+    MIXED: ("float16", True, 2.0**16, True),
+    BF16_PLAIN: ("bfloat16", False, 1.0, False),
+    BF16: ("bfloat16", True, 1.0, False),
 }
+SLIDE = {"lecture 004: largest number": {
+    arm: 340_282e33 if arm == F32 else 65_504 for arm in ARMS if not arm.startswith("b")}}
 TEXT, ZERO, STILL = "held-out text, bits a byte", "gradients that are 0, %", "no effect, %"
-SKIPPED, INF = "steps skipped", "inf or nan at loss x 2^24, %"
+SKIPPED, INF = "steps skipped", "inf or nan at loss x 2^28, %"
 MEASURES = {TEXT: 3, ZERO: 2, STILL: 2, SKIPPED: 0, INF: 1}
-SCALES = range(0, 33, 4)  # powers of 2
+SCALES = range(-16, 33, 4)  # powers of 2
 NEAR = 0.03  # bits a byte
 
 
 def at(k: int, share: str) -> str:
     """The name of a share at a loss times 2^k."""
-    return INF if (k, share) == (24, "inf or nan") else f"{share} at loss x 2^{k}, %"
+    return INF if (k, share) == (28, "inf or nan") else f"{share} at loss x 2^{k}, %"
 
 
 CLAIMS = {
@@ -75,18 +79,20 @@ CLAIMS = {
         lambda rows: single(rows, STILL, MIXED, at_most=1),
     "bfloat16 loses more updates than float16":
         lambda rows: compared(rows, STILL, BF16_PLAIN, SCALER, at_least=0),
-    "gradients underflow: in float16 1 % or more":
+    "gradients underflow: in float16 1 % or more in a small batch":
         lambda rows: single(rows, ZERO, MASTERS, at_least=1),
+    "gradients underflow: in float16 1 % or more in a part of a large batch":
+        lambda rows: single(rows, ZERO, LARGE, at_least=1),
     "with a scaler 0.1 % at most": lambda rows: single(rows, ZERO, MIXED, at_most=0.1),
     "in bfloat16 0.1 % at most": lambda rows: single(rows, ZERO, BF16, at_most=0.1),
-    "gradients overflow: in float16 with the loss x 2^24, half of them or more":
+    "gradients overflow: in float16 with the loss x 2^28, half of them or more":
         lambda rows: single(rows, INF, MIXED, at_least=50),
     "imprecise updates cost loss: float16, without and with masters":
         lambda rows: compared(rows, TEXT, SCALER, MIXED, at_least=0),
     "imprecise updates cost loss: bfloat16, without and with masters":
         lambda rows: compared(rows, TEXT, BF16_PLAIN, BF16, at_least=0),
-    "underflow costs loss: float16 with masters, without and with a scaler":
-        lambda rows: compared(rows, TEXT, MASTERS, MIXED, at_least=0),
+    "underflow costs loss: float16 with masters in parts of a large batch, without a scaler":
+        lambda rows: compared(rows, TEXT, LARGE, MIXED, at_least=0),
     f"no loss in accuracy: float16 with both is within {NEAR} bits of float32":
         lambda rows: compared(rows, TEXT, MIXED, F32, -NEAR, NEAR),
     f"no loss in accuracy: bfloat16 with masters is within {NEAR} bits of float32":
@@ -125,11 +131,13 @@ def measured(arm: str, seed: int, quick: bool) -> dict:
     return row | {TEXT: bits_per_byte(loss_of(twin, *held), int((held[1] >= 0).sum()), size)}
 
 
-def trained(model, twin, batches, dtype: str, masters: bool, scale: bool, steps: int,
-            lr: float = 5e-3) -> dict:
+def trained(model, twin, batches, dtype: str, masters: bool, scale: float, adjusted: bool,
+            steps: int, lr: float = 5e-3) -> dict:
     """Train the model in a dtype; the twin ends with its weights in float32. Returns shares."""
     optimizer = AdamW(model.astype(dtype).parameters(), lr, (0.9, 0.95), weight_decay=0.0)
-    flat, scaler = optimizer.flat, LossScaler() if scale else None
+    flat, scaler = optimizer.flat, None
+    if scale != 1:
+        scaler = LossScaler(scale, interval=2000 if adjusted else steps + 1)
     trainer, zero, still = Trainer(model, optimizer, scaler=scaler), [], []
     for step in range(steps):
         before, batch = flat.data.copy(), batches[step]

@@ -71,7 +71,7 @@ SLIDE = {
 class Recovery(Trial):
     """A trial on a base of few bits, which also reads the old text."""
 
-    steps: int = 800
+    steps: int = 1500
     test: int = 100
     reads: int = 100
     """updates on the old text, each of `batch` rows as long as the model's context"""
