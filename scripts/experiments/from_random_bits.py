@@ -34,7 +34,6 @@ from minilm.measure.losses import bits_per_byte
 from minilm.measure.verdict import by_arm, compared, verdict
 from minilm.optim import AdamW, cosine_schedule
 from minilm.peft import add_lora, trainable_parameters
-from minilm.peft.adapted import adapted_layers
 from minilm.picture import COLORS, bars
 from minilm.quantize import quantize_model
 from minilm.train import Trainer
@@ -87,7 +86,7 @@ def text(quick: bool):
 
 def untrained(seed: int, quick: bool, r: int | None = None, kind: str | None = None,
               rest: bool = False) -> Transformer:
-    """A Llama of random weights, as an arm trains it."""
+    """A Llama of random weights, as an arm trains it; rest: with all that is not in codes."""
     layers, width = 1 if quick else 4, 64
     model = Transformer(Config.llama(258, 128, layers=layers, heads=4, width=width,
                                      hidden=8 * width // 3), seed)
@@ -97,11 +96,8 @@ def untrained(seed: int, quick: bool, r: int | None = None, kind: str | None = N
         return model
     others = [t for _, t in model.named_tensors() if t.requires_grad]
     add_lora(model, r, 2.0 * r, "all-linear", seed=seed)
-    bases = {id(t) for layer in adapted_layers(model).values()
-             for _, t in layer.base.named_tensors()}
-    for t in others:
-        if rest and id(t) not in bases:
-            t.become(t.data, requires_grad=True)
+    for t in others if rest else ():
+        t.become(t.data, requires_grad=True)
     return model
 
 
