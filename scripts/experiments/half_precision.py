@@ -39,7 +39,7 @@ from minilm.measure.losses import bits_per_byte, loss_of
 from minilm.measure.rounding import not_finite, unmoved, vanished
 from minilm.measure.verdict import by_arm, compared, single
 from minilm.optim import AdamW, LossScaler, cosine_schedule
-from minilm.picture import COLORS, bars
+from minilm.picture import COLORS
 from minilm.train import LabelLoss, Trainer
 from minilm.transformer import Config, Transformer
 
@@ -181,10 +181,14 @@ def draw(figure, rows):
                 left.plot(SCALES, [np.mean(x) for x in found], line, color=color,
                           label=f"{arm.split(',')[0]}: {share}")
     left.set(xlabel="loss times 2 to the", ylabel="gradients, %", ylim=(-3, 103))
-    left.legend(frameon=False, fontsize=7)
-    bars(right, by_arm(rows, TEXT), lambda arm: COLORS[1 if arm.startswith("float16") else 0])
+    left.legend(frameon=False, fontsize=7, loc="upper center")
+    found = by_arm(rows, TEXT)
+    for y, arm in enumerate(arms := [*found][::-1]):
+        color = COLORS[1 if arm.startswith("float16") else 0]
+        right.plot(found[arm], [y] * len(found[arm]), "o", color=color, markersize=4, alpha=0.7,
+                   markeredgewidth=0)
+    right.set_yticks(range(len(arms)), arms, fontsize=7)
     right.set(xlabel="bits a byte")
-    right.tick_params(axis="y", labelsize=7)
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
