@@ -7,7 +7,7 @@ Lecture 004 asks "why not just use half-precision?", and answers: weight updates
 (unstable loss), gradients can underflow (very small numbers replaced by 0), gradients can overflow
 (very large numbers replaced by nan/inf). Mixed precision, with an update in full precision, has "no
 loss in task-specific accuracy". minilm/optim/precision.py has the cures, which training programs
-always take. Here a small Llama learns a text from nothing for 300 steps, with and without them:
+always take. Here a small Llama learns a text from nothing for 250 steps, with and without them:
 
     masters    the rule changes float32 copies of the weights. Without them the rule's result is
                rounded to 16 bits after each step, and the next step begins with what is left
@@ -24,7 +24,8 @@ AdamW's states are float32 in every arm. Shares are defined in minilm/measure/ro
                              the mean of all steps that were made
     at loss x 2^28           the gradients of the last state, if the loss is multiplied by 2^28
 
-The picture has these gradients for other scales, too. Held-out text is read in float32.
+The picture has these gradients for other scales, too. Held-out text is read in float32. The arms
+without a scaler take longest: NumPy is slow with numbers below float16's smallest normal one.
 """
 
 from functools import cache
@@ -46,13 +47,12 @@ from minilm.transformer import Config, Transformer
 QUESTION = "What goes wrong in half precision, and do masters and a loss scale mend it?"
 
 F32, PLAIN, MIXED = "float32", "float16, plain", "float16, masters, scaler"
-MASTERS, SCALER, LARGE = "float16, masters", "float16, scaler", "float16, masters, / 4096"
+SCALER, LARGE = "float16, scaler", "float16, masters, / 4096"
 BF16, BF16_PLAIN = "bfloat16, masters", "bfloat16, plain"
 ARMS = {  # (dtype, masters, what the loss is multiplied by, whether that is adjusted)
     F32: ("float32", True, 1.0, False),
     PLAIN: ("float16", False, 1.0, False),
     SCALER: ("float16", False, 2.0**16, True),
-    MASTERS: ("float16", True, 1.0, False),
     LARGE: ("float16", True, 2.0**-12, False),
     MIXED: ("float16", True, 2.0**16, True),
     BF16_PLAIN: ("bfloat16", False, 1.0, False),
@@ -73,14 +73,14 @@ def at(k: int, share: str) -> str:
 
 
 CLAIMS = {
-    "updates are imprecise: in float16 5 % or more have no effect":
-        lambda rows: single(rows, STILL, SCALER, at_least=5),
+    "updates are imprecise: in float16 1 % or more have no effect":
+        lambda rows: single(rows, STILL, SCALER, at_least=1),
     "with masters 1 % at most have no effect":
         lambda rows: single(rows, STILL, MIXED, at_most=1),
     "bfloat16 loses more updates than float16":
         lambda rows: compared(rows, STILL, BF16_PLAIN, SCALER, at_least=0),
     "gradients underflow: in float16 1 % or more in a small batch":
-        lambda rows: single(rows, ZERO, MASTERS, at_least=1),
+        lambda rows: single(rows, ZERO, PLAIN, at_least=1),
     "gradients underflow: in float16 1 % or more in a part of a large batch":
         lambda rows: single(rows, ZERO, LARGE, at_least=1),
     "with a scaler 0.1 % at most": lambda rows: single(rows, ZERO, MIXED, at_most=0.1),
@@ -123,7 +123,7 @@ def measured(arm: str, seed: int, quick: bool) -> dict:
     stream, held, size = text(quick)
     batches = data.Batches([stream], [1], 4 if quick else 8, 16 if quick else 64, seed)
     model, twin = (untrained(seed, quick) for _ in range(2))
-    row = trained(model, twin, batches, *ARMS[arm], steps=4 if quick else 300)
+    row = trained(model, twin, batches, *ARMS[arm], steps=4 if quick else 250)
     for k in SCALES:
         right, found = (gradient(m, batches[0], 2.0**k) for m in (twin, model))
         row |= {at(k, "0"): 100 * vanished(right, found),
