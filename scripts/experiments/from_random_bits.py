@@ -14,13 +14,19 @@ out.
     QLoRA, all but the codes   embedding, norms and head are trained, too
     the same, r = 64           as many ranks as the model's square layers have
 
+If the bits were the reason, LoRA on 32 bits would be much better than QLoRA. If it is what is
+frozen outside of the blocks' linear layers, the last two arms come near full. A model that gives
+each byte the chance that it has in the text needs what the column of the entropy says.
+
 Adapters alone are held back by the head: the rows of W keep the size that they had when they were
 drawn, and the last norm makes each x as long as sqrt(C), so the logits W x cannot be far apart. The
 column "if the next byte were known" has what the best such x gives, the mean over the held-out text
 (`least_bits`). A model whose head is frozen cannot come below it. The last two arms do not have
 this bound: what is frozen there are only the random codes.
 
-The rates are the best of four, a factor of two apart, on a seed that is not reported.
+Rates were compared a factor of two apart, in 150 or 400 steps on a seed that is not reported: two
+for full and for r = 64, three for r = 8 with all but the codes, four for adapters alone, which
+learned little at any of them.
 """
 
 from functools import cache
@@ -31,7 +37,7 @@ from minilm import data
 from minilm.command import command
 from minilm.experiment import Experiment, program
 from minilm.measure.losses import bits_per_byte
-from minilm.measure.verdict import by_arm, compared, verdict
+from minilm.measure.verdict import by_arm, by_seed, compared, verdict
 from minilm.optim import AdamW, cosine_schedule
 from minilm.peft import add_lora, trainable_parameters
 from minilm.picture import COLORS, bars
@@ -47,10 +53,10 @@ ALL, HIGH = "QLoRA, all but the codes", "the same, r = 64"
 STEPS = 400
 ARMS = {
     FULL: {"lr": 5e-3},
-    LORA: {"lr": 1e-2, "r": 8},
-    QLORA: {"lr": 1e-2, "r": 8, "kind": "nf4"},
+    LORA: {"lr": 2.5e-3, "r": 8},
+    QLORA: {"lr": 2.5e-3, "r": 8, "kind": "nf4"},
     ALL: {"lr": 5e-3, "r": 8, "kind": "nf4", "rest": True},
-    HIGH: {"lr": 5e-3, "r": 64, "kind": "nf4", "rest": True},
+    HIGH: {"lr": 2.5e-3, "r": 64, "kind": "nf4", "rest": True},
 }
 TEXT, TRAINED = "held-out text, bits a byte", "trained parameters"
 BYTES, BOUND = "entropy of single bytes, bits", "if the next byte were known, bits"
@@ -59,15 +65,19 @@ MEASURES = {TEXT: 3, TRAINED: 0, BYTES: 3, BOUND: 3}
 CLAIMS = {
     "QLoRA is not for pre-training: 0.3 bits a byte or more behind full training":
         lambda rows: compared(rows, TEXT, QLORA, FULL, at_least=0.3),
-    "it is the frozen weights, not their bits: QLoRA is within 0.1 bits of LoRA":
+    "it is not for their bits: QLoRA is within 0.1 bits of LoRA":
         lambda rows: compared(rows, TEXT, QLORA, LORA, -0.1, 0.1),
-    "it is not the embedding, norms and head alone: with them it is still behind, r = 8":
+    "the frozen head is reason enough: with it 0.3 bits or more behind, whatever is learned":
+        lambda rows: verdict([bound - loss for (bound,), (loss,) in
+                              zip(by_seed(rows, BOUND, [QLORA]), by_seed(rows, TEXT, [FULL]))],
+                             f"{QLORA}: {BOUND} - {FULL}: {TEXT}", at_least=0.3),
+    "adapters alone learn more than how frequent each byte is": lambda rows:
+        verdict([row[TEXT] - row[BYTES] for row in rows if row["arm"] == QLORA],
+                f"{QLORA}: {TEXT} - {BYTES}", at_most=0),
+    "with all but the codes trained, r = 8 is still behind full training":
         lambda rows: compared(rows, TEXT, ALL, FULL, at_least=0),
-    "it is the rank: with all but the codes and r = 64 it is within 0.1 bits of full training":
-        lambda rows: compared(rows, TEXT, HIGH, FULL, -0.1, 0.1),
-    "adapters alone learn more than how frequent each byte is":
-        lambda rows: verdict([row[TEXT] - row[BYTES] for row in rows if row["arm"] == QLORA],
-                             f"{QLORA}: {TEXT} - {BYTES}", at_most=0),
+    "with all but the codes trained, a higher rank is better":
+        lambda rows: compared(rows, TEXT, HIGH, ALL, at_most=0),
 }
 
 
@@ -147,7 +157,9 @@ def draw(figure, rows):
     axes.set(xlabel=TEXT)
 
 
-EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
+LIKELY = {"adapters alone learn more than how frequent each byte is":
+          "the frozen head allows no less than the column 'if the next byte were known'"}
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw, LIKELY)
 main = program(EXPERIMENT, measured)
 
 if __name__ == "__main__":

@@ -73,9 +73,9 @@ class Recovery(Trial):
 
     steps: int = 1500
     test: int = 100
-    reads: int = 100
+    reads: int = 200
     """updates on the old text, each of `batch` rows as long as the model's context"""
-    reading_lr: float = 1e-3
+    reading_lr: float = 2e-3
     """their learning rate"""
 
     RANGES: ClassVar = Trial.RANGES | {"reads": whole(1), "reading_lr": POSITIVE}
@@ -84,7 +84,7 @@ class Recovery(Trial):
 LORA = {"method": "lora", "kind": None, **low_rank(8)}
 KINDS = {"int8": "int8", "FP4": "fp4", "NF4 + DQ": "nf4", "NF3": "nf3", "NF2": "nf2"}
 ARMS = {
-    "full": {"method": "full", "lr": 1e-3, "reading_lr": 3e-4},
+    "full": {"method": "full", "lr": 1e-3, "reading_lr": 5e-4},
     "LoRA": LORA,
     **{arm: LORA | {"kind": kind} for arm, kind in KINDS.items()},
 }
