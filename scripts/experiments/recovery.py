@@ -2,7 +2,7 @@
 
     python scripts/experiments/recovery.py --model runs/pretrain-*/model
     python scripts/experiments/recovery.py --quick    # seconds; the numbers mean nothing
-    python scripts/experiments/recovery.py --rates 1e-3 3e-3 1e-2 --seeds 100
+    python scripts/experiments/recovery.py --rates 1e-3 3e-3 --seeds 100    # of the four tasks
 
 Lecture 002 shows table 3 of QLoRA (Dettmers et al. 2023, arXiv:2305.14314): after tuning, a base in
 8 or 4 bits does what one in 16 bits does. It concludes: "imprecise quantization can be fully
