@@ -55,7 +55,7 @@ ARMS = {
     LORA: {"lr": 2.5e-3, "r": 8},
     QLORA: {"lr": 2.5e-3, "r": 8, "kind": "nf4"},
     ALL: {"lr": 5e-3, "r": 8, "kind": "nf4", "rest": True},
-    HIGH: {"lr": 2.5e-3, "r": 64, "kind": "nf4", "rest": True},
+    HIGH: {"lr": 1.25e-3, "r": 64, "kind": "nf4", "rest": True},
 }
 TEXT, TRAINED = "held-out text, bits a byte", "trained parameters"
 BYTES, BOUND = "entropy of single bytes, bits", "if the next byte were known, bits"
