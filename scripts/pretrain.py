@@ -147,8 +147,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     shown = [(progress(texts, "tokens of the text", "document"), held) for texts, held in parts]
     batches, held_out = data.batches_of(shown, tokenizer, s.batch, s.context, s.seed, s.weights,
                                         masked, [c.name for c in corpora])
-    model = base.model if base else drop_attention(
-        make_model(s, tokenizer.vocab_size).astype(s.dtype), s.attention_dropout)
+    model = base.model if base else make_model(s, tokenizer.vocab_size).astype(s.dtype)
     if run is None:
         written = hashlib.sha256(json_bytes(tokenizer.fields())).hexdigest()
         run = RunDirectory.create(out, "pretrain", asdict(s), described,
@@ -307,10 +306,12 @@ def make_model(s: Settings, vocab_size: int) -> Transformer:
     shape = dict(vocab_size=vocab_size, context=s.context, layers=s.layers, heads=s.heads,
                  width=s.width, dropout=s.dropout)
     if s.family == "gpt2":
-        return Transformer(Config.gpt2(**shape), s.seed)
-    if s.family == "llama":  # SwiGLU's three matrices at 8/3 of the width are as large as two at 4
-        return Transformer(Config.llama(**shape, hidden=8 * s.width // 3, bias=s.bias), s.seed)
-    return Transformer(Config.bert(**shape, hidden=4 * s.width), s.seed)
+        config = Config.gpt2(**shape)
+    elif s.family == "llama":  # SwiGLU's three matrices at 8/3 of the width are as large as two
+        config = Config.llama(**shape, hidden=8 * s.width // 3, bias=s.bias)  # at 4
+    else:
+        config = Config.bert(**shape, hidden=4 * s.width)
+    return drop_attention(Transformer(config, s.seed), s.attention_dropout)
 
 
 if __name__ == "__main__":
