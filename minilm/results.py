@@ -96,8 +96,8 @@ def _check_claim(claim: dict, path, where: str):
 
 
 def number(x: float, decimals: int) -> str:
-    """1234.5 -> 1,234.5"""
-    return f"{x:,.{decimals}f}"
+    """1234.5 -> 1,234.5; beyond 10^15, which nobody reads digit by digit, 3.4028e+38."""
+    return f"{x:,.{decimals}f}" if abs(x) < 1e15 else f"{x:.5g}"
 
 
 def spread_text(spread: Spread, decimals: int) -> str:
