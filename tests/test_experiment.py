@@ -37,7 +37,7 @@ from minilm.measure.verdict import (
     verdict,
 )
 from minilm.picture import draw_svg
-from minilm.results import Result, table, verdicts
+from minilm.results import Result, number, table, verdicts
 from minilm.train import Diverged
 from minilm.transformer import Config, Transformer
 
@@ -221,6 +221,13 @@ def test_a_table_fits_and_holds_every_number(measures, arms, x, width):
     assert max(map(len, lines)) <= max(width, widest)
     for decimals in measures.values():
         assert not arms or f"{x:,.{decimals}f}" in table(result)
+
+
+@pytest.mark.parametrize("x, said", [
+    (1234.56, "1,234.6"), (1e15 - 1, "999,999,999,999,999.0"), (-3.4028234e38, "-3.4028e+38"),
+    (1e15, "1e+15")])
+def test_numbers_are_written_as_they_are_read(x, said):
+    assert number(x, 1) == said
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=4))
