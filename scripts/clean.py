@@ -255,7 +255,8 @@ def examples(passed: dict[str, Passed]) -> str:
     lines = []
     for name, p in passed.items():
         lines += [f"\n{name}:"] * bool(p.examples)
-        lines += [f"  {source}\n    {reason}\n    {text!r}" for source, reason, text in p.examples]
+        lines += [f"  {source}\n    {reason}" + f"\n    {text!r}" * bool(text)
+                  for source, reason, text in p.examples]
     return "\n".join(lines)
 
 
