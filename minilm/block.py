@@ -44,7 +44,7 @@ class Attention(Module):
             q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D), the cached ones first
-        drop = self.dropped(q, k) if self.drop.acts else None
+        drop = self.dropped(q, k) if self.drop.p and self.drop.acts else None
         y = ops.attention(q, k, v, mask=mask, causal=self.causal, window=self.window,
                           scale=self.scale, cap=self.cap, drop=drop)
         return self.o(ops.merge_heads(y))

@@ -28,7 +28,7 @@ from minilm.files import json_bytes, remove, write_atomically
 from minilm.measure.verdict import FAILS, Verdict
 from minilm.parallel.cores import default_workers
 from minilm.picture import draw_svg
-from minilm.ranges import check, each, whole
+from minilm.ranges import check_stored, each, whole
 from minilm.results import Result, number, table, verdicts
 from minilm.run import RunDirectory
 from minilm.train import Diverged
@@ -97,7 +97,7 @@ def conduct(experiment: Experiment, measured: Callable[[str, int, RunDirectory],
         raise ValueError("a quick run cannot be kept: its numbers mean nothing")
     if not (seeds := tuple(dict.fromkeys(seeds))):
         raise ValueError("an experiment needs at least one seed, got none")
-    check({"seeds": each(whole(0))}, seeds=seeds)
+    check_stored({"seeds": each(whole(0))}, seeds=seeds)
     program = ["python", f"scripts/experiments/{experiment.name}.py", "--seeds", *map(str, seeds)]
     command = shlex.join([*program, *options, *["--quick"] * quick])
     result = Result(experiment.name, experiment.question, command, quick, experiment.slide,

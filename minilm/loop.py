@@ -26,7 +26,7 @@ from minilm.files import FormatError
 from minilm.nn import Module
 from minilm.optim import LossScaler, cosine_schedule
 from minilm.parallel.cores import default_workers
-from minilm.ranges import AT_LEAST_0, LIMIT, check, one_of, whole
+from minilm.ranges import AT_LEAST_0, LIMIT, check, check_stored, one_of, whole
 from minilm.run import RunDirectory
 from minilm.train import Diverged, Step, Trainer
 
@@ -67,7 +67,7 @@ class Training:
     """use threads rather than processes as workers"""
 
     def __post_init__(self):
-        check(self.RANGES, **vars(self))
+        check_stored(self.RANGES, **vars(self))
 
 
 def resumed(settings, resume: Path | None, given=frozenset()):

@@ -76,7 +76,14 @@ def check(ranges: dict[str, Range], **settings):
                 kind = {numbers.Real: "a number", numbers.Integral: "a whole number", str: "a word"}
                 raise TypeError(f"{name} must be {kind[wanted.kind]}, {wanted.words}; got "
                                 f"{value!r}")
-            if wanted.kind is numbers.Integral and not -(2**63) <= value < 2**63:  # see stored
-                raise ValueError(f"{name} must fit 64 bits, got {value}")
             if not wanted.holds(value):
                 raise ValueError(f"{name} must be {wanted.words}, got {value}")
+
+
+def check_stored(ranges: dict[str, Range], **settings):
+    """`check`, and ValueError for a whole number that `stored` would refuse as it is read again."""
+    check(ranges, **settings)
+    for name, given in settings.items():
+        for value in given if isinstance(given, (tuple, list)) else (given,):
+            if isinstance(value, numbers.Integral) and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{name} must fit 64 bits, got {value}")

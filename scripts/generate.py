@@ -115,7 +115,7 @@ def keeping(model: Transformer, megabytes: float | None):
         yield
 
 
-def load(model: Path | None, adapter: Path | None, merge: bool) -> tuple[Path, Transformer]:
+def load(model: Path | None, adapter: Path | None, merge: bool = True) -> tuple[Path, Transformer]:
     """The model's folder, and the model with the adapter in its weights, or beside them if it
     cannot be merged or shall not be."""
     folder = model or (base_folder(adapter) if adapter else newest_model(Path("runs")))

@@ -90,7 +90,7 @@ def test_it_goes_on_with_the_model_and_tells_what_is_learned_and_forgotten(
     whole = method != "lora"
     kept = run / ("model" if whole else "adapter")
     assert not (run / ("adapter" if whole else "model")).exists()
-    now = load_to_generate(kept if whole else None, None if whole else kept, True)[1]
+    now = load_to_generate(kept if whole else None, None if whole else kept)[1]
     for record, model in ((before, load_model(base)), (after, now)):
         assert record["validation_loss"] == pytest.approx(loss_of(model, *rows["new"]), abs=1e-4)
         assert record["known"] == {old: pytest.approx(loss_of(model, *rows["old"]), abs=1e-4)}

@@ -209,7 +209,7 @@ def test_instructions_are_learned_and_asked_alike(tmp_path, monkeypatch):
     assert tokens[0, : len(asked)].tolist() == asked.tolist()
     prompts = []
 
-    def stream(model, tokens, temperature):
+    def stream(model, tokens, temperature, seed):
         prompts.extend(tokens)
         yield np.array([tokenizer.end])
 

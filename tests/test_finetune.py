@@ -406,7 +406,7 @@ def test_an_answer_stops_at_its_own_end_token(base, monkeypatch):
     """Two prompts of one length, which end at different times."""
     tokenizer = data.ByteTokenizer()
     rows = [[*b"ab", tokenizer.end, *b"cd"], [*b"efgh", tokenizer.end]]
-    monkeypatch.setattr("minilm.measure.answers.stream", lambda *a: map(np.array, zip(*rows)))
+    monkeypatch.setattr("minilm.measure.answers.stream", lambda *a, **k: map(np.array, zip(*rows)))
     records = [data.Record("Say", "", "abcdef"), data.Record("Ask", "", "x")]
     assert answers(huggingface.load_model(base), records, tokenizer) == ["ab", "efgh"]
 
@@ -418,7 +418,8 @@ def test_many_prompts_of_one_length_take_several_batches(base, monkeypatch):
     whole = answers(model, records, tokenizer)
     monkeypatch.setattr("minilm.measure.answers.ROWS", 2)
     monkeypatch.setattr("minilm.measure.answers.stream",
-                        lambda model, rows, *a: drawn.append(len(rows)) or stream(model, rows, *a))
+                        lambda model, rows, *a, **k:
+                            drawn.append(len(rows)) or stream(model, rows, *a, **k))
     assert answers(model, records, tokenizer) == whole and drawn == [2, 2, 1]
     with pytest.raises(ValueError, match="there is no record to answer"):
         answers(model, [], tokenizer)

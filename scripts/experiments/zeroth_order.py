@@ -124,13 +124,14 @@ def times_less(name: str, factor: float):
 def orders(rows, name: str, what: str) -> list[float]:
     """log10 of MeZO's over AdamW's passes or seconds to the loss that MeZO ends with, by seed.
 
-    If AdamW never has that loss, all that it took counts; MeZO is then further behind than that.
+    If AdamW never has that loss, all that it took counts; MeZO is then further behind than that. If
+    it begins with that loss, MeZO has learned nothing, and there is nothing to compare: NaN.
     """
     found, column = [], (PASSES, SECONDS).index(what)
     for ours, theirs in by_seed(rows, "curve", (f"MeZO, {name}", f"AdamW, {name}")):
         def first(curve, loss=ours[-1][2]):
             return next((point for point in curve if point[2] <= loss), curve[-1])[column]
-        found.append(math.log10(first(ours) / first(theirs)))
+        found.append(math.log10(first(ours) / first(theirs)) if first(theirs) else math.nan)
     return found
 
 
