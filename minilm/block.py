@@ -25,7 +25,7 @@ class Attention(Module):
         self.k = Linear(c.width, kv, rng, c.has_bias("k"))
         self.v = Linear(c.width, kv, rng, c.has_bias("v"))
         self.o = Linear(q, c.width, rng, c.has_bias("o"), std=residual_std(c))
-        self.drop = Dropout(0.0)  # of what a token attends to: see transformer.drop_attention
+        self.dropout = 0.0  # share of what a token attends to: see transformer.drop_attention
         if c.qk_norm:
             self.q_norm, self.k_norm = (
                 make_norm(c, c.D if c.qk_norm == "head" else width) for width in (q, kv))
@@ -44,15 +44,20 @@ class Attention(Module):
             q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D), the cached ones first
-        drop = self.dropped(q, k) if self.drop.p and self.drop.acts else None
+        drop = self.dropped(q, k) if self.dropout else None
         y = ops.attention(q, k, v, mask=mask, causal=self.causal, window=self.window,
                           scale=self.scale, cap=self.cap, drop=drop)
         return self.o(ops.merge_heads(y))
 
     def dropped(self, q, k):  # (B, H, T, D), (B, K, S, D) -> (B, H, T, S)
-        """0 for each weight that dropout leaves out, 1 / (1 - p) for the others."""
+        """0 for each weight that dropout leaves out, 1 / (1 - p) for the others; None if it rests.
+        """
+        drop = Dropout(self.dropout)
+        drop.training = self.training
+        if not drop.acts:
+            return None
         ones = array_module(q.data).ones((*q.shape[:3], k.shape[2]), wide(q.data[:0]).dtype)
-        return self.drop(ones).data
+        return drop(ones).data
 
 
 class MLP(Module):

@@ -272,12 +272,12 @@ def drop_attention(model: Transformer, p: float) -> Transformer:
     another model, ValueError unless 0 <= p < 1.
 
     >>> model = Transformer(Config.gpt2(vocab_size=9, context=8, layers=1, heads=2, width=4))
-    >>> drop_attention(model, 0.1).blocks[0].attention.drop.acts
-    True
+    >>> drop_attention(model, 0.1).blocks[0].attention.dropout
+    0.1
     """
     if not isinstance(model, Transformer):
         raise TypeError(f"attention dropout is for a Transformer, not {type(model).__name__}")
     check({"p": BELOW_1}, p=p)
     for block in model.blocks:
-        block.attention.drop.p = p
+        block.attention.dropout = p
     return model

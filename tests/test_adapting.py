@@ -59,7 +59,7 @@ def test_a_decay_of_no_matrix_is_refused(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_attention_dropout_reaches_every_block(method):
     model, _ = learner(method, attention_dropout=0.25)
-    assert [block.attention.drop.p for block in model.blocks] == [0.25, 0.25]
+    assert [block.attention.dropout for block in model.blocks] == [0.25, 0.25]
     assert "attention_dropout" not in METHODS[method].without
 
 

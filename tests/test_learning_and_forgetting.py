@@ -108,8 +108,8 @@ def test_a_run_is_looked_at_four_times(tmp_path, monkeypatch, small, text):
     assert [found[at(TARGET, share)] for share in SHARES] == [x / np.log(2) for x in looks[::2]]
     assert [found[at(KNOWN, share)] for share in SHARES] == [x / np.log(2) for x in looks[1::2]]
     assert len({*looks}) == 8
-    rows = (some_rows(experiment.corpus()[1], data.ByteTokenizer(), 128, 2) if text
-            else data.encode(trial.records_of(s)[1], data.ByteTokenizer(), context=128))
+    rows = (some_rows(experiment.corpus()[1], data.ByteTokenizer(), models[0].room, 2) if text
+            else data.encode(trial.records_of(s)[1], data.ByteTokenizer(), context=models[0].room))
     assert found[TARGET] == loss_of(models[0], *rows) / np.log(2)
 
 

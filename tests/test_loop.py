@@ -364,11 +364,12 @@ def test_settings_that_make_no_loop_are_refused(change, said):
 
 
 SHARED = ("batch steps lr warmup clip dtype eval_every save_every seed workers threads").split()
+METHODS = ("r last alpha rslora targets kind k m form skip length hidden d said projection "
+           "attention_dropout")
 OWN = {  # of the programs' runs as they are on people's disks
     pretrain: "corpus weights validation tokenizer vocab_size family layers heads width bias "
-    "context dropout accumulate min_lr beta2 weight_decay prompt sample",
-    finetune: "method model data train test known r last alpha rslora targets "
-    "dropout kind k m form skip length hidden attention_dropout weight_decay",
+    "context dropout accumulate min_lr beta2 weight_decay prompt sample init method " + METHODS,
+    finetune: "model data train test known method dropout weight_decay optimizer eps " + METHODS,
 }
 
 

@@ -418,7 +418,7 @@ def test_widths_that_are_not_given_are_the_usual_ones():
     (dict(targets=("q", "gate")), r"targets \['gate'\] match no layer of a block; there are"),
     (dict(targets=()), r"targets \[\] match no layer"),
     (dict(card=0.0), "card must be a positive number of GB, got 0.0"),
-    (dict(method=()), "method must be some of full, .*, prefix, got none"),
+    (dict(method=()), "method must be some of full, .*, subspace, got none"),
     (dict(widths=Widths(layers=2, width=128, heads=3)), "width 128 must be a multiple of heads 3"),
     (dict(widths=Widths(layers=2, width=128, kv_heads=1)), "kv_heads is for llama only, got 1"),
 ])

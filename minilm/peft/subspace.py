@@ -203,6 +203,7 @@ class Subspace:
 class Moved(Retrained):
     """A layer whose tensors are at a subspace's point; all layers have the same `subspace`."""
 
+    tokenwise = anywhere = True  # as in Retrained
     subspace = None
 
     def merged(self, base):
