@@ -113,6 +113,7 @@ def test_help_needs_no_extra():
 
 @pytest.mark.parametrize("missing, script, words, extra", [
     ("tokenizers", "pretrain", ["--tokenizer", "bpe"], "hf"),
+    ("py3langid", "clean", ["--source", "."], "clean"),
     ("torch", "compare_torch", [], "test"),
     ("torch", "benchmark", ["--rows", "qlora", "train"], "test"),
     ("peft", "benchmark", ["--rows", "lora"], "peers"),
@@ -135,7 +136,8 @@ def test_without_matplotlib_each_says_how_to_get_pictures(tmp_path, model, monke
     assert not memory_report.draw({}, [], 0, 0, tmp_path / "b.png")
     assert distill.draw(tmp_path / "c.png", {}, "", [], {}) is None
     run = RunDirectory.create(tmp_path, "pretrain", {}, [])
-    pretrain.finish(run, huggingface.load_model(model), data.ByteTokenizer(), 3, 3)
+    pretrain.finish(run, huggingface.load_model(model), data.ByteTokenizer(),
+                    pretrain.Settings(steps=3), 3)
     said = capsys.readouterr().out
     assert 'for curves: pip install "minilm[plots]"' in said
     assert f"--model {run.path / 'model'}" in said and not list(tmp_path.rglob("*.png"))
