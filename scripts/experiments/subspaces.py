@@ -154,6 +154,12 @@ def of_layer(update: Update, other: Update) -> dict:
         FACTOR: amplification(dW, W, TOP), GRID: similarities(A, other.A, n)}
 
 
+MANY = ("the tasks need many directions at once: the first one of full fine-tuning's update has a "
+        "fifth of its squares (rank_compression.py), and r = 1 is not enough here (ranks.py)")
+LIKELY = {f"{layer}: ranks 8 and 64 share their top direction (phi above .5)": MANY
+          for layer in ("q", "v")}
+
+
 def draw(figure, rows):
     """phi(i, j) as heat maps: a row for q and one for v, a column for each pair."""
     pairs = {"r = 8": "8 and 64", "r = 64": "two of 64", "random, r = 8": "random and 64"}
@@ -177,7 +183,8 @@ def draw(figure, rows):
     figure.colorbar(squares, ax=grid, label="phi(i, j), mean of the layers", shrink=0.8)
 
 
-EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw,
+                        LIKELY)
 main = program(EXPERIMENT, measured)
 
 if __name__ == "__main__":
