@@ -21,7 +21,7 @@ from minilm.command import command
 from minilm.experiment import Experiment
 from minilm.measure.verdict import by_arm, compared
 from minilm.picture import COLORS, curve
-from minilm.trial import LOSS, MS, RIGHT, ROOM, TRAINED, low_rank, program
+from minilm.trial import LOSS, RIGHT, ROOM, TRAINED, low_rank, program
 
 QUESTION = "Is a longer prefix always better, and what does it take from the text?"
 
@@ -34,7 +34,7 @@ METHODS = {"PrefixLayer": "prefix", "PrefixEmbed": "prompt"}
 ARMS = {f"{name}, l = {l}": {"method": method, "length": l, "lr": 1e-1} | STEPS
         for name, method in METHODS.items() for l in LENGTHS}
 ARMS["LoRA, r = 1"] = low_rank(1) | STEPS
-MEASURES = {ROOM: 0, RIGHT: 1, LOSS: 3, TRAINED: 0, MS: 0}
+MEASURES = {ROOM: 0, RIGHT: 1, LOSS: 3, TRAINED: 0}
 
 
 def taken(rows, name: str):
