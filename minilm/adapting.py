@@ -220,6 +220,8 @@ def optimizer_and_loss(model, s):
     if s.method == "adalora":
         return Budgeted(model, s), Orthogonal(LabelLoss())
     if s.method == "subspace":
+        if s.weight_decay:
+            raise ValueError(f"weight_decay is {s.weight_decay}, but a subspace has none")
         return Inside(subspace_of(model), trainable_parameters(model), s.lr), None
     return AdamW(trainable_parameters(model), s.lr, **decay(model, s)), None
 

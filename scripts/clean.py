@@ -15,8 +15,10 @@ numbers in the run's folder. The sources stay as they are. Memory does not grow 
 but for 150 bytes each while copies are looked for. Needs the extra `clean` for languages.
 """
 
+import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -30,7 +32,7 @@ from tqdm import tqdm
 from minilm.command import Given, command
 from minilm.data.cleaning.duplicates import NEAR
 from minilm.data.cleaning.funnel import Dropped, Funnel, Passed
-from minilm.data.cleaning.reading import read_documents
+from minilm.data.cleaning.reading import files_in, read_documents
 from minilm.data.cleaning.stages import LARGEST, NAMES, make_stages
 from minilm.data.cleaning.store import Kept, Store
 from minilm.data.cleaning.substrings import without_repeats
@@ -95,14 +97,25 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if not s.source:
         raise ValueError("source must name a file or a folder")
     stages = stages_of(s)
-    for path in s.source:
-        os.stat(path)
-    if not resume:
-        run = RunDirectory.create(out, "clean", asdict(s), [])
+    described = [{"name": path, "sha256": listing(path)} for path in s.source]
+    if resume:
+        run.check(described, "the files are not those that")
+    else:
+        run = RunDirectory.create(out, "clean", asdict(s), described)
     with run.going_on():
         funnel = collect(run.path, s, Funnel(stages, show))
         if funnel:
             finish(run.path, s, funnel)
+
+
+def listing(path: str) -> str:
+    """A hash of the names, sizes and dates of the files that are read, which tells of changes."""
+    root, digest = Path(path), hashlib.sha256()
+    root.stat()
+    for file in sorted(files_in(root)) if root.is_dir() else [root]:
+        said = file.stat()
+        digest.update(f"{file} {said.st_size} {said.st_mtime_ns}\n".encode(errors="replace"))
+    return digest.hexdigest()
 
 
 def stages_of(s: Settings) -> dict:
@@ -117,7 +130,7 @@ def stages_of(s: Settings) -> dict:
         raise ValueError(f"there is no bucket {unknown[0]!r}, only {', '.join(BUCKETS)}")
     if s.model:
         load_model(s.model).config.require_writer(s.model, "finds texts likely")
-    unwanted = Path(s.words).read_text().split("\n") if s.words else []
+    unwanted = Path(s.words).read_text("utf-8").splitlines() if s.words else []
     return make_stages([name for name in s.stages if name in NAMES], s.language, s.least,
                        [word.strip() for word in unwanted if word.strip()], s.largest)
 
@@ -134,7 +147,7 @@ def collect(folder: Path, s: Settings, funnel: Funnel) -> Funnel | None:
         write_json(state, {"read": read, "count": store.count, "size": store.size,
                            "passed": {n: asdict(p) for n, p in funnel.passed.items()}})
 
-    read = 0
+    read, start = 0, time.perf_counter()
     with closing(Store(folder, done["count"], done["size"])) as store, \
             finish_on_interrupt() as stopped:
         for document in tqdm(read_documents(s.source, s.largest), "cleaning", unit=" documents",
@@ -149,6 +162,9 @@ def collect(folder: Path, s: Settings, funnel: Funnel) -> Funnel | None:
                 print(f"stopped after {read:,} documents; go on with --resume {folder}")
                 return None
         save(read)
+    seconds = time.perf_counter() - start
+    print(f"{read - done['read']:,} documents in {seconds:.1f} s, "
+          f"{(read - done['read']) / seconds:,.0f} a second")
     return funnel
 
 

@@ -56,6 +56,11 @@ def test_a_decay_of_no_matrix_is_refused(method):
     assert "weight_decay" in METHODS[method].without
 
 
+def test_a_subspace_has_no_decay():
+    with pytest.raises(ValueError, match=r"weight_decay is 0\.1, but a subspace has none"):
+        learner("subspace", weight_decay=0.1)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_attention_dropout_reaches_every_block(method):
     model, _ = learner(method, attention_dropout=0.25)

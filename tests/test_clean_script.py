@@ -203,6 +203,13 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(heap, tmp_path):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_a_run_does_not_go_on_with_other_files(heap, tmp_path):
+    _, folder = run(heap, tmp_path)
+    (heap / "00.txt").write_text("another text")
+    with pytest.raises(ValueError, match="the files are not those that this run was started on"):
+        main(resume=folder)
+
+
 @pytest.mark.parametrize("options, error", [
     ({}, "source must name a file or a folder"),
     ({"source": (".",), "stages": ("magic",)}, "there is no stage 'magic'"),

@@ -240,6 +240,8 @@ def test_copies_differ_in_case_digits_and_accents_only():
     assert digest("Café No. 7!") == digest("cafe  NO 12")
     assert digest("cafe") != digest("cage")
     assert normal("Ünder\nthe 3 Trees.") == "under the trees"
+    assert digest("1, 2, 3") != digest("4, 5, 6")  # numbers alone are not all one text
+    assert jaccard(shingles("1, 2, 3"), shingles("4, 5, 6")) == 0
 
 
 @pytest.mark.parametrize("signature, count", [(np.zeros(8, np.uint32), 3)])

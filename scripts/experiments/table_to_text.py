@@ -11,7 +11,7 @@ small model, made by pretrain.py, learns
     name: Anna's | food: soup | price: cheap | area: harbour  ->  a sentence that says so
 
 from four ways to say it, all of which are right. The arms train about 9 or 74 thousand numbers,
-where the slide has 0.35 or 11.09 million.
+where the slide has 0.35 or 11.09 million. Their rates are those of adaptation_methods.py.
 
 A record takes up to 158 bytes, more than a row of the default model has room for:
 

@@ -31,14 +31,15 @@ NEAR = 0.8  # least J
 def normal(text: str) -> str:
     """A text without what copies differ in: case, accents, digits, punctuation, kinds of space.
 
-    As CCNet (Wenzek et al. 2020, arXiv:1911.00359, section 3.1), but words stay apart.
+    As CCNet (Wenzek et al. 2020, arXiv:1911.00359, section 3.1), but words stay apart, and a text
+    without a letter stays what it is.
 
-    >>> normal("Café  No. 7,\\nParis")
-    'cafe no paris'
+    >>> normal("Café  No. 7,\\nParis"), normal("3.14  2.72")
+    ('cafe no paris', '3.14 2.72')
     """
     plain = unicodedata.normalize("NFD", text.lower())
     plain = "".join(c for c in plain if not unicodedata.combining(c))
-    return " ".join(re.sub(r"[\W\d_]+", " ", plain).split())
+    return " ".join((re.sub(r"[\W\d_]+", " ", plain).strip() or text).split())
 
 
 def digest(text: str) -> int:
