@@ -1,6 +1,6 @@
 """How likely a model finds a text; and head, middle and tail of many texts.
 
-CCNet (Wenzek et al. 2020, arXiv:1911.00359, section 3.3) cuts the texts of a language into three
+CCNet (Wenzek et al. 2020, arXiv:1911.00359, section 3) cuts the texts of a language into three
 parts of equal size by the perplexity that a model of good text gives them. The head is most like
 what the model was trained on. That is not the best text for every purpose.
 """

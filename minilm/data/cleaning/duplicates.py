@@ -31,7 +31,7 @@ NEAR = 0.8  # least J
 def normal(text: str) -> str:
     """A text without what copies differ in: case, accents, digits, punctuation, kinds of space.
 
-    As CCNet (Wenzek et al. 2020, arXiv:1911.00359, section 3.1), but words stay apart, and a text
+    As CCNet (Wenzek et al. 2020, arXiv:1911.00359, section 3), but words stay apart, and a text
     without a letter stays what it is.
 
     >>> normal("Café  No. 7,\\nParis"), normal("3.14  2.72")

@@ -1,6 +1,6 @@
 """Which language a text is in, by the library py3langid (Lui & Baldwin 2012, langid.py).
 
-CCNet (Wenzek et al. 2020, arXiv:1911.00359, section 3.2) keeps a text if its language has a
+CCNet (Wenzek et al. 2020, arXiv:1911.00359, section 3) keeps a text if its language has a
 probability of 0.5 or more. A few words are too few to tell.
 """
 

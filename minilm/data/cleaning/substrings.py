@@ -9,7 +9,7 @@ Miller & Rosenberg 1972 number them by doubling:
     name_L(i)     = the number of the pair (name_m(i), name_m(i + L - m))        m < L <= 2 m
 
 Two places have the same name if the same L characters begin there: for certain, without hashes.
-Takes about 50 bytes a character.
+Takes about 80 bytes a character.
 """
 
 from collections.abc import Sequence
