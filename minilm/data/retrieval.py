@@ -1,6 +1,6 @@
 """Which texts answer a question: BM25, which counts words.
 
-Robertson & Zaragoza 2009, The Probabilistic Relevance Framework: BM25 and Beyond, sections 3.4 and 3.5:
+Robertson & Zaragoza 2009, The Probabilistic Relevance Framework: BM25 and Beyond, section 3.4:
 
     score(q, d) = sum over q's words of  idf  f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))
     idf         = ln((N - n + 1/2) / (n + 1/2))
