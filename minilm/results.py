@@ -77,7 +77,8 @@ class Result:
         values = [row[measure] for row in self.rows if row["arm"] == arm]
         if not np.isfinite(values).all():
             return Spread(math.nan, math.nan, math.nan)
-        return Spread(float(np.mean(values)), min(values), max(values))
+        mean = float(np.sum(np.asarray(values) / len(values)))  # the sum alone may overflow
+        return Spread(mean, min(values), max(values))
 
 
 def _check_claim(claim: dict, path, where: str):
