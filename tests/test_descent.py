@@ -55,7 +55,7 @@ def test_the_difference_falls_as_eta_squared(config, seed, down):
     loss, gradient, W = example(config, seed)
     g = gradient()
     d = -g if down else np.random.default_rng(seed).normal(size=g.size) * np.linalg.norm(g) / 30
-    start, h = W.copy(), 1e-4
+    start, h = W.copy(), 1e-5
     ends = []
     for side in (1, -1):
         W[...] = start + side * h * d
@@ -64,9 +64,10 @@ def test_the_difference_falls_as_eta_squared(config, seed, down):
     half = d @ (ends[0] - ends[1]) / (2 * h) / 2  # d.H d / 2
     scale = abs(half) + 0.01 * d @ d
     (near,), (there,), (back,) = (falls(loss, W, g, side * d, [eta]) for side, eta in (
-        (1, 1e-5), (1, 1e-4), (-1, 1e-4)))
-    assert abs(near.bend - half) < 0.1 * scale
+        (1, 1e-5), (1, 3e-5), (-1, 3e-5)))
     assert abs((there.bend + back.bend) / 2 - half) < 1e-3 * scale  # without the cubic term
+    cubic = (there.bend - back.bend) / 2 / there.eta
+    assert abs(near.bend - half - cubic * near.eta) < 0.02 * scale
     assert abs(near.ratio - 1) < 0.05 or not down
 
 

@@ -13,7 +13,8 @@ from collections import Counter
 
 EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.)+[a-zA-Z]{2,24}\b")
 IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
-CARD = re.compile(r"(?<![\w.+-])\d(?:[ -]?\d){12,18}(?![\w-])")
+CARD = re.compile(r"(?<![\w.+-])(?:\d{13,19}"  # in one, or as they are printed: 4 6 5, 4 4 4 4
+                  r"|\d{4}([ -])\d{6}\1\d{5}|\d{4}([ -])\d{4}\2\d{4}\2\d{4})(?![\w-])")
 IP = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-fA-F]{0,4}(?::[0-9a-fA-F]{0,4}){2,7})"
                 r"(?![\w:]|\.\w)")
 PHONE = re.compile(r"(?<![\w.+-])(?:"
@@ -23,14 +24,16 @@ PHONE = re.compile(r"(?<![\w.+-])(?:"
 
 def hidden(text: str) -> tuple[str, dict[str, int]]:
     """(the text with a tag for each of them, how many of each kind)."""
-    found = Counter()
-    for name, pattern, right in KINDS:
-        def tag(match):
-            if not right(match[0]):
-                return match[0]
-            found[name] += 1
-            return f"<{name}>"
-        text = pattern.sub(tag, text)
+    found, before = Counter(), None
+    while text != before:  # what stands beside a tag may be found now
+        before = text
+        for name, pattern, right in KINDS:
+            def tag(match):
+                if not right(match[0]):
+                    return match[0]
+                found[name] += 1
+                return f"<{name}>"
+            text = pattern.sub(tag, text)
     return text, dict(found)
 
 
