@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
@@ -77,8 +78,7 @@ class Result:
         values = [row[measure] for row in self.rows if row["arm"] == arm]
         if not np.isfinite(values).all():
             return Spread(math.nan, math.nan, math.nan)
-        mean = float(np.sum(np.asarray(values) / len(values)))  # the sum alone may overflow
-        return Spread(mean, min(values), max(values))
+        return Spread(float(mean(values)), min(values), max(values))  # exact: no sum overflows
 
 
 def _check_claim(claim: dict, path, where: str):

@@ -67,7 +67,7 @@ def test_whole_numbers_come_out_exact_and_rounded_once(cupy, sizes, dtype, scale
         np.testing.assert_array_equal(actual, expected.astype(dtype))
 
 
-@given(sizes, dtypes, st.floats(0.01, 100), seeds)
+@given(sizes, dtypes, st.floats(0.01, 10), seeds)  # nothing beyond float16's largest, 65504
 def test_forward_and_backward_are_float64s(cupy, sizes, dtype, scale, seed):
     inputs = draw(sizes, dtype, seed)
     for actual, expected, size in zip(run(cupy, *inputs, scale), *spec(*inputs, scale)):
