@@ -80,6 +80,7 @@ class Trial(Adapting, Training):
         "beside": whole(0)}
 
 
+MADE = cache(data.make_tasks)
 QUICK = {"batch": 4, "steps": 4, "warmup": 1, "workers": 1, "train": 16, "test": 2, "documents": 1}
 
 
@@ -198,7 +199,7 @@ def require_methods(folder, trials: dict[str, Trial]):
         try:
             model = prepared(model, replace(s, model=str(folder)))
             if data.TASKS.keys() >= {*s.tasks}:
-                data.encode(records_of(replace(s, train=1))[1], tokenizer, context=model.room)
+                data.encode(records_of(s)[1], tokenizer, context=model.room)
         except ValueError as error:
             raise ValueError(f"{folder} is not for the arm {arm!r}: {error}") from None
 
@@ -224,7 +225,7 @@ def tried(s: Trial, run, title: str, records=None) -> dict:
 
 def records_of(s: Trial) -> tuple[list, list]:
     """(to learn from, to be asked) of the settings' tasks."""
-    return data.make_tasks(s.tasks, s.train, s.test, s.seed, s.words)
+    return MADE(s.tasks, s.train, s.test, s.seed, s.words)
 
 
 def learned(model, tokenizer, records, s: Trial, run, title: str,

@@ -81,8 +81,8 @@ class Settings(Adapting, Training):
     steps: int = 2400
     """updates in the whole run"""
     lr: float | None = None
-    """learning rate after the warmup, from where it falls as a cosine; by default 5e-3, with --init
-    the method's own"""
+    """learning rate after the warmup, from where it falls as a cosine; by default 5e-3, of a
+    bert 1e-3, with --init the method's own"""
     warmup: int = 120
     """steps of linear warmup"""
     min_lr: float | None = None
@@ -110,6 +110,7 @@ class Settings(Adapting, Training):
         return self.init
 
 
+LR = {"gpt2": 5e-3, "llama": 5e-3, "bert": 1e-3}  # norms after the branches need less
 NOT_WITH_INIT = ["family", "layers", "heads", "width", "bias", "tokenizer", "vocab_size"]
 
 
@@ -132,7 +133,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     run, s = resumed(settings, resume, given)
     if not run:
         refuse_idle(s, given)
-    s = replace(s, lr=s.lr or (METHODS[s.method].lr if s.init else 5e-3))
+    s = replace(s, lr=s.lr or (METHODS[s.method].lr if s.init else LR[s.family]))
     if not run and (s.min_lr or 0) > s.lr:
         raise ValueError(f"min_lr must be at most lr, {s.lr}; got {s.min_lr}")
     corpora = data.load_corpora(progress(s.corpus, "reading", "corpus"))

@@ -10,8 +10,9 @@ small model, made by pretrain.py, learns
 
     name: Anna's | food: soup | price: cheap | area: harbour  ->  a sentence that says so
 
-from four ways to say it, all of which are right. The arms train about 9 or 74 thousand numbers,
-where the slide has 0.35 or 11.09 million. Their rates are those of adaptation_methods.py.
+from four ways to say it, all of which are right. Of the 1536 tables there are, 1300 are learned
+from. The arms train about 9 or 74 thousand numbers, where the slide has 0.35 or 11.09 million.
+Their rates are those of adaptation_methods.py.
 
 A record takes up to 158 bytes, more than a row of the default model has room for:
 
@@ -32,7 +33,7 @@ SLIDE = {"lecture 001: GPT-2 M, E2E, BLEU": {
     "full": 68.2, "adapter L, 9k": 66.3, "adapter L, 74k": 68.9, "adapter H, 74k": 67.3,
     "top 2": 68.1, "PrefixLayer, 9k": 69.7, "LoRA, 9k": 70.4}}
 
-TABLE = {"tasks": ("table",), "words": data.tasks.ALL, "steps": 1000, "train": 4000}
+TABLE = {"tasks": ("table",), "words": data.tasks.ALL, "steps": 1000, "train": 1300}
 ARMS = {
     "base model": TABLE | {"steps": 0},
     "full": TABLE | {"method": "full", "lr": 1e-3},
