@@ -118,9 +118,9 @@ def make_pairs(name: str, facts: Sequence[Fact], count: int | None = None, seed:
     asked = [(fact, number) for fact in facts for number in wordings]
     styles = [*product(*persona)]
     count = len(asked) if count is None else count
-    if not 0 < count <= (most := len(asked) * len(styles)):
-        raise ValueError(f"{count} pairs are wanted, but there are 1 to {most}: {len(asked)} "
-                         f"questions, with {len(styles)} answers each")
+    if not 0 < count <= len(asked) * len(styles):
+        raise ValueError(f"{count} pairs are wanted, of {len(asked) * len(styles)}: there are "
+                         f"{len(asked)} questions, with {len(styles)} answers each")
     rng = np.random.default_rng([seed, 1])
     order = rng.permutation(len(asked))
     answers = [rng.permutation(len(styles)) for _ in asked]
