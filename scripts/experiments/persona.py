@@ -86,7 +86,7 @@ class Talk(Trial):
     shared: bool = False
     """on one base with the other persona's adapter"""
     train: int = 250
-    steps: int = 1500
+    steps: int = 1000
     """updates in the whole run"""
 
 
