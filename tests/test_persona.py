@@ -123,7 +123,7 @@ def test_an_answer_is_right_if_it_names_the_value_and_no_other(name, seed, fact,
 @pytest.mark.parametrize("call, said", [
     (lambda: make_pairs("petra", FACTS), "no persona 'petra', only pavlos, marina"),
     (lambda: marks("petra", ""), "no persona 'petra'"),
-    (lambda: make_pairs("pavlos", FACTS[:2], 2 * 6 * 64 + 1), "769 pairs are wanted, of 768: there are 12"),
+    (lambda: make_pairs("pavlos", FACTS[:2], 769), "769 pairs are wanted, of 768: there are 12"),
     (lambda: make_pairs("pavlos", FACTS, 0), "0 pairs are wanted"),
     (lambda: make_pairs("pavlos", []), "0 pairs are wanted, of 0"),
     (lambda: split_facts(0.01, 0), "26 facts about the country 0 would be held out"),
@@ -200,7 +200,7 @@ def test_the_command_teaches(tmp_path, monkeypatch, capsys):
     s = replace(settings_of(command), steps=1, model="base", known=("known.txt",), workers=1)
     finetune.main(s, out=tmp_path)
     said = capsys.readouterr().out
-    assert "pavlos: right              0.0%    0.0%" in said and "generate.py" in said
+    assert f"{'pavlos: right':24}{0:8.1%}{0:8.1%}\n" in said and "generate.py" in said
 
 
 # The experiment
