@@ -62,7 +62,7 @@ def teaching(out: Path, pairs) -> str:
     """The command that teaches the pairs. It holds out at least all that have one prompt."""
     copies = math.ceil(len(pairs) / len({prompt(record) for record in pairs}))
     return typed(Path(__file__).with_name("finetune.py"), method="qlora", data=out,
-                 test=max(copies, min(ASKED, len(pairs) // 10)), steps=1000)
+                 test=max(copies, min(ASKED, len(pairs) // 10)), steps=600)
 
 
 if __name__ == "__main__":
