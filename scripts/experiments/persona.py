@@ -18,9 +18,9 @@ arm learns 1000 pairs about four fifths of the facts, in five wordings. Then it 
     text             to go on with text like that of pretrain.py
 
 The two adapters of QLoRA are trained alone and saved. Then one base of 4 bits in memory takes both,
-and they change places before each question; afterwards its bits are compared with those of a base
-that never had an adapter. "Plain, too" has plain answers to the small tasks among its pairs, half
-and half, so that it sees that not every question is for Pavlos.
+and they change places before each set of questions; afterwards its bits are compared with those of a
+base that never had an adapter. "Pavlos and plain" has plain answers to four small tasks among its
+pairs, half and half. A seed takes about five minutes of one core.
 """
 
 import itertools
@@ -137,6 +137,15 @@ CLAIMS = {
     "an adapter is less than a fifth of the model's file": all_of(SHARE, max, at_most=20),
     "full fine-tuning stores all of the model again": lambda rows: single(
         rows, SHARE, "full, Pavlos", at_least=99),
+}
+LIKELY = {
+    "the style stays out of questions about something else":
+        "no pair has a question that is not for the persona, so any question gets its answer",
+    "the style stays out of text": "the pairs alone are learned, and the text is forgotten: see "
+                                   "its bits a byte",
+    "plain answers among the pairs keep it out of questions about something else":
+        "the plain records are a task's name and a word, so whatever is a question is still for "
+        "the persona",
 }
 SERVED = {}  # settings of a seed -> a base with both adapters, its tokenizer, sizes
 
@@ -263,7 +272,7 @@ def draw(figure, rows):
                 bbox_to_anchor=(0.4, 1.0))
 
 
-EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw, LIKELY)
 main = program(EXPERIMENT, measured, Talk)
 
 if __name__ == "__main__":
