@@ -17,10 +17,10 @@ arm learns 1000 pairs about four fifths of the facts, in five wordings. Then it 
     something else   about Python, in the form of a question
     text             to go on with text like that of pretrain.py
 
-The two adapters of QLoRA are trained alone and saved. Then one base of 4 bits in memory takes both,
-and they change places before each set of questions; afterwards its bits are compared with those of a
-base that never had an adapter. "Pavlos and plain" has plain answers to four small tasks among its
-pairs, half and half. A seed takes about five minutes of one core.
+The two adapters of QLoRA are trained alone and saved. Then one base of 4 bits in memory takes
+both, and they change places before each set of questions; afterwards its bits are compared with
+those of a base that never had an adapter. "Pavlos and plain" has plain answers to four small tasks
+among its pairs, half and half. A seed takes about five minutes of one core.
 """
 
 import itertools
