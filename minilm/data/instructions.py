@@ -29,7 +29,7 @@ class Record:
     context: str
     output: str
     references: tuple[str, ...] = ()  # other outputs that are right
-    task: str = ""  # scores are counted by this name; "sql" is scored differently, see tasks.score
+    task: str = ""  # scores are counted by this name, and some by a rule of its own: tasks.score
 
     def __post_init__(self):
         if not isinstance(self.references, tuple):

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minilm.data.instructions import Record, prompt
+from minilm.data.persona import PERSONAS, has_style, is_right
 from minilm.data.queries import same_rows
 
 CITIES = (  # cities(name, country, population)
@@ -91,7 +92,12 @@ def score(record: Record, answer: str) -> bool:
     order if the output has ORDER BY? The answer must be a single SELECT without another inside; all
     else is wrong, whatever it would do. (A wrong query may happen to find the right rows.) It takes
     about 30 ms. ValueError if the output is no such query.
+
+    For a task that is named like a persona (persona.py): does the answer say the output's fact, and
+    has it the persona's style?
     """
+    if record.task in PERSONAS:
+        return has_style(record.task, answer) and is_right(record, answer)
     if record.task != "sql":
         return answer in (record.output, *record.references)
     right = same_rows("cities (name, country, population)", CITIES, record.output, answer)
