@@ -6,8 +6,8 @@ Vedantam et al. 2015, CIDEr: Consensus-based image description evaluation, arXiv
     g(w)      = (times in the text) ln(examples / max(1, examples with w in a reference))     (1)
     CIDEr_n   = mean over references of  g_answer . g_reference / (|g_answer| |g_reference|)  (2)
     CIDEr-D_n = 10 mean over references of  exp(-(l_answer - l_reference)^2 / (2 sigma^2))
-                  min(g_answer, g_reference) . g_reference / (|g_answer| |g_reference|)       (5)
-    CIDEr-D   = mean over n                                                                   (3)
+                  min(g_answer, g_reference) . g_reference / (|g_answer| |g_reference|)       (4)
+    CIDEr-D   = mean over n of CIDEr-D_n                                                      (5)
 
 sigma is 6. So words that are in every example count nothing, and neither does repeating a rare one
 (by min, and by the lengths l). An example's score lies between 0 and 10; the corpus's is the mean.
@@ -16,9 +16,9 @@ example, or references that are the same for all, every ln is 0, and so is the s
 
 This is what COCO's program calls CIDEr, with which E2E is scored. The paper's CIDEr is eq. (2)
 without min, lengths and 10. In (1) the paper divides by the text's n-grams, which the norms undo,
-but for min. The program's l is the number of bigrams, here too; the paper does not say. COCO stems
-the words in the paper and does not in the program; here tokens are the caller's choice. A side
-without any n-gram, or none that is peculiar, has no direction: its cosine is 0.
+but for min. l is the number of bigrams, as in the program: one less than that of tokens. The
+paper's CIDEr stems words, D does not; here tokens are the caller's choice. A side without an
+n-gram, or without one that is peculiar, has no direction: its cosine is 0.
 """
 
 import math
@@ -58,8 +58,8 @@ def per_example(answers, references) -> np.ndarray:
             mine = g(ngrams(answer, n))
             for text, count in zip(right, wanted[i]):
                 near = math.exp(-(bigrams(answer) - bigrams(text)) ** 2 / (2 * SIGMA**2))
-                score[i] += 10 * near * cosine(mine, g(count)) / len(right)  # eq. (5)
-    return np.stack([score / N, np.ones(len(examples))], axis=1)  # eq. (3)
+                score[i] += 10 * near * cosine(mine, g(count)) / len(right)  # eq. (4)
+    return np.stack([score / N, np.ones(len(examples))], axis=1)  # eq. (5)
 
 
 def cosine(a: dict, b: dict) -> float:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from minilm import data, ops
 from minilm.data import Record, Tokenizer
@@ -34,7 +35,8 @@ def per_example(model, records: Sequence[Record], tokenizer: Tokenizer,
     tokens, targets = data.encode(records, tokenizer, context=model.room)
     found = np.zeros((len(records), 2))
     with no_grad(), no_dropout():
-        for rows, width in alike(model, targets, batch=batch):
+        for rows, width in tqdm([*alike(model, targets, batch=batch)], "perplexity",
+                                unit="batch", leave=False, disable=None):
             logits = model(tokens[rows, :width])
             for i, row in enumerate(rows):
                 nats = ops.cross_entropy(logits[i], targets[row, :width], total=1).data
