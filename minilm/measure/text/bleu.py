@@ -14,8 +14,8 @@ to 2.3. Over all answers of a corpus, for n from 1 to 4,
 BLEU of a corpus is not the mean of its answers' BLEU. What other programs may do: they give 100
 times this; some (nltk, by default) take the geometric mean with some p_n = 0 as a tiny number and
 not as 0; sacrebleu by default smooths a p_n of 0. Here, as in the paper, nothing is smoothed: if no
-4-gram is right, BLEU is 0. Case counts. Tokens are the caller's choice; published scores are of
-those that tokens.punctuated cuts, or of what their authors cut.
+4-gram is right, BLEU is 0. Case and tokens are the caller's choice; sacrebleu's are those that
+tokens.punctuated cuts, and E2E's program makes them lower case.
 """
 
 from collections import Counter

@@ -12,13 +12,13 @@ tokens of the answers, and L_ref of their references, of each answer's the mean.
 factor 1/2 if L / L_ref is 2/3. A match counts as often as it is in one reference, at most.
 
 The mean is arithmetic, so a score is not 0 because no 5-gram is right, and there is no top. An
-answer that is its reference does not have the highest score: one that repeats only what is rare has
-more information a token. Scores of corpora with other references do not compare.
+answer that is its reference need not have the highest score: one that leaves out some of what is
+common tells more a token. Scores of corpora with other references do not compare.
 
 Several references are pooled, as the program mteval does: a match may be in any of them. nltk's
 corpus_nist instead chooses for each answer and n the one reference with the best ratio, and takes
-that one's length. With one reference each the two are equal. mteval counts in lower case if not
-told otherwise; here case is the caller's choice.
+that one's length. With one reference each the two are equal. mteval, and E2E's program after it,
+make all of it lower case if not told otherwise; here case is the caller's choice.
 """
 
 import math
