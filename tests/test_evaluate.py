@@ -124,7 +124,7 @@ GOOD = {"answer": "a", "output": "b"}
 
 
 @pytest.mark.parametrize("line, said", [
-    ("", "holds no record"), ("\n", "holds no record|not valid JSON"), ("{", "line 1: not valid"),
+    ("", "holds no record"), ("\n", "line 1: not valid JSON"), ("{", "line 1: not valid"),
     ({"answer": "a"}, "line 1: output: the field is missing"),
     (GOOD | {"answer": 1}, "line 1: answer: expected str, got int"),
     (GOOD | {"output": ""}, "line 1: output: the text is empty"),
