@@ -219,6 +219,8 @@ def test_bleu_by_hand():
     answers, references = [right[:5], right], [[right], [right]]
     assert bleu.bleu(answers, references) == pytest.approx(math.exp(1 - 12 / 11))
     assert bleu.bleu([right[:3]], [[right]]) == 0  # no 4-gram, and nothing is smoothed
+    twice = [["a", "b"], ["a", "c"]]  # a is once in each, so it may match once
+    assert bleu.per_example([["a", "a"]], [twice])[0, 0] == 1
     near = [["x"] * 3, ["x"] * 7, ["x"] * 20]  # 5 is as far from 3 as from 7: the shorter
     assert bleu.per_example([["x"] * 5], [near])[0, -1] == 3
 
@@ -229,6 +231,8 @@ def test_nist_by_hand():
     info = nist.information(references)
     assert info == {("a",): 1, ("b",): 2, ("c",): 2, ("a", "b"): 1, ("a", "c"): 1}
     assert nist.nist([["a", "b"], ["a", "c"]], references) == (1 + 2 + 1 + 2) / 4 + (1 + 1) / 2
+    pooled = [[right[0] for right in references]]  # a is once in each of two: 1 bit, once
+    assert nist.per_example([["a", "a"]], pooled)[0, 0] == 1
     two_thirds = [["a", "b"]], [[["a", "b", "c"]]]
     info = nist.information(two_thirds[1])
     told = (info["a",] + info["b",]) / 2 + info["a", "b"]
