@@ -16,9 +16,9 @@ example, or references that are the same for all, every ln is 0, and so is the s
 
 This is what COCO's program calls CIDEr, with which E2E is scored. The paper's CIDEr is eq. (2)
 without min, lengths and 10. In (1) the paper divides by the text's n-grams, which the norms undo,
-but for min. l is the number of bigrams, as in the program: one less than that of tokens. The
-paper's CIDEr stems words, D does not; here tokens are the caller's choice. A side without an
-n-gram, or without one that is peculiar, has no direction: its cosine is 0.
+but for min. l is the number of tokens; the program's is that of bigrams, which gives the same
+differences. The paper's CIDEr stems words, D does not; here tokens are the caller's choice. A side
+without an n-gram, or without one that is peculiar, has no direction: its cosine is 0.
 """
 
 import math
@@ -57,7 +57,7 @@ def per_example(answers, references) -> np.ndarray:
         for i, (answer, right) in enumerate(examples):
             mine = g(ngrams(answer, n))
             for text, count in zip(right, wanted[i]):
-                near = math.exp(-(bigrams(answer) - bigrams(text)) ** 2 / (2 * SIGMA**2))
+                near = math.exp(-(len(answer) - len(text)) ** 2 / (2 * SIGMA**2))
                 score[i] += 10 * near * cosine(mine, g(count)) / len(right)  # eq. (4)
     return np.stack([score / N, np.ones(len(examples))], axis=1)  # eq. (5)
 
@@ -67,8 +67,3 @@ def cosine(a: dict, b: dict) -> float:
     dot = math.fsum(min(x, b[w]) * b[w] for w, x in a.items() if w in b)
     sizes = math.hypot(*a.values()) * math.hypot(*b.values())
     return dot / sizes if sizes else 0.0
-
-
-def bigrams(tokens: Sequence) -> int:
-    """How many there are."""
-    return max(0, len(tokens) - 1)
