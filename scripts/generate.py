@@ -38,13 +38,10 @@ from minilm.data import (
 )
 from minilm.dialogue import Dialogue
 from minilm.generate import stream
-from minilm.interop import base_of, load_adapter, load_model
 from minilm.loop import refuse_unused
-from minilm.peft import merge_lora, unload_lora
-from minilm.peft.adapted import merges
 from minilm.quantize import dequantized as kept_as_floats
 from minilm.ranges import AT_LEAST_0, check
-from minilm.run import newest_model
+from minilm.trained import load_trained
 from minilm.transformer import Transformer
 
 QUESTION = [{"role": "user", "content": "Hello"}]
@@ -79,7 +76,7 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
         refuse_unused(given, ("top_k", "top_p", "seed"), "temperature 0 takes the likeliest token")
     prompt = utf8("prompt", prompt)
     tune_allocator()
-    folder, transformer = load(model, adapter, merge=dequantized is None)
+    folder, transformer = load_trained(model, adapter, merge=dequantized is None)
     use_huge_pages(tensor.data for _, tensor in transformer.named_tensors())
     tokenizer, V = load_tokenizer(folder / "tokenizer.json"), transformer.config.vocab_size
     bos, eos, _ = transformer.ends
@@ -113,30 +110,6 @@ def keeping(model: Transformer, megabytes: float | None):
         size = sum(floats.nbytes for floats in kept.values()) / 1e6
         print(f"{len(kept)} weights are kept as floats, {size:.2f} MB", file=sys.stderr)
         yield
-
-
-def load(model: Path | None, adapter: Path | None, merge: bool = True) -> tuple[Path, Transformer]:
-    """The model's folder, and the model with the adapter in its weights, or beside them if it
-    cannot be merged or shall not be."""
-    folder = model or (base_folder(adapter) if adapter else newest_model(Path("runs")))
-    if not model:
-        print(f"{folder}:", file=sys.stderr)
-    elif adapter and Path(base_of(adapter) or model).absolute() != model.absolute():
-        print(f"{adapter} was made for {base_of(adapter)}", file=sys.stderr)
-    transformer = load_model(folder).eval()
-    transformer.config.require_writer(folder, "writes on")
-    if adapter and merges(load_adapter(transformer, adapter)) and merge:
-        unload_lora(merge_lora(transformer))
-    return folder, transformer
-
-
-def base_folder(adapter: Path) -> Path:
-    """The folder of the model that the adapter is for."""
-    base = base_of(adapter)
-    if not base or not Path(base).is_dir():
-        named = f"names {base!r}, which is no folder here" if base else "does not name its model"
-        raise ValueError(f"{adapter} {named}: give --model")
-    return Path(base)
 
 
 def chat_of(folder: Path, adapter: Path | None, tokenizer: Tokenizer) -> Chat:

@@ -36,6 +36,7 @@ from minilm.interop import huggingface, peft, save_model
 from minilm.nn import Linear, Module
 from minilm.peft import add_lora, use_adapter
 from minilm.quantize import quantize_model
+from minilm.run import newest_model
 from minilm.tensor import Tensor, no_grad, randomness
 from minilm.transformer import Config, Ends, Transformer
 
@@ -692,12 +693,12 @@ def test_a_date_that_is_still_to_come_is_no_newest(tmp_path, monkeypatch):
     for run, date in (("a", now - 10), ("b", now + 30), ("c", now - 5)):
         save(tmp_path / run / "model", ByteTokenizer())
         os.utime(tmp_path / run / "model" / "config.json", (date, date))
-    assert script.newest_model(tmp_path).parent.name == "b"  # a server's clock may be ahead
+    assert newest_model(tmp_path).parent.name == "b"  # a server's clock may be ahead
     os.utime(tmp_path / "c" / "model" / "config.json", (now + 9e5, now + 9e5))
     with pytest.raises(ValueError, match=r"c/model is dated .* still to come.*: give --model"):
-        script.newest_model(tmp_path)
-    assert script.newest_model(tmp_path, "[ab]").parent.name == "b"
-    assert script.newest_model(tmp_path, "c").parent.name == "c"  # no other can be meant
+        newest_model(tmp_path)
+    assert newest_model(tmp_path, "[ab]").parent.name == "b"
+    assert newest_model(tmp_path, "c").parent.name == "c"  # no other can be meant
 
 
 def test_without_a_model_the_newest_is_taken(tmp_path, monkeypatch, capsys):
@@ -707,7 +708,7 @@ def test_without_a_model_the_newest_is_taken(tmp_path, monkeypatch, capsys):
         config = tmp_path / "runs" / run / "model" / "config.json"
         os.utime(config, (1e9 - age, 1e9 - age))
     (tmp_path / "runs" / "stopped-1" / "model").mkdir(parents=True)
-    assert script.newest_model(tmp_path / "runs").parent.name == "pretrain-10"
+    assert newest_model(tmp_path / "runs").parent.name == "pretrain-10"
     script.main(tokens=0)
     assert capsys.readouterr().out == "The \n"
 

@@ -25,7 +25,8 @@ FLOORS = [
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
-     "results", "experiment", "command", "adapting", "continued", "trial", "__main__"},
+     "results", "experiment", "command", "adapting", "continued", "trial", "trained",
+     "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
@@ -107,6 +108,7 @@ WITHIN = {  # the arrows inside a floor
     ("trial", "loop"),
     ("trial", "run"),
     ("trial", "versions"),
+    ("trained", "run"),
     ("loop", "train"),
     ("command", "train"),
     ("__main__", "command"),

@@ -1,5 +1,6 @@
 """From text to batches: corpora, tokenizers, streams of token ids, instructions and tasks."""
 
+from minilm.data.answered import Answered, answered, holds_answers, load_answered
 from minilm.data.batches import (
     IGNORED,
     LONGEST,
@@ -61,6 +62,7 @@ __all__ = [
     "IGNORED",
     "LONGEST",
     "TASKS",
+    "Answered",
     "BPETokenizer",
     "Batches",
     "ByteTokenizer",
@@ -78,6 +80,7 @@ __all__ = [
     "account",
     "adopt_end",
     "answer_rows",
+    "answered",
     "batches_of",
     "classes_of",
     "corrupt",
@@ -85,7 +88,9 @@ __all__ = [
     "encode",
     "filled",
     "held_out_rows",
+    "holds_answers",
     "holds_conversations",
+    "load_answered",
     "load_chat",
     "load_conversations",
     "load_corpora",
