@@ -85,7 +85,8 @@ def test_questions_are_held_out_and_their_own_answers_count(seed, count, k, fixe
         assert len(q.shown) == SHOTS and all(q.task(x) == y for x, y in q.shown)
         assert not {word for word, _ in q.shown} & {*ASKED}
         prompt = prompt_of(q, k, TOKENIZER)
-        assert TOKENIZER.decode(prompt) == q.text(k) and np.array_equal(inside[: len(prompt)], prompt)
+        assert TOKENIZER.decode(prompt) == q.text(k)
+        assert np.array_equal(inside[: len(prompt)], prompt)
         assert TOKENIZER.decode(wanted[wanted != IGNORED]) == f"{q.answer}\n"
     others = make_questions(["first", "map"], count, seed, fixed)[count:]
     assert [(q.asked, q.shown) for q in others] == [(q.asked, q.shown) for q in maps]
