@@ -88,7 +88,7 @@ def test_questions_are_held_out_and_their_own_answers_count(seed, count, k, fixe
         assert TOKENIZER.decode(prompt) == q.text(k)
         assert np.array_equal(inside[: len(prompt)], prompt)
         assert TOKENIZER.decode(wanted[wanted != IGNORED]) == f"{q.answer}\n"
-    others = make_questions(["first", "map"], count, seed, fixed)[count:]
+    others = make_questions(["letter", "map"], count, seed, fixed)[count:]
     assert [(q.asked, q.shown) for q in others] == [(q.asked, q.shown) for q in maps]
 
 
@@ -107,7 +107,7 @@ def test_the_first_demonstrations_of_more_are_the_same():
     (lambda: make_questions(KINDS, 0, 0), "got 0"),
     (lambda: ShotBatches(draw_task, TOKENIZER, 0, 0), "at least 1, .* got 0 and 5"),
     (lambda: ShotBatches(draw_task, TOKENIZER, 1, 0, 400), "from 0 to 399, got 1 and 400"),
-    (lambda: ideal([("abc", "x1y")], "abc"), "no task of the kinds upper, first, shift, map fits"),
+    (lambda: ideal([("abc", "x1y")], "abc"), "no task of the kinds upper, letter, shift, map fits"),
 ])
 def test_what_cannot_be_is_refused(call, said):
     with pytest.raises(ValueError, match=said):
@@ -148,6 +148,7 @@ def test_more_demonstrations_tell_more_of_a_map_and_no_more_of_upper():
     maps = [x["map"] for x in by_k]
     assert maps == sorted(maps) and maps[1] < 15 and maps[SHOTS] > 50
     assert [x["shift"] for x in by_k[1:]] == [100] * SHOTS
+    assert 80 < by_k[1]["letter"] < by_k[SHOTS]["letter"]
 
 
 # The experiment
@@ -174,7 +175,7 @@ def test_who_follows_the_context_is_right_in_both(knows):
 def test_right_answers_are_counted_by_kind(knows):
     found = make_questions(KINDS, 4, 1)
     reader = dict.fromkeys(KINDS, lambda q, k: q.asked.upper() if k else "")
-    assert experiment.right(reader, None, found, 1) == {"upper": 100, "first": 0, "shift": 0,
+    assert experiment.right(reader, None, found, 1) == {"upper": 100, "letter": 0, "shift": 0,
                                                         "map": 0}
     assert experiment.right(reader, None, found, 0) == dict.fromkeys(KINDS, 0)
 

@@ -12,12 +12,13 @@ All words have three letters from a to h. The task of a row is drawn anew: first
 which one of that kind it is.
 
     upper   in upper case
-    first   the first letter, three times
+    letter  one of its letters, three times: the first, the second or the third
     shift   each letter some places on in the alphabet, from z to a: 1 to 25
     map     an image for each of the 8 letters, one of 26, drawn each with equal chance
 
-A demonstration names the first two. A shift looks like a map, whose demonstration shows the images
-of its own letters alone: so more of them help. What can be told from k of them at best, `ideal` in
+A demonstration names upper, and letter too, but for a letter that stands twice in its word. A shift
+looks like a map, of which a demonstration shows the images of its own letters alone. So more of
+them help. What can be told from k of them at best, `ideal` in
 minilm/measure/ideal.py tells.
 """
 
@@ -44,9 +45,14 @@ def translated(letters: str, images: str) -> Task:
     return lambda word: word.translate(table)
 
 
+def repeated(place: int) -> Task:
+    """The letter in this place, as often as a word has letters."""
+    return lambda word: SIZE * word[place]
+
+
 NAMED: dict[str, tuple[Task, ...]] = {  # all tasks of each kind but map, which has 26^8
     "upper": (str.upper,),
-    "first": (lambda word: SIZE * word[0],),
+    "letter": tuple(repeated(place) for place in range(SIZE)),
     "shift": tuple(translated(ALPHABET, ALPHABET[by:] + ALPHABET[:by])
                    for by in range(1, len(ALPHABET))),
 }

@@ -77,7 +77,7 @@ class InContext(Trial):
 
 ARMS = {
     "base": {"steps": 0},
-    "in context": {"batch": 26, "text": 6, "steps": 1600, "lr": 2e-3},
+    "in context": {"batch": 26, "text": 6, "steps": 1600, "lr": 3e-3},
     "fine-tuned": {"alone": True, "batch": 32, "steps": 400, "lr": 1e-3},
 }
 BASE, SHOWN, TUNED = ARMS
@@ -91,7 +91,7 @@ TWO, OTHER = "right in two contexts, %", "another answer in another, %"
 LOSS = {k: f"loss of answers, k = {k}, nats a token" for k in (0, SHOTS)}
 CHANGED, KNOWN = "parameters changed, %", "old text, bits a byte"
 MEASURES = {**dict.fromkeys(RIGHT, 1), AGAIN: 1, SHORT: 1,
-            **{OF_KIND[kind][k]: 1 for kind in ("upper", "shift", "map") for k in (1, SHOTS)},
+            **{OF_KIND[kind][k]: 1 for kind in KINDS for k in (1, SHOTS)},
             **dict.fromkeys(ONE.values(), 1), TWO: 1, OTHER: 1, **dict.fromkeys(LOSS.values(), 2),
             CHANGED: 3, KNOWN: 2}
 CURVE, IDEAL = "by demonstrations", "ideal by demonstrations"  # for the picture: kind -> numbers
@@ -117,7 +117,7 @@ CLAIMS = {
     "one demonstration is better than none": rise(SHOWN, RIGHT[0], RIGHT[1]),
     f"more demonstrations help: {SHOTS} against 1": rise(SHOWN, RIGHT[1], RIGHT[SHOTS]),
     **{f"more demonstrations help with {kind}: {SHOTS} against 1":
-       rise(SHOWN, OF_KIND[kind][1], OF_KIND[kind][SHOTS]) for kind in ("shift", "map")},
+       rise(SHOWN, OF_KIND[kind][1], OF_KIND[kind][SHOTS]) for kind in ("letter", "shift", "map")},
     f"one demonstration tells all of upper: {SHOTS} are within 5 points of 1":
         rise(SHOWN, OF_KIND["upper"][1], OF_KIND["upper"][SHOTS], -5, 5),
     f"after {SHOTS} demonstrations it is within 20 points of what can be told":
