@@ -18,8 +18,7 @@ which one of that kind it is.
 
 A demonstration names upper, and letter too, but for a letter that stands twice in its word. A shift
 looks like a map, of which a demonstration shows the images of its own letters alone. So more of
-them help. What can be told from k of them at best, `ideal` in
-minilm/measure/ideal.py tells.
+them help; minilm/measure/ideal.py says what can be told from them at best.
 """
 
 from collections.abc import Callable, Collection, Sequence
