@@ -77,8 +77,8 @@ class InContext(Trial):
 
 ARMS = {
     "base": {"steps": 0},
-    "in context": {"batch": 26, "text": 6, "steps": 1600, "lr": 3e-3},
-    "fine-tuned": {"alone": True, "batch": 32, "steps": 400, "lr": 1e-3},
+    "in context": {"batch": 26, "text": 6, "steps": 1800, "lr": 3e-3},
+    "fine-tuned": {"alone": True, "batch": 32, "steps": 200, "lr": 1e-3},
 }
 BASE, SHOWN, TUNED = ARMS
 
