@@ -22,6 +22,12 @@ def answers(model, records, tokenizer, temperature: float = 0.0, seed: int = 0) 
         raise ValueError("there is no record to answer")
     prompts = [tokenizer.prompt(data.prompt(record)) for record in records]
     longest = max(len(tokenizer.encode(record.output)) for record in records) + 1
+    return written(model, prompts, longest, tokenizer, temperature, seed)
+
+
+def written(model, prompts, longest: int, tokenizer, temperature: float = 0.0, seed: int = 0
+            ) -> list[str]:
+    """The same after prompts that are tokens, (T,) with a T of its own each: at most `longest`."""
     found, sizes = {}, defaultdict(list)
     for i, prompt in enumerate(prompts):
         sizes[len(prompt)].append(i)  # prompts of one length make a batch
@@ -39,4 +45,4 @@ def answers(model, records, tokenizer, temperature: float = 0.0, seed: int = 0) 
         for i, ids in zip(rows, np.transpose(drawn)):
             end = np.flatnonzero(ids == tokenizer.end)
             found[i] = tokenizer.decode(ids[: end[0]] if len(end) else ids)
-    return [found[i] for i in range(len(records))]
+    return [found[i] for i in range(len(prompts))]
