@@ -43,18 +43,15 @@ def grammar() -> Grammar:
         rules |= phrases_of(kind)
     for who, own in OWN.items():
         rules |= clauses_of(who, own)
-    others = [f"CLAUSE.{who}" for who in OWN]
-    rules["CLAUSE"] = ["CLAUSE.she", "CLAUSE.he", *others]
+    rules["CLAUSE"] = ["CLAUSE.she", "CLAUSE.he", *(f"CLAUSE.{who}" for who in OWN)]
     rules["SENTENCE"] = ["CLAUSE ."] * 4 + ["WHEN , CLAUSE .", "CLAUSE because CLAUSE .",
                                             "CLAUSE but CLAUSE ."]
-    for who, other, kind in (("she", "he", "girl"), ("he", "she", "boy")):
+    for who, other, kind, near in (("she", "he", "girl", "boy"), ("he", "she", "boy", "girl")):
         rules[f"FIRST.{who}"] = [
             f"once upon a time there was {of} {kind} named NAME.{who} ."
             for of in ("a LOOK.being.a", "an LOOK.being.an", "a")]
         rules[f"SECOND.{other}"] = [f"{who} had a friend named NAME.{other} .",
-                                    f"{who} lived near a boy named NAME.{other} ."
-                                    if other == "he" else
-                                    f"{who} lived near a girl named NAME.{other} ."]
+                                    f"{who} lived near a {near} named NAME.{other} ."]
     return Grammar(rules, classes)
 
 
@@ -100,10 +97,10 @@ NAMES = {**dict.fromkeys(w.GIRLS, "she"), **dict.fromkeys(w.BOYS, "he")}
 
 
 def make_story(rng: np.random.Generator) -> str:
-    """A story of 4 to 7 sentences."""
+    """A story of 4 to 6 sentences."""
     g, who, other = grammar(), *(("she", "he") if rng.random() < 0.5 else ("he", "she"))
     cast = {kind: g.draw(rng, f"NAME.{kind}")[0] for kind in (who, other)}
-    symbols = [f"FIRST.{who}", f"SECOND.{other}"] + ["SENTENCE"] * int(rng.integers(2, 6))
+    symbols = [f"FIRST.{who}", f"SECOND.{other}"] + ["SENTENCE"] * int(rng.integers(2, 5))
     rows = [[cast[NAMES[t]] if t in NAMES else t for t in g.draw(rng, s)] for s in symbols]
     return " ".join(map(spelled, rows))
 

@@ -5,34 +5,33 @@ Each list begins with its most frequent words. Verbs come as they are called and
 """
 
 GIRLS = """Lily Mia Anna Sue Emma Ella Lucy Rose Amy Zoe Nora Ruby Clara Daisy Grace Molly Sara Jane
-Kate Alice Betty Cindy Dora Eva Fiona Gina Hanna Ivy Julia Kim Lola Maya Nina Olive Polly Rita
-Sally Tina Vera Wendy Bella Carol Diana Elsa Flora Heidi Iris Judy Laura Mary""".split()
-BOYS = """Tom Ben Tim Max Sam Jack Leo Bob Joe Dan Sid Adam Bill Carl Dave Eric Fred Gus Hugo Ian Jim
-Karl Luke Mark Ned Oscar Paul Ray Rob Seth Ted Victor Will Alex Bruno Colin Dennis Ethan Felix
+Kate Alice Betty Cindy Dora Eva Fiona Gina Hanna Ivy Julia Kim Lola Maya Nina Olive Polly Rita Sally
+Tina Vera Wendy Bella Carol Diana Elsa Flora Heidi Iris Judy Laura Mary""".split()
+BOYS = """Tom Ben Tim Max Sam Jack Leo Bob Joe Dan Sid Adam Bill Carl Dave Eric Fred Gus Hugo Ian
+Jim Karl Luke Mark Ned Oscar Paul Ray Rob Seth Ted Victor Will Alex Bruno Colin Dennis Ethan Felix
 George Harry Ivan Jacob Kevin Louis Mike Nick Otto Peter Simon""".split()
 
-BEINGS = """dog cat bird bear rabbit boy girl frog duck friend fox horse cow pig lion fish owl turtle
+BEINGS = """dog cat bird bear rabbit boy girl frog duck friend fox horse cow pig lion owl turtle
 baby squirrel monkey king queen farmer elephant bee ant spider snake dragon fairy mother father
 brother sister teacher doctor hen goat lamb kitten puppy pony tiger whale dolphin crab snail worm
-butterfly beetle parrot swan eagle crow robin hedgehog mole badger otter beaver deer zebra giraffe
-camel penguin seal shark crocodile lizard toad dinosaur giant witch wizard princess knight pirate
-sailor baker painter singer dancer driver neighbor uncle aunt cousin nurse robot monster ghost clown
-elf pilot hunter gardener""".replace("deer ", "").replace("fish ", "").split()
+butterfly beetle parrot swan eagle crow robin hedgehog mole badger otter beaver zebra giraffe camel
+penguin seal shark crocodile lizard toad dinosaur giant witch wizard princess knight pirate sailor
+baker painter singer dancer driver neighbor uncle aunt cousin nurse robot monster ghost clown elf
+pilot hunter gardener""".split()
 
 THINGS = """ball toy box tree book hat flower car stone stick boat cup bag doll bed door shoe bell
 chair kite picture train table star lamp rope drum key coat sock blanket bucket basket crayon pencil
-pen paper paintbrush puzzle block truck wagon bike wheel swing slide tent pillow mirror clock window
+pen paintbrush puzzle block truck wagon bike wheel swing slide tent pillow mirror clock window
 ladder hammer nail saw shovel rake pot pan spoon fork plate bowl bottle jar candle map letter stamp
 card coin ring crown necklace button ribbon scarf glove mitten boot jacket dress skirt shirt
-umbrella balloon whistle horn trumpet guitar piano violin flute song game marble top yo-yo robe
-curtain carpet broom sponge towel soap brush comb needle thread string net hook cage nest egg
-feather shell pebble rock brick log branch root seed bush rose tulip daisy vine fence gate wall
-roof tower bridge road path sign flag pole pipe tube wire light torch lantern fire cloud rainbow
-snowman snowball sled skate raft anchor sail oar rocket plane ship engine machine camera phone radio
-computer screen desk drawer shelf lid lock chain bracelet purse wallet suitcase present gift prize
-medal trophy ticket poster statue mask costume cape sword shield bow arrow wand potion carriage saddle
-kettle oven stove fridge sink bath tray mat rug cushion sofa bench stool""".replace(
-    "yo-yo ", "").replace("shelf ", "").replace("paper ", "").replace("soap ", "").split()
+umbrella balloon whistle horn trumpet guitar piano violin flute song game marble top robe curtain
+carpet broom sponge towel brush comb needle thread string net hook cage nest egg feather shell
+pebble rock brick log branch root seed bush rose tulip daisy vine fence gate wall roof tower bridge
+road path sign flag pole pipe tube wire light torch lantern fire cloud rainbow snowman snowball sled
+skate raft anchor sail oar rocket plane ship engine machine camera phone radio computer screen desk
+drawer lid lock chain bracelet purse wallet suitcase present gift prize medal trophy ticket poster
+statue mask costume cape sword shield bow arrow wand potion carriage saddle kettle oven stove fridge
+sink bath tray mat rug cushion sofa bench stool""".split()
 
 FOODS = """cake apple cookie berry banana carrot pie sandwich candy soup egg pear orange lemon peach
 plum cherry grape melon nut pea bean potato onion pumpkin mushroom pizza pancake muffin bun roll
@@ -46,18 +45,17 @@ attic cellar hall tent stable tower bedroom bathroom classroom office store rest
 circus pool stream waterfall cliff camp cabin cottage palace tunnel mill well shed garage
 roof""".split()
 
-LOOKS = """big little red small old new pretty blue green yellow long soft shiny white black brown round
-tall nice good funny clean dirty heavy tiny huge warm cold wet dry hard smooth fast slow quiet loud
-strange magic pink purple orange gray golden silver bright dark light thin thick wide deep high low
+LOOKS = """big little red small old new pretty blue green yellow long soft shiny white black brown
+round tall nice good funny clean dirty heavy tiny huge warm cold wet dry hard smooth fast slow quiet
+loud strange magic pink purple orange gray golden silver bright dark thin thick wide deep high low
 short empty full broken open fluffy furry fuzzy sticky muddy dusty rusty wooden plain fancy lovely
-ugly beautiful wonderful amazing perfect special favorite colorful striped spotted square flat
-curly straight sharp smelly sweet fresh hot cool strong weak young gentle noisy silent secret hidden
-lost forgotten ancient modern simple easy difficult important interesting ordinary giant enormous
-massive mighty sparkling glowing gleaming frozen melted crooked bent cracked torn folded painted
-carved knitted polished velvet icy oily""".split()
+ugly beautiful wonderful amazing perfect special favorite colorful striped spotted square flat curly
+straight sharp smelly sweet fresh hot cool strong weak young gentle noisy silent secret hidden lost
+forgotten ancient modern simple easy difficult important interesting ordinary enormous massive
+mighty sparkling glowing gleaming frozen melted crooked bent cracked torn folded painted carved
+knitted polished velvet icy oily""".split()
 TASTES = """sweet tasty yummy big good hot red fresh warm little ripe juicy sour soft cold delicious
-salty green crunchy spicy creamy round bitter golden crispy sticky raw frozen huge
-old""".split()
+salty green crunchy spicy creamy round bitter golden crispy sticky raw frozen huge old""".split()
 FEELINGS = """happy sad scared tired angry proud hungry excited glad lonely kind brave shy surprised
 thirsty sleepy bored curious worried sorry safe calm cheerful careful clever silly grumpy jealous
 nervous lucky thankful polite patient busy friendly generous helpful honest afraid upset ashamed
@@ -76,20 +74,19 @@ touch; drop dropped; kick; build built; lift; move; cover; fill; pick; choose ch
 sold; drag dragged; hug hugged; need; show showed; hear heard; watch; admire; notice; forget forgot;
 remember; use; burn; wrap wrapped; polish; decorate; measure; count; sort; collect; steal stole;
 return; repair; examine; remove; bury buried; destroy; shake shook"""
-ON_BEINGS = """see saw; help; love; meet met; hug hugged; find found; like; thank; follow; visit; call;
-kiss; chase; watch; teach taught; feed fed; hear heard; miss; save; catch caught; greet; invite;
-tickle; scare; trust; ask; tell told; answer; forgive forgave; rescue; protect; pet petted; surprise;
-wake woke; comfort; join; warn; lead led; copy copied; tease; praise; remember; push; guard; know
-knew; believe; obey; welcome"""
-ON_FOODS = """eat ate; like; taste; cook; share; bake; want; buy bought; smell; make made; love; chew;
-bite bit; swallow; nibble; cut cut; peel; serve; slice; mix; steal stole; finish; gobble; bring
-brought; offer; enjoy"""
+ON_BEINGS = """see saw; help; love; meet met; hug hugged; find found; like; thank; follow; visit;
+call; kiss; chase; watch; teach taught; feed fed; hear heard; miss; save; catch caught; greet;
+invite; tickle; scare; trust; ask; tell told; answer; forgive forgave; rescue; protect; pet petted;
+surprise; wake woke; comfort; join; warn; lead led; copy copied; tease; praise; remember; push;
+guard; know knew; believe; obey; welcome"""
+ON_FOODS = """eat ate; like; taste; cook; share; bake; want; buy bought; smell; make made; love;
+chew; bite bit; swallow; nibble; cut cut; peel; serve; slice; mix; steal stole; finish; gobble;
+bring brought; offer; enjoy"""
 
-HOW = """quickly slowly happily together quietly away again loudly outside inside sadly all-day
-carefully gently softly back proudly bravely kindly quietly nicely everywhere upstairs downstairs
-silently angrily politely eagerly cheerfully nervously gracefully suddenly lazily sleepily hungrily
-calmly merrily wildly nearby alone outdoors forever early late today twice home""".replace(
-    "all-day", "around").split()
+HOW = """quickly slowly happily together quietly away again loudly outside inside sadly around
+carefully gently softly back proudly bravely kindly nicely everywhere upstairs downstairs silently
+angrily politely eagerly cheerfully nervously gracefully suddenly lazily sleepily hungrily calmly
+merrily wildly nearby alone outdoors forever early late today twice home""".split()
 WHEN = """then soon later suddenly finally yesterday afterwards sometimes once now meanwhile
 tonight""".split()
 WHERE = "in at near behind to from by around outside beyond inside above below past".split()

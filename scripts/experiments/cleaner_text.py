@@ -8,9 +8,10 @@ performance, reduce training steps needed (especially large models)", and that q
 leaves 1 to 10 % of the data. Lecture 003 shows Textbooks Are All You Need (Gunasekar et al. 2023,
 arXiv:2306.11644): a smaller model that is better by better data.
 
-Here good text, the prose of the standard library's docstrings, is 40 % of a heap. 30 % are copies of
-some of it, up to 32 times, every second one with some words changed. 30 % are boilerplate, other
-languages and noise (minilm/data/cleaning/planted.py). A small model learns from nothing
+Here good text, the prose of the standard library's docstrings, is 40 % of a heap. 30 % are copies
+of some of it, every second one with some words changed; what has copies stands 8 or 32 times. 30 %
+are boilerplate, other languages and noise (minilm/data/cleaning/planted.py). A small model learns
+from nothing
 
     raw            the heap
     filtered       what the stages of clean.py leave of it: language, repetition, quality, lines ...
@@ -67,7 +68,7 @@ ARMS = {
 }
 TEXT = "held-out good text, bits a byte"
 ONCE, MANY = "memorised: stood once, %", f"stood {TIMES[-1]} times, %"
-SIZE, FIT, LOST = "text learned, kB", "good and no copy, %", "good text lost, %"
+SIZE, FIT, LOST = "text learned, kB", "good and no copy, %", "good documents lost, %"
 PARAMETERS = "parameters"
 MEASURES = {TEXT: 3, MANY: 1, ONCE: 1, SIZE: 0, FIT: 1, LOST: 1, PARAMETERS: 0}
 
@@ -102,10 +103,10 @@ CLAIMS = {
 
 
 @cache
-def prose() -> tuple[str, ...]:
+def prose(corpus: str) -> tuple[str, ...]:
     """Documents of paragraphs of prose, a line each, no two with a paragraph in common."""
     seen, documents = set(), [[]]
-    for text in data.load_corpus("python-docstrings").documents:
+    for text in data.load_corpus(corpus).documents:
         for part in text.split("\n\n"):
             line = " ".join(part.split())
             if re.match("[A-Z]", part) and line.endswith(".") and len(line) > 100 and \
@@ -122,7 +123,8 @@ def heaps(seed: int, quick: bool) -> tuple[list[str], dict[str, list[Page]]]:
     """(good documents that are held out, the pages of each heap)."""
     rng = np.random.default_rng(seed)
     count, held = (40, 2) if quick else (DOCUMENTS, HELD)
-    drawn = [prose()[i] for i in rng.permutation(len(prose()))[: count + held]]
+    found = prose("python-reference" if quick else "python-docstrings")
+    drawn = [found[i] for i in rng.permutation(len(found))[: count + held]]
     raw = planted(drawn[held:], rng, times=TIMES)
     clean = filtered(raw)
     return drawn[:held], {RAW: raw, FILTERED: clean, DEDUPLICATED: without_copies(raw),
@@ -146,11 +148,14 @@ def without_copies(pages: list[Page]) -> list[Page]:
 
 
 def passages(pages: list[Page], times: int, most: int = 100) -> np.ndarray:
-    """Bytes of good documents that stand so often: (B, BEGIN + REST), from as many documents."""
+    """Bytes of good documents that stand so often, one passage after another: at most
+    (most, BEGIN + REST)."""
     count = np.bincount([page.source for page in pages if page.source >= 0])
-    rows = [np.frombuffer(page.text.encode()[: len(page.text.encode()) // (BEGIN + REST)
-                                             * (BEGIN + REST)], np.uint8).reshape(-1, BEGIN + REST)
-            for page in pages if page.kind == GOOD and count[page.source] == times]
+    length, rows = BEGIN + REST, []
+    for page in pages:
+        if page.kind == GOOD and count[page.source] == times:
+            text = np.frombuffer(page.text.encode(), np.uint8)
+            rows.append(text[: len(text) // length * length].reshape(-1, length))
     return np.concatenate(rows)[:most].astype(np.int32)
 
 
@@ -180,14 +185,13 @@ def measured(arm: str, seed: int, quick: bool) -> dict:
     rows = data.rows_of(held, tokenizer, CONTEXT)
     loss, _ = trainer.evaluate(*rows)
     counted = int((rows[1] != data.IGNORED).sum())
-    good = sum(len(page.text) for page in of[RAW] if page.kind == GOOD)
     kept = {page.source: len(page.text) for page in pages if page.source >= 0}
     most = 4 if quick else 100
     return {TEXT: bits_per_byte(loss, counted, sum(len(text.encode()) for text in held)),
             **{name: memorised(model, passages(of[RAW], times, most))
                for name, times in ((MANY, TIMES[-1]), (ONCE, 1))},
             SIZE: len(stream) / 1e3, FIT: 100 * sum(kept.values()) / len(stream),
-            LOST: 100 * (1 - sum(kept.values()) / good),
+            LOST: 100 * (1 - len(kept) / (len({p.source for p in of[RAW]}) - 1)),
             PARAMETERS: sum(p.data.size for p in params)}
 
 

@@ -8,12 +8,13 @@ Lecture 003 shows two papers. TinyStories (Eldan & Li 2023, arXiv:2305.07759): m
 stories of simple words. Textbooks Are All You Need (Gunasekar et al. 2023, arXiv:2306.11644):
 better data beats size.
 
-Models of three sizes learn from nothing, with the same number of steps and from as many bytes:
+Models of three sizes learn from nothing, in the same number of steps and from as many characters:
 
     stories      tiny stories of about 1500 words, by a grammar (minilm/data/stories.py)
     reference    python-reference
 
-Then each writes texts, a byte at a time with the chances that it gives them (temperature 1). The
+Each text has 512 tokens of its own (byte-level BPE), so words of both are made of pieces. Then each
+model writes texts, token after token with the chances that it gives them (temperature 1). The
 grammar says which sentences it could have made, and which texts are a story that holds together,
 with nobody in it but the two that it began with. The reference has no grammar that could tell;
 there the column is what it says, the sentences of the stories' grammar. What both texts have is
@@ -32,7 +33,7 @@ from minilm.data.stories import accepts, holds_together, make_stories, sentences
 from minilm.experiment import Experiment, program
 from minilm.generate import generate
 from minilm.measure.losses import bits_per_byte
-from minilm.measure.verdict import by_arm, compared, single, verdict
+from minilm.measure.verdict import by_arm, compared, single
 from minilm.optim import AdamW, cosine_schedule
 from minilm.picture import COLORS, curve
 from minilm.train import Trainer
@@ -41,7 +42,7 @@ from minilm.transformer import Config, Transformer
 QUESTION = "How small can a model be and still write right sentences, if its text is simple?"
 
 SLIDE = {}  # the lecture has titles and no numbers
-STEPS, BATCH, CONTEXT, WRITTEN = 800, 4, 256, 64
+STEPS, BATCH, CONTEXT, WRITTEN, TOKENS = 800, 8, 128, 64, 512
 SIZES = {"50k": {"layers": 3, "width": 32, "lr": 1e-2}, "200k": {"layers": 4, "width": 64,
          "lr": 5e-3}, "840k": {"layers": 4, "width": 128, "lr": 2.5e-3}}
 STORIES, REFERENCE = "stories", "reference"
@@ -95,11 +96,12 @@ def words_of(text: str) -> list[str]:
 
 def measured(arm: str, seed: int, quick: bool) -> dict:
     """The numbers of one arm. Prints how what it writes begins."""
-    how, tokenizer = ARMS[arm], data.ByteTokenizer()
+    how = ARMS[arm]
     training, held = text(how["text"], seed, quick)
+    tokenizer = data.BPETokenizer.train(training, TOKENS)
     layers, width = 1 if quick else how["layers"], how["width"]
     model = Transformer(Config.llama(tokenizer.vocab_size, CONTEXT, layers=layers, heads=4,
-                                     width=width, hidden=8 * width // 3), seed)
+                                     width=width, hidden=8 * width // 3, tied=True), seed)
     stream, params = data.pack(training, tokenizer), model.parameters()
     learn(model, stream, how["lr"], 2 if quick else STEPS, seed)
     rows = data.rows_of(held, tokenizer, CONTEXT)
@@ -125,7 +127,7 @@ def learn(model, stream, lr: float, steps: int, seed: int):
 
 
 def written(model, tokenizer, count: int, length: int, seed: int) -> list[str]:
-    """Texts of the model, each from where a text begins to where it ends, or to `length` bytes."""
+    """Texts of the model, each from where a text begins to where it ends, or to `length` tokens."""
     begun = np.full((count, 1), tokenizer.end)
     drawn = generate(model, begun, length, seed=seed, eos=tokenizer.end)[:, 1:].tolist()
     ends = [row.index(tokenizer.end) if tokenizer.end in row else len(row) for row in drawn]
