@@ -94,8 +94,8 @@ def heaps():
 def test_the_stages_find_the_trouble_and_the_copies(heaps):
     held, of = heaps
     kinds = {name: Counter(page.kind for page in pages) for name, pages in of.items()}
-    assert kinds["raw"][GOOD] == 40 and min(kinds["raw"][k] for k in (SITE, FOREIGN, NOISE)) > 4
-    assert not {SITE, FOREIGN, NOISE} & {*kinds["filtered"]} and kinds["filtered"][GOOD] > 25
+    assert kinds["raw"][GOOD] == 20 and min(kinds["raw"][k] for k in (SITE, FOREIGN, NOISE)) > 3
+    assert not {SITE, FOREIGN, NOISE} & {*kinds["filtered"]} and kinds["filtered"][GOOD] > 12
     for name in ("deduplicated", "both"):
         sources = Counter(page.source for page in of[name] if page.source >= 0)
         assert {*sources.values()} == {1}

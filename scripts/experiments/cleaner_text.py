@@ -122,7 +122,7 @@ def prose(corpus: str) -> tuple[str, ...]:
 def heaps(seed: int, quick: bool) -> tuple[list[str], dict[str, list[Page]]]:
     """(good documents that are held out, the pages of each heap)."""
     rng = np.random.default_rng(seed)
-    count, held = (40, 2) if quick else (DOCUMENTS, HELD)
+    count, held = (20, 2) if quick else (DOCUMENTS, HELD)
     found = prose("python-reference" if quick else "python-docstrings")
     drawn = [found[i] for i in rng.permutation(len(found))[: count + held]]
     raw = planted(drawn[held:], rng, times=TIMES)
