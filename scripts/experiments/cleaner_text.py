@@ -43,7 +43,7 @@ from minilm.generate import generate
 from minilm.measure.losses import bits_per_byte
 from minilm.measure.verdict import by_arm, by_seed, compared, verdict
 from minilm.optim import AdamW, cosine_schedule
-from minilm.picture import COLORS, bars
+from minilm.picture import COLORS
 from minilm.train import Trainer
 from minilm.transformer import Config, Transformer
 
@@ -196,12 +196,16 @@ def measured(arm: str, seed: int, quick: bool) -> dict:
 
 
 def draw(figure, rows):
-    """Held-out bits of each arm, and the memorised shares."""
-    left, right = figure.subplots(1, 2, sharey=True)
-    bars(left, by_arm(rows, TEXT), lambda arm: COLORS["large" in arm])
-    bars(right, by_arm(rows, MANY), lambda arm: COLORS["large" in arm])
-    left.set(xlabel="held-out good text, bits a byte")
-    right.set(xlabel=f"memorised of what\nstood {TIMES[-1]} times, %")
+    """Held-out bits and the memorised share of each arm: a dot for each seed."""
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, measure, label in zip(both, (TEXT, MANY), (
+            "held-out good text,\nbits a byte", f"memorised of what\nstood {TIMES[-1]} times, %")):
+        found = by_arm(rows, measure)
+        for i, arm in enumerate(names := [*found][::-1]):
+            axes.plot(found[arm], [i] * len(found[arm]), "o", color=COLORS["large" in arm],
+                      markersize=4, markeredgewidth=0)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel=label)
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)

@@ -157,6 +157,8 @@ def draw(figure, rows):
         arms = [arm for arm in found if ARMS[arm]["text"] == name]
         curve(axes, {sizes[arm][0]: found[arm] for arm in arms}, color, label)
     axes.set_xscale("log")
+    axes.set_xticks([sizes[arm][0] for arm in arms], [arm.split(", ")[1] for arm in arms])
+    axes.minorticks_off()
     axes.set(xlabel="parameters", ylabel="right, %", ylim=(0, 103))
     axes.legend(frameon=False)
 
