@@ -140,7 +140,7 @@ def test_what_a_model_has_written_is_judged():
     found = simple_text.judged(texts, [f"{tale} Tom slept."], ["Tom ran. Run!"])
     assert found[simple_text.RIGHT] == pytest.approx(100 * 6 / 8)
     assert found[simple_text.WHOLE] == pytest.approx(100 / 3)
-    assert found[simple_text.NEW] == pytest.approx(100 / 6)  # of the right ones only "Tom ran."
+    assert found[simple_text.NEW] == 50  # of the two that begin no story only "Tom ran."
     words = 18 + 20 + 4
     assert found[simple_text.WORDS] == pytest.approx(100 * (words - 3) / words)  # flurbed he? ra
     assert set(simple_text.judged([""], ["a"], ["b"]).values()) == {0.0}

@@ -22,6 +22,8 @@ from minilm.data.grammar import Grammar
 
 OWN = {"she": "her", "he": "his", "it": "its", "they": "their"}  # who does it -> whose it is
 KINDS = {"thing": (w.THINGS, w.LOOKS), "being": (w.BEINGS, w.LOOKS), "food": (w.FOODS, w.TASTES)}
+LATER = ("SENTENCE",)  # symbols of a story's sentences after its first two
+ANY = (*LATER, "FIRST.she", "FIRST.he", "SECOND.she", "SECOND.he")
 TOKEN = re.compile(r"[A-Za-z]+|[^A-Za-z ]")
 SENTENCE = re.compile(r"[^.]*\.")
 
@@ -134,12 +136,10 @@ def sentences_of(text: str) -> list[str]:
     return [sentence.removeprefix(" ") for sentence in SENTENCE.findall(text)]
 
 
-def accepts(sentence: str) -> bool:
-    """Could the grammar have made this sentence, at any place of a story?"""
-    starts = ("SENTENCE", *(f"{first}.{who}" for first in ("FIRST", "SECOND")
-                            for who in ("she", "he")))
+def accepts(sentence: str, symbols: tuple[str, ...] = ANY) -> bool:
+    """Could the grammar have made this sentence? By default at any place of a story."""
     tokens = tokens_of(sentence)
-    return tokens is not None and any(grammar().accepts(tokens, start) for start in starts)
+    return tokens is not None and any(grammar().accepts(tokens, symbol) for symbol in symbols)
 
 
 def holds_together(story: str) -> bool:
