@@ -67,11 +67,11 @@ def test_it_is_known_what_was_planted(seed, copies, trouble, times):
 @given(st.integers(0, 2**32), st.integers(1, 500))
 def test_a_near_copy_has_some_other_words_and_the_same_lines(seed, words):
     text = document(1, words)
-    other = changed(text, ["new"], np.random.default_rng(seed))
+    other = changed(text, ["+new+"], np.random.default_rng(seed))
     pairs = list(zip(text.split("\n"), other.split("\n"), strict=True))
     differ = [b for x, y in pairs for a, b in zip(x.split(" "), y.split(" "), strict=True)
               if a != b]
-    assert {*differ} == {"new"} and len(differ) <= max(1, round(0.005 * (words + 1)))
+    assert {*differ} == {"+new+"} and len(differ) <= max(1, round(0.005 * (words + 1)))
 
 
 @pytest.mark.parametrize("settings, complaint", [
