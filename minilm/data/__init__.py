@@ -39,6 +39,8 @@ from minilm.data.instructions import (
     prompt,
     save_records,
 )
+from minilm.data.mixture import mixture_of, mixture_table
+from minilm.data.reversal import ASKED, question, swap, swapped
 from minilm.data.tasks import TASKS, Words, make_tasks, score
 from minilm.data.tokenizers import (
     BPETokenizer,
@@ -58,6 +60,7 @@ from minilm.data.understanding import (
 )
 
 __all__ = [
+    "ASKED",
     "IGNORED",
     "LONGEST",
     "TASKS",
@@ -95,11 +98,14 @@ __all__ = [
     "make_examples",
     "make_tasks",
     "mask_tokens",
+    "mixture_of",
+    "mixture_table",
     "opening",
     "pack",
     "plain",
     "printable",
     "prompt",
+    "question",
     "read_names",
     "read_templates",
     "rows_of",
@@ -108,5 +114,7 @@ __all__ = [
     "score",
     "split",
     "split_records",
+    "swap",
+    "swapped",
     "write_templates",
 ]
