@@ -84,7 +84,8 @@ class Settings(Adapting, Training):
     RANGES: ClassVar = Training.RANGES | Adapting.RANGES | {
         "steps": whole(1), "test": whole(1), "train": optional(whole(1)),
         "optimizer": one_of("adamw", "mezo"), "eps": POSITIVE}
-    LATER: ClassVar = (*Adapting.LATER, "optimizer", "eps", "reverse")  # that earlier runs do not have
+    LATER: ClassVar = (  # that earlier runs do not have
+        *Adapting.LATER, "optimizer", "eps", "reverse")
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),

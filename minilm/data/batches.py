@@ -33,8 +33,8 @@ class Batches:
     """Random training batches from a mixture of streams: batches[step] -> (tokens, targets).
 
     Each row draws a stream in proportion to `weights`, and starts anywhere in it with equal chance.
-    Targets are the tokens one place later. `sizes` are the streams' tokens. A batch depends on (seed, step) alone, so a resumed run
-    needs no stored position. Iterating never ends.
+    Targets are the tokens one place later. `sizes` (S,) are the streams' tokens. A batch depends on
+    (seed, step) alone, so a resumed run needs no stored position. Iterating never ends.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ def from_epochs(name: str, p: float, epochs: float, size: float, total: float) -
 
 
 def mixture_table(mixture: Sequence[Part], total: float) -> str:
-    """A run on `total` tokens of the mixture: a line a corpus, and one for all if there are several.
+    """A run on `total` tokens of the mixture: a line a corpus, and one for all if they are several.
 
     >>> print(mixture_table([Part("a", 0.75, 100, 400), Part("b", 0.25, 300, 300)], 400))
     a run on 400 tokens

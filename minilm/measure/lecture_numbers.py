@@ -195,8 +195,8 @@ def print_lectures():
           ["", f"{W:,}", f"{A:,}", f"{B:,}", f"{share:.1%}"]])
     show(reversing())
     show(kinds())
-    print("Llama: share, epochs and size as the slide has them, tokens = p 1.4T / epochs; of them,\n"
-          + mixture_table(LLAMA_MIXTURE, LLAMA_TOKENS), end="\n\n")
+    print("Llama: share, epochs and size as the slide has them; tokens = p 1.4T / epochs")
+    print(mixture_table(LLAMA_MIXTURE, LLAMA_TOKENS), end="\n\n")
     for model, *cells, why in table():
         print(f"{model:24}" + "{:>20}{:>9}{:>9}".format(*cells) + f"  {why}".rstrip())
     print()
