@@ -25,7 +25,8 @@ to give the answer. A sentence about a table counts if it is one of the three ab
 r = 64 is all of this model's width; on Mistral it is a 64th of it, which is r = 1 here. Rates are
 those of ranks.py. A seed takes about 8 minutes of one core.
 
-The same on records of your own, or on the tasks of finetune.py:
+The same on records of your own, or on the tasks of finetune.py (table and sql for a model of
+`pretrain.py --context 192`):
 
     python scripts/finetune.py --data mine.jsonl --reverse --method qlora --r 64 --targets q v
     python scripts/finetune.py --data table sql --reverse
