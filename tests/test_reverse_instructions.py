@@ -30,7 +30,7 @@ def test_no_answer_that_is_asked_about_is_learned_from(seed):
 
 
 def test_answers_have_one_question_or_several():
-    learn, ask = drawn(replace(SMALL, train=1000, test=60))
+    learn, ask = drawn(replace(SMALL, train=1500, test=60))
     sides = {}
     for record in learn + ask:
         if record.instruction in RULES:
@@ -49,7 +49,7 @@ def test_answers_have_one_question_or_several():
 
 
 def test_records_fit_the_rows_of_the_default_model():
-    learn, ask = drawn(replace(SMALL, train=1000, test=60))
+    learn, ask = drawn(replace(SMALL, train=1500, test=60))
     both = learn + ask + [*map(data.swap, learn + ask)]
     data.encode(both, data.ByteTokenizer(), context=128)  # raises if one does not
 
