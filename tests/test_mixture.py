@@ -71,6 +71,15 @@ def test_the_table_has_a_line_a_corpus_and_one_for_all():
     assert len(mixture_table([a], 1).splitlines()) == 3
 
 
+def test_a_run_says_what_it_has_of_each_corpus():
+    corpora = [data.Corpus("a", ("abcd", "ef")), data.Corpus("b", ("xyz", "u"), ("c: is gone",))]
+    parts = [(c.documents[:1], c.documents[1:]) for c in corpora]
+    assert data.accounts(corpora, parts, [4, 3], (1, 1), 12).splitlines() == [
+        "a: 4 characters to train on, 2 held out (33.3%)",
+        "b: 3 characters to train on, 1 held out (25.0%)", "b: skipped: c: is gone",
+        *mixture_table([Part("a", 0.5, 4, 4), Part("b", 0.5, 3, 3)], 12).splitlines()]
+
+
 @given(st.integers(0, 10**17))
 def test_an_amount_is_near_what_it_says(size):
     number, unit = amount(size).split()

@@ -39,7 +39,7 @@ from minilm.data.instructions import (
     prompt,
     save_records,
 )
-from minilm.data.mixture import mixture_of, mixture_table
+from minilm.data.mixture import accounts, mixture_of, mixture_table
 from minilm.data.reversal import ASKED, question, swap, swapped
 from minilm.data.tasks import TASKS, Words, make_tasks, score
 from minilm.data.tokenizers import (
@@ -79,6 +79,7 @@ __all__ = [
     "Tokenizer",
     "Words",
     "account",
+    "accounts",
     "adopt_end",
     "answer_rows",
     "batches_of",

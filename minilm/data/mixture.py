@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from minilm.data.corpora import Corpus
+from minilm.data.heldout import account
 
 
 class Part(NamedTuple):
@@ -71,6 +72,14 @@ def mixture_table(mixture: Sequence[Part], total: float) -> str:
         lines.append(f"{part.name:{width}}{part.p:8.1%}{part.epochs(total):9.2f}"
                      f"{part.tokens:19,.0f}{amount(part.size):>12}{part.bytes_a_token:15.2f}")
     return "\n".join(lines)
+
+
+def accounts(corpora: Sequence[Corpus], parts: Sequence[tuple], tokens: Sequence[int],
+             weights: Sequence[float], total: float) -> str:
+    """What is trained on and held out of each corpus, and the mixture of a run on `total` tokens;
+    for a program to print. See mixture_of."""
+    lines = [account(corpus, *part) for corpus, part in zip(corpora, parts, strict=True)]
+    return "\n".join([*lines, mixture_table(mixture_of(corpora, parts, tokens, weights), total)])
 
 
 def amount(size: float) -> str:

@@ -63,7 +63,7 @@ class Reverse(Trial):
     """A trial on swapped records."""
 
     tasks: tuple[str, ...] = TASKS
-    train: int = 1500
+    train: int = 1000
     test: int = 60
 
 
@@ -118,7 +118,7 @@ def made(task: str, s: Reverse) -> list[data.Record]:
     rng = np.random.default_rng([s.seed, *task.encode()])
     if task == "table":
         rows = [(n, p, f) for n in NAMES for p in PRICES for f in FOODS]
-        return [table(rows[i], rng) for i in rng.permutation(len(rows))]
+        return [record for i in rng.permutation(len(rows)) for record in tables(rows[i])]
     records = data.make_tasks([task], 2 * (s.train + s.test), 0, s.seed, s.words)[0]
     if task == "upper":
         return [mixed(record, rng) for record in records]
@@ -126,11 +126,12 @@ def made(task: str, s: Reverse) -> list[data.Record]:
     return [r for r in records if task != "reverse" or [*r.output] != sorted(r.output)]
 
 
-def table(row: tuple, rng) -> data.Record:
-    """A sentence about a restaurant; the others are its references. It is data.tasks' in short:
-    both ways round it has to fit the model's rows."""
-    first, *others = (SENTENCES[i].format(*row) for i in rng.permutation(len(SENTENCES)))
-    return data.Record("Describe", " | ".join(row), first, tuple(others), task="table")
+def tables(row: tuple) -> list[data.Record]:
+    """Each sentence about a restaurant, with the others as references. They are data.tasks' in
+    short: both ways round a record has to fit the model's rows."""
+    said = [sentence.format(*row) for sentence in SENTENCES]
+    return [data.Record("Describe", " | ".join(row), one, tuple(s for s in said if s != one),
+                        task="table") for one in said]
 
 
 def mixed(record: data.Record, rng) -> data.Record:
@@ -141,14 +142,15 @@ def mixed(record: data.Record, rng) -> data.Record:
 
 def drawn(s: Reverse) -> tuple[list[data.Record], list[data.Record]]:
     """(to learn from, to be asked), not yet swapped. Each answer is asked about once, and none is
-    learned from."""
+    learned from, nor another sentence about its table."""
     train, test = [], []
     for task in s.tasks:
+        def key(record, table=task == "table"): return record.context if table else record.output
         records = made(task, s)
-        different = [*{record.output: record for record in records}.values()]
-        held = data.split_records(different, s.test, None, lambda record: record.output)[1]
-        outputs = {record.output for record in held}
-        train += [record for record in records if record.output not in outputs][: s.train]
+        different = [*{key(record): record for record in records}.values()]
+        held = data.split_records(different, s.test, None, key)[1]
+        keys = {*map(key, held)}
+        train += [record for record in records if key(record) not in keys][: s.train]
         test += held
     return train, test
 
