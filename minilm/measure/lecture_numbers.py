@@ -136,16 +136,16 @@ def reversing(r: int = 64) -> list[list[str]]:
 
     The slide's "2,7M" is a tenth of what its own shapes give.
     """
-    rows, layers = [["QLoRA, Mistral 7B", "W", "A", "B", "A and B", "slide", ""]], MISTRAL.layers
+    rows, layers = [["QLoRA, Mistral 7B", "W", "A", "B", "A and B", "slide"]], MISTRAL.layers
     for path, (O, I) in linear_layers(MISTRAL).items():
         if path.split(".")[-1] in ("q", "v"):
             _, A, B, _ = layer_share(O, I, r)
             rows.append([f"{path}, rank {r}", f"{I} x {O}", f"{I} x {r}", f"{r} x {O}",
-                         f"{A + B:,}", "the same", ""])
+                         f"{A + B:,}", "the same"])
     trained = lora(MISTRAL, r)
     rows.append([f"q and v, {layers} layers", *[""] * 3, f"{trained:,}", "2.7M", "a tenth"])
     rows.append(["and the packed base", *[""] * 3, f"{(packed(MISTRAL) + trained) / 1e9:.3f}B",
-                 "3.8B", ""])
+                 "3.8B"])
     return rows
 
 
