@@ -23,7 +23,7 @@ model, which has learned to answer questions from the same records, is given wha
 to give the answer. A sentence about a table counts if it is one of the three about that table.
 
 r = 64 is all of this model's width; on Mistral it is a 64th of it, which is r = 1 here. Rates are
-those of ranks.py. A seed takes about 6 minutes of one core.
+those of ranks.py. A seed takes about 7 minutes of one core.
 
 The same on records of your own, or on the tasks of finetune.py (table and sql for a model of
 `pretrain.py --context 192`):
