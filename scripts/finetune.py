@@ -6,6 +6,7 @@
     python scripts/finetune.py --method full --model runs/pretrain-1/model
     python scripts/finetune.py --method bitfit --optimizer mezo --lr 1e-2   # no backward pass
     python scripts/finetune.py --data mine.jsonl    # records of instruction, context, output
+    python scripts/finetune.py --data mine.jsonl --reverse    # what was asked, out of the output
     python scripts/finetune.py --data talks.jsonl   # conversations: messages of role and content
 
 Without a file the model learns five small tasks on words and numbers. The program prints the share
@@ -59,6 +60,8 @@ class Settings(Adapting, Training):
     """records to train on, of each task or of the file; by default 2000 of a task, all of a file"""
     test: int = 100
     """records to hold out, of each task or of the file; those with the same prompt stay together"""
+    reverse: bool = False
+    """play the records the other way round: out of an output, learn what was asked"""
     known: tuple[str, ...] = ("python-reference",)
     """corpora that show what the model still knows, by what its run held out of them, or a tenth"""
     steps: int = 4000
@@ -81,7 +84,8 @@ class Settings(Adapting, Training):
     RANGES: ClassVar = Training.RANGES | Adapting.RANGES | {
         "steps": whole(1), "test": whole(1), "train": optional(whole(1)),
         "optimizer": one_of("adamw", "mezo"), "eps": POSITIVE}
-    LATER: ClassVar = (*Adapting.LATER, "optimizer", "eps")  # that earlier runs do not have
+    LATER: ClassVar = (  # that earlier runs do not have
+        *Adapting.LATER, "optimizer", "eps", "reverse")
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
@@ -256,7 +260,10 @@ def load_data(s: Settings):
         if len(records) <= s.test:
             raise ValueError(f"{path} has {len(records)} records, but {s.test} are held out")
         if talks:
+            if s.reverse:
+                raise ValueError(f"{path} holds conversations: only records can be reversed")
             return data.split_records(records, s.test, s.train, data.opening)
+        records = [*map(data.swap, records)] if s.reverse else records
         train, test = data.split_records(records, s.test, s.train)
         try:
             for record in test:
@@ -264,7 +271,8 @@ def load_data(s: Settings):
         except ValueError as error:
             raise FormatError(path, str(error)) from error
         return train, test
-    return data.make_tasks(s.data, s.train or 2000, s.test, s.seed)
+    made = data.make_tasks(s.data, s.train or 2000, s.test, s.seed)
+    return data.swapped(*made) if s.reverse else made
 
 
 def held_out_text(corpora, share: float, tokenizer, context: int) -> dict:

@@ -155,8 +155,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
                                   [{"name": "tokenizer.json", "sha256": written},
                                    *(base.decisive if base else [])],
                                   lambda folder: tokenizer.save(folder / "tokenizer.json"))
-    for corpus, part in zip(corpora, parts):
-        print(data.account(corpus, *part))
+    print(data.accounts(corpora, parts, batches.sizes, s.weights,
+                        s.batch * s.context * s.steps))
     size, known = sum(len(text.encode()) for _, held in parts for text in held), {}
     if base:
         print(*base.unknown, sep="\n", end="\n" * bool(base.unknown))

@@ -49,7 +49,8 @@ def main(corpus: tuple[str, ...] = ("python-reference",), vocab_size: int = 2048
         raise ValueError(f"steps must not be negative, got {steps}")
     if not corpus:
         raise ValueError("corpus must name a text")
-    parts = [data.split(c) for c in data.load_corpora(corpus)]
+    corpora = data.load_corpora(corpus)
+    parts = [data.split(c) for c in corpora]
     learned, held_out = ([text for part in parts for text in part[side]] for side in (0, 1))
     if tokenizer:
         chosen = data.load_tokenizer(tokenizer)
@@ -64,7 +65,8 @@ def main(corpus: tuple[str, ...] = ("python-reference",), vocab_size: int = 2048
     weights = weights or sizes
     data.Batches(streams, weights, batch, context, seed)  # refuses what pretrain.py would refuse
     show_rows(np.concatenate(streams), chosen, seed)
-    show_epochs(corpus, sizes, weights, batch * context * steps)
+    mixture = data.mixture_of(corpora, parts, sizes, weights)
+    print("\n" + data.mixture_table(mixture, batch * context * steps))
 
 
 def show_merges(merges):
@@ -106,14 +108,6 @@ def show_rows(stream, tokenizer, seed: int):
     sees, says = np.split(stream[drawn[-1] :][: PLACES // 2 + 1], [-1])
     print(f"in the last row place {len(sees)} sees {' '.join(written(sees, tokenizer))}")
     print(f"and has to say {written(says, tokenizer)[0]}, the next one; it sees no other row")
-
-
-def show_epochs(names, sizes, weights, total: int):
-    """How often a run sees each corpus."""
-    print(f"\na run on {total:,} tokens\n{'share':>6}  {'tokens':>12}  {'epochs':>7}  corpus")
-    for name, size, weight in zip(names, sizes, weights):
-        p = weight / sum(weights)
-        print(f"{p:6.1%}  {size:12,}  {p * total / size:7.2f}  {name}")
 
 
 def show_ids(ids, tokenizer, width: int = 100):

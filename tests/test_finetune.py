@@ -361,6 +361,36 @@ def test_a_file_of_records_is_split_and_learned(tmp_path, base, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_records_are_learned_the_other_way_round(tmp_path, base, capsys):
+    records = [data.Record("Say", f"{i}", "yes" if i % 3 else f"no {i}", task="sql")
+               for i in range(30)]
+    data.save_records(tmp_path / "mine.jsonl", records)
+    s = settings(base, data=(str(tmp_path / "mine.jsonl"),), steps=2, train=None, reverse=True)
+    training, test = finetune.load_data(s)
+    assert (training, test) == data.split_records([*map(data.swap, records)], 3)
+    assert all(record.instruction == data.ASKED for record in training + test)
+    main(s, tmp_path)
+    said = capsys.readouterr().out
+    assert "27 records to train on, 3 held out" in said and "sql, reversed: right" in said
+    assert "ask it: " in said and "What was asked?" in said.split("ask it: ")[1]
+
+
+def test_tasks_are_learned_the_other_way_round(base):
+    s = settings(base, data=("sort", "sql"), train=50, test=5, reverse=True)
+    learn, ask = finetune.load_data(s)
+    made = finetune.load_data(dataclasses.replace(s, reverse=False))
+    assert (learn, ask) == data.swapped(*made)
+    assert [record.task for record in ask] == ["sort, reversed"] * 5 + ["sql, reversed"] * 5
+
+
+def test_conversations_are_not_reversed(tmp_path, base):
+    (tmp_path / "talks.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, '
+        '{"role": "assistant", "content": "b"}]}\n' * 5)
+    with pytest.raises(ValueError, match="holds conversations: only records can be reversed"):
+        finetune.load_data(settings(base, data=(str(tmp_path / "talks.jsonl"),), reverse=True))
+
+
 def test_a_long_record_does_not_fill_up_the_others(tmp_path, base):
     """As many targets, and the same losses as rows of one length give."""
     records = [data.Record("Say", f"{i}", "ab") for i in range(23)]

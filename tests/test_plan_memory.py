@@ -26,7 +26,7 @@ from minilm.measure.step import METHODS as NAMES
 from minilm.measure.step import Step, parameters, trainable
 from minilm.optim import AdamW
 from minilm.peft import degrees_of_freedom
-from minilm.quantize import quantize_4bit
+from minilm.quantize import QuantizedLinear, quantize_4bit, quantize_model
 from minilm.transformer import Config, Transformer
 from minilm.trial import Trial
 
@@ -338,6 +338,41 @@ def test_one_layer_of_768():
     assert share == (A + B) / W == pytest.approx(0.042, abs=5e-4)
 
 
+def test_what_was_trained_of_mistral():
+    """The shapes of lecture 003 give ten times its 2.7M, and its 3.8B as codes are packed."""
+    q, v = 64 * (4096 + 4096), 64 * (4096 + 1024)
+    assert lectures.lora(lectures.MISTRAL, 64) == 32 * (q + v) == 27_262_976
+    assert parameters(lectures.MISTRAL) == 7_241_732_096  # as the model's card has it
+    assert lectures.packed(lectures.MISTRAL) == 3_752_071_168
+    _, *layers, trained, whole = lectures.reversing()
+    assert [row[1:5] for row in layers] == [
+        ["4096 x 4096", "4096 x 64", "64 x 4096", "524,288"],
+        ["4096 x 1024", "4096 x 64", "64 x 1024", "327,680"]]
+    assert [trained[4], whole[4]] == ["27,262,976", "3.779B"]
+
+
+def test_packed_counts_what_a_model_in_codes_holds():
+    config = Config.llama(64, 16, 2, 4, 64, 192, kv_heads=2)
+    model = quantize_model(Transformer(config), "nf4")
+    codes = [m.weight.packed.size for _, m in model.named_modules()
+             if isinstance(m, QuantizedLinear)]
+    assert len(codes) == 14
+    plain = sum(t.data.size for _, t in model.named_parameters())
+    assert lectures.packed(config) == plain + sum(codes)
+
+
+def test_the_mixture_of_llama():
+    """Lecture 004 gives share, epochs and size; the rest follows."""
+    mixture = lectures.LLAMA_MIXTURE
+    assert [round(part.epochs(1.4e12), 2) for part in mixture] == [
+        1.10, 1.06, 0.64, 2.45, 2.23, 1.06, 1.03]
+    assert sum(part.p for part in mixture) == pytest.approx(1)
+    assert [round(part.tokens / 1e9, 1) for part in mixture] == [
+        852.7, 198.1, 98.4, 25.7, 28.3, 33.0, 27.2]
+    assert [round(part.bytes_a_token, 2) for part in mixture] == [
+        3.87, 3.95, 3.33, 3.23, 3.01, 2.79, 2.87]
+
+
 # The command line
 
 
@@ -468,6 +503,7 @@ def test_lectures_prints_every_table(capsys):
     main(lectures=True)
     said = capsys.readouterr().out
     for number in ("1,400.0 GB", "120.0 GB", "21.2 GB", "780.0 GB", "849K", "4.3B", "37.7M",
-                   "589,824", "4.2%", "25.19", "40.1", "271,360", "65.1 GB", "26.0 GB"):
+                   "589,824", "4.2%", "25.19", "40.1", "271,360", "65.1 GB", "26.0 GB",
+                   "4096 x 1024", "27,262,976", "3.779B", "852,727,272,727", "4.749 TB"):
         assert number in said, number
-    assert len(said.split("\n\n")) == 9
+    assert len(said.split("\n\n")) == 11

@@ -40,6 +40,8 @@ from minilm.data.instructions import (
     prompt,
     save_records,
 )
+from minilm.data.mixture import accounts, mixture_of, mixture_table
+from minilm.data.reversal import ASKED, question, swap, swapped
 from minilm.data.tasks import TASKS, Words, make_tasks, score
 from minilm.data.tokenizers import (
     BPETokenizer,
@@ -59,6 +61,7 @@ from minilm.data.understanding import (
 )
 
 __all__ = [
+    "ASKED",
     "IGNORED",
     "LONGEST",
     "TASKS",
@@ -78,6 +81,7 @@ __all__ = [
     "Tokenizer",
     "Words",
     "account",
+    "accounts",
     "adopt_end",
     "answer_rows",
     "answered",
@@ -100,11 +104,14 @@ __all__ = [
     "make_examples",
     "make_tasks",
     "mask_tokens",
+    "mixture_of",
+    "mixture_table",
     "opening",
     "pack",
     "plain",
     "printable",
     "prompt",
+    "question",
     "read_names",
     "read_templates",
     "rows_of",
@@ -113,5 +120,7 @@ __all__ = [
     "score",
     "split",
     "split_records",
+    "swap",
+    "swapped",
     "write_templates",
 ]

@@ -33,8 +33,8 @@ class Batches:
     """Random training batches from a mixture of streams: batches[step] -> (tokens, targets).
 
     Each row draws a stream in proportion to `weights`, and starts anywhere in it with equal chance.
-    Targets are the tokens one place later. A batch depends on (seed, step) alone, so a resumed run
-    needs no stored position. Iterating never ends.
+    Targets are the tokens one place later. `sizes` (S,) are the streams' tokens. A batch depends on
+    (seed, step) alone, so a resumed run needs no stored position. Iterating never ends.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Batches:
         sizes = np.array([len(stream) for stream in streams])
         self.tokens = np.concatenate(streams)
         self.starts = np.cumsum(sizes) - sizes
-        self.offsets = sizes - length
+        self.sizes, self.offsets = sizes, sizes - length
         self.borders = _borders(weights, len(streams))
         self.batch, self.length, self.seed = batch, length, seed
 
@@ -171,6 +171,7 @@ class MaskedBatches:
 
     def __init__(self, batches: Batches, tokenizer: Tokenizer, seed: int):
         self.batches, self.tokenizer, self.seed = batches, tokenizer, seed
+        self.sizes = batches.sizes
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, _ = self.batches[step]

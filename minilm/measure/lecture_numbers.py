@@ -8,9 +8,11 @@ tests/test_plan_memory.py.
 import math
 from typing import NamedTuple
 
+from minilm.data.mixture import from_epochs, mixture_table
 from minilm.measure.counts import GPT2_M, GPT3, lora, table
 from minilm.measure.plan import plan
 from minilm.measure.step import KINDS, Step, parameters, trainable
+from minilm.shapes import linear_layers
 from minilm.transformer import Config
 
 RANKS = (1, 2, 8, 16, 512, 1024, 8192)
@@ -116,6 +118,45 @@ def layer_share(O: int, I: int, r: int) -> tuple[int, int, int, float]:
     return O * I, r * I, O * r, r * (O + I) / (O * I)
 
 
+MISTRAL = Config.llama(32000, 4096, 32, 32, 4096, 14336, kv_heads=8)  # Jiang et al. 2023, 7B
+
+
+def packed(c: Config) -> int:
+    """The numbers that a program counts in a model of 4 bits: two codes of a linear layer are one
+    uint8. Embeddings, norms and the head are as they were.
+
+    Lecture 003 has "3,8B" for Mistral's 7.24B and its adapters. bitsandbytes packs codes so.
+    """
+    codes = c.layers * sum(O * I for O, I in linear_layers(c).values())
+    return parameters(c) - codes + codes // 2
+
+
+def reversing(r: int = 64) -> list[list[str]]:
+    """Lecture 003's "what we trained": QLoRA on q and v of Mistral 7B.
+
+    The slide's "2,7M" is a tenth of what its own shapes give.
+    """
+    rows, layers = [["QLoRA, Mistral 7B", "W", "A", "B", "A and B", "slide"]], MISTRAL.layers
+    for path, (O, I) in linear_layers(MISTRAL).items():
+        if path.split(".")[-1] in ("q", "v"):
+            _, A, B, _ = layer_share(O, I, r)
+            rows.append([f"{path}, rank {r}", f"{I} x {O}", f"{I} x {r}", f"{r} x {O}",
+                         f"{A + B:,}", "the same"])
+    trained = lora(MISTRAL, r)
+    rows.append([f"q and v, {layers} layers", *[""] * 3, f"{trained:,}", "2.7M", "a tenth"])
+    rows.append(["and the packed base", *[""] * 3, f"{(packed(MISTRAL) + trained) / 1e9:.3f}B",
+                 "3.8B"])
+    return rows
+
+
+LLAMA_TOKENS = 1.4e12  # that the larger models saw
+LLAMA_MIXTURE = [from_epochs(name, share / 100, epochs, size, LLAMA_TOKENS)  # lecture 004, table 1
+                 for name, share, epochs, size in (
+    ("CommonCrawl", 67.0, 1.10, 3.3e12), ("C4", 15.0, 1.06, 783e9), ("Github", 4.5, 0.64, 328e9),
+    ("Wikipedia", 4.5, 2.45, 83e9), ("Books", 4.5, 2.23, 85e9), ("ArXiv", 2.5, 1.06, 92e9),
+    ("StackExchange", 2.0, 1.03, 78e9))]
+
+
 def kinds() -> list[list[str]]:
     """The slide's three methods of PEFT, "additive, selective, reparameterization": which ones of
     finetune.py are of each kind, and what they train of GPT-2 medium as plan_memory.py has them."""
@@ -152,7 +193,10 @@ def print_lectures():
     W, A, B, share = layer_share(768, 768, 16)
     show([["768 x 768, rank 16", "W", "A", "B", "A and B"],
           ["", f"{W:,}", f"{A:,}", f"{B:,}", f"{share:.1%}"]])
+    show(reversing())
     show(kinds())
+    print("Llama: share, epochs and size as the slide has them; tokens = p 1.4T / epochs")
+    print(mixture_table(LLAMA_MIXTURE, LLAMA_TOKENS), end="\n\n")
     for model, *cells, why in table():
         print(f"{model:24}" + "{:>20}{:>9}{:>9}".format(*cells) + f"  {why}".rstrip())
     print()
