@@ -39,7 +39,9 @@ from minilm.data.instructions import (
     prompt,
     save_records,
 )
+from minilm.data.replay import Replay, replay_text
 from minilm.data.tasks import TASKS, Words, make_tasks, score
+from minilm.data.text_to_text import classified
 from minilm.data.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
@@ -72,6 +74,7 @@ __all__ = [
     "InstructionBatches",
     "MaskedBatches",
     "Record",
+    "Replay",
     "RowBatches",
     "Tokenizer",
     "Words",
@@ -80,6 +83,7 @@ __all__ = [
     "answer_rows",
     "batches_of",
     "classes_of",
+    "classified",
     "corrupt",
     "cut",
     "encode",
@@ -102,6 +106,7 @@ __all__ = [
     "prompt",
     "read_names",
     "read_templates",
+    "replay_text",
     "rows_of",
     "rows_of_examples",
     "save_records",
