@@ -107,6 +107,29 @@ def test_mixed_tasks_are_asked_as_often(tmp_path, monkeypatch):
     assert np.shape(row[task_order.MATRIX]) == (4, 4)
 
 
+@pytest.mark.parametrize("changes", [{"earlier": 0.5}, {"mixed": True}])
+def test_a_stopped_arm_goes_on_bit_for_bit(tmp_path, monkeypatch, changes):
+    """In its third stage, at a step after a checkpoint."""
+    s = task_order.Ordered(**QUICK | {"method": "lora", "steps": 8, "documents": 1, "save_every": 1}
+                           | changes)
+    whole, stopped = (RunDirectory(tmp_path / name) for name in ("whole", "stopped"))
+    for run in (whole, stopped):
+        run.path.mkdir()
+    calls, step = [], Trainer.step
+
+    def fails(trainer, *rest):
+        calls.append(0)
+        if len(calls) == 6:
+            raise MemoryError("no room")
+        return step(trainer, *rest)
+
+    with monkeypatch.context() as m:
+        m.setattr(Trainer, "step", fails)
+        with pytest.raises(MemoryError):
+            task_order.measured(s, stopped, "x")
+    assert task_order.measured(s, stopped, "x") == task_order.measured(s, whole, "x")
+
+
 def test_the_claims_can_fail():
     def rows(turn, mixed):
         return [{"arm": arm, "seed": seed, task_order.FORGOTTEN: x + seed} for seed in (0, 1)
