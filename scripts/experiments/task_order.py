@@ -147,13 +147,15 @@ def draw(figure, rows):
     arms = [arm for arm in (TURN, FIFTH, MIXED) if any(row["arm"] == arm for row in rows)]
     for axes, arm in zip(np.atleast_1d(figure.subplots(1, len(arms))) if arms else (), arms):
         R = np.mean([row[MATRIX] for row in rows if row["arm"] == arm], axis=0)
-        stages = range(1, len(R) + 1)
-        axes.imshow(R, cmap="Blues", vmin=0, vmax=100)
+        places, stages = np.arange(len(R)) + 0.5, range(1, len(R) + 1)
+        axes.pcolormesh(R, cmap="Blues", vmin=0, vmax=100)  # shapes: a page takes no pixels
         for i, j in np.ndindex(R.shape):
-            axes.text(j, i, f"{R[i, j]:.0f}", ha="center", va="center", fontsize=8,
+            axes.text(j + 0.5, i + 0.5, f"{R[i, j]:.0f}", ha="center", va="center", fontsize=8,
                       color="white" if R[i, j] > 60 else "black")
-        axes.set_xticks(range(len(R)), stages)
-        axes.set_yticks(range(len(R)), stages)
+        axes.set_xticks(places, stages)
+        axes.set_yticks(places, stages)
+        axes.invert_yaxis()
+        axes.set_aspect("equal")
         axes.grid(visible=False)
         axes.set_title(arm.replace(", a", ",\na"), fontsize=8)
         axes.set_xlabel("task", fontsize=8)
