@@ -114,10 +114,10 @@ def forgets_less(a: str, b: str):
 def saved(name: str, part: float):
     """Is at least this part of what is forgotten without old text not forgotten with it?"""
     def judge(rows):
-        d = [(none - some) / (none - start)
-             for start, none, some in by_seed(rows, KNOWN, (BASE, NONE, name)) if none > start]
-        return verdict(d, f"share of the forgetting that {name} of old text takes away",
-                       at_least=part)
+        d = [(some - start) - (1 - part) * (none - start)
+             for start, none, some in by_seed(rows, KNOWN, (BASE, NONE, name))]
+        about = f"what {name} forgets - {1 - part:.0%} of what {NONE} forgets: {KNOWN}"
+        return verdict(d, about, at_most=0)
     return judge
 
 
