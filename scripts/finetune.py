@@ -160,6 +160,7 @@ def replaying(lesson: Lesson, old, share: float, tokenizer, model, s: Settings) 
     texts = [text for corpus in old for text in data.split(corpus, share)[0]]
     batches = data.replay_text(lesson.batches, texts, tokenizer, s.replay)
     require_rows(model, s, [(batches.old.tokens,)])
+    print(f"{s.replay:.0%} of the rows are old text, of {', '.join(c.name for c in old)}")
     return lesson._replace(batches=batches)
 
 
