@@ -20,7 +20,7 @@ task it is: the same word is sorted or put in upper case.
 A similarity is judged by how far off it is, too, on a scale of 0 to 5; an answer that is no such
 number counts as the farther end. The bar to pass is one number for all, the best there is. This is
 the hardest of the five, and decided how many steps there are: alone, it was not under the bar after
-500. A seed takes about 4 minutes of one core.
+500. A seed takes about 5 minutes of one core.
 """
 
 from dataclasses import dataclass, replace
