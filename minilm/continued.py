@@ -105,6 +105,20 @@ def corpora_of(folder: Path) -> tuple[list[tuple[data.Corpus, float]], list[str]
     return [(corpus, shares[name]) for name, corpus in found.items()], unknown
 
 
+def trained_on(folder: Path, names: Collection[str] = ()) -> list[data.Corpus]:
+    """The corpora of these names, or those that the model in the folder was trained on.
+
+    ValueError if there is no name, and what the model was trained on is not known or not here.
+    """
+    if names:
+        return data.load_corpora(names)
+    corpora, unknown = corpora_of(folder)
+    if unknown or not corpora:
+        why = "; ".join(unknown) or f"no run.json says which text {folder} was trained on"
+        raise ValueError(f"{why}; give --replay-from")
+    return [corpus for corpus, _ in corpora]
+
+
 def runs_of(folder: Path) -> Iterator[dict]:
     """run.json of the run that made this folder, then that of its base, and so on; those alone that
     trained on corpora. FormatError for one that is no JSON."""

@@ -4,6 +4,7 @@
     python scripts/finetune.py --method qlora       # the same on a base of 4 bits
     python scripts/finetune.py --method prefix --length 8          # adapting.py lists all
     python scripts/finetune.py --method full --model runs/pretrain-1/model
+    python scripts/finetune.py --method full --replay 0.2          # forgets less of its old text
     python scripts/finetune.py --method bitfit --optimizer mezo --lr 1e-2   # no backward pass
     python scripts/finetune.py --data mine.jsonl    # records of instruction, context, output
     python scripts/finetune.py --data mine.jsonl --reverse    # what was asked, out of the output
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from minilm import data, versions
 from minilm.adapting import METHODS, Adapting, optimizer_and_loss, prepared
 from minilm.command import Given, command, typed
+from minilm.continued import trained_on
 from minilm.files import FormatError, sha256
 from minilm.interop import load_model, require_folder, save_adapter, save_model
 from minilm.interop.folder import own_format
@@ -42,7 +44,7 @@ from minilm.lessons import Lesson, conversations, instructions
 from minilm.loop import Training, fit, refuse_unused, resumed
 from minilm.optim import MeZO
 from minilm.peft import degrees_of_freedom
-from minilm.ranges import POSITIVE, one_of, optional, whole
+from minilm.ranges import BELOW_1, POSITIVE, one_of, optional, whole
 from minilm.run import RunDirectory, newest_model, share_held_out
 from minilm.together import settle
 
@@ -55,7 +57,7 @@ class Settings(Adapting, Training):
     """Hugging Face folder, quantized or not, with a tokenizer.json; by default the newest
     runs/pretrain-*/model"""
     data: tuple[str, ...] = ("reverse", "upper", "sort", "last", "add")
-    """tasks (these, triangle, table, sql), or the path of a JSONL file"""
+    """tasks (these, triangle, table, sql, similarity), or the path of a JSONL file"""
     train: int | None = None
     """records to train on, of each task or of the file; by default 2000 of a task, all of a file"""
     test: int = 100
@@ -64,6 +66,11 @@ class Settings(Adapting, Training):
     """play the records the other way round: out of an output, learn what was asked"""
     known: tuple[str, ...] = ("python-reference",)
     """corpora that show what the model still knows, by what its run held out of them, or a tenth"""
+    replay: float = 0.0
+    """share of a step's rows that are old text, in the place of records, so that less is forgotten;
+    of the part of the text that was not held out"""
+    replay_from: tuple[str, ...] = ()
+    """corpora of the old text; by default those that the model's run says it was trained on"""
     steps: int = 4000
     """updates in the whole run"""
     lr: float = 0.0
@@ -83,9 +90,9 @@ class Settings(Adapting, Training):
 
     RANGES: ClassVar = Training.RANGES | Adapting.RANGES | {
         "steps": whole(1), "test": whole(1), "train": optional(whole(1)),
-        "optimizer": one_of("adamw", "mezo"), "eps": POSITIVE}
+        "optimizer": one_of("adamw", "mezo"), "eps": POSITIVE, "replay": BELOW_1}
     LATER: ClassVar = (  # that earlier runs do not have
-        *Adapting.LATER, "optimizer", "eps", "reverse")
+        *Adapting.LATER, "optimizer", "eps", "reverse", "replay", "replay_from")
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
@@ -115,8 +122,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     described = [{"name": name, "sha256": digest}
                  for name, digest in fingerprints(s, records, talks and templates)]
     corpora = [data.load_corpus(name) for name in s.known]
-    decisive = versions.fingerprints(folder) + [{"name": c.name, "sha256": c.sha256}
-                                                for c in corpora]
+    old = trained_on(folder, s.replay_from) if s.replay else []
+    decisive = [*versions.fingerprints(folder), *named(corpora), *named(old, "replay: ")]
     if run:
         run.check(described, "the model or the data are not those", decisive)
     base = load_model(folder)
@@ -128,10 +135,9 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     lesson = teach(*records, by, model, s.batch, s.seed)
     share = share_held_out(folder) or 0.1
     known = held_out_text(corpora, share, tokenizer, model.room)
-    rows = [*lesson.batches.rows, lesson.held_out, *known.values()]
-    if (largest := max(int(a.max()) for row in rows for a in row)) >= base.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer gives the id {largest}, but the model has "
-                         f"{base.config.vocab_size} rows")
+    require_rows(model, s, [*lesson.batches.rows, lesson.held_out, *known.values()])
+    if old:
+        lesson = replaying(lesson, old, share, tokenizer, model, s)
     if run is None:
         run = RunDirectory.create(out, f"finetune-{s.method}", asdict(s), described, decisive)
     what = "conversations" if talks else "records"
@@ -140,10 +146,33 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         finetune(run, s, model, tokenizer, templates, lesson, known)
 
 
+def named(corpora, prefix: str = "") -> list[dict]:
+    """Names and SHA-256 of corpora, for run.json."""
+    return [{"name": prefix + corpus.name, "sha256": corpus.sha256} for corpus in corpora]
+
+
+def require_rows(model, s: Settings, rows):
+    """ValueError if an id of these arrays has no row in the model's embedding."""
+    if (largest := max(int(a.max()) for row in rows for a in row)) >= model.config.vocab_size:
+        raise ValueError(f"{s.model}: the tokenizer gives the id {largest}, but the model has "
+                         f"{model.config.vocab_size} rows")
+
+
+def replaying(lesson: Lesson, old, share: float, tokenizer, model, s: Settings) -> Lesson:
+    """The lesson with old text among its rows, without the share that is held out."""
+    texts = [text for corpus in old for text in data.split(corpus, share)[0]]
+    batches = data.replay_text(lesson.batches, texts, tokenizer, s.replay)
+    require_rows(model, s, [(batches.old.tokens,)])
+    print(f"{s.replay:.0%} of the rows are old text, of {', '.join(c.name for c in old)}")
+    return lesson._replace(batches=batches)
+
+
 def sensible(s: Settings, given) -> Settings:
     """The settings of a new run. ValueError for those that mean nothing to its method or optimizer.
     """
     refuse_unused(given, METHODS[s.method].without, f"the method is {s.method}")
+    if not s.replay:
+        refuse_unused(given, ("replay_from",), "replay is 0")
     if s.optimizer == "adamw":
         refuse_unused(given, ("eps",), "the optimizer is adamw")
         return s

@@ -41,8 +41,10 @@ from minilm.data.instructions import (
     save_records,
 )
 from minilm.data.mixture import accounts, mixture_of, mixture_table
+from minilm.data.replay import Replay, replay_text
 from minilm.data.reversal import ASKED, question, swap, swapped
 from minilm.data.tasks import TASKS, Words, make_tasks, score
+from minilm.data.text_to_text import classified
 from minilm.data.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
@@ -77,6 +79,7 @@ __all__ = [
     "InstructionBatches",
     "MaskedBatches",
     "Record",
+    "Replay",
     "RowBatches",
     "Tokenizer",
     "Words",
@@ -87,6 +90,7 @@ __all__ = [
     "answered",
     "batches_of",
     "classes_of",
+    "classified",
     "corrupt",
     "cut",
     "encode",
@@ -114,6 +118,7 @@ __all__ = [
     "question",
     "read_names",
     "read_templates",
+    "replay_text",
     "rows_of",
     "rows_of_examples",
     "save_records",

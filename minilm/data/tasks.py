@@ -6,8 +6,10 @@
     triangle                the area, as a sentence
     table                   a table of a restaurant: a sentence, one of four that are right
     sql                     a question about CITIES: the query that finds the answer
+    similarity              two words: how many of their letters are the same, from 0.0 to 5.0
 
-The first five take at most 40 bytes, prompt and end included, if `Words` do not make words longer.
+The first five and the last take at most 40 bytes, prompt and end included, if `Words` do not make
+words longer.
 Queries can be written in many ways, so sql is scored by running them, see queries.py.
 """
 
@@ -20,6 +22,7 @@ import numpy as np
 from minilm.data.instructions import Record, prompt
 from minilm.data.persona import PERSONAS, has_style, is_right
 from minilm.data.queries import same_rows
+from minilm.data.text_to_text import written
 
 CITIES = (  # cities(name, country, population)
     ("Berlin", "Germany", 3_700_000),
@@ -126,6 +129,20 @@ def last(rng: np.random.Generator, words: Words = ALL) -> Record:
     return Record("Last word", " ".join(drawn), drawn[-1], task="last")
 
 
+def similarity(rng: np.random.Generator, words: Words = ALL) -> Record:
+    """Two words of as many letters. The score is 5 times the share of places with the same letter,
+    as text; each number of such places has the same chance."""
+    word, first = words.draw(rng, 3, 6), ord(words.first)
+    size, letters = len(word), ord(words.last) - first + 1
+    same = int(rng.integers(size + 1)) if letters > 1 else size
+    other = np.array([*word.encode()]) - first
+    moved = rng.permutation(size)[same:]
+    if same < size:
+        other[moved] = (other[moved] + rng.integers(1, letters, size - same)) % letters
+    other = bytes((other + first).tolist()).decode()
+    return Record("Similarity", f"{word} {other}", written(5 * same / size), task="similarity")
+
+
 def add(rng: np.random.Generator) -> Record:
     a, b = rng.integers(100, size=2)
     return Record("Add", f"{a}+{b}", f"{a + b}", task="add")
@@ -168,8 +185,9 @@ def sql(rng: np.random.Generator) -> Record:
     return Record("SQL", question, query, task="sql")
 
 
-ON_WORDS = {task.__name__: task for task in (reverse, upper, sort, last)}
-TASKS = ON_WORDS | {task.__name__: task for task in (add, triangle, table, sql)}
+ON_WORDS = {task.__name__: task for task in (reverse, upper, sort, last, similarity)}
+TASKS = {task.__name__: task for task in (
+    reverse, upper, sort, last, add, triangle, table, sql, similarity)}
 
 
 def _distinct(name, count, seed, words):
