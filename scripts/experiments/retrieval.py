@@ -215,7 +215,8 @@ def reader(s: Reading, folder: Path):
 @lru_cache(maxsize=4)  # the tunings of a seed, of which several arms ask the same model
 def tuned(s: Reading, folder: Path):
     """(the reader after it was tuned, its tokenizer)."""
-    same = {name: getattr(s, name) for name in ("model", "seed", "train", "test", "workers")}
+    same = {name: getattr(s, name)
+            for name in ("model", "seed", "train", "test", "workers", "save_every")}
     small = {} if s.model else QUICK
     read, tokenizer = reader(replace(READER, **same | {"steps": s.reading} | small), folder)
     if s.tuned == "nothing":
