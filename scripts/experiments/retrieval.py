@@ -67,7 +67,7 @@ class Reading(Trial):
     tasks: tuple[str, ...] = ("facts",)
     train: int = 3000
     """people to learn to read from"""
-    test: int = 40
+    test: int = 24
     """other people who are asked about, and as many whom a tuned model may be told about"""
     reading: int = 1500
     """updates in which it learns to read"""
@@ -83,7 +83,7 @@ class Reading(Trial):
 
 READER = Reading(method="full", lr=1e-3, batch=16)
 NOT = {"steps": 0}
-ON_FORM = {"tuned": "form", "method": "full", "lr": 3e-4, "steps": 300}
+ON_FORM = {"tuned": "form", "method": "full", "lr": 1e-3, "steps": 300}
 ON_TEXTS = {"tuned": "texts", "method": "full", "lr": 1e-3, "steps": 1000}
 ON_QUESTIONS = ON_TEXTS | {"tuned": "questions"}
 RETRIEVED = {"shown": "retrieved"}
