@@ -23,7 +23,7 @@ from retrieval import (
 )
 
 from minilm import data, loop, trial
-from minilm.data.facts import WORDINGS, as_json, asked, plain
+from minilm.data.facts import WORDINGS, as_json, plain
 from minilm.run import RunDirectory
 
 TINY = Reading(batch=4, steps=3, warmup=1, workers=1, train=12, test=3, method="full", save_every=2,
@@ -40,11 +40,12 @@ def written(rows) -> list[str]:
     ["nothing", "example", "retrieved", "right", "wrong"]))
 def test_what_stands_beside_a_question(seed, shown):
     s = replace(TINY, seed=seed, shown=shown)
-    others, told, new = people(s)
+    others, _, new = people(s)
     found = asked_of(s)
     assert [q.fact for q in found] == [fact for fact in new for _ in range(3)]
     for q in found:
         assert q.fact.name in q.record.instruction
+        assert len(data.prompt(q.record) + q.record.output) <= 128  # the smallest model's context
         if shown in ("nothing", "example"):
             assert q.shown is None and not q.record.context
         else:

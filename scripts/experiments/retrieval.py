@@ -25,6 +25,7 @@ the form that is wanted, whatever the value.
 Each arm shows its answer to one question. A seed takes about 4 minutes of one core.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -44,6 +45,7 @@ from minilm.data.facts import (
     asked,
     is_json,
     make_facts,
+    plain,
     says,
 )
 from minilm.data.retrieval import BM25
@@ -160,11 +162,12 @@ def measured(s: Reading, run, title: str) -> dict:
     questions = asked_of(s)
     records = [q.record for q in questions]
     answered = answers(model, records, tokenizer)
-    print(f"{title}:\n{indent(data.prompt(records[0]) + answered[0], '    ')}")
+    first = f"{data.prompt(records[0])}{answered[0]}\n(wanted: {records[0].output})"
+    print(f"{title}:\n{indent(first, '    ')}")
     for q, said in zip(questions, answered):
-        about = q.record.task
-        knows, acts = says(getattr(q.fact, about), said), is_json(about, said)
-        repeats = q.shown is not None and says(getattr(q.shown, about), said)
+        what = q.record.task
+        knows, acts = says(getattr(q.fact, what), said), is_json(what, said)
+        repeats = q.shown is not None and says(getattr(q.shown, what), said)
         for name, so in zip(MEASURES, (knows, acts, knows and acts, q.shown == q.fact, repeats)):
             found[name].append(100 * so)
     return {name: float(np.mean(numbers)) for name, numbers in found.items()}
@@ -184,10 +187,10 @@ def asked_of(s: Reading) -> list[Asked]:
     texts = [fact.text(rng.integers(len(TEXTS))) for fact in everybody]
     index, found = BM25(texts), []
     for fact in new:
-        for about in QUESTIONS:
-            q = asked(fact, about, WORDINGS - 1, form=as_json)
+        for what in QUESTIONS:
+            q = asked(fact, what, WORDINGS - 1, form=as_json)
             if s.shown == "example":
-                example = asked(others[0], about, form=as_json)
+                example = asked(others[0], what, form=as_json)
                 before = f"{data.prompt(example)}{example.output}\n"
                 q = replace(q, instruction=before + q.instruction)
             place = beside(s.shown, everybody.index(fact), index, q.instruction)
@@ -198,21 +201,20 @@ def asked_of(s: Reading) -> list[Asked]:
 
 def beside(shown: str, own: int, index: BM25, question: str) -> int | None:
     """The number of the text that stands beside a question about the person of number `own`."""
-    return {"retrieved": lambda: index.best(question)[0], "right": lambda: own,
-            "wrong": lambda: own - 1}.get(shown, lambda: None)()
+    if shown == "retrieved":
+        return index.best(question)[0]
+    return {"right": own, "wrong": own - 1}.get(shown)
 
 
 @lru_cache(maxsize=1)
 def reader(s: Reading, folder: Path):
     """(the base model after it has learned to answer from a text, its tokenizer)."""
     model, tokenizer = base(s.model)
-    facts, rng = people(s)[0], np.random.default_rng([s.seed, 2])
-    records = [asked(fact, about, rng.integers(WORDINGS), fact.text(rng.integers(len(TEXTS))))
-               for fact in facts for about in QUESTIONS]
+    records = about(people(s)[0], [s.seed, 2])
     return learned(model, rows_of(records, tokenizer), s, folder / f"reader-{s.seed}"), tokenizer
 
 
-@lru_cache(maxsize=4)  # the tunings of a seed, of which several arms ask the same model
+@lru_cache(maxsize=8)  # the tunings of a seed, of which several arms ask the same model
 def tuned(s: Reading, folder: Path):
     """(the reader after it was tuned, its tokenizer)."""
     same = {name: getattr(s, name)
@@ -231,16 +233,20 @@ def rows_to_tune_on(s: Reading, tokenizer) -> list:
     """Questions with answers in the form that is wanted, and texts of the new people."""
     others, told, new = people(s)
     if s.tuned == "form":
-        rng = np.random.default_rng([s.seed, 3])
-        return rows_of([asked(fact, about, rng.integers(WORDINGS),
-                              fact.text(rng.integers(len(TEXTS))), as_json)
-                        for fact in others for about in QUESTIONS], tokenizer)
-    about_whom = told if s.tuned == "texts" else told + new
-    records = [asked(fact, about, wording, form=as_json)
-               for fact in about_whom for about in QUESTIONS for wording in range(WORDINGS - 1)]
+        return rows_of(about(others, [s.seed, 3], as_json), tokenizer)
+    whom = told if s.tuned == "texts" else told + new
+    records = [asked(fact, what, wording, form=as_json)
+               for fact in whom for what in QUESTIONS for wording in range(WORDINGS - 1)]
     texts = [np.array([*tokenizer.prompt(fact.text(i)), tokenizer.end], np.int32)
              for fact in told + new for i in range(len(TEXTS))]
     return rows_of(records, tokenizer) + [(ids[:-1], ids[1:]) for ids in texts]
+
+
+def about(facts: list[Fact], seed: list[int], form: Callable = plain) -> list[data.Record]:
+    """A question about each part of each fact beside its text, in words that are drawn."""
+    rng = np.random.default_rng(seed)
+    return [asked(fact, what, rng.integers(WORDINGS), fact.text(rng.integers(len(TEXTS))), form)
+            for fact in facts for what in QUESTIONS]
 
 
 def rows_of(records, tokenizer) -> list:
