@@ -22,7 +22,7 @@ the form that is wanted, whatever the value.
                      them, answered in the form. The other half is asked
     tuned: questions the same, and questions about the asked half, too, but in other words
 
-Each arm shows its answer to one question. A seed takes about 4 minutes of one core.
+Each arm shows its answer to one question. A seed takes about 5 minutes of one core.
 """
 
 from collections.abc import Callable
@@ -83,7 +83,7 @@ class Reading(Trial):
         "tuned": one_of("nothing", "form", "texts", "questions")}
 
 
-READER = Reading(method="full", lr=1e-3, batch=16)
+READER = Reading(method="full", lr=2e-3, batch=16)
 NOT = {"steps": 0}
 ON_FORM = {"tuned": "form", "method": "full", "lr": 1e-3, "steps": 300}
 ON_TEXTS = {"tuned": "texts", "method": "full", "lr": 1e-3, "steps": 1000}
@@ -103,7 +103,8 @@ ARMS = {
     "tuned: questions, retrieved": ON_QUESTIONS | RETRIEVED,
 }
 ALL = "tuned: form, retrieved"
-DRAWN = ("closed", "example", "retrieved", "tuned: form", "tuned: questions", ALL)
+DRAWN = ("closed", "example", "retrieved", "tuned: form", "tuned: questions", ALL,
+         "tuned: questions, retrieved")
 
 KNOWS, ACTS, BOTH = "knows, %", "acts, %", "both, %"
 FOUND, SHOWN = "its own text is shown, %", "says what the shown text says, %"
@@ -268,11 +269,12 @@ def draw(figure, rows):
     axes, acts, knows = figure.subplots(), by_arm(rows, ACTS), by_arm(rows, KNOWS)
     for i, (arm, color) in enumerate(zip(DRAWN, COLORS)):
         if arm in acts:  # those that lie on one another show as rings
-            axes.plot(np.mean(acts[arm]), np.mean(knows[arm]), "o", markersize=18 - 3 * i,
+            axes.plot(np.mean(acts[arm]), np.mean(knows[arm]), "o", markersize=15 - 2 * i,
                       markerfacecolor="none", markeredgewidth=2, color=color, label=arm)
     axes.set(xlim=(-8, 108), ylim=(-8, 108), xlabel="how to act: answers in the form, %",
              ylabel="what to know: right values, %")
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, markerscale=0.7,
+                  frameon=False)
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
