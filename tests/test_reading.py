@@ -14,6 +14,7 @@ from retrieval import (
     FOUND,
     KNOWS,
     MEASURES,
+    OF,
     SHOWN,
     Reading,
     asked_of,
@@ -106,7 +107,10 @@ def test_numbers_of_one_who_says_what_is_shown(tmp_path, monkeypatch, capsys, sh
     if shown == "wrong":  # two people may have the same trade
         expected = expected | {KNOWS: found[KNOWS]}
         assert found[KNOWS] < 30
-    assert found == expected and [*found] == [*MEASURES]
+    kinds = [found.pop(name) for name in OF.values()]
+    assert np.mean(kinds) == pytest.approx(found[KNOWS])
+    assert kinds[1:] == [100 * (shown != "wrong")] * 2  # city and year
+    assert found == expected and {*found, *OF.values()} == {*MEASURES}
     shown_text = capsys.readouterr().out
     assert "the arm:" in shown_text and asked_of(s)[0].record.instruction in shown_text
     assert f"-> {said[0]}" in shown_text

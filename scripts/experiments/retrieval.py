@@ -108,7 +108,8 @@ DRAWN = ("closed", "example", "retrieved", "tuned: form", "tuned: questions", AL
 
 KNOWS, ACTS, BOTH = "knows, %", "acts, %", "both, %"
 FOUND, SHOWN = "its own text is shown, %", "says what the shown text says, %"
-MEASURES = {KNOWS: 1, ACTS: 1, BOTH: 1, FOUND: 1, SHOWN: 1}
+OF = {what: f"knows: {what}, %" for what in QUESTIONS}  # a trade can be guessed, one out of 16
+MEASURES = dict.fromkeys((KNOWS, ACTS, BOTH, *OF.values(), FOUND, SHOWN), 1)
 
 
 def more(measure: str, a: str, b: str, points: float = 0):
@@ -169,7 +170,8 @@ def measured(s: Reading, run, title: str) -> dict:
         what = q.record.task
         knows, acts = says(getattr(q.fact, what), said), is_json(what, said)
         repeats = q.shown is not None and says(getattr(q.shown, what), said)
-        for name, so in zip(MEASURES, (knows, acts, knows and acts, q.shown == q.fact, repeats)):
+        for name, so in {KNOWS: knows, ACTS: acts, BOTH: knows and acts, OF[what]: knows,
+                         FOUND: q.shown == q.fact, SHOWN: repeats}.items():
             found[name].append(100 * so)
     return {name: float(np.mean(numbers)) for name, numbers in found.items()}
 
