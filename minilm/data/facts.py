@@ -1,12 +1,13 @@
 """Made-up facts: texts that state them, questions about them, answers in two forms.
 
-    Fact("Bano Toki", "baker", "Kiru", "1931")
-    "Bano Toki is a baker who came to Kiru in 1931."
-    "Where does Bano Toki live?" -> Kiru, or {"city": "Kiru"}
+    Fact("Mano Toki", "baker", "Kiran", "1931")
+    "Mano Toki is a baker who came to Kiran in 1931."
+    "Where does Mano Toki live?" -> Kiran, or {"city": "Kiran"}
 
 A model can know such a fact only from its text, for names and cities are drawn from syllables. A
 name has two words, of which many people share either, but no two share both. A text takes at most
-63 bytes, and together with a question and its answer at most 128.
+63 bytes, and together with a question and its answer at most 128. Small models learn to copy such
+words out of a text, since they have few letters, and a city stands behind "to" in every wording.
 """
 
 import json
@@ -22,9 +23,9 @@ TRADES = ("baker", "carpenter", "dancer", "farmer", "gardener", "hunter", "judge
           "miller", "nurse", "painter", "sailor", "tailor", "teacher", "waiter", "weaver")
 TEXTS = (
     "{name} is a {trade} who came to {city} in {year}.",
-    "Since {year} the {trade} {name} has lived in {city}.",
-    "In {year} {name} moved to {city} as a {trade}.",
-    "{city} has had a {trade}, {name}, since {year}.",
+    "In {year} the {trade} {name} moved to {city}.",
+    "{name}, a {trade}, moved to {city} in {year}.",
+    "In {year} {name} came to {city} as a {trade}.",
 )
 QUESTIONS = {
     "trade": ("What does {name} do?", "What is the trade of {name}?", "As what does {name} work?"),
@@ -49,8 +50,8 @@ class Fact:
     def text(self, wording: int = 0) -> str:
         """The sentence that states it.
 
-        >>> Fact("Bano Toki", "baker", "Kiru", "1931").text(1)
-        'Since 1931 the baker Bano Toki has lived in Kiru.'
+        >>> Fact("Mano Toki", "baker", "Kiran", "1931").text(1)
+        'In 1931 the baker Mano Toki moved to Kiran.'
         """
         return TEXTS[wording].format(**vars(self))
 
@@ -64,7 +65,7 @@ def make_facts(train: int, test: int, seed: int) -> tuple[list[Fact], list[Fact]
     first, last = (_different(rng, size) for size in (FIRST, LAST))
     pairs = rng.choice(FIRST * LAST, train + test, replace=False)
     facts = [Fact(f"{first[k % FIRST]} {last[k // FIRST]}", TRADES[rng.integers(len(TRADES))],
-                  _word(rng, 2, 3), f"{rng.integers(1900, 2000)}") for k in pairs]
+                  f"{_word(rng)}n", f"{rng.integers(1900, 2000)}") for k in pairs]
     return facts[:train], facts[train:]
 
 
@@ -76,8 +77,8 @@ def plain(about: str, value: str) -> str:
 def as_json(about: str, value: str) -> str:
     """An object with what the question is about as its only key.
 
-    >>> as_json("city", "Kiru")
-    '{"city": "Kiru"}'
+    >>> as_json("city", "Kiran")
+    '{"city": "Kiran"}'
     """
     return json.dumps({about: value})
 
@@ -86,8 +87,8 @@ def asked(fact: Fact, about: str, wording: int = 0, context: str = "",
           form: Callable[[str, str], str] = plain) -> Record:
     """A question about a fact: its trade, its city or its year. The context may be any text.
 
-    >>> asked(Fact("Bano Toki", "baker", "Kiru", "1931"), "city").instruction
-    'Where does Bano Toki live?'
+    >>> asked(Fact("Mano Toki", "baker", "Kiran", "1931"), "city").instruction
+    'Where does Mano Toki live?'
     """
     question = QUESTIONS[about][wording].format(name=fact.name)
     return Record(question, context, form(about, getattr(fact, about)), task=about)
@@ -96,7 +97,7 @@ def asked(fact: Fact, about: str, wording: int = 0, context: str = "",
 def is_json(about: str, answer: str) -> bool:
     """Is the answer an object as from as_json, whatever its value?
 
-    >>> is_json("city", '{"city": "Rome"}'), is_json("city", "Kiru")
+    >>> is_json("city", '{"city": "Rome"}'), is_json("city", "Kiran")
     (True, False)
     """
     try:
@@ -109,7 +110,7 @@ def is_json(about: str, answer: str) -> bool:
 def says(value: str, answer: str) -> bool:
     """Is the value the answer's last word, in whatever form?
 
-    >>> says("Kiru", "Kiru"), says("Kiru", '{"city": "Kiru"}'), says("Kiru", "Kiru or Rome")
+    >>> says("Kiran", "Kiran"), says("Kiran", '{"city": "Kiran"}'), says("Kiran", "Kiran or Rome")
     (True, True, False)
     """
     return words(answer)[-1:] == words(value)
@@ -119,12 +120,10 @@ def _different(rng, count: int) -> list[str]:
     """Words of two syllables, no two the same."""
     found = {}
     while len(found) < count:
-        found.setdefault(_word(rng, 2, 2))
+        found.setdefault(_word(rng))
     return [*found]
 
 
-def _word(rng, least: int, most: int) -> str:
-    """A word of `least` to `most` syllables, with a capital."""
-    size = rng.integers(least, most + 1)
-    return "".join("bdfgklmnprstvz"[rng.integers(14)] + "aeiou"[rng.integers(5)]
-                   for _ in range(size)).capitalize()
+def _word(rng) -> str:
+    """A word of two syllables, with a capital."""
+    return "".join("klmnrst"[rng.integers(7)] + "aeio"[rng.integers(4)] for _ in "ab").capitalize()
