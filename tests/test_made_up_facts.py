@@ -74,7 +74,7 @@ def test_a_text_states_the_whole_fact_and_fits_with_a_question(seed, wording):
 
 
 def test_wordings_differ():
-    fact = Fact("Bano Toki", "baker", "Kiru", "1931")
+    fact = Fact("Mano Toki", "baker", "Kiran", "Lenos")
     assert len({fact.text(i) for i in range(len(TEXTS))}) == len(TEXTS)
     questions = [asked(fact, about, i).instruction for about in QUESTIONS for i in range(WORDINGS)]
     assert len({*questions}) == len(QUESTIONS) * WORDINGS
@@ -101,7 +101,7 @@ def test_the_form_does_not_ask_for_the_value(about, value):
 
 @given(st.text(), ABOUT)
 def test_any_answer_can_be_judged(answer, about):
-    assert is_json(about, answer) in (True, False) and says("Kiru", answer) in (True, False)
+    assert is_json(about, answer) in (True, False) and says("Kiran", answer) in (True, False)
 
 
 @given(seed=st.integers(0, 999), about=ABOUT, wording=st.integers(0, WORDINGS - 1))

@@ -109,7 +109,7 @@ def test_numbers_of_one_who_says_what_is_shown(tmp_path, monkeypatch, capsys, sh
         assert found[KNOWS] < 30
     kinds = [found.pop(name) for name in OF.values()]
     assert np.mean(kinds) == pytest.approx(found[KNOWS])
-    assert kinds[1:] == [100 * (shown != "wrong")] * 2  # city and year
+    assert kinds[1:] == [100 * (shown != "wrong")] * 2  # city and dog
     assert found == expected and {*found, *OF.values()} == {*MEASURES}
     shown_text = capsys.readouterr().out
     assert "the arm:" in shown_text and asked_of(s)[0].record.instruction in shown_text

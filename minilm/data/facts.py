@@ -1,13 +1,14 @@
 """Made-up facts: texts that state them, questions about them, answers in two forms.
 
-    Fact("Mano Toki", "baker", "Kiran", "1931")
-    "Mano Toki is a baker who came to Kiran in 1931."
+    Fact("Mano Toki", "baker", "Kiran", "Lenos")
+    "Mano Toki is a baker who came to Kiran with the dog Lenos."
     "Where does Mano Toki live?" -> Kiran, or {"city": "Kiran"}
 
-A model can know such a fact only from its text, for names and cities are drawn from syllables. A
-name has two words, of which many people share either, but no two share both. A text takes at most
-63 bytes, and together with a question and its answer at most 128. Small models learn to copy such
-words out of a text, since they have few letters, and a city stands behind "to" in every wording.
+A model can know such a fact only from its text, for names, cities and dogs are drawn from
+syllables. A name has two words, of which many people share either, but no two share both. A text
+takes at most 63 bytes, and together with a question and its answer at most 128. Small models learn
+to copy such words: they have few letters, and stand behind "to" and "dog" in every wording. (The
+years that stood there before the dogs were not copied after 600 steps, when all cities were.)
 """
 
 import json
@@ -22,17 +23,17 @@ from minilm.data.retrieval import words
 TRADES = ("baker", "carpenter", "dancer", "farmer", "gardener", "hunter", "judge", "lawyer",
           "miller", "nurse", "painter", "sailor", "tailor", "teacher", "waiter", "weaver")
 TEXTS = (
-    "{name} is a {trade} who came to {city} in {year}.",
-    "In {year} the {trade} {name} moved to {city}.",
-    "{name}, a {trade}, moved to {city} in {year}.",
-    "In {year} {name} came to {city} as a {trade}.",
+    "{name} is a {trade} who came to {city} with the dog {dog}.",
+    "With the dog {dog} the {trade} {name} moved to {city}.",
+    "{name}, a {trade}, moved to {city} with the dog {dog}.",
+    "With the dog {dog} {name} came to {city} as a {trade}.",
 )
 QUESTIONS = {
     "trade": ("What does {name} do?", "What is the trade of {name}?", "As what does {name} work?"),
     "city": ("Where does {name} live?", "Which is the city of {name}?",
              "To which city did {name} move?"),
-    "year": ("When did {name} move?", "Since when does {name} live there?",
-             "In which year did {name} come?"),
+    "dog": ("Which dog has {name}?", "What is the dog of {name} called?",
+            "With which dog did {name} come?"),
 }
 WORDINGS = 3  # of a question
 FIRST, LAST = 50, 200  # different first and last words of names
@@ -45,13 +46,13 @@ class Fact:
     name: str
     trade: str
     city: str
-    year: str
+    dog: str
 
     def text(self, wording: int = 0) -> str:
         """The sentence that states it.
 
-        >>> Fact("Mano Toki", "baker", "Kiran", "1931").text(1)
-        'In 1931 the baker Mano Toki moved to Kiran.'
+        >>> Fact("Mano Toki", "baker", "Kiran", "Lenos").text(1)
+        'With the dog Lenos the baker Mano Toki moved to Kiran.'
         """
         return TEXTS[wording].format(**vars(self))
 
@@ -65,7 +66,7 @@ def make_facts(train: int, test: int, seed: int) -> tuple[list[Fact], list[Fact]
     first, last = (_different(rng, size) for size in (FIRST, LAST))
     pairs = rng.choice(FIRST * LAST, train + test, replace=False)
     facts = [Fact(f"{first[k % FIRST]} {last[k // FIRST]}", TRADES[rng.integers(len(TRADES))],
-                  f"{_word(rng)}n", f"{rng.integers(1900, 2000)}") for k in pairs]
+                  f"{_word(rng)}n", f"{_word(rng)}s") for k in pairs]
     return facts[:train], facts[train:]
 
 
@@ -85,9 +86,9 @@ def as_json(about: str, value: str) -> str:
 
 def asked(fact: Fact, about: str, wording: int = 0, context: str = "",
           form: Callable[[str, str], str] = plain) -> Record:
-    """A question about a fact: its trade, its city or its year. The context may be any text.
+    """A question about a fact: the trade, the city or the dog. The context may be any text.
 
-    >>> asked(Fact("Mano Toki", "baker", "Kiran", "1931"), "city").instruction
+    >>> asked(Fact("Mano Toki", "baker", "Kiran", "Lenos"), "city").instruction
     'Where does Mano Toki live?'
     """
     question = QUESTIONS[about][wording].format(name=fact.name)
