@@ -134,7 +134,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     model = prepared(base, s).astype(s.dtype)
     lesson = teach(*records, by, model, s.batch, s.seed)
     share = share_held_out(folder) or 0.1
-    known = held_out_text(corpora, share, tokenizer, model.room)
+    known = {corpus.name: data.rows_of(data.split(corpus, share)[1], tokenizer, model.room)
+             for corpus in corpora}  # as in pretrain.py
     require_rows(model, s, [*lesson.batches.rows, lesson.held_out, *known.values()])
     if old:
         lesson = replaying(lesson, old, share, tokenizer, model, s)
@@ -302,12 +303,6 @@ def load_data(s: Settings):
         return train, test
     made = data.make_tasks(s.data, s.train or 2000, s.test, s.seed)
     return data.swapped(*made) if s.reverse else made
-
-
-def held_out_text(corpora, share: float, tokenizer, context: int) -> dict:
-    """Rows of each known corpus's held-out part, as in pretrain.py: name -> (tokens, targets)."""
-    parts = {corpus.name: data.split(corpus, share)[1] for corpus in corpora}
-    return {name: data.rows_of(part, tokenizer, context) for name, part in parts.items()}
 
 
 def fingerprints(s: Settings, records, templates):
