@@ -1,0 +1,209 @@
+"""Can a model write the records that another one learns from, and what is lost?
+
+    python scripts/experiments/self_instruct.py --model runs/pretrain-*/model
+    python scripts/experiments/self_instruct.py --quick    # seconds; the numbers mean nothing
+
+Lecture 004 calls it imitation learning: Alpaca, Vicuna, GPT4All, WizardLM and Orca learn from what
+another model has written; Alpaca used self-instruct. Wang et al. 2022, arXiv:2212.10560, let a
+model write instructions and answers, drop bad ones by a rule, and tune the model on the rest.
+
+Here the teacher learns 500 records of three kinds of tasks on words, in 12 wordings each, both to
+answer and to write them. It writes 3000 texts, sampled at temperature 1: instruction, word and
+answer. The rule of minilm/data/selfmade.py keeps what is readable, new, and answered alike when the
+teacher is asked its own prompt again. Each arm is the same base model, tuned on
+
+    teacher           the 500 records
+    student           what the rule has kept
+    student, no rule  as many readable texts, as they were written
+    student and seeds what the rule has kept, and the 500 records, as in Self-Instruct
+    gold              as many records as were kept, with right answers: the gap to them is what
+                      imitation loses
+
+and is asked the same held-out records. The texts stay in the run's folder, written-SEED.json.
+A seed takes about 5 minutes of one core.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from minilm import data
+from minilm.command import command
+from minilm.data.selfmade import agreed, new, read, rows_to_write, text_of
+from minilm.data.wordings import distinct_words, done, meaning, worded
+from minilm.experiment import Experiment
+from minilm.files import read_json, write_json
+from minilm.generate import generate
+from minilm.measure.answers import ROWS, answers
+from minilm.measure.verdict import by_arm, compared, single
+from minilm.picture import COLORS, bars
+from minilm.ranges import one_of, whole
+from minilm.run import RunDirectory
+from minilm.trial import (
+    RIGHT,
+    Trial,
+    base,
+    learned,
+    loss_of_answers,
+    prepared,
+    program,
+    right,
+    taught,
+)
+
+QUESTION = "Can a model write the records that another one learns from, and what is lost?"
+
+SLIDE = {}  # the lecture gives sizes of datasets, and no scores
+KINDS = ("reverse", "upper", "sort")
+LOSS, COUNT = "loss of answers, nats a token", "records"
+TRUE, SHARE = "right among its records, %", "texts that the rule keeps, %"
+MEASURES = {RIGHT: 1, LOSS: 3, COUNT: 0, TRUE: 1, SHARE: 1}
+
+
+@dataclass(frozen=True)
+class Imitation(Trial):
+    """A trial on right records, or on those that a model has written."""
+
+    source: Literal["teacher", "kept", "readable", "both", "gold"] = "teacher"
+    """what is learned from"""
+    steps: int = 1000
+    n: int = 500
+    """records that the teacher learns from"""
+    texts: int = 3000
+    """what it writes"""
+    test: int = 60
+    """words that each kind is asked about"""
+
+    RANGES: ClassVar = Trial.RANGES | {"n": whole(1), "texts": whole(1), "source": one_of(
+        "teacher", "kept", "readable", "both", "gold")}
+
+
+FULL = {"method": "full", "lr": 1e-3}
+TEACHER, STUDENT, NO_RULE, GOLD = "teacher", "student", "student, no rule", "gold"
+BOTH = "student and seeds"
+ARMS = {arm: FULL | {"source": source} for arm, source in {
+    TEACHER: "teacher", STUDENT: "kept", NO_RULE: "readable", BOTH: "both", GOLD: "gold"}.items()}
+
+
+def better(a: str, b: str, measure: str = RIGHT, points: float = 0):
+    """Is a's number more than some points above b's?"""
+    return lambda rows: compared(rows, measure, a, b, at_least=points)
+
+
+CLAIMS = {
+    "imitation: the student is at most 5 points below its teacher":
+        better(STUDENT, TEACHER, points=-5),
+    "self-instruct: the student is better than its teacher": better(STUDENT, TEACHER),
+    "self-instruct: what the model has written helps beside its seeds": better(BOTH, TEACHER),
+    "imitation loses something: as many gold records are better": better(GOLD, STUDENT),
+    "the rule keeps records that are right more often": better(STUDENT, NO_RULE, TRUE),
+    "the rule makes a better student": better(STUDENT, NO_RULE),
+    "gold records teach the tasks: 50 % or more":
+        lambda rows: single(rows, RIGHT, GOLD, at_least=50),
+}
+
+
+def gold(s: Imitation) -> tuple[list, list, list[str]]:
+    """(right records to learn from, those that are asked, and the words that these are about).
+
+    The teacher learns from the first n of them.
+    """
+    words, rng = distinct_words(2100 + s.test, s.words, s.seed), np.random.default_rng([s.seed, 5])
+    ask = words[: s.test]
+    train = [worded([KINDS[i % len(KINDS)]], word, rng) for i, word in enumerate(words[s.test :])]
+    return train, [worded([kind], word, rng) for kind in KINDS for word in ask], ask
+
+
+def teacher(seeds: list, s: Imitation, run, title: str):
+    """A model that has learned to answer the records, and to write them."""
+    model, tokenizer = base(s.model)
+    model = prepared(model, s)
+    asked = [*zip(*data.encode(seeds, tokenizer, context=model.room))]
+    batches = data.RowBatches(asked + rows_to_write(seeds, tokenizer), s.batch, None, s.seed)
+    return taught(model, batches, s, run, title)[0]
+
+
+def written(model, tokenizer, seeds: list, s: Imitation) -> list[str]:
+    """What the teacher writes if nothing is asked; a text that does not end is empty."""
+    longest, found = max(len(tokenizer.encode(text_of(record))) for record in seeds) + 1, []
+    while len(found) < s.texts:
+        rows = min(ROWS, s.texts - len(found))
+        begun = np.full((rows, 1), tokenizer.end)
+        drawn = generate(model, begun, longest, seed=[s.seed, len(found)], eos=tokenizer.end)
+        for ids in drawn[:, 1:]:
+            end = np.flatnonzero(ids == tokenizer.end)
+            found.append(tokenizer.decode(ids[: end[0]]) if len(end) else "")
+    return found
+
+
+def texts_and_answers(seeds: list, s: Imitation, run, title: str, model=None) -> list[dict]:
+    """What the teacher has written, and what it answers to its own prompts.
+
+    It is made once in a run, by the arm that is first.
+    """
+    file = run.path.parent / f"written-{s.seed}.json"
+    if file.exists():
+        return read_json(file)
+    if model is None:
+        (folder := run.path / "teacher").mkdir(exist_ok=True)
+        model = teacher(seeds, s, RunDirectory(folder), f"{title}, teacher")
+    tokenizer = base(s.model)[1]
+    texts = written(model, tokenizer, seeds, s)
+    records = [record for text in texts if (record := read(text))]
+    again = iter(answers(model, records, tokenizer) if records else [])
+    found = [{"text": text, "again": next(again) if read(text) else ""} for text in texts]
+    write_json(file, found)
+    return found
+
+
+def sifted(found: list[dict], seeds: list, ask: list[str]) -> tuple[list, list]:
+    """(the readable records, those that the rule keeps). None is about a word that is asked."""
+    pairs = [(record, pair["again"]) for pair in found if (record := read(pair["text"]))]
+    readable = [(record, again) for record, again in pairs if record.context not in {*ask}]
+    fresh = {id(record) for record in new([record for record, _ in readable], seeds)}
+    novel = [(record, again) for record, again in readable if id(record) in fresh]
+    kept = agreed(*zip(*novel)) if novel else []
+    print(f"  of {len(found)} texts {len(pairs)} are readable, {len(readable)} of them about other "
+          f"words than are asked, {len(novel)} of them new, {len(kept)} of them agreed")
+    return [record for record, _ in readable], kept
+
+
+def measured(s: Imitation, run, title: str) -> dict:
+    """The numbers of MEASURES."""
+    train, test, ask = gold(s)
+    seeds = train[: s.n]
+    model, tokenizer = base(s.model)
+    if s.source == "teacher":
+        model = teacher(seeds, s, run, title)
+    found = texts_and_answers(seeds, s, run, title, model if s.source == "teacher" else None)
+    readable, kept = sifted(found, seeds, ask)
+    chosen = {"teacher": seeds, "kept": kept, "readable": readable[: len(kept)],
+              "both": seeds + kept, "gold": train[: len(kept)]}[s.source]
+    if s.source != "teacher" and chosen:
+        model = learned(model, tokenizer, chosen, s, run, title)[0]
+    return {RIGHT: right(model, tokenizer, test)[RIGHT],
+            LOSS: loss_of_answers(model, tokenizer, test), COUNT: len(chosen),
+            TRUE: 100 * float(np.mean([is_right(r) for r in chosen] or [0.0])),
+            SHARE: 100 * len(kept) / len(found)}
+
+
+def is_right(record: data.Record) -> bool:
+    """Does the output do what the instruction asks for? False if that is nothing known."""
+    names = meaning(record.instruction)
+    return names is not None and done(names, record.context) == record.output
+
+
+def draw(figure, rows):
+    """What is right: of the answers of each arm, and of the records that it has learned from."""
+    for axes, measure, color in zip(figure.subplots(1, 2, sharey=True), (RIGHT, TRUE), COLORS):
+        found = by_arm(rows, measure)
+        bars(axes, {arm: found[arm] for arm in ARMS if arm in found}, lambda arm: color)
+        axes.set(xlabel=measure)
+
+
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
+main = program(EXPERIMENT, measured, Imitation)
+
+if __name__ == "__main__":
+    command(main)
