@@ -4,9 +4,9 @@
     python scripts/experiments/instruction_data.py --quick    # seconds; the numbers mean nothing
     python scripts/experiments/instruction_data.py --rates 1e-3 3e-3 --seeds 100
 
-Lecture 004 asks what makes a good instruction dataset: "clear specific instructions", a "diverse set
-of topics / tasks", "consistent formatting". It names LIMA with 1k examples of high quality beside
-sets of 15k to 800k. Zhou et al. 2023, arXiv:2305.11206, find that LIMA's 1k are enough for a model
+Lecture 004 asks what makes a good instruction dataset: "clear specific instructions", a "diverse
+set of topics / tasks", "consistent formatting". It names LIMA with 1k examples of high quality
+beside sets of 15k to 800k. Zhou et al. 2023, arXiv:2305.11206, find that LIMA's 1k are enough for a model
 of 65B parameters.
 
 Here a model learns four kinds of tasks on words, each in 12 wordings, in equally many steps:
