@@ -7,23 +7,24 @@ Lecture 004 calls it imitation learning: Alpaca, Vicuna, GPT4All, WizardLM and O
 another model has written; Alpaca used self-instruct. Wang et al. 2022, arXiv:2212.10560, let a
 model write instructions and answers, drop bad ones by a rule, and tune the model on the rest.
 
-Here the teacher learns 500 records of three kinds of tasks on words, in 12 wordings each, both to
-answer and to write them. It writes 3000 texts, sampled at temperature 1: instruction, word and
-answer. The rule of minilm/data/selfmade.py keeps what is readable, new, and answered alike when the
-teacher is asked its own prompt again. Each arm is the same base model, tuned on
+Here the teacher learns 1000 records of three kinds of tasks on words, in 12 wordings each, both to
+answer and to write them; for that it has twice the students' steps. It writes 3000 texts, sampled
+at temperature 1: instruction, word and answer. The rule of minilm/data/selfmade.py keeps what is
+readable, new, and answered alike when the teacher is asked its own prompt again; texts about the
+words of the questions are left out before. Each arm is the same base model, tuned on
 
-    teacher           the 500 records
+    teacher           the 1000 records
     student           what the rule has kept
     student, no rule  as many readable texts, as they were written
-    student and seeds what the rule has kept, and the 500 records, as in Self-Instruct
+    student and seeds what the rule has kept, and the 1000 records, as in Self-Instruct
     gold              as many records as were kept, with right answers: the gap to them is what
                       imitation loses
 
 and is asked the same held-out records. The texts stay in the run's folder, written-SEED.json.
-A seed takes about 5 minutes of one core.
+A seed takes about 7 minutes of one core.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -67,8 +68,8 @@ class Imitation(Trial):
 
     source: Literal["teacher", "kept", "readable", "both", "gold"] = "teacher"
     """what is learned from"""
-    steps: int = 1000
-    n: int = 500
+    steps: int = 1200
+    n: int = 1000
     """records that the teacher learns from"""
     texts: int = 3000
     """what it writes"""
@@ -109,14 +110,16 @@ def gold(s: Imitation) -> tuple[list, list, list[str]]:
 
     The teacher learns from the first n of them.
     """
-    words, rng = distinct_words(2100 + s.test, s.words, s.seed), np.random.default_rng([s.seed, 5])
-    ask = words[: s.test]
-    train = [worded([KINDS[i % len(KINDS)]], word, rng) for i, word in enumerate(words[s.test :])]
+    words, rng = distinct_words(2000 + s.test, s.words, s.seed), np.random.default_rng([s.seed, 5])
+    ask, learn = words[: s.test], words[s.test :]
+    train = [worded([KINDS[(i + i // len(learn)) % len(KINDS)]], learn[i % len(learn)], rng)
+             for i in range(max(s.n, s.texts))]
     return train, [worded([kind], word, rng) for kind in KINDS for word in ask], ask
 
 
 def teacher(seeds: list, s: Imitation, run, title: str):
-    """A model that has learned to answer the records, and to write them."""
+    """A model that has learned to answer the records, and to write them, in twice the steps."""
+    s = replace(s, steps=2 * s.steps)
     model, tokenizer = base(s.model)
     model = prepared(model, s)
     asked = [*zip(*data.encode(seeds, tokenizer, context=model.room))]
