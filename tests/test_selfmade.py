@@ -91,7 +91,7 @@ def test_a_written_record_is_judged_by_what_it_asks(instruction, output, right):
 
 def test_each_arm_learns_from_its_source(tmp_path, monkeypatch):
     """The teacher is taught once; its right and wrong records are told apart."""
-    s = experiment.Imitation(n=6, texts=8, test=2, method="full", seed=3)
+    s = experiment.Imitation(n=6, texts=12, test=2, method="full", seed=3)
     train, test, ask = experiment.gold(s)
     words = [record.context for record in train[6:10]]
     texts = [f"upper\n{word}\n-> {word.upper()}" for word in words] + ["?"] * 4
