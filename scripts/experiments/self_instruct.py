@@ -7,16 +7,16 @@ Lecture 004 calls it imitation learning: Alpaca, Vicuna, GPT4All, WizardLM and O
 another model has written; Alpaca used self-instruct. Wang et al. 2022, arXiv:2212.10560, let a
 model write instructions and answers, drop bad ones by a rule, and tune the model on the rest.
 
-Here the teacher learns 1000 records of three kinds of tasks on words, in 12 wordings each, both to
+Here the teacher learns 2000 records of three kinds of tasks on words, in 12 wordings each, both to
 answer and to write them; for that it has twice the students' steps. It writes 3000 texts, sampled
 at temperature 1: instruction, word and answer. The rule of minilm/data/selfmade.py keeps what is
 readable, new, and answered alike when the teacher is asked its own prompt again; texts about the
 words of the questions are left out before. Each arm is the same base model, tuned on
 
-    teacher           the 1000 records
+    teacher           the 2000 records
     student           what the rule has kept
     student, no rule  as many readable texts, as they were written
-    student and seeds what the rule has kept, and the 1000 records, as in Self-Instruct
+    student and seeds what the rule has kept, and the 2000 records, as in Self-Instruct
     gold              as many records as were kept, with right answers: the gap to them is what
                       imitation loses
 
@@ -69,7 +69,7 @@ class Imitation(Trial):
     source: Literal["teacher", "kept", "readable", "both", "gold"] = "teacher"
     """what is learned from"""
     steps: int = 1200
-    n: int = 1000
+    n: int = 2000
     """records that the teacher learns from"""
     texts: int = 3000
     """what it writes"""
