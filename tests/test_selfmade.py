@@ -97,10 +97,10 @@ def test_each_arm_learns_from_its_source(tmp_path, monkeypatch):
     texts = [f"upper\n{word}\n-> {word.upper()}" for word in words] + ["?"] * 4
     texts[0] = f"upper\n{words[0]}\n-> X"
     learned, taught = [], []
-    monkeypatch.setattr(experiment, "teacher", lambda *_: taught.append(1) or "taught")
+    monkeypatch.setattr(experiment, "writer", lambda *_: taught.append(1) or "taught")
     monkeypatch.setattr(experiment, "written", lambda *_: texts)
-    monkeypatch.setattr(experiment, "answers", lambda model, own, tokenizer: [
-        "other" if record.context == words[3] else record.output for record in own])
+    monkeypatch.setattr(experiment, "answers", lambda model, own, tokenizer, *how: [
+        "other" if record.context == words[3] and not how else record.output for record in own])
     monkeypatch.setattr(experiment, "learned", lambda model, tokenizer, own, *_: (
         learned.append(own), ("model",))[1])
     monkeypatch.setattr(experiment, "right", lambda *_: {experiment.RIGHT: 1.0})
@@ -110,7 +110,7 @@ def test_each_arm_learns_from_its_source(tmp_path, monkeypatch):
         (folder := tmp_path / arm).mkdir()
         rows[arm] = experiment.measured(replace(s, **own), RunDirectory(folder), arm)
     kept = [read(text) for text in texts[:3]]
-    assert taught == [1] and learned == [kept, kept, train[:6] + kept, train[:3]]
+    assert taught == [1] and learned == [train[:6], kept, kept, train[:6] + kept, train[:3]]
     assert [row[experiment.COUNT] for row in rows.values()] == [6, 3, 3, 9, 3]
     assert [row[experiment.TRUE] for row in rows.values()] == pytest.approx(
         [100, 200 / 3, 200 / 3, 800 / 9, 100])

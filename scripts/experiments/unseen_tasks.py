@@ -25,7 +25,7 @@ Asked are words without a letter that comes twice, so that no learned kind gives
 unseen one.
 The model of k = 1 need not read its instructions, so new wordings cannot trouble it. Of the unseen,
 the loss of the right answers is measured, too, which shows what is not enough for a whole answer.
-A seed takes about 8 minutes of one core.
+A seed takes about 10 minutes of one core.
 """
 
 from dataclasses import dataclass
@@ -75,8 +75,8 @@ class Unseen(Trial):
     kinds: int = 1
     """how many of them are learned"""
     batch: int = 16
-    steps: int = 1200
-    train: int = 4000
+    steps: int = 2000
+    train: int = 8000
     """records to learn from, of all kinds"""
     test: int = 120
     """words that are asked about in each way"""
