@@ -41,9 +41,9 @@ ARMS = {
 PART = "trained, % of the model"
 
 
-def within(a: str, b: str = "full"):
+def within(a: str, b: str = "full", measure: str = RIGHT):
     """Does a answer within 4 points of b?"""
-    return lambda rows: compared(rows, RIGHT, a, b, at_least=-4, at_most=4)
+    return lambda rows: compared(rows, measure, a, b, at_least=-4, at_most=4)
 
 
 def small(arm: str):
@@ -58,6 +58,9 @@ CLAIMS = {
     **{f"five tasks, {steps} steps: r = 4 is within 4 points of full fine-tuning":
        within(f"five tasks: r = 4, {steps} steps", f"five tasks: full, {steps} steps")
        for steps in (2000, 6000)},
+    **{f"five tasks, 6000 steps: r = 4 is within 4 points of full fine-tuning in {task!r}":
+       within("five tasks: r = 4, 6000 steps", "five tasks: full, 6000 steps", f"{task}, %")
+       for task in FIVE["tasks"]},
     "five tasks: r = 4 with three times the steps answers more than full fine-tuning":
         lambda rows: compared(rows, RIGHT, "five tasks: r = 4, 6000 steps",
                               "five tasks: full, 2000 steps", at_least=0),
