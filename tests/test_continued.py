@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pretrain
 import pytest
-from generate import load as load_to_generate
 from pretrain import Settings, main
 
 from minilm import checkpoint, data
@@ -19,6 +18,7 @@ from minilm.interop import huggingface, load_model, save_model
 from minilm.measure.losses import loss_of
 from minilm.quantize import quantize_model
 from minilm.run import RunDirectory
+from minilm.trained import load_trained as load_to_generate
 from minilm.transformer import Config, Transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

@@ -14,7 +14,6 @@ import finetune
 import numpy as np
 import pytest
 from finetune import METHODS, Settings, main
-from generate import load as load_to_generate
 
 from minilm import checkpoint, data
 from minilm.files import FormatError, read_json, write_json
@@ -34,6 +33,7 @@ from minilm.peft.adapted import adapted_layers
 from minilm.quantize import QuantizedLinear, quantize_model
 from minilm.run import RunDirectory
 from minilm.train import Trainer
+from minilm.trained import load_trained as load_to_generate
 from minilm.transformer import Config, Ends, Transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

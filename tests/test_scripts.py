@@ -202,9 +202,9 @@ def test_ctrl_c_before_the_first_step_costs_no_time(tmp_path):
     process = start(FOLDER / "pretrain.py", "--corpus", tmp_path / "text.txt", "--out", tmp_path,
                     "--sample", 10**6, "--workers", 1, "--steps", 2, "--prompt", "A ")
     with killed_in_the_end(process):
-        text, line = process.stdout.readline(), process.stdout.readline()
-        assert "3,600 characters to train on, 400 held out" in text
-        assert line.startswith(f"{tmp_path / 'pretrain-1'}: ") and "from step 0" in line
+        lines = [process.stdout.readline() for _ in range(5)]  # 1 to 3 are the mixture
+        assert "3,600 characters to train on, 400 held out" in lines[0]
+        assert lines[4].startswith(f"{tmp_path / 'pretrain-1'}: ") and "from step 0" in lines[4]
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")

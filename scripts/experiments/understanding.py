@@ -181,7 +181,7 @@ def encoder(folder: str):
     """A model that fills in masked tokens, and its tokenizer; tiny ones without a folder."""
     if folder:
         return base(folder)
-    tiny = Config.bert(258, 128, layers=4, heads=2, width=8, hidden=16)
+    tiny = Config.bert(258, 128, layers=2, heads=2, width=16, hidden=16)
     return Transformer(tiny), data.ByteTokenizer()
 
 
