@@ -189,7 +189,7 @@ def run_in(path):
 
 
 def test_a_parameter_that_changes_is_seen(tmp_path, monkeypatch):
-    s = replace(TINY, text=2)
+    s = replace(TINY, replay=0.5)
     found = experiment.measured(s, run_in(tmp_path / "a"), "a")
     assert found[CHANGED] == 0 and found["SHA-256 before"] == found["SHA-256 after"]
 
@@ -223,10 +223,18 @@ def test_a_model_for_each_kind_learns_its_one_task(tmp_path, monkeypatch):
     assert [len(pairs) for pairs in seen[0]] == [SHOTS + 1] * 4
 
 
-def test_old_text_comes_beside_the_rows():
-    tokens = experiment.Beside(ShotBatches(draw_task, TOKENIZER, 2, 0),
-                               [(np.full((1, 47), 7), np.full((1, 47), 8))])[0][0]
-    assert tokens.shape == (3, 47) and (tokens[2] == 7).all() and (tokens[:2] != 7).any()
+def test_old_text_comes_beside_the_rows(tmp_path, monkeypatch):
+    sizes, arrow = [], TOKENIZER.encode(">")[0]
+
+    def taught(model, batches, s, run, title):
+        sizes.append((len(batches[0][0]), (batches[0][0] == arrow).sum(axis=1).tolist()))
+        return model, 0, 0.0
+    monkeypatch.setattr(experiment, "taught", taught)
+    for share in (0.0, 0.5):
+        experiment.learned(replace(TINY, replay=share), run_in(tmp_path / str(share)), "", [])
+    (few, shown), (many, both) = sizes
+    assert (few, many) == (4, 8) and both[:4] == shown == [SHOTS + 1] * 4
+    assert all(count < SHOTS + 1 for count in both[4:])
 
 
 @pytest.mark.parametrize("claim, arm, numbers, against", [

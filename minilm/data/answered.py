@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from minilm.data.instructions import Record
-from minilm.files import FormatError, read_bytes, require_no_pointer
+from minilm.data.lines import first_has, load_lines
 from minilm.strict import parse
 
 
@@ -40,28 +40,12 @@ def answered(records: Sequence[Record], answers: Sequence[str]) -> list[Answered
 
 def holds_answers(path: str | os.PathLike) -> bool:
     """Whether the first line of a JSONL file has an answer. FormatError, FileNotFoundError."""
-    first = read_bytes(path).lstrip().partition(b"\n")[0]
-    try:
-        return "answer" in parse(first)
-    except (TypeError, ValueError, RecursionError):
-        return False
+    return first_has(path, "answer")
 
 
 def load_answered(path: str | os.PathLike) -> list[Answered]:
     """The answers of a JSONL file. FormatError with line and field, FileNotFoundError."""
-    found, content = [], read_bytes(path)
-    require_no_pointer(path, content)
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            found.append(_answered(parse(line)))
-        except json.JSONDecodeError as error:
-            said = f"line {number}: not valid JSON: {error.msg}, at column {error.colno}"
-            raise FormatError(path, said) from error
-        except (TypeError, ValueError, RecursionError) as error:
-            raise FormatError(path, f"line {number}: {error}") from error
-    if not found:
-        raise FormatError(path, "holds no answer")
-    return found
+    return load_lines(path, lambda line: _answered(parse(line)), "answer")
 
 
 def to_lines(found: Sequence[Answered]) -> bytes:

@@ -12,7 +12,6 @@ long as one's tokens begin with those of the turn before. Some templates write a
 otherwise than the last one, without its thoughts, say; then the next turn begins a row of its own.
 """
 
-import json
 import os
 from collections.abc import Collection, Sequence
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from minilm.data.batches import IGNORED
 from minilm.data.chat import Chat, checked
-from minilm.files import FormatError, read_bytes
+from minilm.data.lines import first_has, load_lines
 from minilm.strict import parse
 
 Messages = list[dict[str, str]]
@@ -28,27 +27,12 @@ Messages = list[dict[str, str]]
 
 def holds_conversations(path: str | os.PathLike) -> bool:
     """Whether the first line of a JSONL file has messages. FormatError, FileNotFoundError."""
-    first = read_bytes(path).lstrip().partition(b"\n")[0]
-    try:
-        return "messages" in parse(first)
-    except (TypeError, ValueError, RecursionError):
-        return False
+    return first_has(path, "messages")
 
 
 def load_conversations(path: str | os.PathLike) -> list[Messages]:
     """The conversations of a JSONL file. FormatError with the line, FileNotFoundError."""
-    found = []
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
-        try:
-            found.append(_conversation(parse(line)))
-        except json.JSONDecodeError as error:
-            said = f"line {number}: not valid JSON: {error.msg}, at column {error.colno}"
-            raise FormatError(path, said) from error
-        except (TypeError, ValueError, RecursionError) as error:
-            raise FormatError(path, f"line {number}: {error}") from error
-    if not found:
-        raise FormatError(path, "holds no conversation")
-    return found
+    return load_lines(path, lambda line: _conversation(parse(line)), "conversation")
 
 
 def opening(messages: Messages) -> str:

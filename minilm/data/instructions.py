@@ -13,8 +13,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from minilm.data.batches import IGNORED
+from minilm.data.lines import load_lines
 from minilm.data.tokenizers import Tokenizer
-from minilm.files import FormatError, read_bytes, require_no_pointer, write_atomically
+from minilm.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,7 @@ def prompt(record: Record) -> str:
 
 def load_records(path: str | os.PathLike) -> list[Record]:
     """The records of a JSONL file. Raises FormatError with line and field, FileNotFoundError."""
-    records, content = [], read_bytes(path)
-    require_no_pointer(path, content)
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            records.append(_record(line))
-        except json.JSONDecodeError as error:
-            said = f"line {number}: not valid JSON: {error.msg}, at column {error.colno}"
-            raise FormatError(path, said) from error
-        except (TypeError, ValueError, RecursionError) as error:
-            raise FormatError(path, f"line {number}: {error}") from error
-    if not records:
-        raise FormatError(path, "holds no record")
-    return records
+    return load_lines(path, _record, "record")
 
 
 def save_records(path: str | os.PathLike, records: Sequence[Record]) -> None:

@@ -36,6 +36,7 @@ import numpy as np
 
 from minilm import data
 from minilm.command import command
+from minilm.data.replay import most_old
 from minilm.data.shots import (
     KINDS,
     SHOTS,
@@ -52,7 +53,7 @@ from minilm.measure.ideal import ideal
 from minilm.measure.losses import loss_of
 from minilm.measure.verdict import compared, single, verdict
 from minilm.picture import COLORS
-from minilm.ranges import whole
+from minilm.ranges import BELOW_1
 from minilm.run import RunDirectory, share_held_out
 from minilm.trial import Trial, base, old_text, prepared, program, taught
 
@@ -67,17 +68,17 @@ class InContext(Trial):
     method: str = "full"
     alone: bool = False
     """learn one task of each kind, in a model of its own, without demonstrations"""
-    text: int = 0
-    """rows of old text in a step, beside the others"""
+    replay: float = 0.0
+    """share of the rows that are old text, beside the others"""
     test: int = 100
     """questions of each kind"""
 
-    RANGES: ClassVar = Trial.RANGES | {"text": whole(0)}
+    RANGES: ClassVar = Trial.RANGES | {"replay": BELOW_1}
 
 
 ARMS = {
     "base": {"steps": 0},
-    "in context": {"batch": 26, "text": 6, "steps": 1800, "lr": 3e-3},
+    "in context": {"batch": 26, "replay": 6 / 32, "steps": 1800, "lr": 3e-3},
     "fine-tuned": {"alone": True, "batch": 32, "steps": 200, "lr": 1e-3},
 }
 BASE, SHOWN, TUNED = ARMS
@@ -107,11 +108,11 @@ def rise(arm: str, before: str, after: str, at_least: float | None = 0,
     return judge
 
 
-AS_IT_IS = f"{SHOTS} demonstrations improve the answers of the base by 5 points"
 CLAIMS = {
     f"{SHOTS} demonstrations improve the answers of a model that has learned from such rows by 5 "
     "points": rise(SHOWN, RIGHT[0], RIGHT[SHOTS], 5),
-    AS_IT_IS: rise(BASE, RIGHT[0], RIGHT[SHOTS], 5),
+    f"{SHOTS} demonstrations improve the answers of the base by 5 points":
+        rise(BASE, RIGHT[0], RIGHT[SHOTS], 5),
     f"{SHOTS} demonstrations make the right answers likelier to the base":
         rise(BASE, LOSS[SHOTS], LOSS[0]),
     "one demonstration is better than none": rise(SHOWN, RIGHT[0], RIGHT[1]),
@@ -139,8 +140,6 @@ CLAIMS = {
     "so it is over the model that learns from demonstrations, zero-shot":
         lambda rows: compared(rows, ONE[0], TUNED, SHOWN, at_least=50),
 }
-LIKELY = {AS_IT_IS: "the base is small, and its text is no row of examples: it answers none of the "
-                    "questions, with demonstrations or without"}
 
 
 def measured(s: InContext, run, title: str) -> dict:
@@ -182,22 +181,13 @@ def learned(s: InContext, run, title: str, one: list[Question]):
         return models, tokenizer
     if s.steps:
         batches = ShotBatches(draw_task, tokenizer, s.batch, s.seed)
-        if s.text:
-            length = batches[0][0].shape[1]
+        if s.replay:
             stream = data.pack(texts(share(s))[: s.documents], tokenizer)
-            batches = Beside(batches, data.Batches([stream], [1], s.text, length, s.seed))
+            old = data.Batches([stream], [1], most_old(s.batch, s.replay, beside=True),
+                               batches[0][0].shape[1], s.seed)
+            batches = data.Replay(batches, old, s.replay, s.seed, beside=True)
         model = taught(prepared(model, s), batches, s, run, title)[0]
     return dict.fromkeys(KINDS, model), tokenizer
-
-
-class Beside:
-    """The rows of two batches together."""
-
-    def __init__(self, some, others):
-        self.some, self.others = some, others
-
-    def __getitem__(self, step: int):
-        return data.filled([*zip(*self.some[step]), *zip(*self.others[step])])
 
 
 def share(s: Trial) -> float:
@@ -301,7 +291,7 @@ def plotted(x, axes, y, color: str, line: str = "o-", label: str | None = None):
         axes.plot(x, y, line, color=color, label=label, linewidth=1.2, markersize=3)
 
 
-EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw, LIKELY)
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
 main = program(EXPERIMENT, measured, InContext)
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ Adapter D is AdapterDrop: adapters P without those in the lowest blocks, here in
 sizes are the slide's in proportion: its 0.3M or 0.8M are 8k here. LoRA is on q and v, as there; "on
 all layers" is the other choice.
 
-Single bytes are hard to fill in. An encoder first learns how frequent they are; then for a long
-time nothing; then, all at once, what stands beside them. With two blocks and short rows that comes
-after 1500 steps. With four it had not come after 5000, at two rates, nor with BPE.
+Single bytes are hard to fill in. An encoder first learns how frequent they are, then for long
+nothing, and then what stands beside them; the more blocks, the later, and not with every seed. So
+look at the loss that pretrain.py prints: it must have left the plateau.
 
     python scripts/pretrain.py --family bert --corpus python-reference python-source \\
         --weights 1 1 --layers 2 --heads 8 --context 48 --batch 24 --steps 4000 --lr 3e-3 \\
