@@ -1,7 +1,7 @@
 """What all tests share: hypothesis profiles, no network, `close`, and CuPy or its stand-in.
 
-HYPOTHESIS_PROFILE=thorough draws many more examples, few is for kernels under sanitizers; CI, where
-set, makes them the same every time.
+HYPOTHESIS_PROFILE=thorough draws many more examples, few is for kernels under sanitizers, ci makes
+them the same every time.
 The tolerances of `close`, by dtype and with their reason, are in `scripts/bench/op_table.py`.
 """
 
@@ -12,6 +12,11 @@ import os
 import signal
 import socket
 from collections import Counter
+
+# Several workers on the same cores, each with a thread for every core, mostly wait for each other:
+# tests took up to ten times as long. It must be said before NumPy is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
 
 import pytest
 from hypothesis import settings
