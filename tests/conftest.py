@@ -7,6 +7,7 @@ The tolerances of `close`, by dtype and with their reason, are in `scripts/bench
 
 import contextlib
 import ctypes
+import gc
 import importlib.util
 import os
 import signal
@@ -99,10 +100,13 @@ def cupy(request):
     if request.param == "emulated" and not emulator.available() and "CI" not in os.environ:
         pytest.skip("no g++: kernels cannot run on the CPU")
     stand_in = installed() if request.param == "emulated" else contextlib.nullcontext()
+    gc.collect()
+    gc.freeze()  # where no memory is left garbage is collected: not by looking at all of this again
     with stand_in:
         forget_cupy()
         yield backend.cupy()
         forget_cupy()
+    gc.unfreeze()
 
 
 def forget_cupy():
