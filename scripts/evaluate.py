@@ -118,7 +118,7 @@ def executed(examples, seed: int, draws: int) -> Score:
 
 def show(task: str, examples, found: dict[str, Score], why: dict[str, str]):
     """Print a task's scores, what does not fit, and some answers that are wrong."""
-    print(f"\n{data.printable(task)}: {len(examples):,} answers\n"
+    print(f"\n{data.printable(task)}: {len(examples):,} answer{'s' * (len(examples) > 1)}\n"
           f"{'':26}{'score':>9}    95 % interval by examples")
     for name, (value, low, high) in found.items():
         print(f"{name:26}{value:9.3f}    {low:.3f} to {high:.3f}")

@@ -22,9 +22,9 @@ records are compositions of two kinds ("turn around and sort"). It is asked abou
     unseen kind             "drop the first letter", in any phrase; no record has it
 
 Asked are words without a letter that comes twice, so that no learned kind gives the answer of an
-unseen one.
-The model of k = 1 need not read its instructions, so new wordings cannot trouble it. Of the unseen,
-the loss of the right answers is measured, too, which shows what is not enough for a whole answer.
+unseen one. The model of k = 1 need not read its instructions, so new wordings cannot trouble it. Of
+the unseen, the loss of the right answers is measured, too, which shows what is not enough for a
+whole answer.
 A seed takes about 10 minutes of one core.
 """
 
