@@ -7,13 +7,16 @@ A program with a parameter `given` gets the names of the options that stand on t
 `--steps 2400` is not the same as no word about steps, even if 2400 is the default.
 """
 
+import contextlib
 import functools
 import inspect
 import io
 import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import tyro
@@ -36,7 +39,8 @@ def command(main, stopped: str = "stopped", name: str | None = None):
     if "given" in inspect.signature(main).parameters:
         main = functools.partial(main, given=options(sys.argv[1:]))
     try:
-        tyro.cli(main, prog=name)
+        with no_ctrl_c_lost():
+            tyro.cli(main, prog=name)
     except SystemExit as asked:
         ended = asked.code
     except KeyboardInterrupt:
@@ -51,6 +55,28 @@ def command(main, stopped: str = "stopped", name: str | None = None):
         ended = f"{name}: {error.strerror}; {stopped}"
     if ended:
         sys.exit(ended)
+
+
+@contextlib.contextmanager
+def no_ctrl_c_lost():
+    """Inside, a Ctrl-C that comes while an object is let go of, comes again a moment later.
+
+    What is raised in `__del__` or by a weak reference goes no further: Python would print it, and
+    the program would go on.
+    """
+    before, main = sys.unraisablehook, threading.main_thread().ident
+
+    def hook(lost):
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, signal.pthread_kill, [main, signal.SIGINT]).start()
+        else:
+            before(lost)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def notes(error) -> str:

@@ -250,3 +250,37 @@ def test_a_folder_that_is_not_utf8_is_a_folder(pretrain, tmp_path, monkeypatch):
 def test_python_m_minilm_names_itself():
     done = run([sys.executable, "-m", "minilm", "--nothing"])
     assert done.returncode == 2 and b"python -m minilm" in done.stderr
+
+
+def test_ctrl_c_while_an_object_is_let_go_of_is_not_lost(tmp_path):
+    """Python prints what is raised in __del__ and goes on; the program must stop all the same."""
+    (tmp_path / "waits.py").write_text("""
+import signal, time
+from minilm.command import command
+
+class Dropped:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def main():
+    Dropped()
+    time.sleep(30)
+
+command(main)
+""")
+    done = run([sys.executable, tmp_path / "waits.py"])
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"\nstopped\n")
+
+
+def test_what_else_cannot_be_raised_is_still_told(tmp_path):
+    (tmp_path / "tells.py").write_text("""
+from minilm.command import command
+
+class Dropped:
+    def __del__(self):
+        raise ValueError("told")
+
+command(lambda: print(Dropped()) or None)
+""")
+    done = run([sys.executable, tmp_path / "tells.py"])
+    assert done.returncode == 0 and b"ValueError: told" in done.stderr
