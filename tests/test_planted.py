@@ -58,8 +58,7 @@ def test_it_is_known_what_was_planted(seed, copies, trouble, times):
         if page.kind in (GOOD, COPY):
             assert page.text == DOCUMENTS[page.source]
         if page.kind == NEAR:
-            near = jaccard(shingles(page.text), shingles(DOCUMENTS[page.source]))
-            assert LEAST <= near < 1 or page.text == DOCUMENTS[page.source]
+            assert LEAST <= jaccard(shingles(page.text), shingles(DOCUMENTS[page.source]))
     assert kinds[NEAR] in range(kinds[COPY] - 24, kinds[COPY] + 1)
     assert planted(DOCUMENTS, np.random.default_rng(seed), copies, trouble, times) == pages
 
