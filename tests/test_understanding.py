@@ -13,7 +13,7 @@ from minilm import data
 from minilm.data.understanding import Pieces
 from minilm.interop import huggingface
 from minilm.run import newest_model
-from minilm.transformer import Config, Transformer
+from minilm.transformer import Config, Transformer, with_classes
 from minilm.trial import newest, writer
 
 CORPORA = {"low": ("abcd efgh " * 9, "short", "ijkl mnop qr " * 5), "high": ("STUV WXYZ " * 20,)}
@@ -48,12 +48,14 @@ def test_every_place_has_the_same_chance():
     assert {*found} == {"ab", "bc", "de"} and min(found.values()) > 900
 
 
-@given(st.sampled_from(understanding.TASKS), seeds, st.integers(1, 40))
+@given(st.sampled_from([*understanding.TASKS]), seeds, st.integers(1, 40))
 def test_each_class_comes_equally_often(task, seed, count):
     examples = made(task, seed, count)
     assert examples == made(task, seed, count)
     counts = Counter(example.label for example in examples)
-    assert len(examples) == count and abs(counts[0] - counts[1]) <= 1
+    labels = range(6 if task == "similar" else 2)
+    assert len(examples) == count and {*counts} <= {*labels}
+    assert max(counts.values()) - min(counts[label] for label in labels) <= 1
     assert {sum(map(len, example.texts)) for example in examples} == {20}
 
 
@@ -69,8 +71,8 @@ def test_words_are_turned_round_or_not(seed):
     for (text,), label in made("words", seed):
         assert (text in texts_of()) == (label == 0)  # no word is another one backwards
         if label:
-            halves = text.split(" ")
-            assert any(word[::-1] in texts_of() and len(word) > 3 for word in halves)
+            halves = [word for word in text.split(" ") if len(word) > 3]
+            assert halves and all(word[::-1] in texts_of() for word in halves)
 
 
 @given(seeds)
@@ -80,8 +82,35 @@ def test_a_second_text_goes_on(seed):
     assert found[1, True] == 30 and found[0, False] > 10  # the texts repeat: some go on by chance
 
 
+@given(seeds, st.integers(10, 40))
+def test_a_grade_is_how_many_fifths_are_the_same(seed, size):
+    other = {"digits": ("0123456789" * 9,), "letters": ("abcdefghij" * 9,)}  # may start alike
+    for (one, two), grade in data.make_examples("similar", other, 12, size, seed):
+        same = [a == b for a, b in zip(one, two)]
+        fifths = [same[i] for i in np.unique(np.arange(size // 2) * 5 // (size // 2),
+                                             return_index=True)[1]]
+        assert len(one) == len(two) == size // 2 and isinstance(grade, float)
+        assert one == two if grade == 5 else sum(fifths) in (grade, 5)  # or the same text twice
+
+
+def test_grades_are_learned_by_least_squares():
+    examples = data.make_examples("similar", CORPORA, 24, 20, 0)
+    tokens, grades, mask = data.rows_of_examples(examples, BYTES, 30)
+    assert grades.dtype == np.float32 and Counter(grades.tolist()) == {g: 4 for g in range(6)}
+    model = Transformer(Config.bert(258, 30, layers=1, heads=2, width=8, hidden=8))
+    model = with_classes(model, ("similarity",))
+    said = understanding.answers(model, tokens, grades, mask)
+    loss, share = understanding.GradeLoss(), slice(0, 9)
+    assert loss.totals(tokens, grades, mask) == (24,)
+    assert float(loss(model, tokens, grades, mask).data) == pytest.approx(
+        np.mean((np.array(said) - grades) ** 2), rel=1e-5)
+    part = loss(model, tokens[share], grades[share], mask[share], totals=(24,))
+    assert float(part.data) == pytest.approx(
+        np.sum((np.array(said) - grades)[share] ** 2) / 24, rel=1e-5)
+
+
 @pytest.mark.parametrize("given, said", [
-    (("sentiment", CORPORA, 4, 20, 0), "'sentiment' is none of the tasks corpus, words, next"),
+    (("sentiment", CORPORA, 4, 20, 0), "'sentiment' is none of the tasks corpus, words, .*similar"),
     (("corpus", {"one": ("text " * 9,)}, 4, 20, 0), r"at least two corpora, got \['one'\]"),
     (("next", CORPORA, 4, 7, 0), "size must be at least 8 characters, got 7"),
     (("next", CORPORA, 4, 999, 0), "no document has 999 characters"),

@@ -1,12 +1,13 @@
 """Small tasks for a model that understands: pieces of documents, and which class they are of.
 
     corpus    a piece: which corpus is it from?
-    words     a piece: is it as it was written, or are some of its words written backwards?
+    words     a piece: is it as it was written, or are its longer words written backwards?
     next      two pieces: does the second go on where the first ends, or is it from elsewhere?
+    similar   two pieces: how many fifths of the first does the second repeat? A grade, 0 to 5
 
 They are to GLUE (Wang et al. 2018, arXiv:1804.07461) what TASKS is to instructions: SST-2 asks for
-a fact about one text, CoLA whether it is right, and QNLI and RTE what two have to do with each
-other. Pieces are cut anywhere, also inside of words.
+a fact about one text, CoLA whether it is right, QNLI and RTE what two have to do with each other,
+and STS-B how similar they are. Pieces are cut anywhere, also inside of words.
 """
 
 import re
@@ -19,10 +20,10 @@ from minilm.data.tokenizers import Tokenizer
 
 
 class Example(NamedTuple):
-    """One text or two, and the number of their class."""
+    """One text or two, and the number of their class, or their grade."""
 
     texts: tuple[str, ...]
-    label: int
+    label: int | float
 
 
 class Pieces:
@@ -47,29 +48,33 @@ class Pieces:
 
 
 def classes_of(task: str, corpora: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """The names of a task's classes. ValueError for an unknown task."""
+    """The names of a task's classes; of grades, what they are of.
+
+    ValueError for an unknown task.
+    """
     if task not in KINDS:
         raise ValueError(f"{task!r} is none of the tasks {', '.join(KINDS)}")
-    return KINDS[task][0] or tuple(corpora)
+    return KINDS[task].classes or tuple(corpora)
 
 
 def make_examples(task: str, corpora: Mapping[str, Sequence[str]], count: int, size: int,
                   seed: int) -> list[Example]:
-    """`count` examples with `size` characters each, as many of each class, in random order.
+    """`count` examples of `size` characters, as many of each class or grade, in random order.
 
     corpora: name -> documents. All of them are drawn from with equal chance. ValueError for an
     unknown task, for sizes below 8, for corpora without such a piece, and for fewer than two
     corpora if the task is to tell them apart.
     """
     classes = classes_of(task, corpora)
-    if len(classes) < 2:
+    if not KINDS[task].classes and len(classes) < 2:
         raise ValueError(f"task {task!r} needs at least two corpora, got {list(corpora)}")
     if size < 8:
         raise ValueError(f"size must be at least 8 characters, got {size}")
     pieces = [Pieces(documents, size) for documents in corpora.values()]
     rng = np.random.default_rng([seed, *task.encode()])
-    labels = rng.permutation(np.arange(count) % len(classes))
-    return [Example(KINDS[task][1](pieces, int(label), rng), int(label)) for label in labels]
+    labels = rng.permutation(np.arange(count) % (KINDS[task].grades or len(classes))).tolist()
+    kind = float if KINDS[task].grades else int
+    return [Example(KINDS[task].draw(pieces, label, rng), kind(label)) for label in labels]
 
 
 def anywhere(pieces: list[Pieces], rng) -> str:
@@ -83,9 +88,9 @@ def of_corpus(pieces, label, rng) -> tuple[str]:
 
 
 def of_words(pieces, label, rng) -> tuple[str]:
-    """A piece as it is (0), or with about half of its words backwards (1).
+    """A piece as it is (0), or with its words of four or more letters backwards (1).
 
-    Either one has words of four or more letters that are not the same backwards.
+    Either one has such words that are not the same backwards.
     """
     for _ in range(1000):
         text = anywhere(pieces, rng)
@@ -95,9 +100,7 @@ def of_words(pieces, label, rng) -> tuple[str]:
     else:
         raise ValueError("of 1000 pieces none has a word of four letters")
     if label:
-        turned = rng.random(len(words)) < 0.5
-        turned[rng.integers(len(words))] = True
-        for a, b in (span for span, turn in zip(words, turned) if turn):
+        for a, b in words:
             text = text[:a] + text[a:b][::-1] + text[b:]
     return (text,)
 
@@ -110,16 +113,36 @@ def of_next(pieces, label, rng) -> tuple[str, str]:
     return text[:half], other[half:]
 
 
-KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {  # task -> (its classes, what draws one)
-    "corpus": ((), of_corpus),  # the corpora's names
-    "words": (("as written", "backwards"), of_words),
-    "next": (("elsewhere", "goes on"), of_next),
+def of_similar(pieces, grade, rng) -> tuple[str, str]:
+    """The first half of a piece, and the same with all but `grade` of its fifths from elsewhere."""
+    half = pieces[0].size // 2
+    text, other = anywhere(pieces, rng)[:half], anywhere(pieces, rng)[:half]
+    kept = rng.permutation(np.arange(FIFTHS) < grade)[np.arange(half) * FIFTHS // half]
+    return text, "".join(a if keep else b for a, b, keep in zip(text, other, kept))
+
+
+FIFTHS = 5
+
+
+class Kind(NamedTuple):
+    """A task: its classes, none for the corpora's names; what draws one; how many grades it has."""
+
+    classes: tuple[str, ...]
+    draw: Callable
+    grades: int = 0
+
+
+KINDS = {
+    "corpus": Kind((), of_corpus),
+    "words": Kind(("as written", "backwards"), of_words),
+    "next": Kind(("elsewhere", "goes on"), of_next),
+    "similar": Kind(("similarity",), of_similar, FIFTHS + 1),
 }
 
 
 def rows_of_examples(examples: Sequence[Example], tokenizer: Tokenizer,
                      context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, labels, mask) of examples: (N, T), (N,) and (N, T), int32.
+    """(tokens, labels, mask) of examples: (N, T), (N,) and (N, T), int32; float32 for grades.
 
     A row is the tokenizer's end, and each text with the end after it. So the first token, which a
     pooler takes, is always the same, and it is none of the text's. What does not fit is cut off.
@@ -135,7 +158,8 @@ def rows_of_examples(examples: Sequence[Example], tokenizer: Tokenizer,
     mask = np.arange(lengths.max()) < lengths[:, None]
     tokens = np.full(mask.shape, tokenizer.end, np.int32)
     tokens[mask] = np.concatenate(rows)
-    return tokens, np.array([e.label for e in examples], np.int32), mask.astype(np.int32)
+    kind = np.float32 if isinstance(examples[0].label, float) else np.int32
+    return tokens, np.array([e.label for e in examples], kind), mask.astype(np.int32)
 
 
 class EpochBatches:
