@@ -25,7 +25,7 @@ FLOORS = [
     {"quantize", "peft", "distill", "optim", "parallel"},
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
-     "results", "experiment", "command", "adapting", "continued", "trial", "trained",
+     "results", "experiment", "command", "adapting", "continued", "trial", "tables", "trained",
      "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -108,6 +108,7 @@ WITHIN = {  # the arrows inside a floor
     ("trial", "loop"),
     ("trial", "run"),
     ("trial", "versions"),
+    ("tables", "trial"),
     ("trained", "run"),
     ("loop", "train"),
     ("command", "train"),

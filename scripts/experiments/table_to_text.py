@@ -23,29 +23,12 @@ A record takes up to 158 bytes, more than a row of the default model has room fo
     python scripts/pretrain.py --bias --context 192 --seed 1
 """
 
-import numpy as np
-
-from minilm import data
 from minilm.command import command
 from minilm.experiment import Experiment
-from minilm.measure.answers import answers
-from minilm.measure.text.scores import overlap
 from minilm.measure.verdict import by_arm, compared, compared_best
 from minilm.picture import COLORS, bars
-from minilm.trial import (
-    KNOWN,
-    LOSS,
-    RIGHT,
-    TRAINED,
-    Trial,
-    base,
-    learned,
-    loss_of_answers,
-    low_rank,
-    old_text,
-    program,
-    records_of,
-)
+from minilm.tables import COLUMNS, E2E_COLUMNS, MEASURES, TABLE, measured
+from minilm.trial import LOSS, RIGHT, low_rank, program
 
 QUESTION = "Which small change is enough to describe what a table says?"
 
@@ -55,10 +38,7 @@ E2E = {  # GPT-2 M
     "adapter H, 74k": (67.3, 8.50, 46.0, 70.7, 2.44), "top 2": (68.1, 8.59, 46.0, 70.8, 2.41),
     "PrefixLayer, 9k": (69.7, 8.81, 46.1, 71.4, 2.49), "LoRA, 9k": (70.4, 8.85, 46.8, 71.8, 2.53)}
 SLIDE = {f"lecture 001: GPT-2 M, E2E, {column}": {arm: row[i] for arm, row in E2E.items()}
-         for i, column in enumerate(("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr"))}
-COLUMNS = {"BLEU, %": 1, "NIST": 2, "METEOR, %": 1, "ROUGE-L of COCO, %": 1, "CIDEr-D": 2}
-
-TABLE = {"tasks": ("table",), "words": data.tasks.ALL, "steps": 1000, "train": 1300}
+         for i, column in enumerate(E2E_COLUMNS)}
 ARMS = {
     "base model": TABLE | {"steps": 0},
     "full": TABLE | {"method": "full", "lr": 1e-3},
@@ -93,19 +73,6 @@ CLAIMS = {
 }
 
 
-def measured(s: Trial, run, title: str) -> dict:
-    """The numbers of MEASURES, on tables that were not learned from."""
-    train, test = records_of(s)
-    model, tokenizer = base(s.model)
-    model, trained, _ = learned(model, tokenizer, train, s, run, title)
-    said = answers(model, test, tokenizer)
-    found = overlap(said, [(record.output, *record.references) for record in test])
-    right = [data.score(record, answer) for record, answer in zip(test, said)]
-    return {RIGHT: 100 * float(np.mean(right)), **{column: found[column] for column in COLUMNS},
-            LOSS: loss_of_answers(model, tokenizer, test), KNOWN: old_text(model, tokenizer, s),
-            TRAINED: trained}
-
-
 def draw(figure, rows):
     """What is learned: a bar for the mean of each arm, a dot for each seed."""
     sides = figure.subplots(1, 2, sharey=True)
@@ -114,8 +81,7 @@ def draw(figure, rows):
         axes.set_xlabel(measure, fontsize=8)
 
 
-EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS,
-                        {RIGHT: 1, **COLUMNS, LOSS: 3, KNOWN: 2, TRAINED: 0}, CLAIMS, draw)
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
 main = program(EXPERIMENT, measured)
 
 if __name__ == "__main__":
