@@ -26,8 +26,9 @@ from minilm.trial import (
 )
 
 E2E_COLUMNS = ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr")
+SUMMARIES = {"ROUGE-1, %": 1, "ROUGE-2, %": 1, "ROUGE-L, %": 1}  # as SAMSum has them
 COLUMNS = {"BLEU, %": 1, "NIST": 2, "METEOR, %": 1, "ROUGE-L of COCO, %": 1, "CIDEr-D": 2}
-MEASURES = {RIGHT: 1, **COLUMNS, LOSS: 3, KNOWN: 2, TRAINED: 0}
+MEASURES = {RIGHT: 1, **COLUMNS, **SUMMARIES, LOSS: 3, KNOWN: 2, TRAINED: 0}
 TABLE = {"tasks": ("table",), "words": data.tasks.ALL, "steps": 1000, "train": 1300}
 
 
@@ -38,7 +39,8 @@ def measured(s: Trial, run, title: str) -> dict:
     model, trained, _ = learned(model, tokenizer, train, s, run, title)
     said = answers(model, test, tokenizer)
     found = overlap(said, [(record.output, *record.references) for record in test])
+    found = {column: found[column] for column in (*COLUMNS, *SUMMARIES)}
     right = [data.score(record, answer) for record, answer in zip(test, said)]
-    return {RIGHT: 100 * float(np.mean(right)), **{column: found[column] for column in COLUMNS},
+    return {RIGHT: 100 * float(np.mean(right)), **found,
             LOSS: loss_of_answers(model, tokenizer, test), KNOWN: old_text(model, tokenizer, s),
             TRAINED: trained}

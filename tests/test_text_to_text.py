@@ -67,7 +67,7 @@ def test_what_is_no_number_of_the_scale_is_as_far_off_as_can_be(said):
     assert off(data.Record("Similarity", "ab ab", "1.2"), said) == 3.8
 
 
-@given(st.sampled_from([*KINDS]), seeds)
+@given(st.sampled_from([task for task, kind in KINDS.items() if not kind.grades]), seeds)
 def test_classes_are_written_as_words(task, seed):
     examples = data.make_examples(task, CORPORA, 10, 20, seed)
     classes = data.classes_of(task, CORPORA)
@@ -134,3 +134,18 @@ def test_the_claims_can_fail():
     assert claim(rows(80, 82)).verdict == HOLDS and claim(rows(70, 82)).verdict == FAILS
     assert nearer(rows(1, 1, (0.1, 9))).verdict == HOLDS
     assert nearer(rows(1, 1, (9, 0.1))).verdict == FAILS
+
+
+def test_what_is_said_is_judged_by_the_task():
+    def pair(grade): return data.Record("Similarity", f"ab {grade}", grade, task="similarity")
+    def kind(name, number): return data.Record("Kind", f"{number}", name, task="kind")
+    asked = {"kind": [kind("text", 0), kind("text", 1), kind("code", 2), kind("code", 3)],
+             "similarity": [pair("1.0"), pair("3.0"), pair("5.0")]}
+    said = dict(zip([*asked["kind"], *asked["similarity"]],
+                    ["text", "text", "code", "text", "1.0", "high", "3.0"]))
+    found = one_model.judged(asked, said)
+    assert (found["kind, %"], found["similarity, %"]) == (75, pytest.approx(100 / 3))
+    assert found[one_model.MATTHEWS] == pytest.approx(100 / 3**0.5)
+    assert found[one_model.PEARSON] == pytest.approx(
+        100 * np.corrcoef([1, 0, 3], [1, 3, 5])[0, 1])  # "high" is taken for 0, the farther end
+    assert found[one_model.OFF] == pytest.approx((0 + 3 + 2) / 3)

@@ -38,14 +38,23 @@ def written(similarity: float) -> str:
     return f"{round(5 * similarity) / 5:.1f}"
 
 
-def off(record: Record, answer: str) -> float:
-    """How far an answer is from the similarity that the record's output names.
+def graded(record: Record, answer: str) -> float:
+    """The similarity that an answer says.
 
-    An answer that is no number from 0 to 5 counts as the end of the scale that is farther away.
+    An answer that is no number from 0 to 5 counts as the end of the scale that is farther away from
+    the record's output.
+
+    >>> [graded(Record("Similarity", "ab ac", "2.4"), said) for said in ("3.0", "high")]
+    [3.0, 5.0]
+    """
+    said = float(answer) if re.fullmatch(r"[0-9](\.[0-9]+)?", answer) else MOST + 1
+    return said if said <= MOST else MOST * (float(record.output) <= MOST / 2)
+
+
+def off(record: Record, answer: str) -> float:
+    """How far the similarity that an answer says is from the one that the record's output names.
 
     >>> off(Record("Similarity", "ab ac", "2.4"), "3.0"), off(Record("S", "ab ac", "2.0"), "high")
     (0.6, 3.0)
     """
-    right = float(record.output)
-    said = float(answer) if re.fullmatch(r"[0-9](\.[0-9]+)?", answer) else MOST + 1
-    return round(abs(said - right) if said <= MOST else max(right, MOST - right), 9)
+    return round(abs(graded(record, answer) - float(record.output)), 9)
