@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import threading
+import typing
 from pathlib import Path
 
 import tyro
@@ -40,7 +41,7 @@ def command(main, stopped: str = "stopped", name: str | None = None):
         main = functools.partial(main, given=options(sys.argv[1:]))
     try:
         with no_ctrl_c_lost():
-            tyro.cli(main, prog=name)
+            tyro.cli(main, prog=name, config=(tyro.conf.FlagCreatePairsOff,), registry=SHOWN)
     except SystemExit as asked:
         ended = asked.code
     except KeyboardInterrupt:
@@ -55,6 +56,23 @@ def command(main, stopped: str = "stopped", name: str | None = None):
         ended = f"{name}: {error.strerror}; {stopped}"
     if ended:
         sys.exit(ended)
+
+
+SHOWN = tyro.constructors.ConstructorRegistry()
+
+
+@SHOWN.primitive_rule
+def or_none(option: tyro.constructors.PrimitiveTypeInfo):
+    """How an option reads that may be None: help says INT, not {None}|INT; None can be typed."""
+    kinds = typing.get_args(option.type)
+    if len(kinds) != 2 or kinds[1] is not type(None) or kinds[0] not in (int, float, str, Path):
+        return None
+    kind = kinds[0]
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar=kind.__name__.upper(),
+        instance_from_str=lambda words: None if words == ["None"] else kind(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)])
 
 
 @contextlib.contextmanager
@@ -87,11 +105,11 @@ def notes(error) -> str:
 def options(words: list[str]) -> frozenset[str]:
     """The names of the options among a command line's words.
 
-    >>> sorted(options(["--save-every", "5", "--clip=inf", "--no-threads", "-1"]))
+    >>> sorted(options(["--save-every", "5", "--clip=inf", "--threads", "-1"]))
     ['clip', 'save_every', 'threads']
     """
     names = (word[2:].partition("=")[0] for word in words if word.startswith("--"))
-    return frozenset(name.replace("-", "_").removeprefix("no_") for name in names)
+    return frozenset(name.replace("-", "_") for name in names)
 
 
 def ready_streams():

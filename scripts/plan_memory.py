@@ -82,7 +82,7 @@ USES = {"k": ("top",), "d": ("subspace",), **dict.fromkeys(("m", "form", "skip")
 
 def main(model: Path | None = None, widths: Annotated[Widths, tyro.conf.arg(name="")] = Widths(),
          method: tuple[Method, ...] = ("full", "lora", "qlora"), batch: int = 1,
-         context: int | None = None, rank: int = 8, targets: tuple[str, ...] | None = None,
+         context: int | None = None, rank: int = 8, targets: tuple[str, ...] = (),
          added: Annotated[Sizing, tyro.conf.arg(name="")] = Sizing(),
          dtype: Literal["float32", "bfloat16", "float16"] = "float32", checkpoint_every: int = 0,
          device: Literal["cpu", "cuda"] = "cpu", card: float | None = None, check: bool = False,
@@ -139,9 +139,9 @@ def require_used(method, given: Given):
                   f"the method is {' '.join(method)}")
 
 
-def targets_of(method: str, targets) -> tuple[str, ...] | str:
+def targets_of(method: str, targets: tuple[str, ...]) -> tuple[str, ...] | str:
     """The layers that get adapters, as a Step takes them; without targets the method's own."""
-    if targets is None:
+    if not targets:
         return ("k", "v", "down") if method == "ia3" else ("q", "v")
     return "all-linear" if targets == ("all-linear",) else targets
 

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import data
-from minilm.command import near, quoted, typed, utf8
+from minilm.command import command, near, quoted, typed, utf8
 from minilm.interop import huggingface
 from minilm.run import RunDirectory
 from minilm.transformer import Config, Transformer
@@ -284,3 +284,21 @@ command(lambda: print(Dropped()) or None)
 """)
     done = run([sys.executable, tmp_path / "tells.py"])
     assert done.returncode == 0 and b"ValueError: told" in done.stderr
+
+
+@pytest.mark.parametrize("words, wanted", [
+    ([], (None, 40, None)), (["--size", "3"], (3, 40, None)),
+    (["--top", "None"], (None, None, None)), (["--top", "7", "--out", "None"], (None, 7, None)),
+    (["--out", "a b"], (None, 40, Path("a b")))])
+def test_an_option_may_be_none(monkeypatch, words, wanted):
+    def main(size: float | None = None, top: int | None = 40, out: Path | None = None):
+        """A program."""
+        found.append((size, top, out))
+    found = []
+    monkeypatch.setattr(sys, "argv", ["x.py", *words])
+    command(main)
+    assert found == [wanted]
+    monkeypatch.setattr(sys, "argv", ["x.py", "--size", "a"])
+    with pytest.raises(SystemExit):
+        command(main)
+    assert found == [wanted]

@@ -313,7 +313,7 @@ def test_resuming_with_other_settings_is_refused(stopped, asked, said):
 @pytest.mark.parametrize("words, said", [
     ("--steps 2400", r"steps 2400 \(it has 6\)"), ("--steps=2400", "steps 2400"),
     ("--family llama --tokenizer bytes", r"tokenizer bytes \(it has chars\)"),
-    ("--no-threads --seed 3", r"seed 3"), ("--workers 9", r"workers 9 \(it has 1\)"),
+    ("--threads --seed 3", r"seed 3"), ("--workers 9", r"workers 9 \(it has 1\)"),
     ("--out elsewhere", "give --resume or --out, not both"),
     ("--out runs", "give --resume or --out, not both"),
 ])
