@@ -1,14 +1,14 @@
 """Elo, Bradley-Terry and a judge with a liking: by hand, beside choix, and made tournaments."""
 
-import importlib
 from itertools import combinations, permutations
 
 import numpy as np
 import pytest
+import tournament as experiment
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from minilm.data import Record, make_tasks
+from minilm.data import Record
 from minilm.measure import bradley_terry, elo, judge
 from minilm.measure.elo import Games
 from minilm.results import Result
@@ -20,7 +20,7 @@ seeds = st.integers(0, 2**32)
 def random_games(seed: int, players: int, count: int) -> Games:
     """Games of random pairs with random ends, about 7 prompts."""
     rng = np.random.default_rng(seed)
-    pairs = np.array([rng.permutation(players)[:2] for _ in range(count)]).reshape(count, 2).astype(int)
+    pairs = rng.permuted(np.tile(np.arange(players), (count, 1)), axis=1)[:, :2]
     return Games(*pairs.T, rng.choice([0, 0.5, 1], count), rng.integers(7, size=count))
 
 
@@ -197,6 +197,7 @@ def test_only_a_right_answer_gets_ten_points(right, answer, others):
     found = judge.points(record, answer)
     assert (found == 10) == (answer in (right, *others)) and 1 <= found <= 10
     assert judge.points(Record("Do", "it", right), answer) <= found
+    assert all(judge.points(record, text) == 10 for text in (right, *others))
     assert judge.points(Record("Do", "it", right), "XYZ") == 1
 
 
@@ -280,6 +281,7 @@ TRUE = np.clip(0.7 * Y + np.random.default_rng(2).normal(0, 1.5, len(Y)), 0, Non
 @pytest.mark.parametrize("call, said", [
     (lambda: elo.ratings(Games([0], [0], [1], [0]), 2), "player 0 cannot play against itself"),
     (lambda: elo.ratings(Games([0], [2], [1], [0]), 2), "b must be players from 0 to 1, got 2 to"),
+    (lambda: elo.ratings(Games([0], [1], [1], [-1]), 2), "prompt must be from 0 up, got -1"),
     (lambda: elo.ratings(Games([0], [1], [2], [0]), 2), "S must be from 0 to 1, got 2.0 to 2.0"),
     (lambda: elo.ratings(Games([0, 1], [1, 0], [1], [0]), 2), r"one number a game.*\(2,\)"),
     (lambda: elo.over_orders(Games([], [], [], []), 2, 0), "orders must be at least 1, got 0"),
@@ -297,9 +299,19 @@ def test_what_is_refused(call, said):
         call()
 
 
+@pytest.mark.parametrize("width, apart", [(0.4, 1.0), (2.0, 0.0)])
+def test_pairs_of_players_that_elo_places_otherwise(width, apart):
+    """Players 1 and 2, whose intervals lie apart if they are narrow."""
+    low, high = experiment.ENDS[experiment.BT]
+    placed = zip(experiment.ARMS, range(6), [0, 2, 1, 3, 4, 5])
+    rows = [{"arm": arm, "seed": 0, experiment.RIGHT: right, experiment.ELO: R, low: R - width,
+             high: R + width} for arm, right, R in placed]
+    assert experiment.out_of_order(rows) == [1.0]
+    assert experiment.out_of_order(rows, apart=True) == [apart]
+
+
 def test_a_tournament_that_was_stopped_goes_on(tmp_path, monkeypatch):
     """The players of a seed are trained again, with the same numbers."""
-    experiment = importlib.import_module("tournament")
     played, calls = experiment.played, []
 
     def stopped(s, run):
@@ -317,13 +329,3 @@ def test_a_tournament_that_was_stopped_goes_on(tmp_path, monkeypatch):
     first, second = (Result.load(tmp_path / f"tournament-{i}" / "result.json") for i in (1, 2))
     assert first.rows == second.rows and first.arms == list(experiment.ARMS)
     assert len(experiment.FIELDS) == 1
-    right = experiment.out_of_order([
-        {"arm": arm, "seed": 0, experiment.RIGHT: i, experiment.ELO: [0, 2, 1, 3, 4, 5][i],
-         **{end: [0, 1, 2, 3, 4, 5][i] for end in experiment.ENDS[experiment.BT]}}
-        for i, arm in enumerate(experiment.ARMS)])
-    assert right == [1.0]  # players 1 and 2
-
-
-def test_points_of_the_experiments_tasks():
-    for record in make_tasks(["reverse", "last"], 3, 0, 0)[0]:
-        assert judge.points(record, record.output) == 10 > judge.points(record, record.output + "!")

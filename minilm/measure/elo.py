@@ -109,6 +109,8 @@ def checked(games: Games, players: int) -> Games:
         if x.size and not (0 <= x.min() and x.max() < players):
             raise ValueError(f"{name} must be players from 0 to {players - 1}, "
                              f"got {x.min()} to {x.max()}")
+    if prompt.min(initial=0) < 0:
+        raise ValueError(f"prompt must be from 0 up, got {prompt.min()}")
     if (a == b).any():
         raise ValueError(f"player {a[a == b][0]} cannot play against itself")
     if not ((S >= 0) & (S <= 1)).all():

@@ -2,8 +2,8 @@
 
 QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 5 and table 6: GPT-4 reads a question, the
 answer of ChatGPT and the answer of a system, and gives each one to ten points. A system's score is
-its points as a share of ChatGPT's. GPT-4 "assigns higher scores to the system appearing first", so
-each pair is judged in both orders, and the mean of both shares is reported.
+its points as a share of ChatGPT's. GPT-4 gives more to what it reads first, so each pair is judged
+in both orders, and the mean of both shares is reported.
 
 Here a program is the judge. It knows the right answer, and it adds a *known* bonus to the points of
 the answer that it reads first. So one can see what both orders cure. With P prompts, points x_k of
