@@ -70,6 +70,7 @@ def main(layers: int = 16, width: int = 128, context: int = 256, batch: int = 2,
         out: file for the picture.
     """
     check(RANGES, steps=steps, rounds=rounds, page_size=page_size)
+    out.parent.mkdir(parents=True, exist_ok=True)  # if it cannot be, the user hears of it at once
     tune_allocator()
     config = Config.llama(1024, context, layers, width // 32, width, 8 * width // 3)
     full = Step(config, "full", batch, context, rank, "all-linear", device=device)
@@ -79,8 +80,7 @@ def main(layers: int = 16, width: int = 128, context: int = 256, batch: int = 2,
     print_checkpoints(full, table, rounds)
     moments, budget, failed = print_spike(replace(
         full, method="qlora", checkpoint_every=math.isqrt(layers)), steps, page_size)
-    drawn = draw(table, moments, budget, failed, out)
-    print("\n" + told("both as a picture", out if drawn else None))
+    print("\n" + told("both as a picture", draw(table, moments, budget, failed, out)))
 
 
 def methods(full: Step, page_size: int):
@@ -265,20 +265,19 @@ def taken(simulated, nbytes: int):
 COLORS = dict(zip(KINDS, ("#4c566a", "#5e81ac", "#88c0d0", "#d08770", "#a3be8c", "#d8e3c8")))
 
 
-def draw(table, moments, budget, failed, path: Path) -> bool:
-    """Draw bytes by kind and method, and the spike step by step; False without matplotlib."""
+def draw(table, moments, budget, failed, path: Path) -> Path | None:
+    """Draw bytes by kind and method, and the spike step by step; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return False
+        return None
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_methods(left, table)
     draw_spike(right, moments, budget, failed)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS),
                   frameon=False)
-    save_png(figure, path)
-    return True
+    return save_png(figure, path)
 
 
 def draw_methods(axis, table):

@@ -60,6 +60,7 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     data.adopt_end(tokenizer, loaded.ends.eos)
     rows = data.rows_of(text, tokenizer, loaded.config.context)
+    out.parent.mkdir(parents=True, exist_ok=True)  # if it cannot be, the user hears of it at once
     normal = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
     print_examples()
     print("\nnormal numbers")

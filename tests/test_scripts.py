@@ -220,6 +220,8 @@ WRONG = [
     ("pretrain --resume nowhere", "nowhere/run.json"),
     ("finetune --resume nowhere", "nowhere/run.json"),
     ("generate --model file", "file: is no folder; a model is a folder with config.json"),
+    ("quantize --model MODEL --out file/a.png", "file: File exists"),
+    ("memory_report --out file/a.png", "file: File exists"),
     ("quantize --model file", "file: is no folder; a model is a folder with config.json"),
     ("pretrain --tokenizer file", "file: "),
     ("finetune", "no model in runs/pretrain-*/model: run pretrain.py first, or give --model"),
