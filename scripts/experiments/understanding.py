@@ -218,7 +218,7 @@ def draw(figure, rows):
         axes.plot(means, range(len(arms)), "o", color=color, markeredgewidth=0,
                   markersize=9 if measure == AVERAGE else 4, label=measure.split(",")[0])
     axes.set_yticks(range(len(arms)), arms)
-    axes.set(xlabel="right, %; of words and similar the correlation x 100")
+    axes.set(xlabel="right or correlated, %")
     figure.legend(loc="outside upper right", ncols=5, frameon=False, fontsize=8,
                   columnspacing=1)
 
