@@ -79,16 +79,34 @@ def answer_log_probs(model, tokens, counted) -> Tensor:  # (B, T), (B, T - 1) ->
     return log_prob(model.logits(states(model, tokens, counted)), tokens[:, 1:][counted])
 
 
-def summed(values, counted):  # (N,), (B, T - 1) -> (B,)
-    """The sum over each row's counted tokens, of an array or a Tensor: log pi(y | x) of log pi."""
-    return spread(values, counted).sum(-1)
+@op
+def summed(x, counted):  # (N,), (B, T - 1) -> (B,)
+    """The sums of x over the counted tokens of each row: log pi(y | x), if x is log pi of tokens.
+    """
+    floating("summed", x=x)
+    xp, lengths = array_module(x), counted.sum(-1)
+    if x.shape != (int(lengths.sum()),):
+        raise ValueError(f"summed: x {x.shape} does not go with {lengths.sum()} counted tokens")
+    def dx(dy): return dy[xp.asarray(np.repeat(np.arange(len(lengths)), lengths))]
+    return spread(wide(x), counted).sum(-1), dx
 
 
-def spread(values, counted):  # (N,), (B, T - 1) -> (B, T - 1)
+def spread(x, counted):  # (N,), (B, T - 1) -> (B, T - 1)
     """Numbers of the counted tokens at their places in an array, with 0 elsewhere."""
-    whole = np.zeros(counted.shape, values.dtype)
-    whole[counted] = values
+    xp = array_module(x)
+    whole = xp.zeros(counted.shape, x.dtype)
+    whole[xp.asarray(counted)] = x
     return whole
+
+
+def real(counted):  # (B, T - 1) -> (B, T)
+    """1 for the tokens of a prompt and an answer, 0 for what comes after the answer.
+
+    >>> real(np.array([[False, True, False]])).tolist()
+    [[1, 1, 1, 0]]
+    """
+    later = np.logical_or.accumulate(counted[:, ::-1], axis=1)[:, ::-1]
+    return np.concatenate([np.ones((len(counted), 1), bool), later], axis=1).astype(np.int32)
 
 
 def looked_at(model, tokens, counted, head=None):  # -> three arrays (B, T - 1)

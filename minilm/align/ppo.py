@@ -85,7 +85,7 @@ def policy_loss(log_probs, old, advantages, eps=0.2, weights=None, total=None):
     floating("policy_loss", log_probs=log_probs)
     one_shape("policy_loss", log_probs=log_probs, old=old, advantages=advantages)
     xp, x = array_module(log_probs), wide(log_probs)
-    A, w = xp.asarray(advantages, x.dtype), _shares(xp, x, weights, total)
+    A, w = xp.asarray(advantages, x.dtype), shares(x, weights, total)
     rho = xp.exp(x - xp.asarray(old, x.dtype))
     free, clipped = rho * A, xp.clip(rho, 1 - eps, 1 + eps) * A
 
@@ -99,7 +99,7 @@ def value_loss(values, old, returns, eps=0.2, total=None):
     floating("value_loss", values=values)
     one_shape("value_loss", values=values, old=old, returns=returns)
     xp, V = array_module(values), wide(values)
-    old, G, w = xp.asarray(old, V.dtype), xp.asarray(returns, V.dtype), _shares(xp, V, None, total)
+    old, G, w = xp.asarray(old, V.dtype), xp.asarray(returns, V.dtype), shares(V, None, total)
     near = xp.clip(V, old - eps, old + eps)
     free, clipped = (V - G) ** 2, (near - G) ** 2
 
@@ -107,7 +107,9 @@ def value_loss(values, old, returns, eps=0.2, total=None):
     return 0.5 * (xp.maximum(free, clipped) * w).sum(), dvalues
 
 
-def _shares(xp, x, weights, total):
+def shares(x, weights=None, total=None):  # (N,) -> (N,)
+    """What each token of x counts: its weight, by default 1, over the total, by default N."""
+    xp = array_module(x)
     w = xp.ones_like(x) if weights is None else xp.asarray(weights, x.dtype)
     return w / (x.size if total is None else total)
 
