@@ -21,7 +21,8 @@ import minilm
 from minilm import activations, arrays, attention, losses, ops, tensor
 from minilm.tensor import Tensor
 
-LOSSES = ("cross_entropy", "kl_divergence", "cosine_embedding", "top_k_divergence", "mse")
+LOSSES = ("cross_entropy", "kl_divergence", "cosine_embedding", "top_k_divergence", "mse",
+          "log_prob", "summed", "policy_loss", "value_loss", "ranking_loss", "kl_penalty")
 LAYOUTS = {
     "rows": lambda x: x,
     "columns": lambda x: x.T.copy().T,

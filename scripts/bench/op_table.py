@@ -58,8 +58,10 @@ class Row(NamedTuple):
 
 def table() -> list[Row]:
     """Every differentiable function beside PyTorch's."""
+    from preference_rows import preference_rows as last  # which imports this file
     F = import_torch().nn.functional
-    return [*tensor_rows(), *layer_rows(F), *attention_rows(F), *loss_rows(F), *adapted_rows(F)]
+    return [row for rows in (layer_rows, attention_rows, loss_rows, adapted_rows, last)
+            for row in rows(F)] + tensor_rows()
 
 
 def tensor_rows():
@@ -116,7 +118,6 @@ def layer_rows(F):
         Row("relu", ops.relu, F.relu, lambda *a: ([apart(*a)], [])),
         Row("tanh", ops.tanh, torch.tanh, one),
         Row("silu", ops.silu, F.silu, one),
-        Row("tanh", ops.tanh, torch.tanh, one),
         Row("swiglu", ops.swiglu, lambda gate, up: F.silu(gate) * up, gated),
         Row("gelu", ops.gelu, F.gelu, one),
         Row("gelu tanh", lambda x: ops.gelu(x, approximate="tanh"),

@@ -1,0 +1,85 @@
+"""What a policy is asked, and which answers are compared: of pieces of text, or of a file."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from minilm import data
+from minilm.align import Ranked, draw_answers, laid_out, ranking_loss
+from minilm.data.preferences import Comparison, ranked
+
+DRAWN = 256  # answers that are drawn together
+
+
+class Asked(NamedTuple):
+    """What is learned from, and what is held out."""
+
+    prompts: list  # tokens (P,) each
+    held_out: list
+    compared: Ranked | None = None
+    compared_held_out: Ranked | None = None
+
+
+def pieces(texts, tokenizer, length: int, count: int | None, seed: int) -> list[np.ndarray]:
+    """Pieces of `length` tokens of texts: `count` at random places, or all that lie in a row."""
+    stream = data.pack(texts, tokenizer)
+    if len(stream) < length:
+        raise ValueError(f"the text has {len(stream)} tokens, too few for a prompt of {length}")
+    if count is None:
+        starts = np.arange(0, len(stream) - length + 1, length)
+    else:
+        starts = np.random.default_rng([seed, 8]).integers(0, len(stream) - length + 1, count)
+    return [stream[start : start + length] for start in starts]
+
+
+def encoded(comparisons: list[Comparison], tokenizer) -> Ranked:
+    """The comparisons of a file as tokens; each answer has the tokenizer's end."""
+    def ended(text): return np.append(tokenizer.encode(text), tokenizer.end)
+    prompts = [tokenizer.prompt(c.prompt) for c in comparisons]
+    answers = [(ended(c.chosen), ended(c.rejected)) for c in comparisons]
+    return laid_out(prompts, answers, tokenizer.end)
+
+
+def compared(model, prompts, score, s, end: int | None, seed) -> Ranked:
+    """Comparisons of what the model itself answers to the prompts, by settings of Aligning.
+
+    score(tokens, counted): the gold score, which ranks them with noise, see data.preferences.
+    seed: a list of whole numbers.
+    """
+    asked, drawn, K = [p for p in prompts for _ in range(s.answers)], [], s.answers
+    width = max(map(len, prompts))
+    for i in range(0, len(asked), DRAWN):
+        drawn.append(draw_answers(model, asked[i : i + DRAWN], s.tokens, end, [*seed, i], width))
+    tokens, counted = (np.concatenate(parts) for parts in zip(*drawn))
+    scores, rng = score(tokens, counted).reshape(-1, K), np.random.default_rng([*seed, 11])
+    found = Ranked(*(a.reshape(-1, K, a.shape[1]) for a in (tokens, counted)))
+    return found.put_in_order(np.stack([ranked(row, s.sharpness, rng) for row in scores]))
+
+
+def judged(rewards) -> dict[str, float]:
+    """Loss of rewards (M, K), the best answer first, and the share of pairs in the right order; one
+    whose rewards are equal counts half."""
+    K = rewards.shape[1]
+    gaps = np.stack([rewards[:, a] - rewards[:, b] for a in range(K) for b in range(a + 1, K)])
+    return {"right": float((np.sign(gaps) + 1).mean() / 2),
+            "loss": float(ranking_loss(rewards).data)}
+
+
+def asked_of(source, s, share: float, model, tokenizer, score) -> Asked:
+    """Prompts of a corpus or of comparisons, and what the settings' method compares of them.
+
+    share: of a corpus, what is held out. The model answers prompts of a corpus, for comparisons
+    that `score` makes. ValueError if too little is there.
+    """
+    compares = s.method in ("reward", "dpo")
+    if not isinstance(source, data.Corpus):
+        parts = data.split_records(source, s.test, prompt=lambda c: c.prompt)
+        prompts = [[tokenizer.prompt(text) for text in dict.fromkeys(c.prompt for c in part)]
+                   for part in parts]
+        return Asked(*prompts, *([encoded(part, tokenizer) for part in parts] if compares else []))
+    trained, held = data.split(source, share)
+    some = pieces(trained, tokenizer, s.prompt, s.comparisons if compares else None, s.seed)
+    asked = pieces(held, tokenizer, s.prompt, s.test, s.seed)
+    made = [compared(model, part, score, s, tokenizer.end, [s.seed, 10 + i])
+            for i, part in enumerate((some, asked))] if compares else []
+    return Asked(some, asked, *made)
