@@ -35,6 +35,15 @@ def operations(N, D):
     return 6 * N * D
 
 
+def per_second(N, D, hours):
+    """Operations a second of each card, if training took so many hours of one card.
+
+    >>> f"{per_second(70e9, 2e12, 1_720_320):.3g}"  # Llama-2 70B
+    '1.36e+14'
+    """
+    return operations(N, D) / (3600 * hours)
+
+
 class Law(NamedTuple):
     """The constants of eq. (1)."""
 

@@ -10,11 +10,11 @@ should have about 20 tokens a parameter.
 
 Here five Llamas of different sizes learn Python's source, byte by byte, until each has spent
 C = 6 N D operations. This is done for four C. No run takes as many bytes as there are, 10 MB, and
-each has a cosine schedule of its own length. The rate is 0.16 / width. N counts the embedding,
-which is tied to the head: these are the numbers that a byte is multiplied with, but for attention's
-products of q and k. At this size it matters what is counted, so N without the embedding has a
-column of its own (Pearce & Song 2024, arXiv:2406.19146, explain by it why Kaplan et al. 2020 had
-a = 0.73).
+each has a cosine schedule of its own length. The rate is 0.16 / width, 0.012 at most. N counts the
+embedding, which is tied to the head: these are the numbers that a byte is multiplied with, but for
+attention's products of q and k. At this size it matters what is counted, so N without the embedding
+has a column of its own (Pearce & Song 2024, arXiv:2406.19146, explain by it why Kaplan et al. 2020
+had a = 0.73).
 
 The exponent a of N_opt ~ C^a is found in the three ways of minilm/measure/scaling.py. The loss is
 that of held-out text for parabolas and the law, and that of training, the mean of the last tenth of
@@ -46,10 +46,10 @@ from minilm.transformer import Config, Transformer
 
 QUESTION = "How large a model, and on how much text, for a given number of operations?"
 
-SIZES = ((1, 12), (1, 20), (2, 24), (2, 32), (3, 40), (3, 56), (4, 72), (4, 96))  # (blocks, width)
-ARMS = {  # C, and the sizes that spend it
-    "3e10": (3e10, SIZES[0:5]), "8e10": (8e10, SIZES[1:6]),
-    "2e11": (2e11, SIZES[2:7]), "5e11": (5e11, SIZES[3:8]),
+SIZES = ((1, 8), (1, 12), (1, 20), (2, 20), (2, 28), (3, 32), (3, 40))  # (blocks, width)
+ARMS = {  # C, and the sizes that spend it: so many that the best one lies among them
+    "2e10": (2e10, SIZES[0:5]), "5e10": (5e10, SIZES[0:5]),
+    "1.2e11": (1.2e11, SIZES[1:6]), "3e11": (3e11, SIZES[2:7]),
 }
 BATCH, LENGTH = 8, 64
 BEST, BLOCKS, TOKENS = "best N", "without embeddings", "its D"
@@ -200,8 +200,7 @@ def text():
 
 def shape(layers: int, width: int) -> Config:
     """A Llama whose embedding is tied to its head."""
-    return Config.llama(257, LENGTH, layers, width // 4 if width < 32 else width // 8, width,
-                        hidden=8 * width // 3, tied=True)
+    return Config.llama(257, LENGTH, layers, 2, width, hidden=8 * width // 3, tied=True)
 
 
 def learned(config: Config, C: float, seed: int, quick: bool):
@@ -209,7 +208,7 @@ def learned(config: Config, C: float, seed: int, quick: bool):
     stream, held = text()
     step = BATCH * LENGTH
     steps = 4 if quick else max(1, round(C / 6 / parameters(config) / step))
-    lr, model = 0.16 / config.width, Transformer(config, seed)
+    lr, model = min(0.012, 0.16 / config.width), Transformer(config, seed)
     batches = data.Batches([stream], [1], BATCH, LENGTH, seed)
     trainer = Trainer(model, AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0))
     losses = [trainer.step(i, batches[i], cosine_schedule(i, steps, lr, lr / 10, steps // 20),
