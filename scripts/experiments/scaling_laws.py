@@ -1,6 +1,6 @@
 """How large a model, and on how much text, for a given number of operations?
 
-    python scripts/experiments/scaling_laws.py            # four minutes a seed on one core
+    python scripts/experiments/scaling_laws.py            # five minutes a seed on one core
     python scripts/experiments/scaling_laws.py --quick    # a second; the numbers mean nothing
 
 Lecture 003 promises: "If you train a bigger model on more text, we have a lot of confidence that
