@@ -256,13 +256,17 @@ def draw(figure, rows):
                        markersize=4)
     left.set(xscale="log", xlabel="N", ylabel="held-out loss, nats a byte")
     left.legend(fontsize=7)
-    best, = (by_seed(rows, BEST, ARMS),)
-    C = np.array([C for C, _ in ARMS.values()])
+    best, C = by_seed(rows, BEST, ARMS), np.array([C for C, _ in ARMS.values()])
     if best:
         line = power(C, np.exp(np.log(best).mean(0)))
         right.plot(C, line.at(C), color=COLORS[5], label=f"C^{line.a:.2f}")
         right.legend(fontsize=7)
     right.set(xscale="log", yscale="log", xlabel="C, operations", ylabel="best N")
+    left.set_xticks([3e3, 1e4, 3e4], ["3k", "10k", "30k"])
+    right.set_yticks([5e3, 1e4, 2e4, 4e4], ["5k", "10k", "20k", "40k"])
+    right.set_xticks(C, [*ARMS])
+    for axes in (left, right):
+        axes.minorticks_off()
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
