@@ -25,7 +25,7 @@ from minilm.command import Given, command
 from minilm.interop.sizes import Sizes, read_shape, sizes
 from minilm.loop import refuse_unused
 from minilm.measure.fit import available, generating
-from minilm.measure.lecture_numbers import print_lectures
+from minilm.measure.lectures import print_lectures
 from minilm.measure.memory import measured
 from minilm.measure.plan import Plan, plan
 from minilm.measure.step import LOW_RANK, Step, parameters, trainable

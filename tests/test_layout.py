@@ -143,7 +143,7 @@ PEFT = {  # methods of peft/ that know another one; all others know adapted.py a
 REQUIRED = {"numpy", "ml_dtypes", "safetensors", "threadpoolctl", "tqdm", "tyro"}
 LATE = {
     "bitsandbytes", "cupy", "cupy_backends", "cupyx", "jinja2", "markupsafe", "matplotlib", "peft",
-    "py3langid", "tokenizers", "torch", "transformers",
+    "py3langid", "scipy", "tokenizers", "torch", "transformers",
 }
 
 PUBLIC = {  # what other programs rely on

@@ -140,7 +140,7 @@ ROWS = [
 
 def table() -> list[list[str]]:
     """ROWS as text: what a method trains, in millions with the slide's digits, and the slide's."""
-    lines = [["trained, millions", "method", "formula", "slide", ""]]
+    lines = [["trained, millions", "method", "formula", "slide", "why"]]
     for row in ROWS:
         digits = len(row.slide.partition(".")[2])
         lines.append([row.model, row.method, f"{row.count() / 1e6:.{digits}f}", row.slide, row.why])

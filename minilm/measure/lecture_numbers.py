@@ -1,21 +1,18 @@
 """The lectures' arithmetic of memory and of trainable parameters, as formulas.
 
-`python scripts/plan_memory.py --lectures` prints it. GB is 10^9 bytes. If a slide rounds or
-estimates in its own way, the docstring says so. The slides' numbers are in
-tests/test_plan_memory.py.
+`python scripts/plan_memory.py --lectures` prints it (lectures.py), with the slides' numbers and a
+word why where they differ. GB is 10^9 bytes.
 """
 
 import math
 from typing import NamedTuple
 
-from minilm.data.mixture import from_epochs, mixture_table
-from minilm.measure.counts import GPT2_M, GPT3, lora, table
+from minilm.data.mixture import from_epochs
+from minilm.measure.counts import GPT2_M, lora
 from minilm.measure.plan import plan
 from minilm.measure.step import KINDS, Step, parameters, trainable
 from minilm.shapes import linear_layers
 from minilm.transformer import Config
-
-RANKS = (1, 2, 8, 16, 512, 1024, 8192)
 
 
 class Bytes(NamedTuple):
@@ -136,16 +133,17 @@ def reversing(r: int = 64) -> list[list[str]]:
 
     The slide's "2,7M" is a tenth of what its own shapes give.
     """
-    rows, layers = [["QLoRA, Mistral 7B", "W", "A", "B", "A and B", "slide"]], MISTRAL.layers
+    rows, layers = [["QLoRA, Mistral 7B", "W", "A", "B", "A and B", "slide", "why"]], MISTRAL.layers
     for path, (O, I) in linear_layers(MISTRAL).items():
         if path.split(".")[-1] in ("q", "v"):
             _, A, B, _ = layer_share(O, I, r)
             rows.append([f"{path}, rank {r}", f"{I} x {O}", f"{I} x {r}", f"{r} x {O}",
-                         f"{A + B:,}", "the same"])
+                         f"{A + B:,}", "the same", ""])
     trained = lora(MISTRAL, r)
-    rows.append([f"q and v, {layers} layers", *[""] * 3, f"{trained:,}", "2.7M", "a tenth"])
+    rows.append([f"q and v, {layers} layers", *[""] * 3, f"{trained:,}", "2.7M",
+                 "a tenth of what its shapes give"])
     rows.append(["and the packed base", *[""] * 3, f"{(packed(MISTRAL) + trained) / 1e9:.3f}B",
-                 "3.8B"])
+                 "3.8B", "two codes of 4 bits counted as one number"])
     return rows
 
 
@@ -167,47 +165,3 @@ def kinds() -> list[list[str]]:
             n = trainable(Step(GPT2_M, method, 1, 512, targets=targets))
             rows.append([kind, method, f"{n:,}", f"{n / parameters(GPT2_M):.3%}"])
     return rows
-
-
-def print_lectures():
-    """Print every table, with the formulas' numbers."""
-    rows = [["full, float32", *Bytes._fields, "total"]]
-    rows += [[f"Llama-2 {n:g}B", *map(gb, (*full_float32(n * 1e9), full_float32(n * 1e9).total))]
-             for n in (7, 13, 70)]
-    show(rows)
-    base, adapters = 10e9, 1e8
-    show([["16 bits", "total"], ["full, 10B", gb(full_16bit(base).total)],
-          ["LoRA, 10B, 1 % trained", gb(lora_16bit(base, adapters).total)],
-          ["full, 65B", gb(full_16bit(65e9).total)]])
-    rows = [["QLoRA, r = 64", "parameters", *Bytes._fields, "total", "in 16 bits"]]
-    for name, config in LLAMAS.items():
-        found = qlora(config)
-        cells = map(gb, (*found, found.total, resident_16bit(parameters(config))))
-        rows.append([f"LLaMA {name}", short(parameters(config)), *cells])
-    show(rows)
-    sizes = (7e9, 13e9, 70e9, 180e9)
-    show([["LoRA, one layer", *map(short, sizes)]] +
-         [[f"rank {r}", *(short(one_layer_trainable(n, r)) for n in sizes)] for r in RANKS])
-    show([["GPT-3, q and v", "trained"]] +
-         [[f"rank {r}", f"{lora(GPT3, r) / 1e6:.1f}M"] for r in (1, 8)])
-    W, A, B, share = layer_share(768, 768, 16)
-    show([["768 x 768, rank 16", "W", "A", "B", "A and B"],
-          ["", f"{W:,}", f"{A:,}", f"{B:,}", f"{share:.1%}"]])
-    show(reversing())
-    show(kinds())
-    print("Llama: share, epochs and size as the slide has them; tokens = p 1.4T / epochs")
-    print(mixture_table(LLAMA_MIXTURE, LLAMA_TOKENS), end="\n\n")
-    for model, *cells, why in table():
-        print(f"{model:24}" + "{:>20}{:>9}{:>9}".format(*cells) + f"  {why}".rstrip())
-    print()
-
-
-def gb(n: float) -> str:
-    return f"{n / 1e9:,.1f} GB"
-
-
-def show(rows: list[list[str]]):
-    """Print rows in columns, and an empty line."""
-    for first, *rest in rows:
-        print(f"{first:24}" + "".join(f"{cell:>13}" for cell in rest))
-    print()
