@@ -26,7 +26,7 @@ FLOORS = [
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
      "results", "experiment", "command", "adapting", "aligning", "continued", "trial", "trained",
-     "__main__"},
+     "stages", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
@@ -112,6 +112,12 @@ WITHIN = {  # the arrows inside a floor
     ("trial", "run"),
     ("trial", "versions"),
     ("trained", "run"),
+    ("stages", "aligning"),
+    ("stages", "asking"),
+    ("stages", "loop"),
+    ("stages", "rewards"),
+    ("stages", "run"),
+    ("stages", "trial"),
     ("loop", "train"),
     ("command", "train"),
     ("__main__", "command"),
