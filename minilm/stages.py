@@ -1,7 +1,8 @@
 """The stages of alignment as experiments run them, on one small model and its own answers.
 
     prompts        pieces of pretrain.py's text; those that are looked at are held out from it
-    comparisons    of two answers by the model, by a gold score that people stand for
+    demonstrations the best of several answers by the model; a gold score stands for people
+    comparisons    of two answers, by the gold score and with noise
     reward model   learns the comparisons; it never sees the gold score
     policy         PPO, GRPO or DPO, as align.py does it; LoRA on the model that it begins with
 
@@ -10,15 +11,15 @@ need, such as the reward model, is made once for a seed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from minilm import data
+from minilm import data, trial
 from minilm.align import Reward, answers_of, draw_answers, rollouts
 from minilm.aligning import JOBS, METHODS, Aligning, Job, finished_reward
-from minilm.asking import Asked, asked_of
+from minilm.asking import Asked, asked_of, compared
 from minilm.data.preferences import SCORES
 from minilm.loop import Training, fit
 from minilm.peft.adapted import adapted_layers
@@ -52,6 +53,10 @@ class Aligned(Trial):
     """answers to one prompt that grpo compares"""
     judging: int = 240
     """steps of the reward model"""
+    shown: int = 400
+    """demonstrations"""
+    showing: int = 200
+    """steps of learning from them"""
     batch: int = 32
     """answers of a step; a round has two steps' answers, and is learned from twice"""
     steps: int = 360
@@ -72,7 +77,7 @@ class Aligned(Trial):
     RANGES: ClassVar = Trial.RANGES | {
         "by": one_of("ppo", "grpo", "dpo"), "gold": one_of(*SCORES), "beta": AT_LEAST_0,
         "ptx": AT_LEAST_0, "prompt": whole(1), "tokens": whole(1), "group": whole(2),
-        "judging": whole(1)}
+        "judging": whole(1), "shown": whole(1), "showing": whole(1)}
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def judged(s: Aligned, model, tokenizer, run, title: str) -> Judged:
     asked = questions(s, model, tokenizer, "reward", gold)
     (folder := run.path / "reward").mkdir(exist_ok=True)
     how = stage_of(s, "reward", lr=METHODS["reward"].lr, batch=min(24, s.train),
-                   steps=s.judging if s.model else 2)
+                   warmup=0, steps=s.judging if s.model else 2)
     job = taught(model, how, asked, tokenizer, RunDirectory(folder), f"{title}, reward model")
     scores = gold(*asked.compared_held_out.texts()).reshape(-1, how.answers)
     told, gaps = job.examine()[0]["pairs"], scores[:, 0] - scores[:, -1]
@@ -164,13 +169,36 @@ def judged(s: Aligned, model, tokenizer, run, title: str) -> Judged:
                   agree)
 
 
-def look(model, s: Aligned, prompts, tokenizer, **scores) -> dict[str, float]:
+def demonstrations(s: Aligned, model, prompts, tokenizer, best_of: int = 8):
+    """(tokens, targets), (N, T) each: of several answers by the model the best by the gold score;
+    the prompts are no targets."""
+    how = stage_of(s, "reward", answers=best_of, sharpness=np.inf)
+    found = compared(model, prompts, text_reward(s.gold, tokenizer), how, tokenizer.end,
+                     [s.seed, 17])
+    tokens, counted = found.tokens[:, 0], found.counted[:, 0]
+    return tokens[:, :-1], np.where(counted, tokens[:, 1:], data.IGNORED)
+
+
+def supervised(s: Aligned, model, prompts, tokenizer, run, title: str):
+    """(the model after it has learned demonstrations with all its weights, the demonstrations)."""
+    asked = prompts[:: len(prompts) // min(s.shown, s.train)][: min(s.shown, s.train)]
+    rows = demonstrations(s, model, asked, tokenizer)
+    (folder := run.path / "shown").mkdir(exist_ok=True)
+    how = replace(s, method="full", lr=1e-3, warmup=1, batch=min(16, s.train),
+                  steps=s.showing if s.model else 2)
+    batches = data.EpochBatches(rows, how.batch, s.seed)
+    model, *_ = trial.taught(model, batches, how, RunDirectory(folder), f"{title}, SFT")
+    return model.eval(), rows
+
+
+def look(model, s: Aligned, prompts, tokenizer, frozen=None, **scores) -> dict[str, float]:
     """Mean scores of answers to these prompts, KL, length, entropy, and how strange they are.
 
-    scores: name -> what is called with tokens (B, T), counted (B, T - 1).
+    frozen: what the model began as, by default itself without its adapters. scores: name -> what
+    is called with tokens (B, T), counted (B, T - 1).
     """
     model.eval()
-    frozen = None if adapted_layers(model) else model
+    frozen = frozen or (None if adapted_layers(model) else model)
     first, *others = scores
     r = rollouts(model, prompts, s.tokens, tokenizer.end, seed=[s.seed, 12], score=scores[first],
                  frozen=frozen)
