@@ -99,7 +99,8 @@ class Judged(NamedTuple):
 
     asked: Asked
     reward: Reward
-    right: float  # share of held-out pairs that the reward model puts in the labels' order
+    loss: float  # of the reward model on held-out pairs, nats
+    right: float  # share of them that it puts in the labels' order
     agree: float  # share of them that the labels put in the gold score's order
 
 
@@ -141,10 +142,14 @@ def old_batches(s: Aligned, tokenizer):
 
 
 def taught(model, s: Stage, asked: Asked, tokenizer, run, title: str, score=None, text=None,
-           watch: Callable = lambda job, done: None) -> Job:
-    """A stage from this model on; watch(Job, Step) is called at its beginning and after each step.
+           watch: Callable = lambda job, done: None, begun: Callable = lambda job: None) -> Job:
+    """A stage from this model on.
+
+    begun(Job) is called with what the stage begins as, also in a run that goes on; watch(Job, Step)
+    where the run stands, and after each step.
     """
     job = JOBS[s.method](model, s, asked, tokenizer, score, *[text] * (text is not None))
+    begun(job)
     min_lr = s.lr if METHODS[s.method].constant else 0.0
     for _, done in fit(run, job.model, job.batches, s, job.loss, optimizer=job.optimizer,
                        min_lr=min_lr, saved=job.saved, title=title):
@@ -154,19 +159,20 @@ def taught(model, s: Stage, asked: Asked, tokenizer, run, title: str, score=None
     return job
 
 
-def judged(s: Aligned, model, tokenizer, run, title: str) -> Judged:
+def judged(s: Aligned, model, tokenizer, run, title: str, begun=lambda job: None) -> Judged:
     """Comparisons of the model's answers, and a reward model that begins with the model."""
     gold = text_reward(s.gold, tokenizer)
     asked = questions(s, model, tokenizer, "reward", gold)
     (folder := run.path / "reward").mkdir(exist_ok=True)
     how = stage_of(s, "reward", lr=METHODS["reward"].lr, batch=min(24, s.train),
                    warmup=0, steps=s.judging if s.model else 2)
-    job = taught(model, how, asked, tokenizer, RunDirectory(folder), f"{title}, reward model")
+    job = taught(model, how, asked, tokenizer, RunDirectory(folder), f"{title}, reward model",
+                 begun=begun)
     scores = gold(*asked.compared_held_out.texts()).reshape(-1, how.answers)
     told, gaps = job.examine()[0]["pairs"], scores[:, 0] - scores[:, -1]
     agree = float(np.mean(gaps[gaps != 0] > 0)) if gaps.any() else 0.5
-    return Judged(asked, finished_reward(job.model, model, how, asked, tokenizer), told["right"],
-                  agree)
+    return Judged(asked, finished_reward(job.model, model, how, asked, tokenizer), told["loss"],
+                  told["right"], agree)
 
 
 def demonstrations(s: Aligned, model, prompts, tokenizer, best_of: int = 8):
@@ -208,7 +214,8 @@ def look(model, s: Aligned, prompts, tokenizer, frozen=None, **scores) -> dict[s
             LENGTH: told["length"], ENTROPY: told["entropy"]}
 
 
-def policy(s: Aligned, model, asked: Asked, tokenizer, run, title: str, score, see: Callable):
+def policy(s: Aligned, model, asked: Asked, tokenizer, run, title: str, score, see: Callable,
+           begun: Callable = lambda job: None):
     """(the policy that s.by has made, [(step, see(policy))] from the first step to the last).
 
     A run that goes on has the numbers of its earlier steps.
@@ -219,7 +226,7 @@ def policy(s: Aligned, model, asked: Asked, tokenizer, run, title: str, score, s
         if done.targets or not run.records():
             run.log(step=done.step, **see(job.model))
     job = taught(model, stage_of(s, s.by), asked, tokenizer, run, title, score,
-                 old_batches(s, tokenizer), watch)
+                 old_batches(s, tokenizer), watch, begun)
     return job.model, [(r["step"], {n: x for n, x in r.items() if n != "step"})
                        for r in run.records()]
 
