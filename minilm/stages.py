@@ -10,20 +10,23 @@
 need, such as the reward model, is made once for a seed.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from minilm import data, trial
 from minilm.align import Reward, answers_of, draw_answers, rollouts
+from minilm.align.ppo import SHARE
 from minilm.aligning import JOBS, METHODS, Aligning, Job, finished_reward
 from minilm.asking import Asked, asked_of, compared
 from minilm.data.preferences import SCORES
 from minilm.loop import Training, fit
 from minilm.peft.adapted import adapted_layers
-from minilm.ranges import AT_LEAST_0, one_of, whole
+from minilm.ranges import AT_LEAST_0, check, one_of, whole
 from minilm.rewards import TextReward, text_of
 from minilm.run import RunDirectory, share_held_out
 from minilm.trial import Trial
@@ -237,3 +240,34 @@ def sample(model, s: Aligned, prompts, tokenizer, count: int = 3) -> str:
     return "; ".join(repr(data.printable(tokenizer.decode(prompt))) + " -> "
                      + repr(data.printable(text_of(answer, tokenizer)))
                      for prompt, answer in zip(prompts, answers_of(*drawn)))
+
+
+def at_kl(points: list[dict[str, float]], kl: float) -> dict[str, float]:
+    """The numbers where a policy first comes to this KL, on a line between two looks at it; NaN if
+    it never does.
+
+    >>> at_kl([{KL: 0.0, "a": 1.0}, {KL: 4.0, "a": 3.0}], 1.0)["a"]
+    1.5
+    """
+    if points[0][KL] >= kl:
+        return points[0]
+    for a, b in pairwise(points):
+        if b[KL] >= kl:
+            share = (kl - a[KL]) / (b[KL] - a[KL])
+            return {name: a[name] + share * (b[name] - a[name]) for name in a}
+    return dict.fromkeys(points[0], math.nan)
+
+
+def least_kl(p: float, q: float) -> float:
+    """The least KL, in nats, of a policy that has in a share p of its answers what its reference
+    has in a share q: that of two coins. inf if the reference never or always has it, but not p.
+
+    Answers as such tell at least as much as whether they have it (Kullback & Leibler 1951, On
+    information and sufficiency, theorem 4.1).
+
+    >>> round(least_kl(0.0, 0.5), 4)  # log 2
+    0.6931
+    """
+    check({"p": SHARE, "q": SHARE}, p=p, q=q)
+    pairs = ((p, q), (1 - p, 1 - q))
+    return sum((a * math.log(a / b) if b else math.inf for a, b in pairs if a), 0.0)

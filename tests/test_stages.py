@@ -1,7 +1,11 @@
 """The stages of alignment that experiments share."""
 
+import math
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minilm import data
 from minilm.data.preferences import vowels
@@ -11,7 +15,9 @@ from minilm.stages import (
     STRANGE,
     Aligned,
     Once,
+    at_kl,
     judged,
+    least_kl,
     look,
     old_batches,
     policy,
@@ -74,3 +80,34 @@ def test_a_policy_that_was_killed_goes_on_with_the_same_numbers(tmp_path):
     whole = learned("whole")
     assert learned("killed") == whole
     assert [step for step, _ in whole] == [0, 1, 2, 3, 4] and whole[-1][1][KL] != 0
+
+
+SHARES = st.floats(0.01, 0.99)
+
+
+@given(SHARES, SHARES, st.lists(SHARES, min_size=4, max_size=4))
+def test_no_policy_pays_less_than_two_coins(q, p, weights):
+    """Answers of four kinds, two of which have it; the best policy keeps the ratios inside."""
+    a, b, c, d = weights
+    inside, outside = np.array([a, b]) / (a + b), np.array([c, d]) / (c + d)
+    def kl(x, y): return float((x * np.log(x / y)).sum())
+    reference = np.concatenate([q * inside, (1 - q) * outside])
+    best = np.concatenate([p * inside, (1 - p) * outside])
+    other = np.concatenate([p * inside[::-1], (1 - p) * outside])
+    least = least_kl(p, q)
+    assert kl(best, reference) == pytest.approx(least, abs=1e-9)
+    assert kl(other, reference) >= least - 1e-9 and least >= -1e-12
+
+
+def test_the_least_kl_of_what_is_never_or_always_so():
+    assert least_kl(0.0, 0.25) == pytest.approx(-math.log(0.75))
+    assert least_kl(0.25, 0.0) == least_kl(0.5, 1.0) == math.inf
+    assert least_kl(0.0, 0.0) == least_kl(1.0, 1.0) == 0
+    with pytest.raises(ValueError, match="p must be from 0 to 1"):
+        least_kl(1.5, 0.5)
+
+
+def test_numbers_at_a_kl_lie_between_two_looks():
+    points = [{KL: kl, "x": x} for kl, x in ((0.0, 1.0), (2.0, 5.0), (1.0, 7.0), (6.0, 9.0))]
+    assert [at_kl(points, kl)["x"] for kl in (0.0, 1.0, 2.0, 4.0)] == [1.0, 3.0, 5.0, 8.2]
+    assert math.isnan(at_kl(points, 6.5)["x"])

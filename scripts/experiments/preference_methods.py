@@ -23,13 +23,23 @@ A seed takes about three minutes of one core.
 
 import math
 import time
-from itertools import pairwise
 
 from minilm.command import command
 from minilm.experiment import Experiment
 from minilm.measure.verdict import compared
 from minilm.picture import COLORS
-from minilm.stages import KL, STRANGE, Aligned, Once, judged, look, policy, sample, text_reward
+from minilm.stages import (
+    KL,
+    STRANGE,
+    Aligned,
+    Once,
+    at_kl,
+    judged,
+    look,
+    policy,
+    sample,
+    text_reward,
+)
 from minilm.trial import KNOWN, base, old_text, program
 
 QUESTION = "Which method makes the best answers from the same comparisons, and at what price?"
@@ -118,18 +128,6 @@ def passes(s: Aligned, step: int, answers: int = 2, epochs: int = 2, parts: int 
         return answers * (learned + s.train)  # the reference looks at each answer once
     rounds = math.ceil(step / (epochs * parts))
     return 4 * rounds * parts * s.batch + learned + 3 * 24 * answers * s.judging
-
-
-def at_kl(points: list[dict], kl: float) -> dict:
-    """The numbers where the points first come to this KL, on a line between two of them; NaN if
-    they never do."""
-    if points[0][KL] >= kl:
-        return points[0]
-    for a, b in pairwise(points):
-        if b[KL] >= kl:
-            share = (kl - a[KL]) / (b[KL] - a[KL])
-            return {name: a[name] + share * (b[name] - a[name]) for name in a}
-    return dict.fromkeys(points[0], math.nan)
 
 
 def draw(figure, rows):

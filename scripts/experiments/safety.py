@@ -25,8 +25,6 @@ there is no such word. What PPO pays beyond it, it pays for nothing.
 A seed takes about four minutes of one core.
 """
 
-import math
-
 import numpy as np
 
 from minilm import data
@@ -40,6 +38,7 @@ from minilm.stages import (
     ENTROPY,
     KL,
     Aligned,
+    least_kl,
     look,
     policy,
     questions,
@@ -145,12 +144,6 @@ def leading(s: Aligned, tokenizer) -> list[np.ndarray]:
         found += [stream[i : i + s.prompt] for i in np.flatnonzero((rows == spelled).all(-1))]
     some = np.random.default_rng([s.seed, 16]).permutation(len(found))[: s.test]
     return [found[i] for i in some]
-
-
-def least_kl(p: float, q: float) -> float:
-    """KL of two coins; inf if the first shows what the second never does."""
-    pairs = ((p, q), (1 - p, 1 - q))
-    return sum(a * math.log(a / b) if b else math.inf for a, b in pairs if a)
 
 
 def draw(figure, rows):
