@@ -57,7 +57,7 @@ CLAIMS = {
     "the reward model learns the comparisons: 60 % of new pairs":
         lambda rows: single(rows, RIGHT, FREE, at_least=60),
     **{f"the answers become better, {arm}": lambda rows, arm=arm: compared(
-        rows, GOLD, arm, "base", at_least=0) for arm in (FREE, SMALL, LARGE)},
+        rows, GOLD, arm, "base", at_least=0) for arm in (SMALL, LARGE)},
     "without a price of KL the reward model's score goes on rising after the peak of gold":
         within(FREE, MODEL, AT_PEAK, at_least=0),
     f"and gold falls after its peak, by {FALL} points or more":
