@@ -51,7 +51,7 @@ ARMS = {
     "base": HOW | {"steps": 0},
     "PPO": HOW | {"by": "ppo", "beta": 0.02},
     "GRPO": HOW | {"by": "grpo", "beta": 0.04},
-    "DPO": HOW | {"by": "dpo", "beta": 0.1},
+    "DPO": HOW | {"by": "dpo", "beta": 0.05},
 }
 METHODS = [*ARMS][1:]
 
