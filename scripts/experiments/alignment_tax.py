@@ -29,7 +29,6 @@ from minilm.measure.verdict import by_arm, by_seed, compared, verdict
 from minilm.picture import COLORS, bars
 from minilm.stages import (
     KL,
-    STRANGE,
     Aligned,
     Once,
     judged,
@@ -68,7 +67,7 @@ ARMS = {
 }
 
 GOLD, MODEL = "gold, points", "reward model, sd"
-MEASURES = {KNOWN: 3, GOLD: 1, MODEL: 2, KL: 2, STRANGE: 2}
+MEASURES = {KNOWN: 3, GOLD: 1, MODEL: 2, KL: 2}
 
 
 def costs(a: str, b: str):
