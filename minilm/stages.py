@@ -102,8 +102,7 @@ class Judged(NamedTuple):
 
     asked: Asked
     reward: Reward
-    loss: float  # of the reward model on held-out pairs, nats
-    right: float  # share of them that it puts in the labels' order
+    right: float  # share of held-out pairs that the reward model puts in the labels' order
     agree: float  # share of them that the labels put in the gold score's order
 
 
@@ -172,10 +171,10 @@ def judged(s: Aligned, model, tokenizer, run, title: str, begun=lambda job: None
     job = taught(model, how, asked, tokenizer, RunDirectory(folder), f"{title}, reward model",
                  begun=begun)
     scores = gold(*asked.compared_held_out.texts()).reshape(-1, how.answers)
-    told, gaps = job.examine()[0]["pairs"], scores[:, 0] - scores[:, -1]
+    right, gaps = job.examine()[0]["pairs"]["right"], scores[:, 0] - scores[:, -1]
     agree = float(np.mean(gaps[gaps != 0] > 0)) if gaps.any() else 0.5
-    return Judged(asked, finished_reward(job.model, model, how, asked, tokenizer), told["loss"],
-                  told["right"], agree)
+    return Judged(asked, finished_reward(job.model, model, how, asked, tokenizer), right,
+                  agree)
 
 
 def demonstrations(s: Aligned, model, prompts, tokenizer, best_of: int = 8):

@@ -20,8 +20,10 @@ Each stage prints what it began as and what it left, by SHA-256 of all tensors. 
 tensors a stage had from the base and from the SFT model before its first step, as bits; of a reward
 model without its head, which is new; of the policy without its adapters, which add 0 at first.
 
-"own loss" is the stage's own, held out: nats a token of text, nats a token of demonstrations, nats
-a comparison, and minus the reward, which is in standard deviations and less the price of KL.
+"own loss" is the stage's own, held out: nats a token of text, nats a token of demonstrations, the
+share of comparisons that the reward model orders wrongly (what it minimizes is their
+log-likelihood, which grows again on new ones as it becomes sure), and minus the reward, which is in
+standard deviations and less the price of KL.
 Pretraining begins as a model with the same shape and new weights. "gold" is what the answers of the
 model are worth; of the reward model, the one of four answers by SFT that it likes best.
 
@@ -159,7 +161,8 @@ def cycle(s: Cycle, run, title: str):
         of = {OF_BASE: same(begins[stage], ends[PRE]), OF_RM: 0.0,
               OF_SFT: same(begins[stage], ends[SFT]) if SFT in ends else 0.0}
         rows[stage] = of | {KNOWN: old_text(model, tokenizer, s)} | numbers
-        lines[stage] = (f"{data_and_way}; began as {whole(begins[stage])}, left "
+        but = ", but for its head," if stage == RM else ""
+        lines[stage] = (f"{data_and_way}; began{but} as {whole(begins[stage])}, left "
                         f"{whole(ends[stage])}")
 
     def worth(model):
@@ -180,10 +183,10 @@ def cycle(s: Cycle, run, title: str):
 
     def begun(job):
         begins[RM] = without("head", digests(job.model))
-        first[RM] = job.examine()[0]["pairs"]["loss"]
+        first[RM] = 1 - job.examine()[0]["pairs"]["right"]
     found = judged(s, model, tokenizer, run, title, begun)
     left(RM, model, "comparisons of two answers; which is better", found.reward.model, **{
-        EXAMPLES: len(found.asked.compared.tokens), BEFORE: first[RM], AFTER: found.loss,
+        EXAMPLES: len(found.asked.compared.tokens), BEFORE: first[RM], AFTER: 1 - found.right,
         TOKENS: int(found.asked.compared.counted.sum()),
         GOLD: best_of(s, model, prompts.held_out, tokenizer, found.reward, gold)})
     policy_of(s, model, prompts, tokenizer, run, title, found.reward, gold, begins, left)
