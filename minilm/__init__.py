@@ -6,10 +6,10 @@ The floors, in reading order. A module imports only from its own line and the li
   extras backend arrays blas vectors cuda locks strict files tensorfiles stored together ranges
   graph tensor activations attention losses ops         functions, each with its gradient
   rope config inputs nn block transformer seq2seq shapes cache decode generate dialogue
-  quantize peft optim parallel distill                  the methods
+  quantize peft optim parallel distill align            the methods
   data interop measure lessons                          text, others' formats, numbers
   checkpoint records state versions train adapting picture results run loop command experiment
-    continued trial trained stages
+    rewards asking aligning continued trial trained stages
 """
 
 __version__ = "0.1.0"

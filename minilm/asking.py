@@ -57,10 +57,12 @@ def compared(model, prompts, score, s, end: int | None, seed) -> Ranked:
 
 
 def judged(rewards) -> dict[str, float]:
-    """Loss of rewards (M, K), the best answer first, and the share of pairs in the right order."""
+    """Loss of rewards (M, K), the best answer first, and the share of pairs in the right order; one
+    whose rewards are equal counts half."""
     K = rewards.shape[1]
-    pairs = [rewards[:, a] > rewards[:, b] for a in range(K) for b in range(a + 1, K)]
-    return {"loss": float(ranking_loss(rewards).data), "right": float(np.mean(pairs))}
+    gaps = np.stack([rewards[:, a] - rewards[:, b] for a in range(K) for b in range(a + 1, K)])
+    return {"right": float((np.sign(gaps) + 1).mean() / 2),
+            "loss": float(ranking_loss(rewards).data)}
 
 
 def asked_of(source, s, share: float, model, tokenizer, score) -> Asked:

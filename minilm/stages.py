@@ -56,9 +56,9 @@ class Aligned(Trial):
     """answers to one prompt that grpo compares"""
     judging: int = 240
     """steps of the reward model"""
-    shown: int = 400
+    shown: int = 600
     """demonstrations"""
-    showing: int = 200
+    showing: int = 75
     """steps of learning from them"""
     batch: int = 32
     """answers of a step; a round has two steps' answers, and is learned from twice"""
@@ -192,7 +192,7 @@ def supervised(s: Aligned, model, prompts, tokenizer, run, title: str):
     asked = prompts[:: len(prompts) // min(s.shown, s.train)][: min(s.shown, s.train)]
     rows = demonstrations(s, model, asked, tokenizer)
     (folder := run.path / "shown").mkdir(exist_ok=True)
-    how = replace(s, method="full", lr=1e-3, warmup=1, batch=min(16, s.train),
+    how = replace(s, method="full", lr=3e-4, warmup=5, batch=min(16, s.train),
                   steps=s.showing if s.model else 2)
     batches = data.EpochBatches(rows, how.batch, s.seed)
     model, *_ = trial.taught(model, batches, how, RunDirectory(folder), f"{title}, SFT")

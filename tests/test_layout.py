@@ -25,8 +25,9 @@ FLOORS = [
     {"quantize", "peft", "distill", "optim", "parallel", "align"},
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
-     "results", "experiment", "command", "adapting", "aligning", "continued", "trial", "trained",
-     "stages", "__main__"},
+     "results", "experiment", "command", "adapting", "aligning", "asking", "rewards",
+     "continued", "trial", "trained", "stages",
+     "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = {  # the arrows inside a floor
@@ -101,7 +102,8 @@ WITHIN = {  # the arrows inside a floor
     ("experiment", "train"),
     ("loop", "run"),
     ("adapting", "train"),
-    ("aligning", "loop"),
+    ("aligning", "asking"),
+    ("aligning", "rewards"),
     ("continued", "adapting"),
     ("continued", "loop"),
     ("continued", "versions"),

@@ -63,7 +63,7 @@ ARMS = {
            "warmup": 30},
     SFT: {"stage": SFT},
     PPO: {"stage": PPO},
-    PTX: {"stage": PTX, "ptx": 1.0},
+    PTX: {"stage": PTX, "ptx": 0.1},
 }
 
 GOLD, MODEL = "gold, points", "reward model, sd"

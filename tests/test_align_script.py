@@ -1,0 +1,227 @@
+"""Rollouts with the cache, rounds, rewards in folders, and scripts/align.py for its user."""
+
+import numpy as np
+import pytest
+from align import Settings, main
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilm import data, ops
+from minilm.align import PPO, Reward, Rounds, draw_answers, reference_of, reward_model, value_head
+from minilm.align.rollouts import answers_of, rollouts
+from minilm.asking import judged
+from minilm.data.preferences import Comparison, load_comparisons, ranked
+from minilm.files import FormatError
+from minilm.interop import load_adapter, load_model, save_model
+from minilm.optim import AdamW
+from minilm.peft import add_lora
+from minilm.peft.adapted import adapted_layers
+from minilm.rewards import reward_of, save_reward
+from minilm.run import RunDirectory
+from minilm.train import Trainer
+from minilm.transformer import Config, Transformer
+
+SIZES = dict(layers=2, heads=2, width=8, hidden=12)
+SMALL = dict(prompt=4, tokens=5, test=4, batch=4, steps=6, eval_every=3, save_every=3, workers=1,
+             comparisons=12, r=2)
+
+
+def model_of(vocab=11, seed=0, family=Config.llama):
+    sizes = SIZES if family == Config.llama else {k: v for k, v in SIZES.items() if k != "hidden"}
+    model = Transformer(family(vocab_size=vocab, context=32, **sizes), seed)
+    rng = np.random.default_rng(seed)
+    for p in model.parameters():
+        p.data += 0.3 * rng.standard_normal(p.shape, dtype=np.float32)
+    return model.eval()
+
+
+def zero(tokens, counted): return np.zeros(len(tokens))
+
+
+@pytest.mark.parametrize("family", [Config.llama, Config.gpt2])
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), seed=st.integers(0, 99),
+       end=st.none() | st.integers(0, 10), most=st.integers(1, 6))
+def test_answers_with_the_cache_are_those_without(family, sizes, seed, end, most):
+    model, rng = model_of(family=family), np.random.default_rng(seed)
+    prompts = [rng.integers(0, 11, n) for n in sizes]
+    tokens, counted = draw_answers(model, prompts, most, end, seed)
+    again = draw_answers(model, prompts, most, end, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minilm.align.rollouts.caches", lambda model: False)
+        slow = draw_answers(model, prompts, most, end, seed)
+    for other in (again, slow):
+        assert (tokens == other[0]).all() and (counted == other[1]).all()
+    for row, prompt, answer in zip(tokens, prompts, answers_of(tokens, counted)):
+        assert (row[: len(prompt)] == prompt).all()
+        assert (row[len(prompt) : len(prompt) + len(answer)] == answer).all()
+        ended = np.flatnonzero(answer == end) if end is not None else []
+        assert len(answer) == (ended[0] + 1 if len(ended) else most)  # the end masks all after it
+        assert (row[len(prompt) + len(answer) :] == (end or 0)).all()
+
+
+def test_rollouts_know_both_models():
+    model = add_lora(model_of(), r=2, alpha=4)
+    base = model_of()
+    for p in model.parameters():
+        p.data += np.float32(0.5)
+    r = rollouts(model, [[1, 2], [3]], 4, None, 0, score=zero)
+    for found, by in ((r.log_probs, model), (r.reference, base)):
+        log_p = ops.log_softmax(by(r.tokens[:, :-1])).data
+        chosen = np.take_along_axis(log_p, r.tokens[:, 1:, None], -1)[..., 0]
+        assert np.allclose(found, np.where(r.counted, chosen, 0), atol=1e-5)
+    assert r.told()["kl"] != 0
+    with pytest.raises(KeyError), reference_of(model):
+        raise KeyError
+    assert {layer.active for layer in adapted_layers(model).values()} == {"default"}
+    with pytest.raises(ValueError, match="without adapters needs a frozen copy"), \
+            reference_of(base):
+        pass
+    with pytest.raises(ValueError, match="do not fit the model's context of 32"):
+        draw_answers(base, [[1] * 30], 3, None)
+    with pytest.raises(ValueError, match="must be 1 finite numbers"):
+        rollouts(model, [[1]], 2, None, score=lambda *_: [np.nan])
+
+
+def taught(beta, value=0.1, steps=240):
+    """A bandit: one token, whose reward is known. (the policy, the reference, the rewards)."""
+    model, frozen = model_of(5), model_of(5).freeze()
+    reward, head = np.array([0.0, 1.0, 0.5, -1.0, 0.2]), value_head(8)
+    loss = PPO(head, beta=beta, lam=1.0, value=value)
+    rounds = Rounds(model, [[1]] * 256, loss, score=lambda t, c: reward[t[:, 1]], batch=256, most=1,
+                    end=None, seed=0, parts=1, head=head, frozen=frozen)
+    params = model.parameters() + (head.parameters() if value else [])
+    optimizer = AdamW(params, 5e-3, (0.9, 0.95), weight_decay=0.0)
+    with Trainer(model, optimizer, loss=loss) as trainer:
+        for step in range(steps):
+            trainer.step(step, rounds[step], 5e-3 * (1 - step / steps), clip=1.0)
+    p, q = (ops.softmax(m(np.array([[1]]))).data[0, 0].astype(float) for m in (model, frozen))
+    return p, q, reward
+
+
+def test_a_bandit_reaches_its_known_optimum():
+    p, q, reward = taught(beta=0.5)
+    best = q * np.exp(reward / 0.5)  # Rafailov, eq. (4)
+    best /= best.sum()
+    assert np.abs(p - best).sum() < 0.12 < np.abs(p - q).sum()
+
+
+def test_where_kl_is_very_dear_the_policy_stays():
+    """The critic is left out: it shares the policy's body, and moves it for returns so large."""
+    p, q, _ = taught(beta=1e4, value=0.0)
+    assert np.abs(p - q).sum() < 0.12
+
+
+@given(seed=st.integers(0, 99), sharpness=st.sampled_from([0.5, 2.0]))
+def test_made_labels_are_bradley_terrys(seed, sharpness):
+    rng, n = np.random.default_rng(seed), 2000
+    wins = sum(ranked([0.3, -0.4], sharpness, rng)[0] == 0 for _ in range(n))
+    p = 1 / (1 + np.exp(-sharpness * 0.7))
+    assert abs(wins - n * p) < 6 * np.sqrt(n * p * (1 - p))
+    assert ranked([0.1, 0.3, 0.2], np.inf, rng).tolist() == [1, 2, 0]
+
+
+def test_equal_rewards_are_half_right():
+    assert judged(np.array([[1.0, 1.0], [2.0, 1.0]]))["right"] == 0.75
+
+
+def test_comparisons_of_a_file(tmp_path):
+    file = tmp_path / "c.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert load_comparisons(file) == [Comparison("a", "b", "c")]
+    for bad, said in (('{"prompt": "a", "chosen": "b"}', "rejected"),
+                      ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "are the same"),
+                      ('{"prompt": "", "chosen": "b", "rejected": "c"}', "prompt: the text is"),
+                      ('{"prompt": 1, "chosen": "b", "rejected": "c"}', "expected str, got int")):
+        file.write_text(bad)
+        with pytest.raises(FormatError, match=f"line 1: .*{said}"):
+            load_comparisons(file)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(model_of(258), tmp_path / "base", data.ByteTokenizer())
+    data.ByteTokenizer().save(tmp_path / "base" / "tokenizer.json")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def text(tmp_path):
+    words = np.random.default_rng(0).choice(["The", "cat", "sat", "on", "a", "mat.\n"], 300)
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    return str(tmp_path / "text.txt")
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused(tmp_path, folder):
+    tokenizer, model = data.ByteTokenizer(), load_model(folder)
+    save_reward(Reward(reward_model(model_of(300)), 1.0, 2.0), tmp_path / "other", tokenizer)
+    with pytest.raises(ValueError, match="vocabulary of 300 tokens, but .* one of 258"):
+        reward_of(str(tmp_path / "other"), folder, model, tokenizer)
+    save_reward(Reward(reward_model(model_of(258)), 1.0, 2.0), tmp_path / "same", tokenizer)
+    data.ByteTokenizer().save(tmp_path / "same" / "tokenizer.json")
+    again = reward_of(str(tmp_path / "same"), folder, model, tokenizer)
+    assert (again.mean, again.sd) == (1.0, 2.0)
+    data.CharTokenizer("abc").save(tmp_path / "same" / "tokenizer.json")
+    with pytest.raises(ValueError, match="different tokenizers"):
+        reward_of(str(tmp_path / "same"), folder, model, tokenizer)
+    with pytest.raises(ValueError, match="neither a folder nor one of vowels"):
+        reward_of("nothing", folder, model, tokenizer)
+
+
+def kept(run):
+    """Every bit that a run has learned, and its records without the times."""
+    files = {p.relative_to(run).as_posix(): p.read_bytes() for p in run.glob("*/*.safetensors")}
+    return files, [{k: v for k, v in r.items() if k != "seconds"}
+                   for r in RunDirectory(run).records()]
+
+
+@pytest.mark.parametrize("method, more", [
+    ("ppo", dict(ptx=0.1)), ("grpo", dict(group=2)), ("dpo", {}), ("reward", dict(answers=3))])
+def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, folder, text, method, more, monkeypatch,
+                                                 capsys):
+    """It is killed in its fifth step; the checkpoint is of the third, within a round."""
+    if "ptx" in more:
+        more = dict(replay_from=(text,), **more)
+    s = Settings(model=str(folder), data=text, method=method, **SMALL, **more)
+    main(s, tmp_path / "whole")
+    whole, said = tmp_path / "whole" / f"align-{method}-1", capsys.readouterr().out
+    log = RunDirectory.log
+
+    def killed(run, **record):
+        log(run, **record)
+        if record["step"] == 5:
+            raise SystemExit
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(RunDirectory, "log", killed)
+        main(s, tmp_path / "killed")
+    main(resume=tmp_path / "killed" / f"align-{method}-1")
+    assert kept(tmp_path / "killed" / f"align-{method}-1") == kept(whole)
+    assert "before     after" in said
+    if method == "reward":
+        assert "pairs: right" in said and (whole / "reward" / "reward.json").exists()
+        assert load_model(whole / "reward").config.labels == ("reward",)
+    else:
+        assert "answers: kl" in said
+        assert any(p.data.any() for p in load_adapter(load_model(folder), whole / "adapter")
+                   .parameters())
+
+
+@pytest.mark.parametrize("changes, given, said", [
+    (dict(method="dpo", ptx=0.1), {"ptx"}, "ptx is given, but the method is dpo"),
+    (dict(method="dpo", beta=0.0), set(), "beta must be positive for dpo"),
+    (dict(replay_from=("x",)), {"replay_from"}, "ptx is 0")])
+def test_settings_that_mean_nothing_are_refused(folder, text, changes, given, said):
+    with pytest.raises(ValueError, match=said):
+        main(Settings(model=str(folder), data=text, **changes), given=frozenset(given))
+
+
+def test_dpo_learns_from_a_file_and_keeps_a_model(tmp_path, folder):
+    file = tmp_path / "c.jsonl"
+    file.write_text("".join(f'{{"prompt": "p{i}", "chosen": "good", "rejected": "bad"}}\n'
+                            for i in range(12)))
+    main(Settings(model=str(folder), data=str(file), method="dpo", merged=True, lr=1e-2,
+                  **SMALL | dict(steps=30)), tmp_path / "runs")
+    records = RunDirectory(tmp_path / "runs" / "align-dpo-1").records()
+    looks = [r for r in records if "pairs" in r]
+    assert looks[-1]["pairs"]["right"] == 1 and looks[0]["pairs"]["right"] == 0.5
+    assert "reward" not in looks[-1]["answers"]
+    load_model(tmp_path / "runs" / "align-dpo-1" / "model")
