@@ -109,7 +109,7 @@ def test_gae_is_the_double_sum(episode, gamma, lam):
         V = [*values[row, places], 0.0]
         delta = [rewards[row, t] + gamma * V[i + 1] - V[i] for i, t in enumerate(places)]
         for i, t in enumerate(places):
-            expected = sum((gamma * lam) ** l * d for l, d in enumerate(delta[i:]))  # noqa: E741
+            expected = sum((gamma * lam) ** l * d for l, d in enumerate(delta[i:]))
             assert found[row, t] == pytest.approx(expected, abs=1e-12)
     assert not found[~counted].any()
 

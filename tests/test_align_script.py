@@ -1,5 +1,7 @@
 """Rollouts with the cache, rounds, rewards in folders, and scripts/align.py for its user."""
 
+import sys
+
 import numpy as np
 import pytest
 from align import Settings, main
@@ -47,7 +49,7 @@ def test_answers_with_the_cache_are_those_without(family, sizes, seed, end, most
     tokens, counted = draw_answers(model, prompts, most, end, seed)
     again = draw_answers(model, prompts, most, end, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minilm.align.rollouts.caches", lambda model: False)
+        patch.setattr(sys.modules["minilm.align.rollouts"], "caches", lambda model: False)
         slow = draw_answers(model, prompts, most, end, seed)
     for other in (again, slow):
         assert (tokens == other[0]).all() and (counted == other[1]).all()
