@@ -290,10 +290,9 @@ def test_padding_and_parts_change_nothing(seed, more, cut):
         parts = [[a[:cut] for a in batch], [a[cut:] for a in batch]]
         assert sum(float(loss(model, *part, totals=totals).data) for part in parts
                    ) == pytest.approx(whole, abs=1e-9)
-        T = batch[0].shape[-1]
         def longer(a): return np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])
-        padded = [longer(a) if a.shape[-1] in (T, T - 1) and a.ndim == batch[1].ndim else a
-                  for a in batch]
+        own = len(batch) - 2 * (type(loss) is PPO)  # the last two are old text
+        padded = [longer(a) if a.ndim == batch[1].ndim else a for a in batch[:own]] + batch[own:]
         assert float(loss(model, *padded, totals=totals).data) == pytest.approx(whole, abs=1e-9)
 
 

@@ -156,7 +156,7 @@ def text(tmp_path):
 def test_a_reward_model_of_another_vocabulary_is_refused(tmp_path, folder):
     tokenizer, model = data.ByteTokenizer(), load_model(folder)
     save_reward(Reward(reward_model(model_of(300)), 1.0, 2.0), tmp_path / "other", tokenizer)
-    with pytest.raises(ValueError, match="vocabulary of 300 tokens, but .* one of 258"):
+    with pytest.raises(ValueError, match=r"vocabulary of 300 tokens, but .* one of 258"):
         reward_of(str(tmp_path / "other"), folder, model, tokenizer)
     save_reward(Reward(reward_model(model_of(258)), 1.0, 2.0), tmp_path / "same", tokenizer)
     data.ByteTokenizer().save(tmp_path / "same" / "tokenizer.json")

@@ -26,7 +26,7 @@ FLOORS = [
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
      "results", "experiment", "command", "adapting", "aligning", "asking", "rewards",
-     "continued", "trial", "tables", "trained",
+     "continued", "trial", "tables", "trained", "stages",
      "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -115,6 +115,12 @@ WITHIN = {  # the arrows inside a floor
     ("trial", "versions"),
     ("tables", "trial"),
     ("trained", "run"),
+    ("stages", "aligning"),
+    ("stages", "asking"),
+    ("stages", "loop"),
+    ("stages", "rewards"),
+    ("stages", "run"),
+    ("stages", "trial"),
     ("loop", "train"),
     ("command", "train"),
     ("__main__", "command"),
