@@ -95,7 +95,7 @@ class Aligning:
     lam: float = 0.95
     """of ppo's advantages: 0 believes the value head, 1 the rewards alone"""
     value: float = 0.1
-    """weight of the value head's loss"""
+    """weight of the value head's loss; 0 is without a head"""
     ptx: float = 0.0
     """weight of the loss on old text: PPO-ptx"""
     replay_from: tuple[str, ...] = ()
@@ -143,13 +143,15 @@ def from_rounds(base, s, asked: Asked, tokenizer, score, text=None) -> Job:
     """PPO or GRPO. text: batches of old text, for ptx."""
     model, head = low_rank(base, s), None
     if s.method == "ppo":
-        head = value_head(base.config.width, s.seed).astype(s.dtype).to(base.embed.weight.device)
+        if s.value:
+            head = value_head(base.config.width, s.seed).astype(s.dtype)
+            head = head.to(base.embed.weight.device)
         loss = PPO(head, s.beta, s.eps, lam=s.lam, value=s.value, ptx=s.ptx)
     else:
         loss = GRPO(s.group, s.beta, s.eps)
     rounds = Rounds(model, asked.prompts, loss, score=score, batch=s.batch * s.parts, most=s.tokens,
                     end=tokenizer.end, seed=s.seed, epochs=s.epochs, parts=s.parts,
-                    group=1 if head else s.group, head=head, text=text)
+                    group=s.group if s.method == "grpo" else 1, head=head, text=text)
     saved = Module()
     saved.model, saved.head = model, head
     def told(step): return rounds.drawn.told() if step % len(rounds) == 0 else {}

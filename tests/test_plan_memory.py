@@ -450,7 +450,6 @@ def test_widths_that_are_not_given_are_the_usual_ones():
     (dict(rank=0), "rank must be 1 to 128, a layer's size; got 0"),
     (dict(rank=129), "rank must be 1 to 128, a layer's size; got 129"),
     (dict(targets=("q", "gate")), r"targets \['gate'\] match no layer of a block; there are"),
-    (dict(targets=()), r"targets \[\] match no layer"),
     (dict(card=0.0), "card must be a positive number of GB, got 0.0"),
     (dict(method=()), "method must be some of full, .*, subspace, got none"),
     (dict(widths=Widths(layers=2, width=128, heads=3)), "width 128 must be a multiple of heads 3"),
