@@ -11,9 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import backend
+from minilm.nn import Linear
+from minilm.optim import AdamW
+from minilm.optim.flat import clip_grad_norm
 from minilm.parallel import comm as comms
 from minilm.parallel.comm import Handle, Local, Mpi, connect, ranks
 from minilm.parallel.nccl import Nccl
+from minilm.parallel.zero import Zero
+from minilm.tensor import Tensor
 
 SIZES = st.integers(1, 4), st.integers(1, 9), st.sampled_from(["float32", "float64", "int32"])
 
@@ -185,17 +190,21 @@ class PretendedNccl:
     def recv(self, b, count, kind, other, s): self.copy(self.sending, b, count, kind, s)
 
 
-@pytest.mark.parametrize("ordered", [False, True])
-def test_nccl_is_given_pointers_counts_and_types(cupy, monkeypatch, request, ordered):
-    """On a stand-in of one rank. What only a card shows, streams and their order, is not seen."""
-    pretended = PretendedNccl()
-    real = request.node.callspec.params["cupy"] == "real"
-    if real:
+@pytest.fixture
+def pretended(cupy, monkeypatch, request):
+    """The stand-in for NCCL, or None where CuPy is the real one, and NCCL with it."""
+    if request.node.callspec.params["cupy"] == "real":
         pytest.importorskip("cupy.cuda.nccl")
-    else:
-        monkeypatch.setattr(backend, "nccl", lambda: pretended)
-        monkeypatch.setattr(cupy.cuda, "Device", lambda number: SimpleNamespace(use=int),
-                            raising=False)
+        return None
+    stand_in = PretendedNccl()
+    monkeypatch.setattr(backend, "nccl", lambda: stand_in)
+    monkeypatch.setattr(cupy.cuda, "Device", lambda number: SimpleNamespace(use=int), raising=False)
+    return stand_in
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_nccl_is_given_pointers_counts_and_types(cupy, pretended, ordered):
+    """On a stand-in of one rank. What only a card shows, streams and their order, is not seen."""
     comm = Nccl(Local(), ordered)
     x, y = cupy.asarray(np.arange(4, dtype=np.float32)), cupy.zeros(4, np.float32)
     comm.reduce_scatter(x, y).wait()
@@ -208,9 +217,35 @@ def test_nccl_is_given_pointers_counts_and_types(cupy, monkeypatch, request, ord
     assert handle.test()
     assert y.get().tolist() == [0, 1, 2, 3]
     assert comm.numbers(3, 4).tolist() == [[3, 4]]
-    if not real:
+    if pretended:
         assert ("start" in pretended.log) == ordered
         calls = {call[:2] for call in pretended.log if type(call) is tuple}
         assert calls == {("FLOAT32", 4), ("FLOAT64", 2)}
     with pytest.raises(TypeError, match="float32, float16"):
         comm.all_reduce(np.zeros(3))
+
+
+@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stage_on_a_gpu_is_adamw(cupy, pretended, stage, dtype):
+    """One rank, with the same kernels: the bits of AdamW."""
+    def made():
+        layer = Linear(8, 8, np.random.default_rng(0)).astype(np.dtype(dtype)).to("cuda")
+        return layer, Tensor(cupy.asarray(np.ones((2, 8), dtype)))
+
+    (layer, x), (other, _) = made(), made()
+    zero = Zero(layer, [layer], Nccl(Local()), stage, lr=0.1)
+    optimizer = AdamW(other.parameters(), lr=0.1)
+    for _ in range(2):
+        with zero.micro_batch():
+            layer(x).sum().backward()
+        optimizer.zero_grad()
+        other(x).sum().backward()
+        norm = clip_grad_norm(other.parameters(), 1e9)
+        assert zero.norm() == pytest.approx(norm, rel=1e-6)
+        zero.step()
+        optimizer.step()
+    for mine, theirs in zip(layer.parameters(), other.parameters()):
+        assert mine.data.get().tobytes() == theirs.data.get().tobytes()
+    with pytest.raises(ValueError, match="stage 3 is for a CPU"):
+        Zero(made()[0], [], Nccl(Local()), 3)

@@ -189,6 +189,46 @@ def test_memory_that_is_given_back_is_read_nowhere():
         assert all(layer.weight.data.any() for layer in model.layers)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n, stage, then", [(2, 3, 1), (1, 0, 4), (3, 1, 2), (4, 2, 3)])
+def test_another_number_of_ranks_goes_on(dtype, n, stage, then):
+    """In another stage too: the same bits as without a break."""
+    def steps(zero, model, comm, numbers):
+        for i in numbers:
+            for k in range(comm.rank, 12, comm.size):  # 12 micro-batches for any n
+                x = np.random.default_rng((i, k)).standard_normal((2, 32)).astype(np.float32)
+                with zero.micro_batch(last=k + comm.size >= 12):
+                    (model(Tensor(x.astype(dtype))).sum() * (1 / 12)).backward()
+            zero.step()
+
+    def begun(comm, stage):
+        model = Stack(dtype=np.dtype(dtype))
+        return model, Zero(model, model.layers, comm, stage, lr=LR)
+
+    def first(comm):
+        model, zero = begun(comm, stage)
+        steps(zero, model, comm, range(2))
+        saved = {name: a.copy() for name, a in zero.states()}
+        steps(zero, model, comm, range(2, 4))
+        with zero.gathered():
+            return saved, parameters(model)
+
+    def second(comm):
+        model, zero = begun(comm, 3 - stage)
+        zero.put_back(saved, steps=2)
+        steps(zero, model, comm, range(2, 4))
+        with zero.gathered():
+            return parameters(model)
+
+    saved, expected = ranks(n, first)[-1]
+    for found in ranks(then, second):
+        same(found, expected)
+    with pytest.raises(ValueError, match="other units"):
+        begun(Local(), 0)[1].put_back({"0.m": saved["0.m"]}, steps=2)
+    with pytest.raises(ValueError, match="must be as long"):
+        begun(Local(), 0)[1].put_back(saved | {"0.m": saved["0.m"][1:]}, steps=2)
+
+
 def test_misuse_is_refused():
     model = Stack()
     with pytest.raises(ValueError, match="twice"):

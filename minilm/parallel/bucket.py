@@ -79,8 +79,8 @@ class Bucket:
         self.comm, self.stage, self.ready = comm, stage, ready
         first = [t for t in tensors if id(t) not in undecayed]
         self.tensors = first + [t for t in tensors if id(t) in undecayed]
-        self.places, end = end_to_end(self.tensors)
-        each = -(-end // (8 * comm.size)) * 8  # kernels take fours, NCCL likes 16 bytes
+        self.places, self.end = end_to_end(self.tensors)  # the rest is padding
+        each = -(-self.end // (8 * comm.size)) * 8  # kernels take fours, NCCL likes 16 bytes
         self.size, own = comm.size * each, slice(comm.rank * each, (comm.rank + 1) * each)
         self.decayed = self.places[len(first)].start if len(first) < len(tensors) else self.size
         self.mine = own if stage else slice(0, self.size)
@@ -221,6 +221,30 @@ class Bucket:
         if self.stage in (1, 2):
             return self.comm.all_gather(self.part, self.whole, what="parameters")
         return Handle()
+
+    def states(self):
+        """(name, array) of the numbers that a run goes on from, whole: the same for any n."""
+        for name, own in self._states().items():
+            whole = own
+            if self.stage:
+                whole = self.xp.zeros(self.size, own.dtype)
+                self.comm.all_gather(own, whole, what="states").wait()
+            yield name, whole[: self.end]
+
+    def _states(self):
+        return {"parameters": self.masters, "m": self.m, "v": self.v}
+
+    def put_back(self, states: dict):
+        """Take the own part of what states() gave, perhaps to another number of ranks."""
+        for name, own in self._states().items():
+            if states[name].shape != (self.end,):
+                raise ValueError(f"{name} of a bucket of {self.end} numbers must be as long, got "
+                                 f"shape {states[name].shape}")
+            stop = min(self.mine.stop, self.end)
+            given = states[name][self.mine.start : stop]
+            own[: given.size] = self.xp.asarray(given)
+        if self.masters is not self.part:
+            self.part[...] = self.masters
 
     def held(self) -> dict:
         """Bytes of this rank's memory, by what they are for."""

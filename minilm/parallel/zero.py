@@ -33,42 +33,12 @@ from minilm.optim.flat import leaves
 from minilm.parallel.bucket import Bucket
 from minilm.parallel.comm import Comm
 from minilm.parallel.norm import exact_squares, norm_of
+from minilm.parallel.units import Unit, owners_of, watched
 from minilm.ranges import check, whole
-from minilm.tensor import Tensor, op
+from minilm.tensor import Tensor
 
+STATES = "parameters", "m", "v"  # of a bucket
 IN_FLIGHT = 2  # buckets whose whole gradients may be kept until they have travelled
-
-
-@op
-def watched(x, before):
-    """x itself. Its backward pass calls before() first."""
-    def dx(dy):
-        before()
-        return dy
-    return x, dx
-
-
-class Unit:
-    """A module whose tensors travel together; without a module, the root."""
-
-    def __init__(self, number, module, buckets):
-        self.number, self.module, self.buckets = number, module, buckets
-        self.trained = [b for b in buckets if b.trains]
-        self.again = 0  # forward passes under `checkpoint` that are to be run again
-        self.awaits = self.passed = False  # is its backward pass to come? has it begun?
-
-    def fetch(self):
-        for b in self.buckets:
-            b.fetch()
-
-    def gather(self):
-        self.fetch()
-        for b in self.buckets:
-            b.gather()
-
-    def release(self):
-        for b in self.buckets:
-            b.release()
 
 
 class Zero:
@@ -253,8 +223,36 @@ class Zero:
         self.steps += 1
         for bucket in self.trained:
             bucket.update(self.steps, self.lr, scale, self.betas, self.eps, self.weight_decay)
+        self._share()
+
+    def _share(self):
         for handle in [bucket.share() for bucket in self.trained]:
             handle.wait()
+
+    def states(self):
+        """(name, flat array) of all that a run goes on from: parameters, m and v, bucket by bucket.
+
+        They are whole on every rank, one after another, so that no rank must hold all. All ranks
+        must take them together. They are the same for any number of ranks and in any stage.
+        """
+        for i, bucket in enumerate(self.trained):
+            for name, array in bucket.states():
+                yield f"{i}.{name}", array
+
+    def put_back(self, states: dict, steps: int):
+        """Go on from what states() gave after so many steps, perhaps to other ranks.
+
+        ValueError if they are not those of such a model and such units; some may have changed.
+        """
+        names = {f"{i}.{name}" for i in range(len(self.trained)) for name in STATES}
+        if names != set(states):
+            raise ValueError(f"the states of other units: missing {sorted(names - set(states))}, "
+                             f"unexpected {sorted(set(states) - names)}")
+        for i, bucket in enumerate(self.trained):
+            bucket.put_back({name: states[f"{i}.{name}"] for name in STATES})
+        self.steps = steps
+        self.zero_grad()
+        self._share()
 
     @contextmanager
     def gathered(self, units: bool = True):
@@ -278,25 +276,3 @@ class Zero:
 
     def _note(self):
         self.peak |= self.held()  # the larger of both, for each
-
-
-def owners_of(tensors, units) -> dict:
-    """id of a tensor -> the number of the unit that holds it; -1: none or several do, the root.
-
-    ValueError if a unit is not of the model, or if one lies inside another.
-    """
-    owners = {id(t): -1 for t in tensors}
-    modules = [id(m) for unit in units for _, m in unit.named_modules()]
-    if len(set(modules)) < len(modules):
-        raise ValueError("units must not share modules: is one given twice, or inside another?")
-    shared = set()
-    for number, unit in enumerate(units):
-        for name, t in unit.named_tensors():
-            if not t.size:
-                continue
-            if id(t) not in owners:
-                raise ValueError(f"unit {number} has {name}, which is none of the model's tensors")
-            if owners[id(t)] not in (-1, number):
-                shared.add(id(t))
-            owners[id(t)] = number
-    return owners | dict.fromkeys(shared, -1)
