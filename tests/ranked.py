@@ -18,18 +18,21 @@ from minilm.optim.flat import clip_grad_norm, clip_scale
 from minilm.parallel.comm import Mpi
 from minilm.parallel.zero import Zero
 from minilm.peft import add_lora
+from minilm.quantize import quantize_model
 from minilm.train import LabelLoss
 from minilm.transformer import Config, Transformer
 
 STEPS, LR, LOSS = 3, 0.01, LabelLoss()
 
 
-def make(tied=False, dtype="float32", every=0, lora=False):
+def make(tied=False, dtype="float32", every=0, lora=False, codes=False):
     """A model, small but with whatever a stage may stumble over."""
     c = Config.llama(vocab_size=23, context=8, layers=3, heads=2, width=16,
                      hidden=24, tied=tied)
     model = Transformer(c, seed=3).astype(np.dtype(dtype))
     model.checkpoint_every = every
+    if codes:
+        quantize_model(model)
     if lora:
         add_lora(model, r=2, alpha=4)
         for name, t in model.named_parameters():

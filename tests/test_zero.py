@@ -27,6 +27,7 @@ def same(a, b):
     (1, 2, {}), (2, 2, {}), (4, 4, {}), (3, 3, {"tied": True}), (2, 4, {"every": 1}),
     (2, 6, {"tied": True, "every": 2}), (2, 2, {"dtype": "bfloat16"}), (2, 2, {"lora": True}),
     (2, 2, {"lora": True, "every": 1}), (2, 4, {"dtype": "float16"}),
+    (2, 2, {"lora": True, "codes": True}),
 ], ids=str)
 def test_any_stage_has_the_bits_of_one_process(stage, n, count, kind):
     expected, losses, _ = alone(count, **kind)
@@ -94,9 +95,10 @@ def test_bytes_are_those_of_the_formulas(stage, n, ordered, size, dtype):
 
 
 @STAGES
-def test_the_base_of_an_adapter_has_no_gradients_that_travel(stage):
+@pytest.mark.parametrize("codes", [False, True])
+def test_the_base_of_an_adapter_has_no_gradients_that_travel(stage, codes):
     def run(comm):
-        zero = trained(comm, stage, 2, lora=True)[-1]
+        zero = trained(comm, stage, 2, lora=True, codes=codes)[-1]
         adapter = sum(b.size for b in zero.trained) * 4 // 2  # (n-1)/n of it
         frozen = [b for unit in (*zero.units, zero.root) for b in unit.buckets if not b.trains]
         return adapter, frozen, zero, comm.sent
