@@ -84,7 +84,7 @@ def nccl():
     from cupy.cuda import nccl
 
     if not nccl.available:
-        raise RuntimeError('ranks on GPUs need NCCL: pip install "nvidia-nccl-cu13>=2.27.7,<3"')
+        raise RuntimeError(f"ranks on GPUs need NCCL: {install('nccl')}")
     return nccl
 
 

@@ -190,6 +190,12 @@ class PretendedNccl:
     def recv(self, b, count, kind, other, s): self.copy(self.sending, b, count, kind, s)
 
 
+def test_a_missing_nccl_names_the_extra(cupy, monkeypatch):
+    monkeypatch.setattr(cupy.cuda, "nccl", SimpleNamespace(available=False), raising=False)
+    with pytest.raises(RuntimeError, match=r"minilm\[nccl\]"):
+        Nccl(Local())
+
+
 @pytest.fixture
 def pretended(cupy, monkeypatch, request):
     """The stand-in for NCCL, or None where CuPy is the real one, and NCCL with it."""
