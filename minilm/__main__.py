@@ -9,6 +9,7 @@ from minilm.parallel.cores import default_workers
 from minilm.versions import versions
 
 EXTRAS = {"hf": ("tokenizers",), "plots": ("matplotlib",), "report": ("jinja2",),
+          "clean": ("py3langid",), "scaling": ("scipy",), "mpi": ("mpi4py", "mpich"),
           "test": ("torch", "pytest"),
           "peers": ("transformers", "peft", "bitsandbytes")}
 

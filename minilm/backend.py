@@ -78,6 +78,16 @@ def _cublas():
     return cublas, cp.cuda.device.get_cublas_handle
 
 
+def nccl():
+    """CuPy's module of NCCL. RuntimeError with the reason if it cannot be used."""
+    cupy()
+    from cupy.cuda import nccl
+
+    if not nccl.available:
+        raise RuntimeError(f"ranks on GPUs need NCCL: {install('nccl')}")
+    return nccl
+
+
 def pool_bytes() -> int:
     """Bytes that CuPy's pool takes of the GPU, after it has given back all that it can."""
     pool = cupy().get_default_memory_pool()

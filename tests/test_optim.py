@@ -154,7 +154,7 @@ def test_an_update_scales_the_gradient(make, scale):
 def test_chunks_cover_a_part_once_and_never_mix_decayed_and_not(decayed, start, length, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adamw, "BLOCK", block)
-        chunks = adamw._chunks(slice(start, start + length), decayed, np)
+        chunks = adamw.chunks(slice(start, start + length), decayed, np)
     covered = [i for c in chunks for i in range(c.start, c.stop)]
     assert covered == list(range(start, start + length))
     assert all(c.stop <= decayed or c.start >= decayed for c in chunks)

@@ -148,7 +148,7 @@ class AdamW:
         """Step t of a part, with gradients multiplied by scale; in chunks that fit the cache."""
         f = self.flat
         for run in f.with_gradient(part):
-            for chunk in _chunks(run, self.decayed, array_module(self.m)):
+            for chunk in chunks(run, self.decayed, array_module(self.m)):
                 decay = self.weight_decay if chunk.stop <= self.decayed else 0.0
                 adamw(f.data[chunk], f.grad[chunk], self.m[chunk], self.v[chunk], t, lr,
                       *self.betas, self.eps, decay, scale)
@@ -193,7 +193,7 @@ def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay, scale=1.0):
     p -= u  # eq. (4)
 
 
-def _chunks(part, decayed, xp):
+def chunks(part, decayed, xp):
     """Slices that cover a part. In each, either all elements are decayed or none."""
     n = BLOCK if xp is np else part.stop
     border = min(max(decayed, part.start), part.stop)

@@ -47,7 +47,7 @@ class FlatParameters:
         dtypes = {str(p.dtype) for p in self.params}
         if len(dtypes) > 1:
             raise ValueError(f"the parameters must share one dtype, got {sorted(dtypes)}")
-        self.places, self.size = _places(self.params)
+        self.places, self.size = end_to_end(self.params)
         dtype = self.params[0].dtype
         self.data, self.grad = self.zeros(), self.zeros()
         self.rounded = self.data if self.data.dtype == dtype else self.zeros(dtype)
@@ -118,17 +118,7 @@ class FlatParameters:
 
     def with_gradient(self, part: slice) -> list[slice]:
         """The runs of a part whose parameters had a gradient at the last `complete`."""
-        if self.present.all():
-            return [part]
-        runs, stops = [], [place.start for place in self.places[1:]] + [self.size]
-        for here, place, stop in zip(self.present, self.places, stops):
-            start, stop = max(place.start, part.start), min(stop, part.stop)
-            if not here or start >= stop:
-                continue
-            if runs and runs[-1].stop == start:
-                start = runs.pop().start
-            runs.append(slice(start, stop))
-        return runs
+        return runs(self.present, self.places, self.size, part)
 
     def gather(self):
         """Copy the waiting gradients to their places, all in one launch."""
@@ -171,7 +161,7 @@ def leaves(params, name: str = "params") -> list[Tensor]:
     return params
 
 
-def _places(params):
+def end_to_end(params):
     """(a slice of the flat buffers for each parameter, the size of such a buffer).
 
     Each slice begins at a multiple of 16 bytes, as the CUDA kernels need it. Gaps stay zero.
@@ -181,6 +171,21 @@ def _places(params):
         places.append(slice(end, end + p.size))
         end = -(-places[-1].stop // step) * step
     return places, end
+
+
+def runs(present, places, size: int, part: slice) -> list[slice]:
+    """The runs of a part whose parameters are present: slices of a flat buffer of this size."""
+    if present.all():
+        return [part]
+    found, stops = [], [place.start for place in places[1:]] + [size]
+    for here, place, stop in zip(present, places, stops):
+        start, stop = max(place.start, part.start), min(stop, part.stop)
+        if not here or start >= stop:
+            continue
+        if found and found[-1].stop == start:
+            start = found.pop().start
+        found.append(slice(start, stop))
+    return found
 
 
 def _is_small(dy):

@@ -1,1 +1,1 @@
-"""One batch on several cores."""
+"""One batch on several cores, or a part of it on each of several ranks."""

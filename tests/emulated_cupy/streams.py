@@ -36,6 +36,7 @@ class Stream:
         self.is_non_blocking = non_blocking
 
     done = property(lambda self: True)
+    ptr = 0  # what CUDA's libraries are given
 
     def synchronize(self):
         pass
