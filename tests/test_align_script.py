@@ -177,7 +177,8 @@ def kept(run):
 
 
 @pytest.mark.parametrize("method, more", [
-    ("ppo", dict(ptx=0.1)), ("grpo", dict(group=2)), ("dpo", {}), ("reward", dict(answers=3))])
+    ("ppo", dict(ptx=0.1)), ("ppo", dict(value=0.0)), ("grpo", dict(group=2)),
+    ("dpo", {}), ("reward", dict(answers=3))])
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, folder, text, method, more, monkeypatch,
                                                  capsys):
     """It is killed in its fifth step; the checkpoint is of the third, within a round."""
