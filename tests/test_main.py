@@ -65,7 +65,8 @@ def test_workers_are_those_of_training(lines, monkeypatch, count, processes, sai
 
 
 def test_an_extra_is_there_or_how_to_get_it(lines):
-    assert lines(tokenizers="1.2", torch="3", pytest="4", peft="5", jinja2="6", mpi4py="7")[-8:] == [
+    here = dict(tokenizers="1.2", torch="3", pytest="4", peft="5", jinja2="6", mpi4py="7")
+    assert lines(**here)[-8:] == [
         "hf: tokenizers 1.2", 'plots: pip install "minilm[plots]"', "report: jinja2 6",
         'clean: pip install "minilm[clean]"', 'scaling: pip install "minilm[scaling]"',
         'mpi: pip install "minilm[mpi]"',  # mpich is missing
