@@ -70,10 +70,10 @@ def main(layers: int = 16, width: int = 128, context: int = 256, batch: int = 2,
         out: file for the picture.
     """
     check(RANGES, steps=steps, rounds=rounds, page_size=page_size)
-    out.parent.mkdir(parents=True, exist_ok=True)  # if it cannot be, the user hears of it at once
     tune_allocator()
     config = Config.llama(1024, context, layers, width // 32, width, 8 * width // 3)
     full = Step(config, "full", batch, context, rank, "all-linear", device=device)
+    out.parent.mkdir(parents=True, exist_ok=True)  # if it cannot be, the user hears of it at once
     print(f"a Llama of {parameters(config):,} parameters, {batch} x {context} tokens, float32 on "
           f"{device}, adapters of rank {rank}\n")
     table = print_table(*methods(full, page_size))

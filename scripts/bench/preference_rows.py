@@ -1,4 +1,4 @@
-"""The ops of minilm/align beside their twins in PyTorch: rows of `op_table.py`'s table."""
+"""The ops of minilm/align and minilm/parallel beside PyTorch's: rows of `op_table.py`'s table."""
 
 import numpy as np
 from op_table import Row, import_torch, normal
@@ -7,6 +7,7 @@ from minilm.align.grpo import kl_penalty
 from minilm.align.likelihood import log_prob, summed
 from minilm.align.ppo import policy_loss, value_loss
 from minilm.align.reward import ranking_loss
+from minilm.parallel.units import watched
 
 
 def preference_rows(F) -> list[Row]:
@@ -48,4 +49,6 @@ def preference_rows(F) -> list[Row]:
         Row("value_loss", value_loss, values, steps),
         Row("ranking_loss", ranking_loss, pairs, ranks),
         Row("kl_penalty", kl_penalty, k3, reference),
+        Row("watched", lambda x: watched(x, before=int), lambda x: x.clone(),
+            lambda r, B, T, C: ([normal(r, B, T, C)], [])),
     ]

@@ -23,7 +23,7 @@ them; that is a weakness of this way here. Intervals of one seed are by a bootst
 (law.py); those of the verdicts are over seeds. If a parabola has its lowest place outside of the
 five sizes, N_opt is the size at that end.
 
-It needs scipy: pip install "minilm[scaling]".
+It needs scipy, which is in the extra `scaling`.
 """
 
 from functools import cache
