@@ -69,17 +69,30 @@ def asked_of(source, s, share: float, model, tokenizer, score) -> Asked:
     """Prompts of a corpus or of comparisons, and what the settings' method compares of them.
 
     share: of a corpus, what is held out. The model answers prompts of a corpus, for comparisons
-    that `score` makes. ValueError if too little is there.
+    that `score` makes. ValueError if too little is there, and if a text does not fit the model.
     """
     compares = s.method in ("reward", "dpo")
     if not isinstance(source, data.Corpus):
         parts = data.split_records(source, s.test, prompt=lambda c: c.prompt)
         prompts = [[tokenizer.prompt(text) for text in dict.fromkeys(c.prompt for c in part)]
                    for part in parts]
-        return Asked(*prompts, *([encoded(part, tokenizer) for part in parts] if compares else []))
+        found = [encoded(part, tokenizer) for part in parts] if compares else []
+        require_room(model, s.tokens, max(len(p) for part in prompts for p in part))
+        require_room(model, 0, *(part.tokens.shape[-1] for part in found))
+        return Asked(*prompts, *found)
     trained, held = data.split(source, share)
+    require_room(model, s.tokens, s.prompt)
     some = pieces(trained, tokenizer, s.prompt, s.comparisons if compares else None, s.seed)
     asked = pieces(held, tokenizer, s.prompt, s.test, s.seed)
     made = [compared(model, part, score, s, tokenizer.end, [s.seed, 10 + i])
             for i, part in enumerate((some, asked))] if compares else []
     return Asked(some, asked, *made)
+
+
+def require_room(model, answer: int, *lengths: int):
+    """ValueError unless texts of these lengths, and an answer after them, fit the model."""
+    longest = max(lengths, default=0)
+    if longest + answer > model.room:
+        after = f" and an answer of {answer}" * bool(answer)
+        raise ValueError(f"a text of {longest} tokens{after} must fit the model's context of "
+                         f"{model.room}")

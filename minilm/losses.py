@@ -95,21 +95,23 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):
     xp = array_module(z)
     t, counted = xp.asarray(t), xp.asarray(counted)  # they may be NumPy's
 
-    def formula(z, t):
-        z = wide(z) - z.max(-1, keepdims=True)
-        zt = z[xp.arange(len(t)), t[:, 0]]
-        p = xp.exp(z, out=z)
-        l = row_sum(p)
-        p /= l
-        return p, xp.log(l[:, 0]) - zt
-
-    p, losses = by_rows(formula, z, t[:, None])
+    p, losses = by_rows(surprise, z, t[:, None])
 
     def dlogits(dy):  # (p - onehot(target)) / n
         p[xp.arange(len(t)), t] -= 1
         p[...] *= (counted * (dy / n)).astype(p.dtype)[:, None]
         return p.reshape(lead)
     return (losses * counted).sum() / n, dlogits, None
+
+
+def surprise(z, t):  # (N, V), (N, 1) -> (N, V), (N,)
+    """(p, -log p[t]) with p = softmax(z), exact even if p underflows."""
+    xp, z = array_module(z), wide(z) - z.max(-1, keepdims=True)
+    zt = z[xp.arange(len(t)), t[:, 0]]
+    p = xp.exp(z, out=z)
+    l = row_sum(p)
+    p /= l
+    return p, xp.log(l[:, 0]) - zt
 
 
 @op

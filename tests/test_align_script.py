@@ -228,3 +228,27 @@ def test_dpo_learns_from_a_file_and_keeps_a_model(tmp_path, folder):
     assert looks[-1]["pairs"]["right"] == 1 and looks[0]["pairs"]["right"] == 0.5
     assert "reward" not in looks[-1]["answers"]
     load_model(tmp_path / "runs" / "align-dpo-1" / "model")
+
+
+def test_ppo_asks_the_prompts_of_a_file(tmp_path, folder):
+    file = tmp_path / "c.jsonl"
+    file.write_text("".join(f'{{"prompt": "p{i}", "chosen": "good", "rejected": "bad"}}\n'
+                            for i in range(24)))
+    s = Settings(model=str(folder), data=str(file), reward="vowels", **SMALL)
+    main(s, tmp_path / "runs")
+    records = RunDirectory(tmp_path / "runs" / "align-ppo-1").records()
+    assert all(0 <= r["answers"]["reward"] <= 1 for r in records if "answers" in r)
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo", "dpo", "reward"])
+@pytest.mark.parametrize("own", [True, False])
+def test_what_does_not_fit_the_model_is_refused_before_a_run_begins(tmp_path, folder, text, method,
+                                                                    own):
+    file = tmp_path / "c.jsonl"
+    file.write_text("".join(f'{{"prompt": "p{i}{"x" * 30}", "chosen": "yes", "rejected": "no"}}\n'
+                            for i in range(24)))
+    s = Settings(model=str(folder), data=str(file) if own else text, method=method,
+                 **SMALL | dict(prompt=30))
+    with pytest.raises(ValueError, match=r"a text of \d+ tokens.* must fit the model's context of"):
+        main(s, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

@@ -17,9 +17,10 @@ Shapes: B batch, T tokens, C width, V vocabulary, N counted tokens.
 import numpy as np
 
 from minilm import ops
-from minilm.arrays import by_rows, described, floating, row_sum, rows, wide
+from minilm.arrays import by_rows, described, floating, rows, wide
 from minilm.backend import array_module, to_device
 from minilm.graph import no_dropout
+from minilm.losses import surprise
 from minilm.tensor import Tensor, no_grad, op
 
 
@@ -50,21 +51,13 @@ def log_prob(logits, tokens):
     xp = array_module(z)
     t = xp.asarray(t)
 
-    def formula(z, t):
-        z = wide(z) - z.max(-1, keepdims=True)
-        zt = z[xp.arange(len(t)), t[:, 0]]
-        p = xp.exp(z, out=z)
-        l = row_sum(p)
-        p /= l
-        return p, zt - xp.log(l[:, 0])
-
-    p, y = by_rows(formula, z, t[:, None])
+    p, y = by_rows(surprise, z, t[:, None])
 
     def dlogits(dy):  # (onehot(token) - p) dy
         p[xp.arange(len(t)), t] -= 1
         p[...] *= -dy.reshape(-1, 1).astype(p.dtype)
         return p.reshape(logits.shape)
-    return y.reshape(tokens.shape), dlogits
+    return -y.reshape(tokens.shape), dlogits
 
 
 def states(model, tokens, counted) -> Tensor:  # (B, T), (B, T - 1) -> (N, C)
