@@ -252,3 +252,13 @@ def test_what_does_not_fit_the_model_is_refused_before_a_run_begins(tmp_path, fo
     with pytest.raises(ValueError, match=r"a text of \d+ tokens.* must fit the model's context of"):
         main(s, tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("method", ["dpo", "reward"])
+def test_an_answer_that_does_not_fit_is_refused_before_a_run_begins(tmp_path, folder, method):
+    file = tmp_path / "c.jsonl"
+    file.write_text("".join(f'{{"prompt": "p{i}", "chosen": "{"x" * 40}", "rejected": "no"}}\n'
+                            for i in range(24)))
+    with pytest.raises(ValueError, match=r"a text of 4\d tokens must fit the model's context of"):
+        main(Settings(model=str(folder), data=str(file), method=method, **SMALL), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
