@@ -86,10 +86,12 @@ def read_jobs(folder: Path) -> dict[str, Job]:
     return {name: replace(job, minutes=times.get(name, job.minutes)) for name, job in jobs.items()}
 
 
-def in_order(jobs: dict[str, Job], lectures: Iterable[Lecture]) -> list[Job]:
+def in_order(jobs: dict[str, Job], lectures: Iterable[Lecture], only: Iterable[str] = ()
+             ) -> list[Job]:
     """The jobs as the lectures' lines come to them, each after what it needs; then all others.
 
-    FormatError if a line names a job that is not there.
+    only: these alone, and what they need. FormatError if a line names a job that is not there,
+    ValueError if `only` does.
     """
     found = {}
 
@@ -109,7 +111,12 @@ def in_order(jobs: dict[str, Job], lectures: Iterable[Lecture]) -> list[Job]:
                 take(name)
     for name in jobs:
         take(name)
-    return list(found.values())
+    order, found = list(found), {}
+    if unknown := {*only} - {*order}:
+        raise ValueError(f"there is no {min(unknown)!r} to run, only {', '.join(sorted(order))}")
+    for name in only or order:
+        take(name)
+    return [jobs[name] for name in order if name in found]
 
 
 def quickly(jobs: Iterable[Job]) -> list[Job]:

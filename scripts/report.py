@@ -1,22 +1,36 @@
-"""One page of all experiments: tables beside the lectures' numbers, pictures, claims with verdicts.
+"""One page: what the lectures say, line by line, and what shows it. Or the whole run that shows it.
 
-    python scripts/report.py                                 # what is kept in scripts/experiments
-    python scripts/report.py --results runs/adaptation_methods-1
+    python scripts/report.py                                 # of what is kept in scripts/
+    python scripts/report.py --results runs/adaptation_methods-1    # of these experiments alone
+    python scripts/report.py --run                           # runs everything in full, for hours
+    python scripts/report.py --run --quick --jobs 2          # in minutes; the numbers mean nothing
+    python scripts/report.py --run --keep                    # and leaves the results for the page
 
-Writes one HTML file that works without network and without scripts. Needs the extra `report`.
+Writes one HTML file that works without network and without scripts: the claims that hold and that
+do not, the slides that are wrong, each line of the lectures with its verdicts and commands, each
+experiment with its table beside the lectures' and its picture. Needs the extra `report`.
+
+A whole run leaves everything in runs/lectures, and goes on there if it was stopped. What is run is
+in scripts/lectures/run.toml. --keep leaves results in scripts/experiments, what other commands
+print in scripts/lectures, and the page there as index.html.
 """
 
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from minilm.command import command
+from minilm.command import Given, command, typed
 from minilm.extras import install
 from minilm.files import FormatError, read_bytes, write_atomically
+from minilm.lectures import Line, judges, parts, read_lectures
+from minilm.loop import refuse_unused
 from minilm.measure.verdict import FAILS, HOLDS, OPEN
 from minilm.results import Result, claimed, found, number
+from minilm.wholerun import WholeRun, filled, in_order, lasted, quickly, read_jobs
 
 FOLDER = Path(__file__).resolve().parent
+WHOLE = Path("runs/lectures")
 MARKS = {HOLDS: "✓", FAILS: "✗", OPEN: "?"}
 SVG = "http://www.w3.org/2000/svg"
 DRAWN = {"svg", "g", "path", "text", "tspan", "use", "defs", "clipPath", "rect"}
@@ -24,41 +38,131 @@ ET.register_namespace("", SVG)
 ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 
-def main(results: tuple[Path, ...] = (), out: Path = Path("runs/report.html")):
-    """One page of all experiments.
+def main(results: tuple[Path, ...] = (), out: Path = Path("runs/report.html"), run: bool = False,
+         quick: bool = False, jobs: int = 1, only: tuple[str, ...] = (), keep: bool = False,
+         given: Given = frozenset()):
+    """One page of what the lectures say and what shows it.
 
     Args:
-        results: JSON files of results, or folders of runs; by default what is kept in
-            scripts/experiments.
+        results: JSON files of results, or folders of runs, for a page of these experiments alone.
         out: file for the page.
+        run: first run all experiments and commands that are not done yet, in the page's order.
+        quick: end in minutes; the numbers mean nothing.
+        jobs: how many run at once, each on a core of its own.
+        only: run only these experiments and commands, by name, and what they need.
+        keep: leave the results beside the experiments, and the page in scripts/lectures.
+        given: names of the options on the command line.
     """
-    paths = [path / "result.json" if path.is_dir() else path for path in results]
-    paths = paths or sorted((FOLDER / "experiments").glob("*.json"))
-    if not paths:
-        raise ValueError("no result is kept in scripts/experiments: run an experiment, and give "
-                         "its folder as --results")
-    text = page(paths)
+    if not run:
+        refuse_unused(given, ("quick", "jobs", "only"), "they decide how to run: give --run, too")
+    if results:
+        refuse_unused(given, ("run", "keep"), "the page is of the results that are given")
+    if keep:
+        refuse_unused(given, ("out", "quick"), "what is kept has its place, and is no quick run")
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    failed = run_all(quick, jobs, only, keep) if run else []
+    if results:
+        paths = [path / "result.json" if path.is_dir() else path for path in results]
+        text = page(paths)
+    else:
+        whole = WHOLE.with_name(f"{WHOLE.name}-quick" * quick or WHOLE.name)
+        at = (whole, whole) if run and not keep else (FOLDER / "experiments", FOLDER / "lectures")
+        paths = sorted([*at[0].glob("*.json"), *at[0].glob("*-1/result.json")])
+        paths = [path for path in paths if path.name != "times.json"]
+        text = page(paths, at[1])
+    out = FOLDER / "lectures" / "index.html" if keep else out
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, text.encode())
-    print(f"{out}: {len(paths)} experiment{'s' * (len(paths) > 1)}")
+    print(f"{out}: {len(paths)} experiment{'s' * (len(paths) != 1)}")
+    if failed:
+        raise RuntimeError(f"these have failed, the page is without them: {', '.join(failed)}")
 
 
-def page(paths: list[Path]) -> str:
-    """The page's HTML: results, and the pictures that lie beside them."""
+def run_all(quick: bool, at_once: int, only: tuple[str, ...], keep: bool) -> list[str]:
+    """The whole run, or the rest of it. The names of those that failed."""
+    every = read_jobs(FOLDER / "lectures")
+    jobs = in_order(every, read_lectures(FOLDER / "lectures"), only)
+    folder = WHOLE
+    if quick:
+        jobs, folder = quickly(jobs), WHOLE.with_name(f"{WHOLE.name}-quick")
+        shutil.rmtree(folder, ignore_errors=True)
+    whole = WholeRun(folder, FOLDER.parent)
+    left = [job for job in jobs if not whole.done(job)]
+    print(f"{folder}: {len(left)} of {len(jobs)} to run", end="")
+    minutes = sum(job.minutes for job in left)
+    print(f", about {lasted(60 * minutes)} of one core" if minutes else "", flush=True)
+    try:
+        failed = whole.run(jobs, at_once, tell=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        words = ["--run", *["--keep"] * keep, *["--only"] * bool(only), *only]
+        print(f"\ngo on with: {typed(__file__, *words, jobs=at_once)}")
+        raise
+    if keep:
+        whole.keep(jobs, FOLDER / "experiments", FOLDER / "lectures")
+    return failed
+
+
+def page(paths: list[Path], outputs: Path | None = None) -> str:
+    """The page's HTML: results, and the pictures that lie beside them.
+
+    outputs: the folder of what commands have printed, for the page of the lectures.
+    """
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup
     except ImportError:
         raise ImportError(f"a page needs jinja2: {install('report')}") from None
-    shown = []
-    for i, path in enumerate(paths, 1):
-        result, svg = Result.load(path), picture(path.with_suffix(".svg"), f"picture-{i}-")
-        shown.append({"id": f"{result.name}-{i}", "result": result, "claims": claims(result),
-                      "picture": svg and Markup(svg)})
     environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True, undefined=StrictUndefined)
     template = environment.get_template("report.html.jinja")
-    return template.render(shown=shown, number=number, marks=MARKS)
+    results, ids = [(Result.load(path), path) for path in paths], []
+    lectures = None
+    if outputs:
+        jobs = in_order(read_jobs(FOLDER / "lectures"), read_lectures(FOLDER / "lectures"))
+        order = {job.name: i for i, job in enumerate(jobs)}
+        results.sort(key=lambda pair: order.get(pair[0].name, len(order)))
+        lectures = lectures_shown({result.name: result for result, _ in results}, jobs, outputs)
+    shown = []
+    for i, (result, path) in enumerate(results, 1):
+        ids.append(result.name if result.name not in ids else f"{result.name}-{i}")
+        svg = picture(path.with_suffix(".svg"), f"{len(ids)}-")
+        shown.append({"id": ids[-1], "result": result, "claims": claims(result),
+                      "picture": svg and Markup(svg)})
+    return template.render(shown=shown, lectures=lectures, number=number, marks=MARKS,
+                           measured=lambda name: name in ids)
+
+
+def lectures_shown(results: dict[str, Result], jobs, outputs: Path) -> dict:
+    """What the page says of the lectures: their lines, and the commands beside the experiments."""
+    printed = {path.stem: path.read_text(encoding="utf-8") for path in outputs.glob("*.txt")}
+    commands = {job.name: {"command": f"python {filled(job.run, WHOLE)}",
+                           "short": re.sub(r" --(out|model) {\S+", "", job.run),
+                           "output": printed.get(job.name)}
+                for job in jobs if not job.experiment}
+    lectures = [{"number": lecture.number, "title": lecture.title, "lines": [
+        line_shown(line, lecture.number, results, commands) for line in lecture.lines]}
+        for lecture in read_lectures(FOLDER / "lectures")]
+    lines = [line for lecture in lectures for line in lecture["lines"]]
+    states = [line["state"] for line in lines]
+    return {"lectures": lectures, "commands": commands, "experiments": len(jobs) - len(commands),
+            "minutes": sum(job.minutes for job in jobs), "lasted": lasted,
+            "states": {state: states.count(state) for state in STATES},
+            "wrong": [line for line in lines if line["line"].wrong]}
+
+
+STATES = ("judged", "printed", "waiting", "not small")
+
+
+def line_shown(line: Line, number: str, results: dict[str, Result], commands: dict) -> dict:
+    """A line with its verdicts, and with what commands print of it."""
+    judged = judges(line, results)
+    printed = {name: parts(commands[name]["output"] or "", begins)
+               for name, begins in line.commands.items()}
+    state = ("judged" if any(judged.values()) else "printed" if printed else
+             "waiting" if judged else "not small")
+    at = [where if ":" in where else f"{number}:{where}" for where in line.at.split("; ")]
+    return {"line": line, "at": at, "judged": judged, "printed": printed, "state": state}
 
 
 def claims(result: Result) -> list[dict]:
