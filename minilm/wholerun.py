@@ -168,9 +168,10 @@ class WholeRun:
         running, failed = {}, []  # running: the job on each slot
         try:
             while waiting or running:
-                for job in [job for job in waiting if {*job.needs} & {*failed}]:
-                    waiting.remove(job)
-                    failed.append(job.name)
+                for job in list(waiting):  # what it needs stands before it
+                    if {*job.needs} & {*failed}:
+                        waiting.remove(job)
+                        failed.append(job.name)
                 if len(running) < at_once and (job := following(waiting, running)):
                     waiting.remove(job)
                     slot = min({*range(at_once)} - running.keys())

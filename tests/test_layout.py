@@ -26,7 +26,7 @@ FLOORS = [
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
      "results", "experiment", "command", "adapting", "aligning", "asking", "rewards",
-     "continued", "trial", "tables", "trained", "stages",
+     "continued", "trial", "tables", "trained", "stages", "lectures", "wholerun",
      "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -113,6 +113,9 @@ WITHIN = {  # the arrows inside a floor
     ("trial", "loop"),
     ("trial", "run"),
     ("trial", "versions"),
+    ("lectures", "results"),
+    ("wholerun", "lectures"),
+    ("wholerun", "results"),
     ("tables", "trial"),
     ("trained", "run"),
     ("stages", "aligning"),

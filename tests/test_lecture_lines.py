@@ -1,0 +1,159 @@
+"""The lectures line by line: each is shown by claims and commands that are there, as the page says.
+
+The page that is kept in scripts/lectures is what report.py makes of the results that are kept.
+"""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import report
+from test_report import text
+
+from minilm.experiment import Experiment
+from minilm.files import FormatError
+from minilm.lectures import chosen, parts, read_lectures
+from minilm.measure.verdict import Verdict
+from minilm.results import Result
+from minilm.wholerun import read_jobs
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+LECTURES = read_lectures(SCRIPTS / "lectures")
+LINES = [line for lecture in LECTURES for line in lecture.lines]
+JOBS = read_jobs(SCRIPTS / "lectures")
+EXPERIMENTS = sorted(path.stem for path in (SCRIPTS / "experiments").glob("*.py"))
+
+
+def claims_of(name):
+    module = importlib.import_module(name)
+    return list(next(x for x in vars(module).values() if isinstance(x, Experiment)).claims)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_claim_judges_a_line_and_every_pattern_fits_one(name):
+    texts = claims_of(name)
+    patterns = [p for line in LINES for p in line.claims.get(name, ())]
+    assert [p for p in patterns if not chosen([p], texts)] == []
+    assert chosen(patterns, texts) == texts
+
+
+def test_every_experiment_is_run():
+    assert sorted(job.name for job in JOBS.values() if job.experiment) == EXPERIMENTS
+
+
+def test_numbers_rise_and_belong_to_their_lecture():
+    for i, lecture in enumerate(LECTURES):
+        assert lecture.number == f"{i:03}"
+        assert [line.id for line in lecture.lines] == [
+            f"{i}.{n}" for n in range(1, len(lecture.lines) + 1)]
+    assert all(re.fullmatch(r"(\d+:)?[\d, -]+(; \d{3}:[\d, -]+)*", line.at) for line in LINES)
+    shown = [line for line in LINES if line.wrong]
+    assert all(line.claims or line.commands for line in shown)  # it can be looked up
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS.values() if not job.experiment],
+                         ids=lambda job: job.name)
+def test_a_command_is_a_program_that_has_these_options(job):
+    for words in filter(None, map(shlex.split, [job.run, job.quick])):
+        if words[0] == "-m":
+            assert (SCRIPTS.parent / words[-1]).exists()
+            continue
+        program = SCRIPTS.parent / words[0]
+        source = program.read_text(encoding="utf-8") + "".join(
+            (SCRIPTS.parent / "minilm" / f"{room}.py").read_text(encoding="utf-8")
+            for room in ("loop", "adapting"))
+        for word in words[1:]:
+            if word.startswith("--"):
+                assert f" {word[2:].replace('-', '_')}:" in source, word
+
+
+def test_the_parts_of_outputs_are_there():
+    for path in (SCRIPTS / "lectures").glob("*.txt"):
+        begins = [b for line in LINES for b in line.commands.get(path.stem, ())]
+        for begin in begins:
+            assert len(parts(path.read_text(encoding="utf-8"), (begin,))) == 1, (path.stem, begin)
+
+
+@pytest.mark.parametrize("old, new, complaint", [
+    ('id = "0.1"', 'id = 1', r"lines\[0\]: id is 1, expected str"),
+    ('says = "a"', "", r"lines\[0\]: \['says'\] missing"),
+    ('claims.x = ["c"]', "", r"the line 0.1 needs claims, commands or not_small"),
+    ('claims.x = ["c"]', 'claims.x = "c"', r"lines\[0\]: claims is"),
+    ('claims.x', 'claim.x', r"\['claim'\] unknown"),
+    ("[[lines]]", "[lines]", "lines is"),
+    ("title", "titel", r"\['title'\] missing"),
+    ("[[lines]]", "[[lines", r"000\.toml: "),
+])
+def test_a_wrong_lecture_is_refused(tmp_path, old, new, complaint):
+    good = 'title = "t"\n[[lines]]\nid = "0.1"\nat = "1"\nsays = "a"\nclaims.x = ["c"]\n'
+    (tmp_path / "000.toml").write_text(good)
+    assert read_lectures(tmp_path)[0].lines[0].claims == {"x": ["c"]}
+    (tmp_path / "000.toml").write_text(good.replace(old, new, 1))
+    with pytest.raises(FormatError, match=complaint):
+        read_lectures(tmp_path)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A page of a result of which a line has three claims, and of the outputs of one command."""
+    said = ["holds", "does not hold", "cannot be told"]
+    texts = chosen(("LoRA is within 4*", "LoRA with 9k is better than [BP]*"),
+                   claims_of("adaptation_methods"))[:3]
+    claims = tuple({"claim": claim, **vars(Verdict(verdict, "x", 0.0, None, 1, 1.0))}
+                   for claim, verdict in zip(texts, said))
+    Result("adaptation_methods", "Which?", "python a.py", False, {}, {"m": 0}, "", "", "",
+           ({"arm": "a", "seed": 0, "m": 1.0},), claims).save(tmp_path / "a.json")
+    (tmp_path / "lectures.txt").write_text("GPT-4  1\n   x  2\n\n16 bits & <more>\n")
+    return report.page([tmp_path / "a.json"], tmp_path)
+
+
+def line_of(made, id):
+    return text(re.search(rf'<li id="line-{re.escape(id)}">.*?(?=<li id="line|</section>)',
+                          made, re.DOTALL)[0])
+
+
+def test_a_line_has_its_verdicts(made):
+    seen = line_of(made, "0.8")
+    for mark, claim in zip("✓✗?", ["LoRA is within 4 points of full fine-tuning",
+                                   "LoRA with 9k is better than BitFit",
+                                   "LoRA with 9k is better than PrefixEmbed"]):
+        assert f"{mark} {claim}" in seen
+    assert "✓ 1 ✗ 1 ? 1 scripts/experiments/adaptation_methods.py" in seen
+    assert "Not measured yet: scripts/experiments/table_to_text.py" in seen
+    assert '<a href="#adaptation_methods">' in made and '<section id="adaptation_methods">' in made
+    assert "000:157-164" in seen and "Not among the claims" in line_of(made, "4.42")
+
+
+def test_a_line_has_the_part_of_the_output_that_shows_it(made):
+    assert line_of(made, "1.9").endswith("scripts/plan_memory.py --lectures GPT-4 1 x 2")
+    assert "16 bits & <more>" in line_of(made, "2.15") and "GPT-4" not in line_of(made, "2.15")
+    assert line_of(made, "0.2").endswith("scripts/distill.py")
+    assert "Cannot be shown small: These models are of text." in line_of(made, "4.47")
+
+
+def test_the_summary_counts(made):
+    seen = text(made)
+    assert "✓ 1 claims hold ✗ 1 do not hold ? 1 cannot be told" in seen
+    assert f"1 of {len(EXPERIMENTS)} experiments are measured. Of the {len(LINES)} lines" in seen
+    wrong = [line for line in LINES if line.wrong]
+    assert len(wrong) >= 10
+    for line in wrong:
+        assert seen.count(line.wrong.replace(" -", " −")) == 2  # in front, and at its line
+    hours = sum(job.minutes for job in JOBS.values()) / 60
+    assert f"It takes about {hours:.1f} hours of one core" in seen
+
+
+def test_links_lead_somewhere(made):
+    ids = re.findall(r'\bid="([^"]+)"', made)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)', made)) <= set(ids)
+
+
+def test_the_kept_page_is_that_of_the_kept_results():
+    """If it is not: python scripts/report.py --keep."""
+    made = report.page(sorted((SCRIPTS / "experiments").glob("*.json")), SCRIPTS / "lectures")
+    kept = (SCRIPTS / "lectures" / "index.html").read_text(encoding="utf-8")
+    assert kept == made
+    assert len(kept.encode()) < 3_000_000
