@@ -157,3 +157,79 @@ def test_the_kept_page_is_that_of_the_kept_results():
     kept = (SCRIPTS / "lectures" / "index.html").read_text(encoding="utf-8")
     assert kept == made
     assert len(kept.encode()) < 3_000_000
+
+
+RUN = """[commands.a]
+run = "scripts/a.py {a}"
+quick = "scripts/a.py quick"
+minutes = 120
+[commands.b]
+run = "scripts/b.py"
+minutes = 60
+"""
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A repository with one lecture and two commands; b stops as if by Ctrl-C until it may run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "FOLDER", tmp_path / "scripts")
+    for folder in ("scripts/lectures", "scripts/experiments"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "scripts/lectures/run.toml").write_text(RUN)
+    (tmp_path / "scripts/lectures/000.toml").write_text(
+        'title = "t"\n[[lines]]\nid = "0.1"\nat = "1"\nsays = "a"\ncommands.a = ["part"]\n'
+        '[[lines]]\nid = "0.2"\nat = "2"\nsays = "b"\ncommands.b = []\n')
+    (tmp_path / "scripts/a.py").write_text('import sys; print("part", *sys.argv[1:])')
+    (tmp_path / "scripts/b.py").write_text('import os; print(open("may").read())')
+    for template in SCRIPTS.glob("*.jinja"):
+        (tmp_path / "scripts" / template.name).write_text(template.read_text())
+    return tmp_path
+
+
+def test_a_whole_run_its_failure_and_how_it_goes_on(house, capsys):
+    with pytest.raises(RuntimeError, match="these have failed, the page is without them: b"):
+        report.main(run=True, out=Path("page.html"))
+    said = capsys.readouterr().out
+    assert "runs/lectures: 2 of 2 to run, about 3.0 hours of one core\n" in said
+    assert "b: FAILED, see runs/lectures/b.log" in said
+    assert "part runs/lectures/a" in text(Path("page.html").read_text())
+    (house / "may").write_text("b may run")
+    report.main(run=True, keep=True)
+    said = capsys.readouterr().out
+    assert "runs/lectures: 1 of 2 to run, about 60 min of one core\nb: " in said
+    kept = house / "scripts/lectures"
+    assert (kept / "b.txt").read_text() == "b may run\n"
+    assert "b may run" in text((kept / "index.html").read_text())
+    report.main(run=True, only=("a",))
+    assert "0 of 1 to run\n" in capsys.readouterr().out
+
+
+def test_a_quick_run_begins_anew_and_keeps_nothing(house, capsys):
+    for _ in range(2):
+        report.main(run=True, quick=True, out=Path("page.html"))
+        assert "runs/lectures-quick: 1 of 1 to run\na: " in capsys.readouterr().out
+    assert "part quick" in text(Path("page.html").read_text())
+    assert list((house / "scripts/lectures").glob("*.txt")) == []
+
+
+def test_ctrl_c_says_how_to_go_on(house, capsys, monkeypatch):
+    def stopped(*args, **more): raise KeyboardInterrupt
+    monkeypatch.setattr(report.WholeRun, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        report.main(run=True, keep=True, only=("b",), jobs=2)
+    assert re.search(r"go on with: .*report\.py --run --keep --only b --jobs 2\n$",
+                     capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("settings, complaint", [
+    ({"quick": True}, "quick is given, but they decide how to run: give --run, too"),
+    ({"jobs": 2}, "jobs is given"),
+    ({"keep": True, "out": Path("a")}, "out is given, but what is kept has its place"),
+    ({"run": True, "quick": True, "keep": True}, "quick is given, but what is kept"),
+    ({"run": True, "results": (Path("a"),)}, "run is given, but the page is of the results"),
+    ({"run": True, "jobs": 0}, "jobs must be at least 1, got 0"),
+])
+def test_options_that_decide_nothing_are_refused(settings, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        report.main(**settings, given=frozenset(settings))

@@ -164,7 +164,7 @@ def test_a_quick_run_and_one_that_has_not_ended_say_so(tmp_path):
     assert "has not ended" in text(page(tmp_path / "b.json"))
 
 
-def test_files_folders_and_what_is_kept(folder, tmp_path, monkeypatch, capsys):
+def test_files_and_folders(folder, tmp_path, capsys):
     run = tmp_path / "runs" / "towers-1"
     run.mkdir(parents=True)
     result().save(run / "result.json")
@@ -172,9 +172,6 @@ def test_files_folders_and_what_is_kept(folder, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{tmp_path}/pages/page.html: 2 experiments\n"
     made = (tmp_path / "pages" / "page.html").read_text(encoding="utf-8")
     assert made == page(run / "result.json", folder / "first.json")
-    monkeypatch.setattr(report, "FOLDER", tmp_path / "scripts")
-    with pytest.raises(ValueError, match="no result is kept in scripts/experiments"):
-        report.main(out=tmp_path / "page.html")
     with pytest.raises(FileNotFoundError):
         report.main((tmp_path / "nowhere.json",), tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
@@ -201,6 +198,8 @@ addEventListener("load", () => {
             requests: frame.contentWindow.performance.getEntriesByType("resource").length,
             dark: matchMedia("(prefers-color-scheme: dark)").matches, color,
             ink: text && getComputedStyle(text).fill,
+            folded: [...page.querySelectorAll("details > :not(summary)")].filter(
+              e => !e.checkVisibility({contentVisibilityAuto: true})).length,
             boxes: [...page.querySelectorAll(".scroll")].map(e => e.scrollWidth > e.clientWidth)};
   });
   document.body.textContent = JSON.stringify(found);
@@ -239,6 +238,19 @@ def test_the_page_fits_wide_and_narrow_and_asks_for_nothing(folder, scheme):
                       for which in ("color", "ink"))
         assert (paper < 60 and ink > 180) if scheme == "dark" else (paper > 240 and ink < 60)
     assert wide["boxes"] == [False, False] and narrow["boxes"] == [True, True]
+
+
+@needs_browser
+def test_the_page_of_the_lectures_fits_a_phone_and_paper(folder):
+    """At 360 px tables and outputs scroll in their boxes; on paper what is folded is open."""
+    output = "GPT-4  " + 40 * "wide  " + "end\n\n16 bits  " + 40 * "wide  " + "end"
+    (folder / "lectures.txt").write_text(output)
+    made = report.page([folder / "first.json"], folder)
+    printed = made.replace("@media print", "@media all")
+    phone, paper = in_browser(folder, [(made, 360), (printed, 690)])
+    assert phone["needed"] == 360 and paper["needed"] == 690
+    assert phone["cut"] == [] == paper["cut"] and phone["requests"] == 0
+    assert phone["folded"] >= 4 and paper["folded"] == 0
 
 
 @needs_browser

@@ -226,6 +226,13 @@ def test_the_python_that_runs_is_this_one(whole):
     assert whole.output(job).read_text().strip() == sys.executable
 
 
+def test_what_a_model_writes_is_kept_as_text(whole):
+    (whole.root / "say.py").write_text(r"import sys; sys.stdout.buffer.write(b'\a\xff\tb\n')")
+    job = Job("s", False, "say.py", "", 1)
+    whole.run([job], tell=lambda line: None)
+    assert whole.output(job).read_text() == "\ufffd\ufffd      b\n"
+
+
 def test_times_are_readable():
     assert [lasted(x) for x in (3.4, 89, 91, 5399, 5401)] == [
         "3 s", "89 s", "2 min", "90 min", "1.5 hours"]
