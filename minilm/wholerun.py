@@ -220,8 +220,8 @@ class WholeRun:
         write_json(self.folder / TIMES, times)
         if code == 0 and not job.experiment:
             log = (self.folder / f"{job.name}.log").read_text(encoding="utf-8", errors="replace")
-            text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in log.expandtabs())
-            write_atomically(self.output(job), text[-LONGEST:].encode())
+            log = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in log.expandtabs())
+            write_atomically(self.output(job), log[-LONGEST:].encode())
         return code == 0 and self.done(job)
 
     def told(self, job: Job, well: bool, seconds: float, left: list[Job]) -> str:
