@@ -216,7 +216,7 @@ class WholeRun:
     def ended(self, job: Job, code: int, seconds: float) -> bool:
         """Note the time and a command's output. Whether all is well."""
         times = self.times()
-        times[job.name] = round(times.get(job.name, 0) + seconds / 60, 2)
+        times[job.name] = round(times.get(job.name, 0) + seconds / 60, 4)
         write_json(self.folder / TIMES, times)
         if code == 0 and not job.experiment:
             log = (self.folder / f"{job.name}.log").read_text(encoding="utf-8", errors="replace")

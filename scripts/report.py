@@ -91,7 +91,8 @@ def run_all(quick: bool, at_once: int, only: tuple[str, ...], keep: bool) -> lis
     left = [job for job in jobs if not whole.done(job)]
     print(f"{folder}: {len(left)} of {len(jobs)} to run", end="")
     minutes = sum(job.minutes for job in left)
-    print(f", about {lasted(60 * minutes)} of one core" if minutes else "", flush=True)
+    two = f", {lasted(30 * minutes)} on two with --jobs 2" * (at_once == 1)
+    print(f", about {lasted(60 * minutes)} of one core{two}" if minutes else "", flush=True)
     try:
         failed = whole.run(jobs, at_once, tell=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
