@@ -191,13 +191,15 @@ def test_a_whole_run_its_failure_and_how_it_goes_on(house, capsys):
     with pytest.raises(RuntimeError, match="these have failed, the page is without them: b"):
         report.main(run=True, out=Path("page.html"))
     said = capsys.readouterr().out
-    assert "runs/lectures: 2 of 2 to run, about 3.0 hours of one core, 90 min on two with --jobs 2\n" in said
+    assert ("runs/lectures: 2 of 2 to run, about 3.0 hours of one core, 90 min on two with "
+            "--jobs 2\n") in said
     assert "b: FAILED, see runs/lectures/b.log" in said
     assert "part runs/lectures/a" in text(Path("page.html").read_text())
     (house / "may").write_text("b may run")
     report.main(run=True, keep=True)
     said = capsys.readouterr().out
-    assert "runs/lectures: 1 of 2 to run, about 60 min of one core, 30 min on two with --jobs 2\nb: " in said
+    assert ("runs/lectures: 1 of 2 to run, about 60 min of one core, 30 min on two with "
+            "--jobs 2\nb: ") in said
     kept = house / "scripts/lectures"
     assert (kept / "b.txt").read_text() == "b may run\n"
     assert "b may run" in text((kept / "index.html").read_text())
