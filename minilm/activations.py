@@ -36,7 +36,7 @@ def silu(x):
 
     def formula(x):
         x = wide(x)
-        s = 1 / (1 + array_module(x).exp(-x))
+        s = 1 / (1 + _exp_of_minus(x))
         return x * s, s * (1 + x * (1 - s))
 
     y, slope = by_rows(formula, x)
@@ -66,10 +66,16 @@ def swiglu(gate, up):
     return y, dgate, dup
 
 
+def _exp_of_minus(x):
+    """e^-x in a new array. It may be infinite without a warning: 1 / (1 + e^-x) is 0 then."""
+    y = -x
+    with np.errstate(over="ignore"):
+        return array_module(y).exp(y, out=y)
+
+
 def _swiglu(gate, up):
     """gate / (1 + exp(-gate)) * up, in one temporary array."""
-    y = -wide(gate)
-    array_module(y).exp(y, out=y)
+    y = _exp_of_minus(wide(gate))
     y += 1
     array_module(y).divide(gate, y, out=y)
     y *= up
@@ -78,7 +84,7 @@ def _swiglu(gate, up):
 
 def _swiglu_backward(dy, gate, up):
     x = wide(gate)
-    s = array_module(x).exp(-x)
+    s = _exp_of_minus(x)
     s += 1
     array_module(x).divide(1, s, out=s)
     dup = x * s  # silu(x)

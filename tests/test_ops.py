@@ -251,6 +251,19 @@ def test_numbers_that_would_be_rounded_are_refused(name, dtype):
         FLOATS[name](np.ones((2, 3), dtype))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("act", [
+    ops.relu, ops.gelu, lambda x: ops.gelu(x, "tanh"), ops.silu,
+    lambda x: ops.swiglu(x, np.ones_like(x.data))])
+def test_far_from_zero_activations_are_0_or_x(act, dtype):
+    """e^1000 is infinite, of which nobody need hear."""
+    x = Tensor(np.array([-1000.0, -200.0, 200.0, 1000.0], dtype), requires_grad=True)
+    y = act(x)
+    y.sum().backward()
+    assert y.data == pytest.approx([0, 0, 200, 1000], abs=1e-80)
+    assert x.grad == pytest.approx([0, 0, 1, 1], abs=1e-80)
+
+
 @st.composite
 def attention_inputs(draw):
     """q, k, v in float64, a mask and settings; sizes around the 64 rows of a tile."""

@@ -275,8 +275,8 @@ def draw(figure, rows):
                       markerfacecolor="none", markeredgewidth=2, color=color, label=arm)
     axes.set(xlim=(-8, 108), ylim=(-8, 108), xlabel="how to act: answers in the form, %",
              ylabel="what to know: right values, %")
-    figure.legend(loc="outside upper center", ncols=3, markerscale=0.7,
-                  frameon=False)
+    if {*acts} & {*DRAWN}:
+        figure.legend(loc="outside upper center", ncols=3, markerscale=0.7, frameon=False)
 
 
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
