@@ -191,7 +191,7 @@ def test_a_whole_run_its_failure_and_how_it_goes_on(house, capsys):
     with pytest.raises(RuntimeError, match="these have failed, the page is without them: b"):
         report.main(run=True, out=Path("page.html"))
     said = capsys.readouterr().out
-    assert ("runs/lectures: 2 of 2 to run, about 3.0 hours of one core, 90 min on two with "
+    assert ("runs/lectures: 2 of 2 to run, about 3.0 hours of one core, 1.5 hours on two with "
             "--jobs 2\n") in said
     assert "b: FAILED, see runs/lectures/b.log" in said
     assert "part runs/lectures/a" in text(Path("page.html").read_text())
