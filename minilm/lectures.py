@@ -101,4 +101,4 @@ def parts(output: str, begins: tuple[str, ...]) -> list[str]:
     ['b 3']
     """
     blocks = [block.strip("\n") for block in output.split("\n\n")]
-    return [block for begin in begins for block in blocks if block.startswith(begin)]
+    return [block for begin in begins for block in blocks if block.strip().startswith(begin)]

@@ -73,7 +73,7 @@ def test_the_parts_of_outputs_are_there():
     for path in (SCRIPTS / "lectures").glob("*.txt"):
         begins = [b for line in LINES for b in line.commands.get(path.stem, ())]
         for begin in begins:
-            assert len(parts(path.read_text(encoding="utf-8"), (begin,))) == 1, (path.stem, begin)
+            assert parts(path.read_text(encoding="utf-8"), (begin,)), (path.stem, begin)
 
 
 @pytest.mark.parametrize("old, new, complaint", [
