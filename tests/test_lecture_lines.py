@@ -95,14 +95,15 @@ def test_a_wrong_lecture_is_refused(tmp_path, old, new, complaint):
         read_lectures(tmp_path)
 
 
+THREE = ["LoRA is within 4 points of full fine-tuning", "LoRA with 9k is better than BitFit",
+         "LoRA with 9k is better than PrefixEmbed"]
+
+
 @pytest.fixture
 def made(tmp_path):
     """A page of a result of which a line has three claims, and of the outputs of one command."""
-    said = ["holds", "does not hold", "cannot be told"]
-    texts = chosen(("LoRA is within 4*", "LoRA with 9k is better than [BP]*"),
-                   claims_of("adaptation_methods"))[:3]
     claims = tuple({"claim": claim, **vars(Verdict(verdict, "x", 0.0, None, 1, 1.0))}
-                   for claim, verdict in zip(texts, said))
+                   for claim, verdict in zip(THREE, ["holds", "does not hold", "cannot be told"]))
     Result("adaptation_methods", "Which?", "python a.py", False, {}, {"m": 0}, "", "", "",
            ({"arm": "a", "seed": 0, "m": 1.0},), claims).save(tmp_path / "a.json")
     (tmp_path / "lectures.txt").write_text("GPT-4  1\n   x  2\n\n16 bits & <more>\n")
@@ -116,9 +117,7 @@ def line_of(made, id):
 
 def test_a_line_has_its_verdicts(made):
     seen = line_of(made, "0.8")
-    for mark, claim in zip("✓✗?", ["LoRA is within 4 points of full fine-tuning",
-                                   "LoRA with 9k is better than BitFit",
-                                   "LoRA with 9k is better than PrefixEmbed"]):
+    for mark, claim in zip("✓✗?", THREE):
         assert f"{mark} {claim}" in seen
     assert "✓ 1 ✗ 1 ? 1 scripts/experiments/adaptation_methods.py" in seen
     assert "Not measured yet: scripts/experiments/table_to_text.py" in seen
@@ -137,8 +136,16 @@ def test_the_summary_counts(made):
     seen = text(made)
     assert "✓ 1 claims hold ✗ 1 do not hold ? 1 cannot be told" in seen
     assert f"1 of {len(EXPERIMENTS)} experiments are measured. Of the {len(LINES)} lines" in seen
+    judged = [line for line in LINES if chosen(line.claims.get("adaptation_methods", ()), THREE)]
+    printed = [line for line in LINES if line.commands and line not in judged]
+    small = [line for line in LINES if line.not_small]
+    waiting = len(LINES) - len(judged) - len(printed) - len(small)
+    assert (f"{len(judged)} have a verdict here, {len(printed)} are shown by what a command "
+            f"prints, {waiting} wait for an experiment, and {len(small)} cannot be shown small"
+            ) in seen
     wrong = [line for line in LINES if line.wrong]
     assert len(wrong) >= 10
+    assert len(re.findall(r'<span class="wrong">', made)) == len(wrong)
     for line in wrong:
         assert seen.count(line.wrong.replace(" -", " −")) == 2  # in front, and at its line
     hours = sum(job.minutes for job in JOBS.values()) / 60
