@@ -237,6 +237,8 @@ def test_nist_by_hand():
     info = nist.information(two_thirds[1])
     told = (info["a",] + info["b",]) / 2 + info["a", "b"]
     assert nist.nist(*two_thirds) == pytest.approx(told / 2)  # beta is made for this
+    longer = [["a", "b", "x"]], [[["a", "b"]]]
+    assert nist.nist(*longer) == pytest.approx((1 + 1) / 3)  # no factor, but more n-grams
 
 
 def test_the_highest_nist_is_not_the_references():
@@ -291,6 +293,25 @@ def test_perplexity_is_exp_of_the_loss():
 
 
 # Laws
+
+
+@given(labels, st.permutations("abc"), st.randoms())
+def test_agreement_lies_in_its_range_and_knows_no_names_and_no_order(pairs, names, random):
+    for metric, low in ((agreement.accuracy, 0), (agreement.matthews, -1)):
+        answers, right = zip(*pairs)
+        found = metric(answers, right)
+        assert low <= found <= 1 and metric(right, right) in (1, 0 if low else 1)
+        called = dict(zip("abc", names))
+        mixed = [(called[a], called[r]) for a, r in pairs]
+        random.shuffle(mixed)
+        assert metric(*zip(*mixed)) == pytest.approx(found, abs=1e-12)
+
+
+@given(st.lists(st.integers(-99, 99), min_size=2, unique=True), st.floats(0.1, 9),
+       st.floats(-9, 9))
+def test_pearson_is_1_of_any_rising_line(x, slope, shift):
+    assert agreement.pearson(x, [slope * v + shift for v in x]) == pytest.approx(1, abs=1e-9)
+    assert agreement.pearson(x, [-slope * v + shift for v in x]) == pytest.approx(-1, abs=1e-9)
 
 
 @each
