@@ -255,6 +255,8 @@ def test_meteor_by_hand():
     assert meteor.matched("cats on mats".split(), "on a cat mat".split()) == (3, 3)
     assert meteor.matched("a cat cats".split(), "a cats cat".split()) == (3, 3)  # equal words first
     assert meteor.matched("a b".split(), "b a".split()) == (2, 2)
+    assert meteor.matching("ab", "aab") == [(0, 1), (1, 2)]  # not the first a, which is alone
+    assert meteor.matching("aa", "aba") == [(0, 0), (1, 2)]  # each a has one of its own
     assert meteor.meteor([h], [[["dog"]]]) == 0 and meteor.meteor([[]], [[[]]]) == 0
 
 
@@ -426,6 +428,7 @@ def test_the_matching_is_the_best_of_all(h, r):
     assert (crossings(found), chunks(found)) == min(
         (crossings(pairs), chunks(pairs)) for pairs in everything if len(pairs) == most)
     assert all(h[i] == r[j] for i, j in found) and found == sorted(found)
+    assert len({j for _, j in found}) == most
 
 
 @given(text, text)
