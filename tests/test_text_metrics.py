@@ -518,6 +518,15 @@ def test_what_fits_short_answers(answers, right, fit, why):
     assert [*metrics(answers, [[one, "x"] for one in right])[0]] == ["exact match, %"]
 
 
+def test_where_what_fits_ends():
+    """BLEU needs four tokens of one reference; twenty names are classes, one more is none."""
+    assert "BLEU, %" in metrics(["a"], [["a b c d"]])[0]
+    assert "BLEU, %" not in metrics(["a"], [["a b c"]])[0]
+    for classes in (20, 21):
+        names = [f"c{i}" for i in range(classes)] * 2
+        assert ("Matthews" in metrics(names, [[name] for name in names])[0]) == (classes == 20)
+
+
 def test_the_correlation_of_a_part_needs_no_other_rows():
     x, y = np.array([1.0, 2, 4, 9, 3]), np.array([3.0, 1, 4, 9, 2])
     sums = agreement.moments(x, y)[[0, 1, 1, 3]].sum(0)
