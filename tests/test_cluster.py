@@ -1,4 +1,4 @@
-"""The time of a step on many cards: rings that run, two streams that are simulated, closed forms."""
+"""The time of a step on many cards: rings that run, streams that are simulated, closed forms."""
 
 import math
 

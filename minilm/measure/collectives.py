@@ -1,7 +1,7 @@
 """What collectives cost: seconds by closed forms, and the ring itself, message by message.
 
-A message of S bytes takes a + S / B seconds: a before it begins to arrive, B bytes a second (Hockney
-1994, The communication challenge for MPP). With S the bytes of a full array and n ranks:
+A message of S bytes takes a + S / B seconds: a before it begins to arrive, B bytes a second
+(Hockney 1994, The communication challenge for MPP). With S the bytes of a full array and n ranks:
 
     reduce_scatter, all_gather    ring    (n-1) a + (n-1)/n S/B                           (1)
                                   tree    ceil(log2 n) a + (n-1)/n S/B                    (2)
@@ -18,7 +18,6 @@ Assumed: every rank sends and receives at once, at full speed; no two messages s
 too narrow; adding numbers takes no time; nobody is late.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -105,4 +104,4 @@ def fitted(messages, volumes, seconds) -> Link:
     (a, per_byte), *_ = np.linalg.lstsq(x, np.ones(len(x)), rcond=None)
     if a < 0:
         a, per_byte = 0.0, x[:, 1].sum() / (x[:, 1] @ x[:, 1])
-    return Link(float(a), float(1 / per_byte) if per_byte > 0 else math.inf)
+    return Link(float(a), float(1 / max(per_byte, 1e-15)))
