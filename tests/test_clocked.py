@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from minilm.measure.messages import in_turn, sweep
 from minilm.parallel import clocked
 from minilm.parallel.clocked import Clocked
 from minilm.parallel.comm import Local, ranks
@@ -88,3 +89,29 @@ def test_results_and_bytes_are_the_engines(how):
         return timed.rank, timed.size
 
     assert ranks(2, run) == [(0, 2), (1, 2)]
+
+
+def test_the_slowest_rank_counts_and_of_its_rounds_the_median():
+    """Rank r tells 1 + r, 10 + r, 100 + r and of a second thing -r."""
+    def run(comm):
+        told, begun = iter([1.0, 100.0, 10.0]), []
+
+        def job():
+            begun.append(comm.rank)
+            return next(told) + comm.rank, -comm.rank
+        return in_turn(comm, {"job": job, "other": lambda: (0,)}, 3), len(begun)
+
+    assert ranks(3, run) == [({"job": [12, 0], "other": [0]}, 3)] * 3
+
+
+def test_a_sweep_has_the_messages_and_bytes_of_a_ring():
+    for n in (2, 4):
+        for found, sent in ranks(n, lambda comm: (sweep(comm, [8, 400], rounds=1), comm.sent)):
+            m = n - 1
+            assert sum(row[1] for row in found) == sum(
+                sent[call] for call in ("reduce_scatter", "all_gather", "all_reduce"))
+            assert [row[:2] for row in found] == [
+                (m, 8 * m), (m, 8 * m), (2 * m, 16 * m), (m, 400 * m), (m, 400 * m),
+                (2 * m, 800 * m)]
+            assert all(seconds > 0 for *_, seconds in found)
+    assert sweep(Local(), [8], rounds=1) == []

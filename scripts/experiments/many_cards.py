@@ -51,8 +51,8 @@ def arm_of(model, stage): return f"{model}, stage {stage}"
 
 
 ARMS = {arm_of(model, stage): (model, stage) for model in JOBS for stage in range(4)}
-SLIDE = {"ZeRO, figure 1: GB": {arm_of("ZeRO's 7.5B", s): x
-                                for s, x in enumerate((120, 31.4, 16.6, 1.9))}}
+SLIDE = {}  # it has words: "if your model fits on one GPU", "trade-off"
+FIGURE = {arm_of("ZeRO's 7.5B", s): x for s, x in enumerate((120, 31.4, 16.6, 1.9))}  # GB
 GB, LEAST = "GB a card of 64", "cards whose 80 GB hold it (0: none)"
 AT = {n: f"%, {n:,} cards, rings" for n in (8, 64, 512, 4096, ALL)}
 TREE, NARROW = f"%, {ALL:,} cards, trees", "%, 64 cards, 100 Gb/s a node"
@@ -66,9 +66,8 @@ MEASURES = {GB: 1, LEAST: 0, **dict.fromkeys(AT.values(), 1), TREE: 1, NARROW: 1
 
 def off_zeros(rows) -> list[float]:
     """How far ZeRO's figure is from the formula, at most; its last number has two digits."""
-    figure = SLIDE["ZeRO, figure 1: GB"]
-    return each_seed([row for row in rows if row["arm"] in figure],
-                     lambda row: abs(row[GB] - figure[row["arm"]]))
+    return each_seed([row for row in rows if row["arm"] in FIGURE],
+                     lambda row: abs(row[GB] - FIGURE[row["arm"]]))
 
 
 def extreme(rows, measure: str, pick) -> list[float]:

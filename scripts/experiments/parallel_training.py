@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from minilm.command import command
 from minilm.experiment import Experiment, program
 from minilm.extras import install
 from minilm.measure.collectives import Link, all_gather, all_reduce, fitted, reduce_scatter
+from minilm.measure.messages import in_turn, sweep
 from minilm.measure.step_time import Unit, simulate
 from minilm.measure.verdict import by_arm, by_seed, compared, each_seed, single, verdict
 from minilm.parallel.bucket import bytes_held, bytes_sent
@@ -70,8 +71,7 @@ MEASURES = {HELD: 2, SENT: 2, OFF: 4, MS: 1, ORDERED: 1, COMMUNICATION: 1, HANDL
             SERIAL: 1, BESIDE: 1}
 LINK = "a, seconds, and B, bytes a second"  # in the row
 TIMES = [name for name in MEASURES if name not in (HELD, SENT, OFF)]
-SLIDE = {"ZeRO, table of bytes (n = 4, float32)": {
-    arm_of(4, stage): x for stage, x in enumerate((16, 10, 7, 4))}}
+SLIDE = {}  # it has words: "full model is replicated", "zero data overlap", "trade-off"
 SOME = [arm_of(n, stage) for n in RANKS[1:] for stage in STAGES]
 
 
@@ -146,38 +146,6 @@ def training(comm, stage: int, seed: int, quick: bool):
     return zero, step
 
 
-def in_turn(comm, jobs: dict, rounds: int) -> dict:
-    """name -> medians of the seconds that each job tells, of the rank that is slowest each time.
-
-    The jobs take turns, so a change of the machine's speed affects all of them.
-    """
-    found = {name: [] for name in jobs}
-    for _ in range(rounds):
-        for name, job in jobs.items():
-            comm.barrier()
-            found[name].append(comm.numbers(*job()).max(axis=0))
-    return {name: np.median(some, axis=0).tolist() for name, some in found.items()}
-
-
-def sweep(comm, quick: bool) -> list[tuple[float, float, float]]:
-    """(messages, bytes, seconds) of the ring's collectives of many sizes."""
-    jobs, n = {}, comm.size
-
-    def job(call):
-        def run():
-            begun = time.perf_counter()
-            call().wait()
-            return (time.perf_counter() - begun,)
-        return run
-    for size in (1 << 10, 1 << 12) if quick else (1 << k for k in range(8, 21, 2)):
-        shard, full = np.ones(size // 4, np.float32), np.ones(size // 4 * n, np.float32)
-        calls = (partial(comm.reduce_scatter, full, shard), partial(comm.all_gather, shard, full),
-                 partial(comm.all_reduce, full))
-        jobs |= {(1 + (i == 2), size, i): job(call) for i, call in enumerate(calls)}
-    times = in_turn(comm, jobs, 1 if quick else 15)
-    return [(k * (n - 1), k * (n - 1) * size, s) for (k, size, _), (s,) in times.items()]
-
-
 def as_rank(comm, seed: int, quick: bool) -> dict:
     """All that one of n ranks measures."""
     zeros, clocks, steps = {}, {}, shape(quick)[2]
@@ -200,8 +168,8 @@ def as_rank(comm, seed: int, quick: bool) -> dict:
             "held": sum(zero.held().values()),
             "sent": (clock.sent["gradients"] + clock.sent["parameters"]) / steps,
             "sizes": [sum(b.size for b in unit.buckets) for unit in (*zero.units, zero.root)]}
-    return {"alone": times["alone"], "sweep": sweep(comm, quick) if comm.size > 1 else [],
-            "stages": found}
+    sizes, rounds = ((1 << 10, 1 << 12), 1) if quick else ([1 << k for k in range(8, 21, 2)], 15)
+    return {"alone": times["alone"], "sweep": sweep(comm, sizes, rounds), "stages": found}
 
 
 # What is made of it
