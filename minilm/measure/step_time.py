@@ -29,9 +29,9 @@ from minilm.config import Config
 from minilm.measure.cluster import Cluster
 from minilm.measure.collectives import all_gather, all_reduce, reduce_scatter
 from minilm.measure.step import parameters
+from minilm.parallel.zero import IN_FLIGHT
 
 MOVED = 28  # bytes that AdamW moves a parameter: reads g, master, m, v; writes three and 16 bits
-IN_FLIGHT = 2  # as in parallel/zero.py
 
 
 class Unit(NamedTuple):
@@ -43,7 +43,7 @@ class Unit(NamedTuple):
     reduce: float
 
 
-class Step(NamedTuple):
+class StepTime(NamedTuple):
     """Seconds of a step."""
 
     total: float
@@ -69,7 +69,7 @@ class Stream:
 
 
 def simulate(stage: int, units: list[Unit], root: Unit, update: float, overlap: bool = True,
-             prefetch: int = 1) -> Step:
+             prefetch: int = 1) -> StepTime:
     """A step of units in the order in which they run. update: AdamW's seconds.
 
     prefetch: how many units ahead stage 3 gathers.
@@ -106,7 +106,7 @@ def simulate(stage: int, units: list[Unit], root: Unit, update: float, overlap: 
         for unit in (*units, root):
             send(now, unit.gather)
     computed = sum(u.forward + u.backward for u in (*units, root)) + update
-    return Step(max(computing.free, network.free), computed, sum(sent))
+    return StepTime(max(computing.free, network.free), computed, sum(sent))
 
 
 def closed_form(stage: int, L: int, unit: Unit, root: Unit, update: float) -> float:
@@ -154,7 +154,7 @@ class Job(NamedTuple):
         return part(self.P / self.L, self.P / self.L), part(self.root, self.head), update
 
     def step(self, stage: int, n: int, cluster: Cluster, share: float,
-             algorithm: str = "ring") -> Step:
+             algorithm: str = "ring") -> StepTime:
         """A step, simulated."""
         unit, root, update = self.parts(stage, n, cluster, share, algorithm)
         return simulate(stage, [unit] * self.L, root, update)
