@@ -269,12 +269,12 @@ def draw(figure, rows):
             axes.plot([np.mean(values[name]) for name in names], range(len(names)), marker,
                       color=COLORS[3 + k], markersize=4, label=other.split(", ")[-1])
     left.set_yticks(range(len(names)), names)
-    left.set(xlabel="bytes a parameter\n(bars: kept, dots: sent a step)")
-    right.set(xlabel="ms a step\n(bars: measured, dots: predicted)")
-    right.legend(fontsize=6)
+    left.set(xlabel="bytes a parameter\n(dots: sent)")
+    right.set(xlabel="ms a step\n(dots: predicted)")
+    right.legend(fontsize=6, loc="upper right")
 
 
-TURNS = "on 2 cores 4 ranks run by turns, and one that waits for others computes nothing for them"
+TURNS = "if there are fewer cores, ranks run by turns, and a message waits until its rank has one"
 LIKELY = {f"the simulator is right to 30 % in each stage, 4 ranks: {how}": TURNS
           for how in (SERIAL, BESIDE)}
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw, LIKELY)
