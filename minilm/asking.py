@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from minilm import data
 from minilm.align import Ranked, draw_answers, laid_out, ranking_loss
@@ -40,6 +41,20 @@ def encoded(comparisons: list[Comparison], tokenizer) -> Ranked:
     return laid_out(prompts, answers, tokenizer.end)
 
 
+def require_readable(comparisons: list[Comparison], s, model, tokenizer):
+    """ValueError, with the line of the file, for a text that the tokenizer does not know, or that
+    does not fit the model: an answer of the file, or one of the model's own."""
+    for number, c in enumerate(comparisons, 1):
+        try:
+            asked = len(tokenizer.prompt(c.prompt))
+            require_room(model, s.tokens, asked)
+            if s.method in ("reward", "dpo"):
+                longer = max(len(tokenizer.encode(text)) for text in (c.chosen, c.rejected))
+                require_room(model, 0, asked + longer + 1)  # and the end
+        except ValueError as error:
+            raise ValueError(f"{s.data}: line {number}: {error}") from error
+
+
 def compared(model, prompts, score, s, end: int | None, seed) -> Ranked:
     """Comparisons of what the model itself answers to the prompts, by settings of Aligning.
 
@@ -48,7 +63,7 @@ def compared(model, prompts, score, s, end: int | None, seed) -> Ranked:
     """
     asked, drawn, K = [p for p in prompts for _ in range(s.answers)], [], s.answers
     width = max(map(len, prompts))
-    for i in range(0, len(asked), DRAWN):
+    for i in tqdm(range(0, len(asked), DRAWN), "answers to compare", leave=False, disable=None):
         drawn.append(draw_answers(model, asked[i : i + DRAWN], s.tokens, end, [*seed, i], width))
     tokens, counted = (np.concatenate(parts) for parts in zip(*drawn))
     scores, rng = score(tokens, counted).reshape(-1, K), np.random.default_rng([*seed, 11])
@@ -73,13 +88,14 @@ def asked_of(source, s, share: float, model, tokenizer, score) -> Asked:
     """
     compares = s.method in ("reward", "dpo")
     if not isinstance(source, data.Corpus):
+        if len(source) <= s.test:
+            raise ValueError(f"{s.data} has {len(source)} comparisons, but {s.test} are held out: "
+                             "give a smaller --test")
+        require_readable(source, s, model, tokenizer)
         parts = data.split_records(source, s.test, prompt=lambda c: c.prompt)
         prompts = [[tokenizer.prompt(text) for text in dict.fromkeys(c.prompt for c in part)]
                    for part in parts]
-        found = [encoded(part, tokenizer) for part in parts] if compares else []
-        require_room(model, s.tokens, max(len(p) for part in prompts for p in part))
-        require_room(model, 0, *(part.tokens.shape[-1] for part in found))
-        return Asked(*prompts, *found)
+        return Asked(*prompts, *(encoded(part, tokenizer) for part in parts if compares))
     trained, held = data.split(source, share)
     require_room(model, s.tokens, s.prompt)
     some = pieces(trained, tokenizer, s.prompt, s.comparisons if compares else None, s.seed)
@@ -89,10 +105,9 @@ def asked_of(source, s, share: float, model, tokenizer, score) -> Asked:
     return Asked(some, asked, *made)
 
 
-def require_room(model, answer: int, *lengths: int):
-    """ValueError unless texts of these lengths, and an answer after them, fit the model."""
-    longest = max(lengths, default=0)
-    if longest + answer > model.room:
+def require_room(model, answer: int, length: int):
+    """ValueError unless a text of this length, and an answer after it, fit the model."""
+    if length + answer > model.room:
         after = f" and an answer of {answer}" * bool(answer)
-        raise ValueError(f"a text of {longest} tokens{after} must fit the model's context of "
+        raise ValueError(f"a text of {length} tokens{after} must fit the model's context of "
                          f"{model.room}")

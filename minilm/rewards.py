@@ -44,6 +44,9 @@ def reward_of(name: str, model_folder: Path, model, tokenizer):
         return TextReward(SCORES[name], tokenizer)
     if not Path(name).is_dir():
         raise ValueError(f"reward {name!r} is neither a folder nor one of {', '.join(SCORES)}")
+    if not (Path(name) / "reward.json").exists():
+        raise ValueError(f"{name} holds no reward model, as reward.json is missing: align.py "
+                         "--method reward leaves one in runs/align-reward-N/reward")
     reward = load_reward(name)
     if (theirs := reward.model.config.vocab_size) != model.config.vocab_size:
         raise ValueError(f"{name} has a vocabulary of {theirs} tokens, but {model_folder} one of "

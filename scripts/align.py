@@ -14,12 +14,13 @@ answers each prompt several times, and a rule says with noise which answer is be
 
 The program shows what the policy answers to held-out prompts as it learns: reward, KL to the
 reference, length, entropy and a sample. Of a reward model it shows how many held-out pairs it puts
-in the right order. The run's folder keeps the adapter as PEFT's folder, for generate.py and
-evaluate.py, or the reward model, for --reward. A policy that is merged is a model of its own, which
-finetune.py and the others take: --merged.
+in the right order. The run's folder keeps these as curves.png, and the adapter as PEFT's folder,
+for generate.py and evaluate.py, or the reward model, for --reward. A policy that is merged is a
+model of its own, which finetune.py and the others take: --merged.
 """
 
 import hashlib
+import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,13 +34,17 @@ from minilm.aligning import JOBS, METHODS, Aligning, finished_reward, without
 from minilm.asking import asked_of
 from minilm.command import Given, command, typed
 from minilm.continued import trained_on
-from minilm.data.preferences import load_comparisons
+from minilm.data.preferences import holds_comparisons, load_comparisons
+from minilm.extras import told
 from minilm.interop import load_model, require_folder, save_adapter, save_model
 from minilm.loop import Training, fit, refuse_unused, resumed
 from minilm.peft import merge_lora, unload_lora
+from minilm.picture import COLORS, save_png
+from minilm.quantize import is_quantized
 from minilm.ranges import AT_LEAST_0, whole
 from minilm.rewards import reward_of, save_reward
 from minilm.run import RunDirectory, newest_model, share_held_out
+from minilm.stored import fits
 from minilm.together import settle
 
 
@@ -92,6 +97,9 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     base = load_model(folder)
     base.config.require_writer(folder, "gives answers")
+    if s.method == "reward" and is_quantized(base):
+        raise ValueError(f"{folder} is quantized, and a reward model learns in all of its weights: "
+                         "give the model that it was made of")
     data.adopt_end(tokenizer, base.ends.eos)
     score = reward_of(s.reward, folder, base, tokenizer) if s.reward else None
     source, described = prompts_of(s)
@@ -120,12 +128,12 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
 def sensible(s: Settings, given) -> Settings:
     """The settings of a new run. ValueError for those that mean nothing to it."""
     refuse_unused(given, without(s.method), f"the method is {s.method}")
-    compares, file = s.method in ("reward", "dpo"), s.data.endswith(".jsonl")
+    compares, file = s.method in ("reward", "dpo"), holds_comparisons(s.data)
     if file:
         refuse_unused(given, ("prompt",), f"{s.data} has the prompts")
         refuse_unused(given, ("comparisons", "answers", "sharpness"), f"{s.data} has comparisons")
         if s.method == "reward":
-            refuse_unused(given, ("reward", "tokens"), f"{s.data} says what is better")
+            refuse_unused(given, ("reward",), f"{s.data} says what is better")
     if not s.ptx:
         refuse_unused(given, ("replay_from",), "ptx is 0")
     if s.method == "dpo" and s.beta == 0:
@@ -137,7 +145,7 @@ def sensible(s: Settings, given) -> Settings:
 
 def prompts_of(s: Settings):
     """(a corpus or comparisons, what run.json says of them)."""
-    if not s.data.endswith(".jsonl"):
+    if not holds_comparisons(s.data):
         corpus = data.load_corpus(s.data)
         return corpus, [{"name": corpus.name, "sha256": corpus.sha256}]
     found = load_comparisons(s.data)
@@ -156,9 +164,9 @@ def align(run, s: Settings, job) -> int:
             run.log(**asdict(done), **job.told(done.step - 1))
         looks = done.step % s.eval_every == 0 or done.step == s.steps
         if looks and (done.targets or not run.records()):
-            told, line = job.examine()
+            found, line = job.examine()
             tqdm.write(f"step {done.step}: {line}")
-            run.log(step=done.step, **told)
+            run.log(step=done.step, **found)
     return done.step
 
 
@@ -181,7 +189,8 @@ def keep(run, s: Settings, model, base, asked, tokenizer) -> dict[str, Path]:
 
 
 def tell(run, s: Settings, step: int, use: dict[str, Path]):
-    """Print the numbers before and after, and how to use what was kept."""
+    """Draw the curves, print the numbers before and after, and how to use what was kept."""
+    drawn = draw(run)
     if step < s.steps:
         print(f"stopped after step {step}; go on with: {typed(__file__, resume=run.path)}")
         return
@@ -193,11 +202,51 @@ def tell(run, s: Settings, step: int, use: dict[str, Path]):
                          (looks[0], looks[-1]))
         if after is not None:
             print(f"{what + ': ' + name:24}{before:>10.3f}{after:>10.3f}")
+    print(told("curves", drawn))
     if s.method == "reward":
         print(f"go by it: {typed(__file__, model=s.model, **use)}")
     else:
         writes = Path(__file__).with_name("generate.py")
         print(f"it writes: {typed(writes, **use, temperature=1.0)}")
+
+
+PANELS = {  # (what was looked at, its number): what the axis says
+    ("pairs", "right"): "pairs in the right order", ("pairs", "loss"): "loss (nats a pair)",
+    ("answers", "reward"): "reward", ("answers", "kl"): "KL (nats an answer)",
+    ("answers", "length"): "length (tokens)", ("answers", "entropy"): "entropy (nats a token)"}
+
+
+def draw(run: RunDirectory) -> Path | None:
+    """Draw curves.png: what training saw and what is held out, by step; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    records = run.records()
+    panels = {said: curves(records, *at) for at, said in PANELS.items()}
+    panels = {said: lines for said, lines in panels.items() if lines[1]}
+    across = 2 if len(panels) < 5 else 3
+    down = max(1, -(-len(panels) // across))
+    figure = Figure(figsize=(3.4 * across, 2.6 * down + 0.3), layout="constrained")
+    for axes, (said, lines) in zip(figure.subplots(down, across).flat, panels.items()):
+        for points, name, look in zip(lines, ("in training", "held out"), ("-", ".-")):
+            axes.plot(*zip(*points or [(0, math.nan)]), look, label=name, linewidth=1,
+                      color=COLORS[name == "held out"])
+        axes.set(xlabel="step", ylabel=said)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in figure.axes[len(panels) :]:
+        axes.set_axis_off()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2,
+                  frameon=False)
+    return save_png(figure, run.path / "curves.png")
+
+
+def curves(records: list[dict], what: str, name: str) -> tuple[list, list]:
+    """(step, number) in training, of the policy before that step, and of what was looked at."""
+    found = ([(r["step"] - 1, r.get(name)) for r in records if what not in r],
+             [(r["step"], r[what].get(name)) for r in records if fits(r.get(what), dict)])
+    return tuple([(x, y) for x, y in points if fits(y, float) and abs(y) < 1e100]
+                 for points in found)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,17 @@ def test_the_rewards_of_an_answers_tokens_add_up_to_zieglers(episode, beta):
     assert np.count_nonzero(alone) == len(scores)
 
 
+@given(episodes(), seeds)
+def test_where_kl_is_very_dear_no_score_counts(episode, seed):
+    """beta to infinity: the advantages, once white, are those of the penalty alone."""
+    log_probs, reference, counted = episode
+    scores = np.random.default_rng(seed).uniform(-9, 9, len(counted))
+    found, alone = (
+        whitened(gae(token_rewards(s, log_probs, reference, counted, 1e9), 0 * reference, counted),
+                 counted) for s in (scores, 0 * scores))
+    assert np.allclose(found, alone, atol=1e-4)
+
+
 @given(episodes())
 def test_whitening_counts_answers_alone(episode):
     x, _, counted = episode

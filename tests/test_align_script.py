@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from align import Settings, main
+from align import Settings, curves, draw, main
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,12 +12,13 @@ from minilm import data, ops
 from minilm.align import PPO, Reward, Rounds, draw_answers, reference_of, reward_model, value_head
 from minilm.align.rollouts import answers_of, rollouts
 from minilm.asking import judged
-from minilm.data.preferences import Comparison, load_comparisons, ranked
+from minilm.data.preferences import Comparison, holds_comparisons, load_comparisons, ranked
 from minilm.files import FormatError
-from minilm.interop import load_adapter, load_model, save_model
+from minilm.interop import bitsandbytes, load_adapter, load_model, save_model
 from minilm.optim import AdamW
 from minilm.peft import add_lora
 from minilm.peft.adapted import adapted_layers
+from minilm.quantize import quantize_model
 from minilm.rewards import reward_of, save_reward
 from minilm.run import RunDirectory
 from minilm.train import Trainer
@@ -130,13 +131,25 @@ def test_comparisons_of_a_file(tmp_path):
     file = tmp_path / "c.jsonl"
     file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     assert load_comparisons(file) == [Comparison("a", "b", "c")]
-    for bad, said in (('{"prompt": "a", "chosen": "b"}', "rejected"),
+    for bad, said in (('{"prompt": "a", "chosen": "b"}', "rejected: the field is missing"),
+                      ('{"prompt": "a", "chosen": "b", "rejected": "c", "x": 1}',
+                       "'x': the field is unknown, expected prompt, chosen, rejected"),
                       ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "are the same"),
                       ('{"prompt": "", "chosen": "b", "rejected": "c"}', "prompt: the text is"),
                       ('{"prompt": 1, "chosen": "b", "rejected": "c"}', "expected str, got int")):
         file.write_text(bad)
         with pytest.raises(FormatError, match=f"line 1: .*{said}"):
             load_comparisons(file)
+
+
+@pytest.mark.parametrize("name, line, holds", [
+    ("a.jsonl", '{"prompt": "a"}', True), ("a.json", '{"chosen": "a"}', True),
+    ("a.jsonl", '{"text": "a"}', False), ("a.txt", "a text of its own", False),
+    ("a.jsonl", "{broken", True), ("a.jsonl", '{"text": "a", "chosen": "b"}', True)])
+def test_what_a_file_holds_is_seen_by_its_fields(tmp_path, name, line, holds):
+    (tmp_path / name).write_text(line)
+    assert holds_comparisons(tmp_path / name) == holds
+    assert not holds_comparisons(tmp_path) and not holds_comparisons(tmp_path / "none.jsonl")
 
 
 @pytest.fixture
@@ -167,6 +180,8 @@ def test_a_reward_model_of_another_vocabulary_is_refused(tmp_path, folder):
         reward_of(str(tmp_path / "same"), folder, model, tokenizer)
     with pytest.raises(ValueError, match="neither a folder nor one of vowels"):
         reward_of("nothing", folder, model, tokenizer)
+    with pytest.raises(ValueError, match=r"base holds no reward model, as reward\.json is"):
+        reward_of(str(folder), folder, model, tokenizer)
 
 
 def kept(run):
@@ -198,7 +213,9 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, folder, text, method,
         main(s, tmp_path / "killed")
     main(resume=tmp_path / "killed" / f"align-{method}-1")
     assert kept(tmp_path / "killed" / f"align-{method}-1") == kept(whole)
-    assert "before     after" in said
+    assert "before     after" in said and f"curves: {whole / 'curves.png'}" in said
+    assert (whole / "curves.png").read_bytes() == (
+        tmp_path / "killed" / f"align-{method}-1" / "curves.png").read_bytes()
     if method == "reward":
         assert "pairs: right" in said and (whole / "reward" / "reward.json").exists()
         assert load_model(whole / "reward").config.labels == ("reward",)
@@ -206,6 +223,37 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, folder, text, method,
         assert "answers: kl" in said
         assert any(p.data.any() for p in load_adapter(load_model(folder), whole / "adapter")
                    .parameters())
+
+
+RECORDS = [  # of PPO, of which a round takes two steps
+    {"step": 0, "answers": {"reward": 0.1, "kl": 0.0, "length": 5.0, "entropy": 2.0}},
+    {"step": 1, "loss": 0.5, "reward": 0.2, "kl": 0.01, "length": 5.0, "entropy": None},
+    {"step": 2, "loss": 0.4},
+    {"step": 2, "answers": {"reward": 0.3, "kl": 1e200, "length": 4.0, "entropy": 1.0}}]
+
+
+def test_a_rounds_numbers_are_of_the_policy_before_its_first_step():
+    assert curves(RECORDS, "answers", "reward") == ([(0, 0.2)], [(0, 0.1), (2, 0.3)])
+    assert curves(RECORDS, "answers", "kl") == ([(0, 0.01)], [(0, 0.0)])  # 1e200 is no place
+    assert curves(RECORDS, "answers", "entropy") == ([], [(0, 2.0), (2, 1.0)])
+    assert curves(RECORDS, "pairs", "loss") == ([(0, 0.5), (1, 0.4)], [])
+
+
+@pytest.mark.parametrize("looked, panels", [
+    ({"answers": {"kl": 0.0, "length": 3.0}}, ["KL (nats an answer)", "length (tokens)"]),
+    ({"pairs": {"right": 1.0, "loss": 0.1}}, ["pairs in the right order", "loss (nats a pair)"]),
+    ({"answers": {"reward": None}}, [])])
+def test_the_picture_has_a_panel_for_each_number(tmp_path, looked, panels, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    run, drawn = RunDirectory.create(tmp_path, "align-ppo", {}, []), []
+    for step in (0, 3):
+        run.log(step=step, **looked)
+    savefig = figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda *a, **k: (drawn.append(a[0]), savefig(*a, **k)))
+    assert draw(run) == run.path / "curves.png" and (run.path / "curves.png").stat().st_size > 999
+    assert [axes.get_ylabel() for axes in drawn[0].axes if axes.axison and panels] == panels
+    for axes in drawn[0].axes[: len(panels)]:
+        assert [[*line.get_xdata()] for line in axes.lines] == [[0], [0, 3]]
 
 
 @pytest.mark.parametrize("changes, given, said", [
@@ -259,6 +307,33 @@ def test_an_answer_that_does_not_fit_is_refused_before_a_run_begins(tmp_path, fo
     file = tmp_path / "c.jsonl"
     file.write_text("".join(f'{{"prompt": "p{i}", "chosen": "{"x" * 40}", "rejected": "no"}}\n'
                             for i in range(24)))
-    with pytest.raises(ValueError, match=r"a text of 4\d tokens must fit the model's context of"):
+    with pytest.raises(ValueError, match=r"c.jsonl: line 1: a text of 4\d tokens must fit the mod"):
         main(Settings(model=str(folder), data=str(file), method=method, **SMALL), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_reward_model_of_a_quantized_base_is_refused(tmp_path, text):
+    model = quantize_model(Transformer(Config.gpt2(258, 32, 1, 2, 64), 0), "nf4")
+    bitsandbytes.save_model(model, tmp_path / "base", data.ByteTokenizer())
+    s = Settings(model=str(tmp_path / "base"), data=text, method="reward", **SMALL)
+    with pytest.raises(ValueError, match="base is quantized, and a reward model learns in all of"):
+        main(s, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_of_few_comparisons_names_the_option(tmp_path, folder):
+    (tmp_path / "c.jsonl").write_text('{"prompt": "p", "chosen": "yes", "rejected": "no"}\n' * 4)
+    s = Settings(model=str(folder), data=str(tmp_path / "c.jsonl"), method="dpo", **SMALL)
+    with pytest.raises(ValueError, match="has 4 comparisons, but 4 are held out: give a smaller"):
+        main(s, tmp_path / "runs")
+
+
+def test_a_reward_model_of_a_file_is_scaled_by_answers_of_any_length(tmp_path, folder):
+    """A long prompt leaves room for short answers only, so --tokens is no idle option."""
+    (tmp_path / "c.jsonl").write_text("".join(
+        f'{{"prompt": "p{i:02}{"x" * 24}", "chosen": "yes", "rejected": "no"}}\n'
+        for i in range(12)))
+    s = Settings(model=str(folder), data=str(tmp_path / "c.jsonl"), method="reward",
+                 **SMALL | dict(tokens=3))
+    main(s, tmp_path / "runs", given={"tokens"})
+    assert (tmp_path / "runs" / "align-reward-1" / "reward" / "reward.json").exists()

@@ -73,6 +73,10 @@ def test_the_sum_stays_and_names_do_not_matter(seed, players, count, data):
     assert np.array_equal(renamed[new], R)
     turned = Games(games.b, games.a, 1 - games.S, games.prompt)
     assert np.allclose(elo.ratings(turned, players), R, atol=1e-9)
+    of_orders, again = (elo.over_orders(g, players, 9) for g in (
+        games, games._replace(a=new[games.a], b=new[games.b])))
+    assert abs(of_orders.mean.sum() - players * elo.START) < 1e-8
+    assert all(np.array_equal(x[new], y) for x, y in zip(again, of_orders))
 
 
 @given(seeds, st.integers(2, 4), st.integers(1, 4))

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+import align
 import distill
 import finetune
 import numpy as np
@@ -51,12 +52,16 @@ JOBS = {  # name: (the run's folder, run it from the folder or go on)
     "distill": ("distill-1", lambda resume: distill.main(distill.Settings(
         corpus=("text.txt",), layers=2, heads=2, width=8, context=8, teacher_steps=8, steps=8,
         prompt="The ", **SMALL) if not resume else distill.Settings(), resume=resume)),
+    "align": ("align-ppo-1", lambda resume: align.main(align.Settings(
+        model="base", data="text.txt", prompt=4, tokens=3, test=4, steps=6, r=1, eval_every=4,
+        save_every=3, ptx=0.1, replay_from=("text.txt",), **SMALL) if not resume
+        else align.Settings(), resume=resume)),
     "quantize": (None, lambda resume: quantize.main(
         Path("base"), (64,), "text.txt", Path("runs/codebooks.png"))),
 }
 
 
-SHARES = dict(zip(JOBS, (0.2, 0.1, 0.2, 0.2, 0.2, 0.1)))  # of the kills
+SHARES = dict(zip(JOBS, (0.2, 0.1, 0.2, 0.1, 0.2, 0.1, 0.1)))  # of the kills
 
 
 def tuned(method, resume, **changes):

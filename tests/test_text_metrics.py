@@ -237,6 +237,8 @@ def test_nist_by_hand():
     info = nist.information(two_thirds[1])
     told = (info["a",] + info["b",]) / 2 + info["a", "b"]
     assert nist.nist(*two_thirds) == pytest.approx(told / 2)  # beta is made for this
+    longer = [["a", "b", "x"]], [[["a", "b"]]]
+    assert nist.nist(*longer) == pytest.approx((1 + 1) / 3)  # no factor, but more n-grams
 
 
 def test_the_highest_nist_is_not_the_references():
@@ -253,6 +255,8 @@ def test_meteor_by_hand():
     assert meteor.matched("cats on mats".split(), "on a cat mat".split()) == (3, 3)
     assert meteor.matched("a cat cats".split(), "a cats cat".split()) == (3, 3)  # equal words first
     assert meteor.matched("a b".split(), "b a".split()) == (2, 2)
+    assert meteor.matching("ab", "aab") == [(0, 1), (1, 2)]  # not the first a, which is alone
+    assert meteor.matching("aa", "aba") == [(0, 0), (1, 2)]  # each a has one of its own
     assert meteor.meteor([h], [[["dog"]]]) == 0 and meteor.meteor([[]], [[[]]]) == 0
 
 
@@ -291,6 +295,25 @@ def test_perplexity_is_exp_of_the_loss():
 
 
 # Laws
+
+
+@given(labels, st.permutations("abc"), st.randoms())
+def test_agreement_lies_in_its_range_and_knows_no_names_and_no_order(pairs, names, random):
+    for metric, low in ((agreement.accuracy, 0), (agreement.matthews, -1)):
+        answers, right = zip(*pairs)
+        found = metric(answers, right)
+        assert low <= found <= 1 and metric(right, right) in (1, 0 if low else 1)
+        called = dict(zip("abc", names))
+        mixed = [(called[a], called[r]) for a, r in pairs]
+        random.shuffle(mixed)
+        assert metric(*zip(*mixed)) == pytest.approx(found, abs=1e-12)
+
+
+@given(st.lists(st.integers(-99, 99), min_size=2, unique=True), st.floats(0.1, 9),
+       st.floats(-9, 9))
+def test_pearson_is_1_of_any_rising_line(x, slope, shift):
+    assert agreement.pearson(x, [slope * v + shift for v in x]) == pytest.approx(1, abs=1e-9)
+    assert agreement.pearson(x, [-slope * v + shift for v in x]) == pytest.approx(-1, abs=1e-9)
 
 
 @each
@@ -405,6 +428,7 @@ def test_the_matching_is_the_best_of_all(h, r):
     assert (crossings(found), chunks(found)) == min(
         (crossings(pairs), chunks(pairs)) for pairs in everything if len(pairs) == most)
     assert all(h[i] == r[j] for i, j in found) and found == sorted(found)
+    assert len({j for _, j in found}) == most
 
 
 @given(text, text)
@@ -492,6 +516,15 @@ def test_what_fits_short_answers(answers, right, fit, why):
     assert [*found] == ["exact match, %", *fit]
     assert left_out == {"BLEU, ..., CIDEr-D": "no reference has four tokens"} | why
     assert [*metrics(answers, [[one, "x"] for one in right])[0]] == ["exact match, %"]
+
+
+def test_where_what_fits_ends():
+    """BLEU needs four tokens of one reference; twenty names are classes, one more is none."""
+    assert "BLEU, %" in metrics(["a"], [["a b c d"]])[0]
+    assert "BLEU, %" not in metrics(["a"], [["a b c"]])[0]
+    for classes in (20, 21):
+        names = [f"c{i}" for i in range(classes)] * 2
+        assert ("Matthews" in metrics(names, [[name] for name in names])[0]) == (classes == 20)
 
 
 def test_the_correlation_of_a_part_needs_no_other_rows():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minilm.data.lines import load_lines
+from minilm.data.lines import first_has, load_lines
 from minilm.strict import parse
 
 VOWELS = frozenset("aeiouAEIOU")
@@ -67,6 +67,15 @@ class Comparison:
             raise ValueError(f"chosen and rejected are the same: {self.chosen!r:.80}")
 
 
+def holds_comparisons(path: str | os.PathLike) -> bool:
+    """Whether a file is one of comparisons: JSON lines by its name or by the field `chosen`, unless
+    they have the field `text` of a corpus. FormatError."""
+    if not os.path.isfile(path):
+        return False
+    lines = os.fspath(path).endswith(".jsonl")
+    return first_has(path, "chosen") or (lines and not first_has(path, "text"))
+
+
 def load_comparisons(path: str | os.PathLike) -> list[Comparison]:
     """The comparisons of a JSONL file. Raises FormatError with line and field, FileNotFoundError.
     """
@@ -91,6 +100,9 @@ def _comparison(line):
     if not isinstance(found, dict):
         raise TypeError(f"expected an object, got {type(found).__name__}")
     names = ("prompt", "chosen", "rejected")
-    if wrong := sorted(found.keys() ^ {*names}):
-        raise ValueError(f"{wrong[0]!r:.80}: expected the fields {', '.join(names)}, no others")
+    for name in names:
+        if name not in found:
+            raise ValueError(f"{name}: the field is missing")
+    if unknown := [name for name in found if name not in names]:
+        raise ValueError(f"{unknown[0]!r:.80}: the field is unknown, expected {', '.join(names)}")
     return Comparison(**found)

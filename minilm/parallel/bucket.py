@@ -23,20 +23,20 @@ from minilm.optim.flat import end_to_end, runs
 from minilm.parallel.comm import Comm, Handle
 
 
-def bytes_held(stage: int, n: int, parameter: int = 4) -> float:
-    """Bytes that a rank keeps of each trained parameter, which itself has so many bytes.
+def bytes_held(stage: int, n: int, parameter: int = 4, gradient: int = 4) -> float:
+    """Bytes that a rank keeps of each trained parameter, if it and its gradient have so many bytes.
 
-    Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 3, with gradients of 4 bytes.
+    Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 3, where both have 2.
 
     >>> [bytes_held(stage, n=4) for stage in range(4)]
     [16.0, 10.0, 7.0, 4.0]
     """
     states = 8 + (4 if parameter < 4 else 0)  # m, v and the masters
-    return (parameter / (n if stage > 2 else 1) + 4 / (n if stage > 1 else 1)
+    return (parameter / (n if stage > 2 else 1) + gradient / (n if stage > 1 else 1)
             + states / (n if stage > 0 else 1))
 
 
-def bytes_sent(stage: int, n: int, parameter: int = 4) -> float:
+def bytes_sent(stage: int, n: int, parameter: int = 4, gradient: int = 4) -> float:
     """Bytes that a rank sends a step for each trained parameter, if no micro-batches accumulate.
 
     One gradient is reduced. DDP gathers it again; stages 1 and 2 gather the parameters instead,
@@ -45,8 +45,8 @@ def bytes_sent(stage: int, n: int, parameter: int = 4) -> float:
     >>> [bytes_sent(stage, n=4) / 4 for stage in range(4)]
     [1.5, 1.5, 1.5, 2.25]
     """
-    gathered = (4, parameter, parameter, 2 * parameter)[stage]
-    return (4 + gathered) * (n - 1) / n
+    gathered = (gradient, parameter, parameter, 2 * parameter)[stage]
+    return (gradient + gathered) * (n - 1) / n
 
 
 class Pages:

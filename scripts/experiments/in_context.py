@@ -291,7 +291,10 @@ def plotted(x, axes, y, color: str, line: str = "o-", label: str | None = None):
         axes.plot(x, y, line, color=color, label=label, linewidth=1.2, markersize=3)
 
 
-EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
+LIKELY = {"5 demonstrations improve the answers of the base by 5 points":
+          "so small a model has to learn from such rows first: in context it does, with the same "
+          "demonstrations"}
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw, LIKELY)
 main = program(EXPERIMENT, measured, InContext)
 
 if __name__ == "__main__":
