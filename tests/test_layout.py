@@ -124,6 +124,7 @@ WITHIN = {  # the arrows inside a floor
     ("loop", "train"),
     ("command", "train"),
     ("__main__", "command"),
+    ("__main__", "train"),
     ("__main__", "versions"),
 }
 NARROWER = {
