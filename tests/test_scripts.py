@@ -33,7 +33,7 @@ ROOMS = [FOLDER / "bench", FOLDER / "experiments"]
 FILES = {path.stem: path for path in FOLDER.rglob("*.py")}
 SCRIPTS = sorted(path.stem for path in FOLDER.rglob("*.py")
                  if '    command(main' in path.read_text(encoding="utf-8"))
-EXTRAS = ("bitsandbytes", "cupy", "jinja2", "matplotlib", "peft", "tokenizers", "torch",
+EXTRAS = ("bitsandbytes", "cupy", "jax", "jinja2", "matplotlib", "peft", "tokenizers", "torch",
           "transformers")
 
 
