@@ -1,11 +1,17 @@
-"""`python -m minilm` prints what this machine has for minilm."""
+"""`python -m minilm` prints what this machine has for minilm, and what to set to be fast."""
 
 from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
 
 from minilm import backend
 from minilm.command import command
 from minilm.extras import install
+from minilm.measure.machine import Machine, measured, told
+from minilm.optim import AdamW
 from minilm.parallel.cores import default_workers
+from minilm.train import Trainer
+from minilm.transformer import Config, Transformer
 from minilm.versions import versions
 
 EXTRAS = {"hf": ("tokenizers",), "plots": ("matplotlib",), "report": ("jinja2",),
@@ -14,12 +20,16 @@ EXTRAS = {"hf": ("tokenizers",), "plots": ("matplotlib",), "report": ("jinja2",)
           "peers": ("transformers", "peft", "bitsandbytes")}
 
 
-def main():
-    """Print what this machine has for minilm."""
-    told = versions()
-    print(f"minilm {told['minilm']}, Python {told['python']}, {told['platform']}")
-    print(f"numpy {told['numpy']}, ml_dtypes {told['ml_dtypes']}")
-    for blas in told["blas"] or [{"internal_api": "unknown"}]:
+def main(quick: bool = False):
+    """Print what this machine has for minilm. Then measure two seconds, and print what to set.
+
+    Args:
+        quick: measure nothing.
+    """
+    here = versions()
+    print(f"minilm {here['minilm']}, Python {here['python']}, {here['platform']}")
+    print(f"numpy {here['numpy']}, ml_dtypes {here['ml_dtypes']}")
+    for blas in here["blas"] or [{"internal_api": "unknown"}]:
         print("BLAS: " + ", ".join(f"{key} {value}" for key, value in blas.items() if value))
     count, processes = default_workers()
     print(f"workers: {count}, as {'processes' if processes else 'threads'}")
@@ -27,6 +37,32 @@ def main():
     for extra, packages in EXTRAS.items():
         found = [installed(package) for package in packages]
         print(f"{extra}: " + (", ".join(found) if all(found) else install(extra)))
+    if not quick:
+        print("", *told(machine()), sep="\n")
+
+
+def machine() -> Machine:
+    """Measure this machine: the default workers first, then the others."""
+    count, processes = default_workers()
+    teams = {"": (count, processes)}
+    if processes:
+        teams["--threads"] = count, False
+    if count > 1:
+        teams["--workers 1"] = 1, False
+    return measured(count, {options: lambda team=team: step(*team)
+                            for options, team in teams.items()})
+
+
+def step(workers: int, processes: bool, steps: int = 3, limit: float = 0.2) -> float:
+    """Seconds of the fastest of a few training steps of a small GPT-2, which begin within `limit`.
+    """
+    model = Transformer(Config.gpt2(256, context=64, layers=4, heads=4, width=128))
+    batch = np.random.default_rng(0).integers(0, 256, (2, max(12, workers), 64))
+    with Trainer(model, AdamW(model.parameters()), workers, processes) as trainer:
+        taken = [trainer.step(0, tuple(batch)).seconds]
+        while len(taken) < steps and sum(taken) < limit:
+            taken.append(trainer.step(len(taken), tuple(batch)).seconds)
+    return min(taken)
 
 
 def gpu() -> str:

@@ -127,6 +127,7 @@ WITHIN = {  # the arrows inside a floor
     ("loop", "train"),
     ("command", "train"),
     ("__main__", "command"),
+    ("__main__", "train"),
     ("__main__", "versions"),
 }
 NARROWER = {
@@ -151,7 +152,7 @@ PEFT = {  # methods of peft/ that know another one; all others know adapted.py a
 
 REQUIRED = {"numpy", "ml_dtypes", "safetensors", "threadpoolctl", "tqdm", "tyro"}
 LATE = {
-    "bitsandbytes", "cupy", "cupy_backends", "cupyx", "jinja2", "markupsafe", "matplotlib",
+    "bitsandbytes", "cupy", "cupy_backends", "cupyx", "jax", "jinja2", "markupsafe", "matplotlib",
     "mpi4py", "peft", "py3langid", "scipy", "tokenizers", "torch", "transformers",
 }
 

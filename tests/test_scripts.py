@@ -13,13 +13,13 @@ import time
 import tomllib
 from pathlib import Path
 
-import benchmark
 import distill
 import memory_report
 import numpy as np
 import pretrain
 import pytest
 import quantize
+import turns
 
 from minilm import data
 from minilm.command import command
@@ -33,7 +33,7 @@ ROOMS = [FOLDER / "bench", FOLDER / "experiments"]
 FILES = {path.stem: path for path in FOLDER.rglob("*.py")}
 SCRIPTS = sorted(path.stem for path in FOLDER.rglob("*.py")
                  if '    command(main' in path.read_text(encoding="utf-8"))
-EXTRAS = ("bitsandbytes", "cupy", "jinja2", "matplotlib", "peft", "tokenizers", "torch",
+EXTRAS = ("bitsandbytes", "cupy", "jax", "jinja2", "matplotlib", "peft", "tokenizers", "torch",
           "transformers")
 
 
@@ -192,7 +192,7 @@ def test_ctrl_c_is_one_line_and_leaves_nobody_behind(model, script, words, child
 
 def test_a_contender_that_dies_is_said_to_have(capfd):
     with pytest.raises(RuntimeError, match="a contender died; its output is above"):
-        with benchmark.Contender(iter, ()) as contender:
+        with turns.Contender(iter, ()) as contender:
             contender.run()
     assert "StopIteration" in capfd.readouterr().err
 

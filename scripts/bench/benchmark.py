@@ -1,42 +1,48 @@
 """Measure this project against PyTorch eager, PEFT and bitsandbytes on the same machine.
 
-    python scripts/bench/benchmark.py                 # everything, about twenty minutes
+    python scripts/bench/benchmark.py                 # everything, about half an hour
     python scripts/bench/benchmark.py --rows train --configs S M --rounds 30
     python scripts/bench/benchmark.py --device cuda   # kernels and a QLoRA step on an NVIDIA GPU
 
-Each contender runs in a process of its own. They take turns, A B A B ..., so that a change of the
-machine's speed affects both. A ratio is the other's median time over ours: above 1 we are faster.
-The lowest and the highest ratio of neighbouring turns stand beside it. Both sides use two cores; in
-the row `codes` both use one. The rows `qlora` and `paged` compare our own steps: LoRA's time over
-QLoRA's, and AdamW's over PagedAdamW's on threads, when everything fits in memory. The row `llama`
-is generation and a LoRA step at a real size, see llama.py; `methods` is a step of the methods that
-PEFT has beside LoRA, see methods.py.
+Each contender runs in a process of its own, and they take turns (turns.py). A ratio is the other's
+median time over ours: above 1 we are faster. The lowest and the highest ratio of neighbouring turns
+stand beside it. Both sides use two cores; in the row `codes` both use one.
 
-Needs the extra `test` and, for `lora`, `methods`, `codes` and `llama`, the extra `peers`.
-gpu_table.py says how things are measured on a GPU; kernels/RESULTS.md has the results.
+The row `train` has torch.compile and JAX as well, and the floor: what the products of the step
+would take at the rate of large products, measured in the same turns (floor.py). Its ratio is the
+share of the floor that we reach. The rows `qlora` and `paged` compare our own steps: LoRA's time
+over QLoRA's, and AdamW's over PagedAdamW's on threads, when everything fits in memory. The row
+`llama` is generation and a LoRA step at a real size, see llama.py; `methods` is a step of the
+methods that PEFT has beside LoRA, see methods.py; `growth` has larger models and longer texts, see
+growth.py.
+
+Needs the extra `test`, for JAX `contenders` and, for `lora`, `methods`, `codes` and `llama`, the
+extra `peers`. gpu_table.py says how things are measured on a GPU; kernels/RESULTS.md has the
+results. profile_step.py says where the time of our step goes.
 """
 
 import importlib.util
-import multiprocessing
-import signal
 import statistics
 import sys
-import time
 from dataclasses import replace
 from functools import partial
-from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Literal, get_args
 
-from contenders import SHAPES, Shape, bitsandbytes_codes, our_codes, our_side, torch_side
+import growth
+import jax_gpt
+import torch_compiled
+import which_kernels
+from contenders import SHAPES, bitsandbytes_codes, our_codes, our_side, torch_side
+from floor import floor_side, operations
 from llama import JOBS, our_llama, their_llama
 from methods import METHODS, our_step, their_step
-from tqdm import tqdm
+from turns import WARM_UP, Contender, compare, in_turn, line, take_turns
 
 from minilm.extras import install
 
-GROWTH = Shape(6, 6, 384, 256, 8, 512), Shape(6, 6, 384, 1024, 2, 512)
-OnCPU = Literal["train", "lora", "methods", "qlora", "paged", "generate", "memory", "growth",
-                "codes", "llama"]
+OnCPU = Literal["train", "lora", "methods", "qlora", "paged", "generate", "memory", "codes",
+                "llama", "growth"]
 OnGPU = Literal["dequantize", "quantize", "matmul", "lora", "reference", "attention", "swiglu",
                 "rms_norm", "adamw", "step", "pages"]
 OTHERS = {"torch": ("test", ("train", "lora", "methods", "generate", "memory", "growth", "codes",
@@ -44,11 +50,13 @@ OTHERS = {"torch": ("test", ("train", "lora", "methods", "generate", "memory", "
           "peft": ("peers", ("lora", "methods", "llama")),
           "transformers": ("peers", ("methods", "llama")),
           "bitsandbytes": ("peers", ("codes",))}
+COMPILERS = {"torch.compile": torch_compiled, "JAX": jax_gpt}  # further contenders of `train`
 
 
 def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
          configs: tuple[Literal["S", "M", "L", "nanoGPT"], ...] = ("S", "M", "L"), rounds: int = 15,
-         threads: bool = False, device: Literal["cpu", "cuda"] = "cpu"):
+         threads: bool = False, device: Literal["cpu", "cuda"] = "cpu",
+         picture: Path = Path("runs/growth.svg")):
     """Print the table of ratios.
 
     Args:
@@ -57,6 +65,7 @@ def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
         rounds: turns of each contender.
         threads: use threads as our workers, not processes.
         device: cuda measures the kernels, a step of QLoRA, and its optimizer's pages.
+        picture: where `growth` draws its curves.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -67,15 +76,17 @@ def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
     if device == "cuda":
         on_gpu(rows, rounds)
     else:
-        on_cpu(rows, configs, rounds, threads)
+        on_cpu(rows, configs, rounds, threads, picture)
 
 
-def on_cpu(rows, configs, rounds, threads):
+def on_cpu(rows, configs, rounds, threads, picture):
     """Print the rows beside PyTorch, PEFT and bitsandbytes."""
     for package, (extra, compared) in OTHERS.items():
         if {*rows} & {*compared} and importlib.util.find_spec(package) is None:
             raise ImportError(f"{package} is not installed: {install(extra)}")
-    print("| what | the other | minilm | ratio | lowest - highest |\n|---|---|---|---|---|")
+    further = beside(rows)
+    print("| what | the other | minilm | ratio | lowest - highest |\n|---|---|---|---|---|",
+          flush=True)
     turns = partial(compare, rounds=rounds)
     for row in rows:
         for name in configs if row not in ("growth", "codes", "llama") else ():
@@ -85,6 +96,8 @@ def on_cpu(rows, configs, rounds, threads):
                 compare_memory(f"memory of a step, {name}", shape, threads)
                 compare_memory(f"with checkpoints, {name}", replace(shape, checkpoint=True),
                                threads)
+            elif row == "train":
+                training(name, rounds, threads, further)
             elif row == "methods":
                 for method in METHODS:
                     turns(f"{method} step, {name}", (their_step, method, shape),
@@ -95,16 +108,16 @@ def on_cpu(rows, configs, rounds, threads):
                 turns(f"PagedAdamW after AdamW, {name}", (our_side, "train", shape, True),
                       (our_side, "paged", shape, True))
             else:
-                title = {"train": "training step", "lora": "LoRA step", "generate": "63 tokens"}
+                title = {"lora": "LoRA step", "generate": "63 tokens"}
                 turns(f"{title[row]}, {name}", theirs, ours)
-        if row == "growth":
-            growth_with_context(turns, threads)
         if row == "codes":
             for job in ("quantize", "dequantize"):
                 turns(f"{job} 4096 x 4096 to NF4", (bitsandbytes_codes, job, 4096),
                       (our_codes, job, 4096))
         if row == "llama":
             at_a_real_size(turns)
+        if row == "growth":  # the last, since it has a table of its own
+            growth.measure(rounds, threads, picture)
 
 
 def on_gpu(rows, rounds):
@@ -135,13 +148,33 @@ def on_gpu(rows, rounds):
         print(text, flush=True)
 
 
-def growth_with_context(turns, threads):
-    """Print how a step's time grows with T at the same number of tokens."""
-    short, long = (turns(f"step at T = {s.context}", (torch_side, "train", s),
-                         (our_side, "train", s, threads)) for s in GROWTH)
-    growth = [b / a for a, b in zip(short, long)]
-    print(f"| growth of the step from T = 256 to 1024 | x{growth[0]:.3f} | x{growth[1]:.3f} | "
-          f"{growth[1] / growth[0]:.3f} of PyTorch's | |")
+def beside(rows) -> dict:
+    """The compilers that the row `train` has as well, if they are here; says which kernels all
+    sides have, and who is not here."""
+    if "train" not in rows:
+        return {}
+    absent = {name: why for name, side in COMPILERS.items() if (why := side.why_not())}
+    sides = ["ours", "torch", *["jax"] * ("JAX" not in absent)]
+    for text in [*which_kernels.lines(sides),
+                 *(f"left out: {name}, {why}" for name, why in absent.items())]:
+        print(f"* {text}")
+    print()
+    return {name: side for name, side in COMPILERS.items() if name not in absent}
+
+
+def training(name, rounds, threads, further):
+    """Print our training step beside PyTorch's, the compilers' and the floor."""
+    shape = SHAPES[name]
+    others = {"": (torch_side, "train", shape)}
+    others |= {f", {other}": (module.side, shape) for other, module in further.items()}
+    sides = (our_side, "train", shape, threads), (floor_side, shape, threads), *others.values()
+    ours, floor, *theirs = (times[WARM_UP:] for times in in_turn(sides, rounds + WARM_UP))
+    for other, times in zip(others, theirs):
+        print(line(f"training step, {name}{other}", times, ours), flush=True)
+    work = operations(shape)
+    rate = work / statistics.median(floor)
+    print(line(f"the floor, {name}: {work / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s", floor,
+               ours), flush=True)
 
 
 def at_a_real_size(turns):
@@ -152,77 +185,12 @@ def at_a_real_size(turns):
     print(f"| the busy machine's time, of the quiet one's | x{theirs:.2f} | x{ours:.2f} | | |")
 
 
-def compare(title, theirs, ours, rounds) -> tuple[float, float]:
-    """Time both sides in turn and print a row; returns the median seconds of both."""
-    times = [side[2:] for side in take_turns(theirs, ours, rounds + 2)]  # the first two warm up
-    ratios = [a / b for a, b in zip(*times)]
-    a, b = (statistics.median(t) for t in times)
-    print(f"| {title} | {1e3 * a:.2f} ms ({1e3 * min(times[0]):.2f} - {1e3 * max(times[0]):.2f}) "
-          f"| {1e3 * b:.2f} ms ({1e3 * min(times[1]):.2f} - {1e3 * max(times[1]):.2f}) "
-          f"| {a / b:.2f} | {min(ratios):.2f} - {max(ratios):.2f} |", flush=True)
-    return a, b
-
-
-def take_turns(theirs, ours, rounds) -> list:
-    """(their answers, our answers), asked for in turn."""
-    with Contender(*theirs) as first, Contender(*ours) as second:
-        turns = tqdm(range(rounds), unit="turn", leave=False, disable=None)
-        return list(zip(*[(first.run(), second.run()) for _ in turns]))
-
-
 def compare_memory(title, shape, threads):
     """Print a step's peak memory: gradients included, weights and Adam's states not."""
     with (Contender(torch_side, "memory", shape) as theirs,
           Contender(our_side, "memory", shape, threads) as ours):
         a, b = theirs.run(), ours.run()
     print(f"| {title} | {a:.0f} MiB | {b:.0f} MiB | {b / a:.2f} of PyTorch's | |", flush=True)
-
-
-class Contender:
-    """A process that waits, runs a job once when asked to, and answers with a number."""
-
-    def __init__(self, side, *args):
-        from minilm.loop import finish_on_interrupt
-
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, side, *args))
-        resource_tracker.ensure_running()  # if it started below, it would unblock the signal
-        with finish_on_interrupt() as interrupted:
-            # Only this process handles Ctrl-C: the child inherits the blocked signal.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            self.process.start()
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-        if interrupted():
-            self.process.terminate()
-            raise KeyboardInterrupt
-
-    def run(self) -> float:
-        time.sleep(0.02)  # threads of the previous contender may still be spinning
-        try:
-            self.pipe.send("go")
-            return self.pipe.recv()
-        except (EOFError, OSError):
-            raise RuntimeError("a contender died; its output is above") from None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error, *_):
-        if error:
-            self.process.terminate()
-        else:
-            self.pipe.send(None)
-        self.process.join()
-
-
-def serve(pipe, side, *args):
-    """What a contender's process does. `side` is a generator of answers."""
-    answers = side(*args)
-    while pipe.recv():
-        pipe.send(next(answers))
-    answers.close()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The two sides of benchmark.py: generators that give a number each time they are asked.
 
 PyTorch's side is written for speed: fused AdamW, scaled_dot_product_attention, and one product for
-q, k and v unless adapters need them apart.
+q, k and v unless adapters need them apart. `memory` is first asked for MiB, then for seconds.
 """
 
 import ctypes
@@ -62,18 +62,23 @@ def timed(step, at_least=0.25):
             start, count = time.perf_counter(), 0
 
 
+def our_config(shape):
+    """The Config of the GPT-2 that all sides train."""
+    from minilm.transformer import Config
+
+    s = shape
+    return Config.gpt2(s.vocab, s.context, s.layers, s.heads, s.width)
+
+
 def our_side(job, shape, threads):
     """Answers of this project."""
     from minilm.backend import tune_allocator
     from minilm.generate import stream
-    from minilm.optim import AdamW, PagedAdamW
     from minilm.peft import add_lora
     from minilm.quantize import quantize_model
-    from minilm.train import Trainer
-    from minilm.transformer import Config, Transformer
+    from minilm.transformer import Transformer
 
-    s = shape
-    model = Transformer(Config.gpt2(s.vocab, s.context, s.layers, s.heads, s.width))
+    model = Transformer(our_config(shape))
     if job == "qlora":
         quantize_model(model)
     if job in ("lora", "qlora"):
@@ -81,23 +86,36 @@ def our_side(job, shape, threads):
     if job == "generate":
         tune_allocator()
         yield from timed(lambda: draw(stream(model.eval(), [[0]], temperature=0)))
+    with our_trainer(model, shape, threads, job == "paged") as trainer:
+        tokens = shape.tokens()
+        def step(): return trainer.step(0, tokens)
+        if job == "memory":
+            yield our_memory(trainer, step)
+        yield from timed(step)
+
+
+def our_trainer(model, shape, threads, paged=False, workers=CORES):
+    """A Trainer that steps as PyTorch's side does."""
+    from minilm.optim import AdamW, PagedAdamW
+    from minilm.train import Trainer
+
     model.checkpoint_every = shape.every
     params = model.parameters()
-    kind = PagedAdamW if job == "paged" else AdamW
-    optimizer = kind(params, 1e-3, (0.9, 0.95), weight_decay=0.1,
-                     undecayed=[p for p in params if p.ndim < 2])
-    with Trainer(model, optimizer, CORES, processes=not threads) as trainer:
-        def step(): return trainer.step(0, shape.tokens())
-        if job != "memory":
-            yield from timed(step)
-        step()
-        step()
-        trainer.workers.run(trim, [()] * CORES)
-        children = [child.pid for child in trainer.workers.children]
-        gradients = optimizer.flat.grad.nbytes / 2**20  # ours stay in memory between steps
-        # What a worker process takes at rest, without its share of Adam's m and v.
-        extra = sum(unshared(pid) - 2 * gradients / CORES for pid in children)
-        yield gradients + extra + growth_of_memory(["self", *children], step)
+    optimizer = (PagedAdamW if paged else AdamW)(
+        params, 1e-3, (0.9, 0.95), weight_decay=0.1, undecayed=[p for p in params if p.ndim < 2])
+    return Trainer(model, optimizer, workers, processes=workers > 1 and not threads)
+
+
+def our_memory(trainer, step) -> float:
+    """MiB that a step takes beyond weights and Adam's states."""
+    step()
+    step()
+    trainer.workers.run(trim, [()] * CORES)
+    children = [child.pid for child in trainer.workers.children]
+    gradients = trainer.optimizer.flat.grad.nbytes / 2**20  # ours stay in memory between steps
+    # What a worker process takes at rest, without its share of Adam's m and v.
+    extra = sum(unshared(pid) - 2 * gradients / CORES for pid in children)
+    return gradients + extra + growth_of_memory(["self", *children], step)
 
 
 def torch_side(job, shape):
@@ -116,26 +134,41 @@ def torch_side(job, shape):
         model.eval()
         with torch.inference_mode():
             yield from timed(lambda: draw(torch_stream(model, shape)))
+    step, optimizer = torch_step(model, shape)
+    if job == "memory":
+        step()
+        step()
+        optimizer.zero_grad(set_to_none=True)
+        trim()
+        yield growth_of_memory(["self"], step)
+    yield from timed(step)
+
+
+def torch_step(model, shape, lift=lambda loss_of: loss_of):
+    """(a function that makes a training step and returns its loss, the optimizer).
+
+    lift: of the function that gives the loss, such as torch.compile.
+    """
+    import torch
+
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
     tokens, targets = map(torch.from_numpy, shape.tokens())
 
+    @lift
+    def loss_of(tokens, targets):
+        return torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+
     def step():
         optimizer.zero_grad(set_to_none=True)
-        loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        loss = loss_of(tokens, targets)
         loss.backward()
         optimizer.step()
         return loss.item()
 
-    if job != "memory":
-        yield from timed(step)
-    step()
-    step()
-    optimizer.zero_grad(set_to_none=True)
-    trim()
-    yield growth_of_memory(["self"], step)
+    return step, optimizer
 
 
 def torch_block(C, H, fused):
