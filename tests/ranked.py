@@ -15,7 +15,7 @@ import numpy as np
 
 from minilm.optim import AdamW
 from minilm.optim.flat import clip_grad_norm, clip_scale
-from minilm.parallel.comm import Mpi
+from minilm.parallel.mpi import Mpi
 from minilm.parallel.zero import Zero
 from minilm.peft import add_lora
 from minilm.quantize import quantize_model

@@ -1,119 +1,126 @@
-"""Faults of instruction data, and scripts/experiments/instruction_data.py."""
+"""A rank that fails ends all ranks, with one message. Processes, each job started by mpiexec."""
 
-from dataclasses import replace
-from types import SimpleNamespace
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-import instruction_data as experiment
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from faulty import PATIENCE
 
-from minilm import data
-from minilm.data.faults import FORMATS, in_any_format, in_formats, unclear, with_wrong_answers
-from minilm.data.wordings import done, meaning
+pytestmark = pytest.mark.ranks
+pytest.importorskip("mpi4py", reason="the extra mpi is not installed")
+MPIEXEC = shutil.which("mpiexec", path=Path(sys.executable).parent) or shutil.which("mpiexec")
+if not MPIEXEC:
+    pytest.skip("there is no mpiexec", allow_module_level=True)
+TESTS = Path(__file__).parent
+SECONDS = PATIENCE + 20  # most of it is for a busy machine: it starts three interpreters
 
-seeds = st.integers(0, 999)
-shares = st.floats(0, 1)
-
-
-def records(count: int, kinds=("a", "b")) -> list[data.Record]:
-    """So many records, with an output of their own each."""
-    return [data.Record("Say", f"{i}", f"{i}{kinds[i % len(kinds)]}", task=kinds[i % len(kinds)])
-            for i in range(count)]
-
-
-@given(st.integers(4, 40), shares, seeds)
-def test_a_share_of_the_answers_is_wrong_and_looks_right(count, share, seed):
-    clean = records(count)
-    found = with_wrong_answers(clean, share, seed)
-    changed = [(a, b) for a, b in zip(clean, found, strict=True) if a != b]
-    assert len(changed) == round(share * count)
-    for record, wrong in changed:
-        assert replace(wrong, output=record.output) == record
-        assert wrong.output in [r.output for r in clean if r.task == record.task and r != record]
-
-
-@given(seeds)
-def test_a_reference_is_not_wrong(seed):
-    one, other = data.Record("Say", "x", "1", ("2",), "t"), data.Record("Say", "y", "2", task="t")
-    third = data.Record("Say", "z", "3", task="t")
-    assert with_wrong_answers([one, other, third], 1, seed)[0].output == "3"
-    with pytest.raises(ValueError, match="task 't' has no output that is wrong for"):
-        with_wrong_answers([one, one, one], 0.4, seed)
-
-
-@given(st.integers(0, 30), seeds)
-def test_an_answer_in_any_format_is_right_and_no_other(count, seed):
-    clean = records(count)
-    mixed = in_formats(clean, seed)
-    for record, written in zip(clean, mixed, strict=True):
-        assert replace(written, output=record.output) == record
-        assert data.score(in_any_format(record), written.output)
-        assert not data.score(in_any_format(record), written.output + "!")
-        assert data.score(record, written.output) == (written.output == record.output)
+STEP_3 = r"in step 3, after call 2: all_reduce of 12 float32 for gradients in step 2\n"
+OTHERS = r"; ranks 0, 2 have all_reduce of 12 float32 for gradients in step 3\n"
+LATE = (r"rank 1 has not come to call 3, for which rank 0 has waited 2 s: all_reduce of 12 float32 "
+        r"for gradients in step 3\n")
+MESSAGES = {
+    "raise": f"rank 1 of 3 failed {STEP_3}Traceback(.*\n)+ZeroDivisionError: no more\n",
+    "exit": f"the ranks differ in call 3: rank 1 has its end in step 3{OTHERS}(  .*\n)+",
+    "return": f"the ranks differ in call 3: rank 1 has its end in step 3{OTHERS}(  .*\n)+",
+    "os._exit0": f"rank 1 left with exit code 0 {STEP_3}",
+    "os._exit3": f"rank 1 left with exit code 3 {STEP_3}",
+    "SIGKILL": rf"rank 1 was killed by SIGKILL \(did memory run out\?\) {STEP_3}",
+    "SIGSEGV": f"rank 1 was killed by SIGSEGV {STEP_3}",
+    "SIGSTOP": f"{LATE}(  .*\n)+",
+    "hang": f"{LATE}(  .*\n)+",
+    "shape": f"the ranks differ in call 3: rank 1 has all_reduce of 9 float32 for gradients "
+             f"in step 3{OTHERS}(  .*\n)+",
+    "longer": f"the ranks differ in call 3: rank 1 has all_reduce of 100000 float32 for gradients "
+              f"in step 3{OTHERS}(  .*\n)+",
+    "dtype": f"the ranks differ in call 3: rank 1 has all_reduce of 12 int32 for gradients "
+             f"in step 3{OTHERS}(  .*\n)+",
+    "barrier": f"the ranks differ in call 3: rank 1 has barrier in step 3{OTHERS}(  .*\n)+",
+    "gather": f"the ranks differ in call 3: rank 1 has all_gather of 4 float32 in step 3{OTHERS}"
+              "(  .*\n)+",
+    "all raise": "rank 0 of 3 failed before its first call\nTraceback(.*\n)+"
+                 "ZeroDivisionError: everywhere\n",
+    "guard": "(.*\n)+.*BAD TERMINATION(.*\n)+",  # mpiexec's own: who would speak is dead
+}
 
 
-def test_every_format_comes_about_equally_often():
-    clean = [data.Record("Say", "x", "y")] * 4000
-    mixed = [record.output for record in in_formats(clean, 1)]
-    for text in FORMATS:
-        assert 900 < mixed.count(text.format("y")) < 1100
+def start(how):
+    path = os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [MPIEXEC, "-n", "3", sys.executable, "-W", "error", str(TESTS / "faulty.py"), how],
+        env=os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1",
+                          "MPIEXEC_TIMEOUT": "60"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@given(st.integers(0, 40), shares, seeds)
-def test_a_share_of_the_instructions_says_nothing(count, share, seed):
-    clean = records(count)
-    found = unclear(clean, share, seed)
-    changed = [(a, b) for a, b in zip(clean, found, strict=True) if a != b]
-    assert len(changed) == round(share * count)
-    assert all(b == replace(a, instruction="do it") for a, b in changed)
+def processes_of(how) -> list[str]:
+    return [i for i in processes() if f"faulty.py\0{how}\0".encode() in read(i, "cmdline")]
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-@pytest.mark.parametrize("planted", [with_wrong_answers, unclear])
-def test_no_share_is_refused(planted, share):
-    with pytest.raises(ValueError, match="a share must lie between 0 and 1, got"):
-        planted(records(4), share, 0)
+def without_owner() -> set[str]:
+    """Files of MPICH in shared memory that no process uses."""
+    used = b"".join(read(i, "maps") for i in processes())
+    return {path.name for path in Path("/dev/shm").glob("mpich*")
+            if path.name.encode() not in used}
 
 
-# The experiment
+def processes():
+    return [path.name for path in Path("/proc").iterdir() if path.name.isdigit()]
 
 
-def set_of(arm: str, **own):
-    return experiment.records(experiment.Dataset(**experiment.ARMS[arm] | {"seed": 3} | own))
+def read(process, name) -> bytes:
+    try:
+        return Path("/proc", process, name).read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
-def test_the_sets_differ_in_their_fault_alone():
-    clean, test = set_of(experiment.CLEAN)
-    sets = {arm: set_of(arm)[0] for arm in experiment.ARMS}
-    assert all(set_of(arm)[1] == test for arm in experiment.ARMS)
-    assert {arm: len(own) for arm, own in sets.items()} == dict.fromkeys(
-        experiment.ARMS, 2000) | {experiment.SMALL: 250, experiment.REST: 1400}
-    assert sets[experiment.SMALL] == clean[:250]
-    wrong = [a != b for a, b in zip(clean, sets[experiment.SPOILED])]
-    assert sum(wrong) == 600
-    assert sets[experiment.REST] == [r for r, spoiled in zip(clean, wrong) if not spoiled]
-    assert [r.context for r in sets[experiment.NARROW]] == [r.context for r in clean]
-    assert {r.task for r in sets[experiment.NARROW]} == {"reverse"}
-    assert sum(r.instruction == "do it" for r in sets[experiment.VAGUE]) == 1000
-    for record in clean + test:
-        assert done(meaning(record.instruction), record.context) == record.output
-    assert not {r.context for r in clean} & {r.context for r in test}
+def nothing_is_left(how, before) -> bool:
+    """Soon: mpiexec does not wait for those that it kills."""
+    until = time.monotonic() + 5
+    while processes_of(how) or not without_owner() <= before:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
 
 
-def test_answers_count_in_any_format_and_the_wanted_one_apart(monkeypatch):
-    limits = []
+@pytest.mark.parametrize("how", MESSAGES)
+def test_a_rank_that_fails_ends_all(how):
+    before, began = without_owner(), time.monotonic()
+    job = start(how)
+    said, complained = job.communicate(timeout=70)
+    seconds = time.monotonic() - began
+    assert job.returncode not in (0, None), complained
+    assert re.fullmatch(MESSAGES[how], complained + said), complained + said
+    assert seconds < SECONDS
+    assert nothing_is_left(how, before)
 
-    def answers(model, own, tokenizer):
-        limits.append(max(len(record.output) for record in own))
-        return [FORMATS[i % 2].format(record.output) if record.task != "sort" else "wrong"
-                for i, record in enumerate(own)]
 
-    monkeypatch.setattr(experiment, "learned", lambda model, *rest: (model, 0, 0.0))
-    monkeypatch.setattr(experiment, "base", lambda folder: (None, None))
-    monkeypatch.setattr(experiment, "loss_of_answers", lambda *_: 1.0)
-    monkeypatch.setattr(experiment, "answers", answers)
-    found = experiment.measured(experiment.Dataset(n=12, test=10), SimpleNamespace(), "")
-    assert limits == [len("Answer: abcdabcd")]  # there is room for every format
-    assert found[experiment.RIGHT] == 75 and found[experiment.ALONE] == 37.5
-    assert found[experiment.OWN] == 100 and found[experiment.LEARNED] == 12
+def test_ranks_that_end_well_leave_nothing():
+    before, job = without_owner(), start("well")
+    said, complained = job.communicate(timeout=70)
+    assert (job.returncode, complained) == (0, "")
+    assert sorted(said.split("\n")[:-1]) == [f"rank {r} has ended" for r in range(3)]
+    assert nothing_is_left("well", before)
+
+
+def test_ctrl_c_ends_all():
+    """The first one, though one rank sleeps and the others wait for it."""
+    before, job = without_owner(), start("hang forever")
+    for line in job.stdout:
+        if line == "now\n":
+            break
+    job.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, complained = job.communicate(timeout=70)
+    assert time.monotonic() - began < SECONDS
+    ours = [line for line in complained.splitlines() if not line.startswith("[mpiexec")]
+    assert len(ours) == 1 and ours[0].startswith("stopped in step 3, after call 3: "), complained
+    assert job.returncode != 0
+    assert nothing_is_left("hang forever", before)

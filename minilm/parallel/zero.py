@@ -161,6 +161,7 @@ class Zero:
         """
         if self.completed:
             self.zero_grad()
+        self.comm.begin(self.steps + 1)
         self.last, self.under_way = last, True
         for unit in (*self.units, self.root):
             unit.again, unit.awaits, unit.passed = 0, False, False
