@@ -3,6 +3,7 @@
 import ctypes
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -160,7 +161,7 @@ def test_a_rank_that_makes_another_call_is_named(call, words):
 
 
 def test_a_rank_that_does_not_come_is_named():
-    wake = threading.Event()
+    wake, began = threading.Event(), time.monotonic()
 
     def run(comm):
         comm.begin(7)
@@ -171,6 +172,7 @@ def test_a_rank_that_does_not_come_is_named():
     with pytest.raises(RuntimeError, match=r"^rank 1 has not come to call 1, for which rank [02] "
                                            r"has waited 0.1 s: broadcast of 4 float64 in step 7$"):
         ranks(3, run, patience=0.1)
+    assert time.monotonic() - began < 5
     wake.set()
 
 
@@ -294,7 +296,8 @@ def test_a_stage_on_a_gpu_is_adamw(cupy, pretended, stage, dtype):
         assert zero.norm() == pytest.approx(norm, rel=1e-6)
         zero.step()
         optimizer.step()
-    for mine, theirs in zip(layer.parameters(), other.parameters()):
-        assert mine.data.get().tobytes() == theirs.data.get().tobytes()
+    with zero.gathered():
+        for mine, theirs in zip(layer.parameters(), other.parameters()):
+            assert mine.data.get().tobytes() == theirs.data.get().tobytes()
     with pytest.raises(ValueError, match="stage 3 is for a CPU"):
         Zero(made()[0], [], Nccl(Local()), 3)

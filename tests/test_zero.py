@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from ranked import LR, alone, make, parameters, trained
 
 from minilm.nn import Linear, Module
+from minilm.parallel import comm as comms
 from minilm.parallel.bucket import bytes_held, bytes_sent
-from minilm.parallel.comm import Local, ranks
+from minilm.parallel.comm import Local, Threads, ranks
 from minilm.parallel.norm import exact_squares, norm_of
 from minilm.parallel.zero import Zero
 from minilm.tensor import Tensor
@@ -175,6 +176,95 @@ def test_a_units_gradients_travel_before_the_next_units_backward(stage):
     assert [e for e in events if e != "gather"] == plain
     if stage == 3:  # 3 on the way there, each prefetched; then 2 again, and 1 while 2 goes back
         assert events == ["gather"] * 5 + [2, "reduce", "gather"] + plain[2:]
+
+
+class Late(Threads):
+    """Parameters are not there before they are waited for, and then all ranks must wait."""
+
+    events = None  # told if it is a list; `zero` knows whose parameters they are
+
+    def _all_gather(self, shard, full):
+        if "parameters" not in self.said:
+            return super()._all_gather(shard, full)
+        begun = super()._all_gather
+        self.tell("begin", full)
+
+        class Request:
+            def Test(_): return False
+
+            def Wait(_):
+                self.tell("wait", full)
+                begun(shard, full)
+        return Request()
+
+    def tell(self, event, full):
+        if self.events is not None:
+            (number,) = (u.number for u in (*self.zero.units, self.zero.root)
+                         if any(b.whole is full for b in u.buckets))
+            self.events.append(f"{event} {number}")
+
+
+@STAGES
+@pytest.mark.parametrize("kind", [{}, {"tied": True, "every": 1}, {"dtype": "bfloat16"},
+                                  {"lora": True}], ids=str)
+def test_nobody_reads_parameters_that_are_under_way(stage, kind, monkeypatch):
+    monkeypatch.setattr(comms, "Threads", Late)
+    expected, losses, _ = alone(4, **kind)
+    for found in ranks(2, lambda comm: trained(comm, stage, 4, **kind)):
+        same(found[0], expected)
+        assert found[1] == losses
+
+
+@pytest.mark.parametrize("stage, expected", [
+    (1, "wait -1, wait 0, run 0, wait 1, run 1, wait 2, run 2, back 2, back 1, back 0, "
+        "begin -1, begin 0, begin 1, begin 2"),
+    (2, "wait -1, wait 0, run 0, wait 1, run 1, wait 2, run 2, back 2, back 1, back 0, "
+        "begin -1, begin 0, begin 1, begin 2"),
+    (3, "begin -1, wait -1, begin 0, wait 0, begin 1, run 0, wait 1, begin 2, run 1, wait 2, "
+        "run 2, begin 2, wait 2, begin 1, back 2, wait 1, begin 0, back 1, wait 0, back 0"),
+])
+def test_parameters_travel_while_other_units_run(stage, expected, monkeypatch):
+    """The second step. Stages 1 and 2: all are under way, each is waited for when it runs. Stage 3:
+    the next one is under way."""
+    monkeypatch.setattr(comms, "Threads", Late)
+
+    def run(comm):
+        model, comm.events = Stack(layers=4), []
+        for i, layer in enumerate(model.layers[:3]):
+            def forward(x, i=i, forward=layer.forward):
+                comm.events.append(f"run {i}")
+                return forward(x)
+            layer.forward = forward
+        comm.zero = zero = Zero(model, model.layers[:3], comm, stage)
+        for i, unit in enumerate(zero.units):
+            def bring(dy, i=i, receive=unit.buckets[0].tensors[0].on_grad):
+                comm.events.append(f"back {i}")
+                receive(dy)
+            unit.buckets[0].tensors[0].on_grad = bring
+        for _ in range(2):
+            del comm.events[: -4 if stage < 3 else None]
+            with zero.micro_batch():
+                model(Tensor(np.ones((2, 32), np.float32))).sum().backward()
+            zero.step()
+        if stage < 3:  # what the first step has begun
+            assert comm.events[:4] == ["begin -1", "begin 0", "begin 1", "begin 2"]
+            del comm.events[:4]
+        return ", ".join(comm.events)
+
+    assert ranks(2, run) == [expected] * 2
+
+
+@STAGES
+def test_states_and_held_are_right_while_parameters_travel(stage, monkeypatch):
+    def run(comm):
+        zero, held, _ = stacked(comm, stage)
+        return held, {name: a.copy() for name, a in zero.states()}
+
+    expected = ranks(2, run)
+    monkeypatch.setattr(comms, "Threads", Late)
+    for (held, states), (bytes_, others) in zip(ranks(2, run), expected):
+        assert held == bytes_
+        same(states, others)
 
 
 def test_memory_that_is_given_back_is_read_nowhere():
