@@ -179,29 +179,42 @@ def test_a_units_gradients_travel_before_the_next_units_backward(stage):
 
 
 class Late(Threads):
-    """Parameters are not there before they are waited for, and then all ranks must wait."""
+    """Parameters are not there before they are waited for. Until then nobody may touch them."""
 
     events = None  # told if it is a list; `zero` knows whose parameters they are
 
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.pending = []
+
     def _all_gather(self, shard, full):
+        assert not any(np.may_share_memory(shard, other) for other in self.pending)
         if "parameters" not in self.said:
             return super()._all_gather(shard, full)
-        begun = super()._all_gather
+        self.pending.append(full)
         self.tell("begin", full)
-
-        class Request:
-            def Test(_): return False
-
-            def Wait(_):
-                self.tell("wait", full)
-                begun(shard, full)
-        return Request()
+        return Request(self, super()._all_gather, shard, full)
 
     def tell(self, event, full):
         if self.events is not None:
             (number,) = (u.number for u in (*self.zero.units, self.zero.root)
                          if any(b.whole is full for b in u.buckets))
             self.events.append(f"{event} {number}")
+
+
+class Request:
+    def __init__(self, comm, call, shard, full):
+        self.comm, self.call, self.shard, self.full = comm, call, shard, full
+        self.before = shard.copy()
+
+    def Test(self):
+        return False
+
+    def Wait(self):
+        assert (self.shard == self.before).all(), "it was touched while it travelled"
+        self.comm.pending = [a for a in self.comm.pending if a is not self.full]
+        self.comm.tell("wait", self.full)
+        self.call(self.shard, self.full)
 
 
 @STAGES
@@ -255,16 +268,29 @@ def test_parameters_travel_while_other_units_run(stage, expected, monkeypatch):
 
 
 @STAGES
-def test_states_and_held_are_right_while_parameters_travel(stage, monkeypatch):
+def test_what_is_asked_while_parameters_travel_is_right(stage, monkeypatch):
+    """States, bytes held, putting back, and a step in which a unit was not run."""
     def run(comm):
         zero, held, _ = stacked(comm, stage)
-        return held, {name: a.copy() for name, a in zero.states()}
+        first = {name: a.copy() for name, a in zero.states()}
+        model = Stack()
+        zero = Zero(model, model.layers, comm, stage)
+        zero.put_back(first, steps=2)
+        zero.put_back(first, steps=2)
+        x = Tensor(np.ones((2, 32), np.float32))
+        for _ in range(3):
+            with zero.micro_batch():
+                model.layers[1](model.layers[0](x)).sum().backward()
+            zero.step()
+        with zero.gathered():
+            return held, first, parameters(model), dict(zero.states())
 
     expected = ranks(2, run)
     monkeypatch.setattr(comms, "Threads", Late)
-    for (held, states), (bytes_, others) in zip(ranks(2, run), expected):
-        assert held == bytes_
-        same(states, others)
+    for found, others in zip(ranks(2, run), expected):
+        assert found[0] == others[0]
+        for mine, theirs in zip(found[1:], others[1:]):
+            same(mine, theirs)
 
 
 def test_memory_that_is_given_back_is_read_nowhere():
