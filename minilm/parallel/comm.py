@@ -24,8 +24,8 @@ and the sum has the bits of one process that adds the n arrays one after another
     Mpi      NumPy arrays, over mpi4py: mpiexec -n 4 python ... (mpi.py)
     Nccl     CuPy arrays over NCCL, one GPU a rank; MPI starts the processes (nccl.py)
 
-Ranks that are threads or processes find out if one of them makes another call than the others, or
-does not come: then all get an error, Parted, that names it. faults.py has what else may go wrong.
+If one of the ranks makes another call than the others, or does not come, all of them get an error
+that names it. faults.py has what else may go wrong.
 """
 
 import os
@@ -95,7 +95,7 @@ class Comm:
         self._check(x=x)
         self.sent[what] += 2 * self._others(-(-x.size // self.size) * self.size * x.itemsize)
         if not self.ordered or self.size == 1:
-            return Handle(self._call(what, self._all_reduce, x))
+            return self._call(what, self._all_reduce, x)
         full = array_module(x).zeros(-(-x.size // self.size) * self.size, x.dtype)
         full[: x.size] = x
         shard = full[: full.size // self.size].copy()
@@ -103,7 +103,7 @@ class Comm:
 
         def put():
             x[...] = full[: x.size]
-        return Handle(self._call(what, self._all_gather, shard, full), put)
+        return self._call(what, self._all_gather, shard, full, then=put)
 
     def reduce_scatter(self, full, shard, add: bool = False, what="reduce_scatter") -> Handle:
         """Add `full` up over all ranks; each keeps its own part.
@@ -116,18 +116,15 @@ class Comm:
         if self.ordered:
             return self._ordered(full, shard, add, what)
         if not add:
-            return Handle(self._call(what, self._reduce_scatter, full, shard))
+            return self._call(what, self._reduce_scatter, full, shard)
         come = array_module(full).empty_like(shard)
-
-        def more():
-            shard[...] += come
-        return Handle(self._call(what, self._reduce_scatter, full, come), more)
+        return self._call(what, self._reduce_scatter, full, come, then=lambda: _add(shard, come))
 
     def all_gather(self, shard, full, what: str = "all_gather") -> Handle:
         """Put the shards of all ranks together. The shard may be its own place in `full`."""
         self._check(full=full, shard=shard)
         self.sent[what] += self._others(full.nbytes)
-        return Handle(self._call(what, self._all_gather, shard, full))
+        return self._call(what, self._all_gather, shard, full)
 
     def broadcast(self, x, root: int = 0, what: str = "broadcast") -> Handle:
         """Give all ranks the root's numbers."""
@@ -135,7 +132,7 @@ class Comm:
         if not 0 <= root < self.size:
             raise ValueError(f"root must be a rank below {self.size}, got {root}")
         self.sent[what] += self._others(x.nbytes)
-        return Handle(self._call(what, self._broadcast, x, root))
+        return self._call(what, self._broadcast, x, root)
 
     def barrier(self):
         """Return when every rank has come here."""
@@ -147,16 +144,16 @@ class Comm:
         self.all_gather(mine, everyone.reshape(-1), what="numbers").wait()
         return everyone
 
-    def _call(self, what, method, x, *others):
+    def _call(self, what, method, x, *others, then=None) -> Handle:
         """Begin a call of the engine, and keep in words which it is."""
         name = method.__name__[1:]
         self.calls += 1
         array = f"{name} of {x.size} {x.dtype}" + f" for {what}" * (what != name)
         self.said = (array if x.size else what) + f" in step {self.step}" * bool(self.step)
-        return self._begun(method(x, *others))
+        return self._begun(method(x, *others), then, x.nbytes)
 
-    def _begun(self, request):
-        return request
+    def _begun(self, request, then, size):
+        return Handle(request, then)
 
     def _others(self, size: int) -> int:
         """(n-1)/n of so many bytes."""
@@ -183,8 +180,13 @@ class Comm:
             if not add:
                 shard[...] = parts[0]
             for part in parts[0 if add else 1 :]:
-                shard[...] += part
-        return Handle(self._call(what, self._all_to_all, full, parts), in_order)
+                _add(shard, part)
+        return self._call(what, self._all_to_all, full, parts, then=in_order)
+
+
+def _add(shard, part):
+    with np.errstate(over="ignore", invalid="ignore"):  # MPI's own sums do not warn either
+        shard += part
 
 
 class Local(Comm):
@@ -233,8 +235,7 @@ class Threads(Comm):
         """This rank's last call: it returns when all have come to their end."""
         self._call("its end", self._barrier, np.zeros(0))
 
-    def _barrier(self, x):
-        self._exchange(x, lambda board: None)
+    def _barrier(self, x): self._exchange(x, len)
 
     def _all_reduce(self, x):
         total = np.empty_like(x)
@@ -247,13 +248,11 @@ class Threads(Comm):
         shard[...] = sum(parts[1:], parts[0])
 
     def _all_gather(self, shard, full):
-        self._exchange(shard.copy(), lambda board: full.__setitem__(
-            ..., np.concatenate(board)))
+        self._exchange(shard.copy(), lambda board: full.__setitem__(..., np.concatenate(board)))
 
     def _all_to_all(self, full, parts):
         mine = slice(self.rank * parts.shape[1], (self.rank + 1) * parts.shape[1])
-        self._exchange(full, lambda board: parts.__setitem__(
-            ..., [a[mine] for a in board]))
+        self._exchange(full, lambda board: parts.__setitem__(..., [a[mine] for a in board]))
 
     def _broadcast(self, x, root):
         whole = x.copy()

@@ -4,22 +4,30 @@ What MPI does not tell is if a rank makes another call than the others, or none.
 goes a small one of its own communicator, in which each rank tells the others in words which call it
 makes. It is looked at first: MPI may add numbers of another dtype up without a word. And a rank
 that waits asks from time to time for how long it has waited; see `Call`.
+
+MPI moves numbers while it is called, and at no other time. So a thread, the mover, asks after large
+calls again and again; what it moves and adds up is there when the rank needs it. It takes a core if
+one is free, and else a little of this rank's.
 """
 
 import os
+import queue
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 from minilm.backend import array_module
 from minilm.extras import install
-from minilm.parallel.comm import Comm, launched
+from minilm.parallel.comm import Comm, Handle, launched
 from minilm.parallel.faults import PATIENCE, Parted, Record, missed, require_alike, where
 
 WORDS = 96  # bytes of a call in words
+LARGE = 1 << 16  # bytes of a call that the mover looks after
+PAUSE = 0.001  # seconds between its looks
 GRACE = 1.0  # seconds in which those who wait tell each other so
 
 yields = getattr(os, "sched_yield", lambda: time.sleep(0))
@@ -51,6 +59,7 @@ class Mpi(Comm):
         self.local_rank = machine.Get_rank()
         machine.Free()
         self.aside, self.patience, self.record = self.world.Dup(), patience, record
+        self.large, self.mover = queue.SimpleQueue(), None  # calls for the mover
         self.broken, self.heard, self.complained, self.sends = None, set(), None, []
         self.world.Barrier()
         forget_names()
@@ -63,14 +72,18 @@ class Mpi(Comm):
         if self.record:
             self.record.write(where(self))
 
-    def _begun(self, request):
+    def _begun(self, request, then, size):
         self._note()
-        return Call(self, request)
+        call = Call(self, request, then)
+        if size >= LARGE and self.size > 1:
+            self.mover = self.mover or started(self.large)
+            self.large.put(call)
+        return call
 
-    def _call(self, *what_and_how):
+    def _call(self, *how, **then):
         if self.broken:  # the ranks have parted
             raise Parted(f"a call after an error: {self.broken}")
-        return super()._call(*what_and_how)
+        return super()._call(*how, **then)
 
     def _all_reduce(self, x):
         return self.world.Iallreduce(self.mpi.IN_PLACE, _host(x))
@@ -93,15 +106,17 @@ class Mpi(Comm):
         return self.world.Ibarrier()
 
     def barrier(self):
-        self._call("barrier", self._barrier, np.zeros(0)).Wait()
+        self._call("barrier", self._barrier, np.zeros(0)).wait()
 
     def end(self):
         """This rank's last call: it returns when all have come to their end."""
-        self._call("its end", self._barrier, np.zeros(0)).Wait()
+        self._call("its end", self._barrier, np.zeros(0)).wait()
 
     @contextmanager
     def sound(self):
         """After an error inside, every call is one."""
+        if self.broken:
+            raise self.broken
         try:
             yield
         except Exception as error:
@@ -129,31 +144,45 @@ class Mpi(Comm):
             raise Parted(missed(late, self))
 
 
-class Call:
-    """A call under way, with the small one that tells which it is. Test and Wait as a request has.
+class Call(Handle):
+    """A call under way, with the small one that tells which it is. Two threads may look after it.
     """
 
-    def __init__(self, comm: Mpi, request):
-        self.comm, self.request, self.number = comm, request, comm.calls
+    def __init__(self, comm: Mpi, request, then):
+        super().__init__(request, then)
+        self.comm, self.number, self.lock = comm, comm.calls, threading.RLock()
         words = np.frombuffer(comm.said.encode()[:WORDS].ljust(WORDS), np.uint8)
         self.words = np.zeros((comm.size, WORDS), np.uint8)
         self.telling = comm.aside.Iallgather(words, self.words)
 
-    def Test(self) -> bool:
-        with self.comm.sound():
+    def test(self):
+        with self.lock, self.comm.sound():
             if self.telling and self.telling.Test():
                 self.telling = None
                 require_alike(self.number, [row.tobytes().decode().rstrip() for row in self.words])
-            return self.telling is None and self.request.Test()
+            return self.telling is None and super().test()
 
-    def Wait(self):
+    def wait(self):
         since = asked = time.monotonic()
-        while not self.Test():
+        while not self.test():
             yields()  # there may be fewer cores than ranks
             if time.monotonic() - asked > 0.05:
                 asked = time.monotonic()
                 with self.comm.sound():
                     self.comm.ask(since)
+
+
+def started(calls: queue.SimpleQueue) -> threading.Thread:
+    """The mover: it sees to it that these calls get on, one after another."""
+    def move():
+        while True:
+            call = calls.get()
+            with suppress(Exception):  # the rank finds it broken
+                while not call.test():
+                    time.sleep(PAUSE)
+    mover = threading.Thread(target=move, daemon=True, name="mover")
+    mover.start()
+    return mover
 
 
 def forget_names():
