@@ -113,6 +113,7 @@ class Ranks:
     def close(self):
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 if __name__ == "__main__":
