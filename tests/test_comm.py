@@ -256,7 +256,9 @@ def pretended(cupy, monkeypatch, request):
 @pytest.mark.parametrize("ordered", [False, True])
 def test_nccl_is_given_pointers_counts_and_types(cupy, pretended, ordered):
     """On a stand-in of one rank. What only a card shows, streams and their order, is not seen."""
-    comm = Nccl(Local(), ordered)
+    comm = Nccl(host := Local(), ordered)
+    comm.begin(7)
+    assert host.step == 7
     x, y = cupy.asarray(np.arange(4, dtype=np.float32)), cupy.zeros(4, np.float32)
     comm.reduce_scatter(x, y).wait()
     assert y.get().tolist() == [0, 1, 2, 3]

@@ -347,6 +347,19 @@ def test_another_number_of_ranks_goes_on(dtype, n, stage, then):
         begun(Local(), 0)[1].put_back(saved | {"0.m": saved["0.m"][1:]}, steps=2)
 
 
+@STAGES
+def test_an_error_names_the_step(stage):
+    def run(comm):
+        zero = stacked(comm, stage)[0]
+        with zero.micro_batch():
+            if comm.rank == 1:
+                raise ZeroDivisionError
+            comm.barrier()
+
+    with pytest.raises(ZeroDivisionError, match="on rank 1 of 2, in step 3, after call"):
+        ranks(2, run)
+
+
 def test_misuse_is_refused():
     model = Stack()
     with pytest.raises(ValueError, match="twice"):

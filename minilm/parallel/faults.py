@@ -9,13 +9,14 @@ A rank that is gone is waited for by the others for ever, and MPI says nothing. 
     makes another call           all: before an array is used, each knows what the others call
     does not come to a call      those who wait, when their patience is over
 
-The message names the rank, the step, and the last call. Its exit code is not 0. If several ranks
-find the same out, as if all got a wrong file, the lowest is given time to speak for all. Then
-mpiexec ends the others, even those that are stopped, since they are its children. It does so too
-at a second Ctrl-C; the first one is passed on to the ranks.
+The message names the rank, the step, and the last call; the job's exit code is not 0. It takes a
+second or two, and for a rank that does not come `connect`'s patience, by default PATIENCE, and
+LONGEST. If several ranks find the same out, as if all got a wrong file, the lowest is given time to
+speak for all. Then mpiexec kills the others, even those that are stopped. A first Ctrl-C is passed
+on to the ranks; at a second one mpiexec kills them.
 
-The guard costs a fork, and its memory is shared with the rank. It needs fork and MPICH's mpiexec to
-end in one line; under another one the launcher adds lines of its own.
+The guard costs a fork, and shares its memory with the rank. Under another mpiexec than MPICH's the
+launcher adds lines of its own. Over NCCL the first two rows hold: its calls are not compared.
 """
 
 import atexit
