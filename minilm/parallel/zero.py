@@ -150,9 +150,6 @@ class Zero:
         if unit.number and self.units[unit.number - 1].awaits:
             self.units[unit.number - 1].fetch()
         self._note()
-        for bucket in self.flight:
-            if bucket.work:
-                bucket.work.test()
 
     # Gradients
 
