@@ -10,7 +10,7 @@ A rank that is gone is waited for by the others for ever, and MPI says nothing. 
     does not come to a call      those who wait, when their patience is over
 
 The message names the rank, the step, and the last call; the job's exit code is not 0. It takes a
-second or two, and for a rank that does not come `connect`'s patience, by default PATIENCE, and
+few seconds, and for a rank that does not come `connect`'s patience, by default PATIENCE, and
 LONGEST. If several ranks find the same out, as if all got a wrong file, the lowest is given time to
 speak for all. Then mpiexec kills the others, even those that are stopped. A first Ctrl-C is passed
 on to the ranks; at a second one mpiexec kills them.
@@ -60,7 +60,7 @@ def require_alike(call: int, said: list[str]):
 
     >>> require_alike(7, ["a", "b"])
     Traceback (most recent call last):
-    minilm.parallel.faults.Parted: the ranks differ in call 7: rank 1 has b; rank 0 has a
+    minilm.parallel.faults.Parted: the ranks differ in call 7: rank 0 has a; rank 1 has b
     """
     by_words = {}
     for rank, words in enumerate(said):
@@ -134,7 +134,9 @@ def guard(child: int, record: Record) -> int:
     """Wait for the end of a rank, and see to it that all end; returns the exit code."""
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if not record.ended:
-        time.sleep(TURN)  # perhaps it has told why, and mpiexec is about to end us
+        # Perhaps the reason is told, and mpiexec is about to end us. MPI may crash, too, if its
+        # calls differ: then the other ranks say more.
+        time.sleep(4 * TURN if code > 0 else 2 * TURN)
         how = (f"was killed by {signal.Signals(-code).name}" if code < 0 else
                f"left with exit code {code}")
         if code == -signal.SIGKILL:
