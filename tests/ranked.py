@@ -7,6 +7,7 @@ Rank 0 also trains alone, so that both have the same BLAS.
 import hashlib
 import json
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from minilm.optim import AdamW
 from minilm.optim.flat import clip_grad_norm, clip_scale
-from minilm.parallel.comm import Mpi
+from minilm.parallel.comm import connect
+from minilm.parallel.mpi import Mpi
 from minilm.parallel.zero import Zero
 from minilm.peft import add_lora
 from minilm.quantize import quantize_model
@@ -122,16 +124,38 @@ def collectives(comm):
             "inside": inside.tolist(), "numbers": comm.numbers(r, -r).tolist(), "sent": counted}
 
 
-def main(out: Path):
-    from mpi4py import MPI
+def moved(comm) -> list[bool]:
+    """Are large calls done, within five seconds, though this rank asks nothing?"""
+    full, part = np.ones(comm.size * 200_000, np.float32), np.zeros(200_000, np.float32)
+    gathered, mine = np.zeros_like(full), np.full(200_000, 1 + comm.rank, np.float32)
+    large = np.full(comm.size * 200_000, 3e38, np.float32)  # their sum is no number, without a word
+    parts = np.zeros(200_000, np.float32)
+    handles = [comm.reduce_scatter(full, part), comm.all_gather(mine, gathered),
+               comm.reduce_scatter(large, parts)]
+    expected, until = np.repeat(np.arange(1, comm.size + 1), 200_000), time.monotonic() + 5
 
-    rank, found = MPI.COMM_WORLD.Get_rank(), {}
+    def done():
+        return [bool((part == comm.size).all()), bool((gathered == expected).all()),
+                bool(np.isinf(parts).all())]
+    while not all(done()) and time.monotonic() < until:
+        time.sleep(0.01)
+    found = done()
+    for handle in handles:
+        handle.wait()
+    return found + [done()]
+
+
+def main(out: Path):
+    everyone, found = connect(), {}  # if one fails, all end
+    rank = everyone.rank
     for n in (1, 2, 4):
-        world = MPI.COMM_WORLD.Split(rank < n)
+        world = everyone.world.Split(rank < n)
         if rank >= n:
             continue
         for ordered in (False, True):
             found[f"collectives {n} {ordered}"] = collectives(Mpi(ordered, world))
+            if n > 1:
+                found[f"moved {n} {ordered}"] = moved(Mpi(ordered, world))
             for stage in range(4):
                 comm = Mpi(ordered, world)
                 after, losses, norms, zero = trained(comm, stage, 4 if ordered else n, clip=0.5)

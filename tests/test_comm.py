@@ -3,6 +3,7 @@
 import ctypes
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,9 @@ from minilm.nn import Linear
 from minilm.optim import AdamW
 from minilm.optim.flat import clip_grad_norm
 from minilm.parallel import comm as comms
-from minilm.parallel.comm import Handle, Local, Mpi, connect, ranks
+from minilm.parallel.comm import Handle, Local, connect, ranks
+from minilm.parallel.faults import Parted
+from minilm.parallel.mpi import Mpi
 from minilm.parallel.nccl import Nccl
 from minilm.parallel.zero import Zero
 from minilm.tensor import Tensor
@@ -120,15 +123,57 @@ def test_a_handle_finishes_once():
     assert handle.test() and done == [1]
 
 
-def test_a_rank_that_fails_ends_the_others():
+@pytest.mark.parametrize("error", [ZeroDivisionError("no more"), SystemExit(3)])
+def test_a_rank_that_fails_ends_the_others(error):
     def run(comm):
+        comm.begin(7)
+        comm.barrier()
         if comm.rank == 1:
-            raise ZeroDivisionError("rank 1")
+            raise error
         comm.barrier()
 
-    with pytest.raises(ZeroDivisionError, match="rank 1"):
-        ranks(3, run)
-    assert threading.active_count() < 20
+    before = threading.active_count()
+    with pytest.raises(type(error)) as found:
+        ranks(3, run, ordered=False)
+    assert found.value.__notes__[-1] == ("on rank 1 of 3, in step 7, after call 1: all_reduce of 1 "
+                                         "float64 for barrier in step 7")
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda comm, x: comm.all_reduce(x[:3]), "all_reduce of 3 float32 in step 7"),
+    (lambda comm, x: comm.all_reduce(x.view(np.int32)), "all_reduce of 6 int32 in step 7"),
+    (lambda comm, x: comm.broadcast(x), "broadcast of 6 float32 in step 7"),
+    (lambda comm, x: comm.all_gather(x[:2], x, what="parameters"),
+     "all_gather of 2 float32 for parameters in step 7"),
+    (lambda comm, x: None, "its end in step 7"),
+])
+def test_a_rank_that_makes_another_call_is_named(call, words):
+    def run(comm):
+        comm.begin(7)
+        comm.barrier()
+        x = np.ones(6, np.float32)
+        return call(comm, x) if comm.rank == 2 else comm.all_reduce(x)
+
+    with pytest.raises(Parted, match=f"^the ranks differ in call 2: rank 2 has {words}; ranks 0, 1 "
+                                     "have all_reduce of 6 float32 in step 7$"):
+        ranks(3, run, ordered=False)
+
+
+def test_a_rank_that_does_not_come_is_named():
+    wake, began = threading.Event(), time.monotonic()
+
+    def run(comm):
+        comm.begin(7)
+        if comm.rank == 1:
+            wake.wait(10)
+        comm.broadcast(np.zeros(4), root=2)
+
+    with pytest.raises(RuntimeError, match=r"^rank 1 has not come to call 1, for which rank [02] "
+                                           r"has waited 0.1 s: broadcast of 4 float64 in step 7$"):
+        ranks(3, run, patience=0.1)
+    assert time.monotonic() - began < 5
+    wake.set()
 
 
 def test_what_does_not_fit_is_refused():
@@ -211,7 +256,9 @@ def pretended(cupy, monkeypatch, request):
 @pytest.mark.parametrize("ordered", [False, True])
 def test_nccl_is_given_pointers_counts_and_types(cupy, pretended, ordered):
     """On a stand-in of one rank. What only a card shows, streams and their order, is not seen."""
-    comm = Nccl(Local(), ordered)
+    comm = Nccl(host := Local(), ordered)
+    comm.begin(7)
+    assert host.step == 7
     x, y = cupy.asarray(np.arange(4, dtype=np.float32)), cupy.zeros(4, np.float32)
     comm.reduce_scatter(x, y).wait()
     assert y.get().tolist() == [0, 1, 2, 3]
@@ -251,7 +298,8 @@ def test_a_stage_on_a_gpu_is_adamw(cupy, pretended, stage, dtype):
         assert zero.norm() == pytest.approx(norm, rel=1e-6)
         zero.step()
         optimizer.step()
-    for mine, theirs in zip(layer.parameters(), other.parameters()):
-        assert mine.data.get().tobytes() == theirs.data.get().tobytes()
+    with zero.gathered():
+        for mine, theirs in zip(layer.parameters(), other.parameters()):
+            assert mine.data.get().tobytes() == theirs.data.get().tobytes()
     with pytest.raises(ValueError, match="stage 3 is for a CPU"):
         Zero(made()[0], [], Nccl(Local()), 3)

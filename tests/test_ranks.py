@@ -89,3 +89,10 @@ def test_collectives(found, n, ordered):
         assert mine["all_gather"] == mine["bfloat16"] == [x for r in range(n) for x in (r, 0.5)]
         assert mine["inside"] == [float(r) for r in range(n) for _ in "ab"]
         assert mine["numbers"] == [[r, -r] for r in range(n)]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_large_calls_get_on_while_nobody_asks(found, n, ordered):
+    for rank in range(n):
+        assert found[rank][f"moved {n} {ordered}"] == [True, True, True, [True, True, True]]

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from ranked import LR, alone, make, parameters, trained
 
 from minilm.nn import Linear, Module
+from minilm.parallel import comm as comms
 from minilm.parallel.bucket import bytes_held, bytes_sent
-from minilm.parallel.comm import Local, ranks
+from minilm.parallel.comm import Local, Threads, ranks
 from minilm.parallel.norm import exact_squares, norm_of
 from minilm.parallel.zero import Zero
 from minilm.tensor import Tensor
@@ -177,6 +178,121 @@ def test_a_units_gradients_travel_before_the_next_units_backward(stage):
         assert events == ["gather"] * 5 + [2, "reduce", "gather"] + plain[2:]
 
 
+class Late(Threads):
+    """Parameters are not there before they are waited for. Until then nobody may touch them."""
+
+    events = None  # told if it is a list; `zero` knows whose parameters they are
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.pending = []
+
+    def _all_gather(self, shard, full):
+        assert not any(np.may_share_memory(shard, other) for other in self.pending)
+        if "parameters" not in self.said:
+            return super()._all_gather(shard, full)
+        self.pending.append(full)
+        self.tell("begin", full)
+        return Request(self, super()._all_gather, shard, full)
+
+    def tell(self, event, full):
+        if self.events is not None:
+            (number,) = (u.number for u in (*self.zero.units, self.zero.root)
+                         if any(b.whole is full for b in u.buckets))
+            self.events.append(f"{event} {number}")
+
+
+class Request:
+    def __init__(self, comm, call, shard, full):
+        self.comm, self.call, self.shard, self.full = comm, call, shard, full
+        self.before = shard.copy()
+
+    def Test(self):
+        return False
+
+    def Wait(self):
+        assert (self.shard == self.before).all(), "it was touched while it travelled"
+        self.comm.pending = [a for a in self.comm.pending if a is not self.full]
+        self.comm.tell("wait", self.full)
+        self.call(self.shard, self.full)
+
+
+@STAGES
+@pytest.mark.parametrize("kind", [{}, {"tied": True, "every": 1}, {"dtype": "bfloat16"},
+                                  {"lora": True}], ids=str)
+def test_nobody_reads_parameters_that_are_under_way(stage, kind, monkeypatch):
+    monkeypatch.setattr(comms, "Threads", Late)
+    expected, losses, _ = alone(4, **kind)
+    for found in ranks(2, lambda comm: trained(comm, stage, 4, **kind)):
+        same(found[0], expected)
+        assert found[1] == losses
+
+
+@pytest.mark.parametrize("stage, expected", [
+    (1, "wait -1, wait 0, run 0, wait 1, run 1, wait 2, run 2, back 2, back 1, back 0, "
+        "begin -1, begin 0, begin 1, begin 2"),
+    (2, "wait -1, wait 0, run 0, wait 1, run 1, wait 2, run 2, back 2, back 1, back 0, "
+        "begin -1, begin 0, begin 1, begin 2"),
+    (3, "begin -1, wait -1, begin 0, wait 0, begin 1, run 0, wait 1, begin 2, run 1, wait 2, "
+        "run 2, begin 2, wait 2, begin 1, back 2, wait 1, begin 0, back 1, wait 0, back 0"),
+])
+def test_parameters_travel_while_other_units_run(stage, expected, monkeypatch):
+    """The second step. Stages 1 and 2: all are under way, each is waited for when it runs. Stage 3:
+    the next one is under way."""
+    monkeypatch.setattr(comms, "Threads", Late)
+
+    def run(comm):
+        model, comm.events = Stack(layers=4), []
+        for i, layer in enumerate(model.layers[:3]):
+            def forward(x, i=i, forward=layer.forward):
+                comm.events.append(f"run {i}")
+                return forward(x)
+            layer.forward = forward
+        comm.zero = zero = Zero(model, model.layers[:3], comm, stage)
+        for i, unit in enumerate(zero.units):
+            def bring(dy, i=i, receive=unit.buckets[0].tensors[0].on_grad):
+                comm.events.append(f"back {i}")
+                receive(dy)
+            unit.buckets[0].tensors[0].on_grad = bring
+        for _ in range(2):
+            del comm.events[: -4 if stage < 3 else None]
+            with zero.micro_batch():
+                model(Tensor(np.ones((2, 32), np.float32))).sum().backward()
+            zero.step()
+        if stage < 3:  # what the first step has begun
+            assert comm.events[:4] == ["begin -1", "begin 0", "begin 1", "begin 2"]
+            del comm.events[:4]
+        return ", ".join(comm.events)
+
+    assert ranks(2, run) == [expected] * 2
+
+
+@STAGES
+def test_what_is_asked_while_parameters_travel_is_right(stage, monkeypatch):
+    """States, bytes held, putting back, and a step in which a unit was not run."""
+    def run(comm):
+        zero, held, _ = stacked(comm, stage)
+        first = {name: a.copy() for name, a in zero.states()}
+        model = Stack()
+        zero = Zero(model, model.layers, comm, stage)
+        zero.put_back(first, steps=2)
+        zero.put_back(first, steps=2)
+        x = Tensor(np.ones((2, 32), np.float32))
+        for _ in range(3):
+            with zero.micro_batch():
+                model.layers[1](model.layers[0](x)).sum().backward()
+            zero.step()
+        with zero.gathered():
+            return held, first, parameters(model), dict(zero.states())
+
+    expected = ranks(2, run)
+    monkeypatch.setattr(comms, "Threads", Late)
+    for found, others in zip(ranks(2, run), expected):
+        assert found[0] == others[0]
+        for mine, theirs in zip(found[1:], others[1:]):
+            same(mine, theirs)
+
+
 def test_memory_that_is_given_back_is_read_nowhere():
     """Between forward and backward the numbers are gone: who read them then would read zeros."""
     model = Stack()
@@ -229,6 +345,19 @@ def test_another_number_of_ranks_goes_on(dtype, n, stage, then):
         begun(Local(), 0)[1].put_back({"0.m": saved["0.m"]}, steps=2)
     with pytest.raises(ValueError, match="must be as long"):
         begun(Local(), 0)[1].put_back(saved | {"0.m": saved["0.m"][1:]}, steps=2)
+
+
+@STAGES
+def test_an_error_names_the_step(stage):
+    def run(comm):
+        zero = stacked(comm, stage)[0]
+        with zero.micro_batch():
+            if comm.rank == 1:
+                raise ZeroDivisionError
+            comm.barrier()
+
+    with pytest.raises(ZeroDivisionError, match="on rank 1 of 2, in step 3, after call"):
+        ranks(2, run)
 
 
 def test_misuse_is_refused():

@@ -20,7 +20,7 @@ from minilm.arrays import wide
 from minilm.backend import array_module
 from minilm.optim.adamw import adamw, chunks
 from minilm.optim.flat import end_to_end, runs
-from minilm.parallel.comm import Comm, Handle
+from minilm.parallel.comm import Comm
 
 
 def bytes_held(stage: int, n: int, parameter: int = 4, gradient: int = 4) -> float:
@@ -206,6 +206,7 @@ class Bucket:
 
     def update(self, t, lr, scale, betas, eps, weight_decay):
         """Step t of AdamW on the own part; tensors without a gradient stay as they are."""
+        self._own()
         start, g = self.mine.start, self.gradient
         for run in runs(self.present, self.places, self.size, self.mine):
             for chunk in chunks(run, self.decayed, self.xp):
@@ -216,14 +217,19 @@ class Bucket:
                 if self.masters is not self.part:
                     self.part[own] = self.masters[own]  # rounds
 
-    def share(self) -> Handle:
-        """Begin to give the other ranks the own part, after a step."""
+    def share(self):
+        """Begin to give the other ranks the own part, after a step; gather() waits for theirs."""
         if self.stage in (1, 2):
-            return self.comm.all_gather(self.part, self.whole, what="parameters")
-        return Handle()
+            self.coming = self.comm.all_gather(self.part, self.whole, what="parameters")
+
+    def _own(self):
+        """Return when the own part is no longer being sent: until then it may not be touched."""
+        if self.stage < 3:
+            self.gather()
 
     def states(self):
         """(name, array) of the numbers that a run goes on from, whole: the same for any n."""
+        self._own()
         for name, own in self._states().items():
             whole = own
             if self.stage:
@@ -236,6 +242,7 @@ class Bucket:
 
     def put_back(self, states: dict):
         """Take the own part of what states() gave, perhaps to another number of ranks."""
+        self._own()
         for name, own in self._states().items():
             if states[name].shape != (self.end,):
                 raise ValueError(f"{name} of a bucket of {self.end} numbers must be as long, got "

@@ -21,19 +21,21 @@ and the sum has the bits of one process that adds the n arrays one after another
 
     Local    one rank, imports nothing
     Threads  n ranks in one process, for tests: see `ranks`
-    Mpi      NumPy arrays, over mpi4py: mpiexec -n 4 python ...
+    Mpi      NumPy arrays, over mpi4py: mpiexec -n 4 python ... (mpi.py)
     Nccl     CuPy arrays over NCCL, one GPU a rank; MPI starts the processes (nccl.py)
+
+If one of the ranks makes another call than the others, or does not come, all of them get an error
+that names it. faults.py has what else may go wrong.
 """
 
 import os
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from minilm.backend import array_module
-from minilm.extras import install
+from minilm.parallel.faults import PATIENCE, Parted, guarded, hooked, missed, require_alike, where
 
 LAUNCHED = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"  # MPICH's and Open MPI's number of ranks
 
@@ -75,27 +77,33 @@ class Comm:
 
     rank: 0, 1, ... size - 1. local_rank: its number on its machine, which decides its GPU.
     sent: bytes sent by this rank, by the `what` of the calls, or by the call's name.
+    step, calls, said: the step that `begin` has named, the engine's calls up to now, the last one.
     """
 
     rank, size, local_rank = 0, 1, 0
 
     def __init__(self, ordered: bool = False):
         self.ordered, self.sent = ordered, Counter()
+        self.step, self.calls, self.said = 0, 0, ""
+
+    def begin(self, step: int):
+        """The calls from now on are those of a step, which errors name."""
+        self.step = step
 
     def all_reduce(self, x, what: str = "all_reduce") -> Handle:
         """Add x up over all ranks, in place."""
         self._check(x=x)
         self.sent[what] += 2 * self._others(-(-x.size // self.size) * self.size * x.itemsize)
         if not self.ordered or self.size == 1:
-            return Handle(self._all_reduce(x))
+            return self._call(what, self._all_reduce, x)
         full = array_module(x).zeros(-(-x.size // self.size) * self.size, x.dtype)
         full[: x.size] = x
         shard = full[: full.size // self.size].copy()
-        self._ordered(full, shard, add=False).wait()
+        self._ordered(full, shard, False, what).wait()
 
         def put():
             x[...] = full[: x.size]
-        return Handle(self._all_gather(shard, full), put)
+        return self._call(what, self._all_gather, shard, full, then=put)
 
     def reduce_scatter(self, full, shard, add: bool = False, what="reduce_scatter") -> Handle:
         """Add `full` up over all ranks; each keeps its own part.
@@ -106,20 +114,17 @@ class Comm:
         self._check(full=full, shard=shard)
         self.sent[what] += self._others(full.nbytes)
         if self.ordered:
-            return self._ordered(full, shard, add)
+            return self._ordered(full, shard, add, what)
         if not add:
-            return Handle(self._reduce_scatter(full, shard))
+            return self._call(what, self._reduce_scatter, full, shard)
         come = array_module(full).empty_like(shard)
-
-        def more():
-            shard[...] += come
-        return Handle(self._reduce_scatter(full, come), more)
+        return self._call(what, self._reduce_scatter, full, come, then=lambda: _add(shard, come))
 
     def all_gather(self, shard, full, what: str = "all_gather") -> Handle:
         """Put the shards of all ranks together. The shard may be its own place in `full`."""
         self._check(full=full, shard=shard)
         self.sent[what] += self._others(full.nbytes)
-        return Handle(self._all_gather(shard, full))
+        return self._call(what, self._all_gather, shard, full)
 
     def broadcast(self, x, root: int = 0, what: str = "broadcast") -> Handle:
         """Give all ranks the root's numbers."""
@@ -127,7 +132,7 @@ class Comm:
         if not 0 <= root < self.size:
             raise ValueError(f"root must be a rank below {self.size}, got {root}")
         self.sent[what] += self._others(x.nbytes)
-        return Handle(self._broadcast(x, root))
+        return self._call(what, self._broadcast, x, root)
 
     def barrier(self):
         """Return when every rank has come here."""
@@ -138,6 +143,17 @@ class Comm:
         mine, everyone = np.array(values, np.float64), np.zeros((self.size, len(values)))
         self.all_gather(mine, everyone.reshape(-1), what="numbers").wait()
         return everyone
+
+    def _call(self, what, method, x, *others, then=None) -> Handle:
+        """Begin a call of the engine, and keep in words which it is."""
+        name = method.__name__[1:]
+        self.calls += 1
+        array = f"{name} of {x.size} {x.dtype}" + f" for {what}" * (what != name)
+        self.said = (array if x.size else what) + f" in step {self.step}" * bool(self.step)
+        return self._begun(method(x, *others), then, x.nbytes)
+
+    def _begun(self, request, then, size):
+        return Handle(request, then)
 
     def _others(self, size: int) -> int:
         """(n-1)/n of so many bytes."""
@@ -157,15 +173,20 @@ class Comm:
             raise ValueError(f"{self.size} shards of {shard.size} numbers do not make a full array "
                              f"of {full.size}")
 
-    def _ordered(self, full, shard, add):
+    def _ordered(self, full, shard, add, what):
         parts = array_module(full).empty((self.size, shard.size), full.dtype)
 
         def in_order():
             if not add:
                 shard[...] = parts[0]
             for part in parts[0 if add else 1 :]:
-                shard[...] += part
-        return Handle(self._all_to_all(full, parts), in_order)
+                _add(shard, part)
+        return self._call(what, self._all_to_all, full, parts, then=in_order)
+
+
+def _add(shard, part):
+    with np.errstate(over="ignore", invalid="ignore"):  # MPI's own sums do not warn either
+        shard += part
 
 
 class Local(Comm):
@@ -187,19 +208,34 @@ class Local(Comm):
 class Threads(Comm):
     """A rank that is a thread. A call returns when all ranks have made it, with its work done.
 
-    Its sums always run in the order of ranks.
+    Its sums always run in the order of ranks. board: where each rank shows the others its (call's
+    number, call in words, array). gate: where they meet. patience: how long one waits there.
     """
 
-    def __init__(self, rank, size, board, gate, ordered=False):
+    def __init__(self, rank, size, board, gate, ordered=False, patience=PATIENCE):
         super().__init__(ordered)
         self.rank, self.size, self.local_rank = rank, size, rank
-        self.board, self.gate = board, gate  # what each rank shows the others; where they meet
+        self.board, self.gate, self.patience = board, gate, patience
 
     def _exchange(self, x, read):
-        self.board[self.rank] = x
-        self.gate.wait()
-        read(self.board)
-        self.gate.wait()  # until then nobody changes what others read
+        self.board[self.rank] = self.calls, self.said, x
+        self._meet()
+        require_alike(self.calls, [said for _, said, _ in self.board])
+        read([x for *_, x in self.board])
+        self._meet()  # until then nobody changes what others read
+
+    def _meet(self):
+        try:
+            self.gate.wait(self.patience)
+        except threading.BrokenBarrierError:
+            late = [r for r, (calls, *_) in enumerate(self.board) if calls < self.calls]
+            raise threading.BrokenBarrierError(missed(late, self)) from None
+
+    def end(self):
+        """This rank's last call: it returns when all have come to their end."""
+        self._call("its end", self._barrier, np.zeros(0))
+
+    def _barrier(self, x): self._exchange(x, len)
 
     def _all_reduce(self, x):
         total = np.empty_like(x)
@@ -212,21 +248,22 @@ class Threads(Comm):
         shard[...] = sum(parts[1:], parts[0])
 
     def _all_gather(self, shard, full):
-        self._exchange(shard.copy(), lambda board: full.__setitem__(
-            ..., np.concatenate(board)))
+        self._exchange(shard.copy(), lambda board: full.__setitem__(..., np.concatenate(board)))
 
     def _all_to_all(self, full, parts):
         mine = slice(self.rank * parts.shape[1], (self.rank + 1) * parts.shape[1])
-        self._exchange(full, lambda board: parts.__setitem__(
-            ..., [a[mine] for a in board]))
+        self._exchange(full, lambda board: parts.__setitem__(..., [a[mine] for a in board]))
 
     def _broadcast(self, x, root):
         whole = x.copy()
         self._exchange(whole, lambda board: x.__setitem__(..., board[root]))
 
 
-def ranks(n: int, run, ordered: bool = True) -> list:
+def ranks(n: int, run, ordered: bool = True, patience: float = PATIENCE) -> list:
     """[run(comm) of each of n ranks], each a thread of its own. The first error ends all of them.
+
+    It says as a note on which rank it came. If a rank does not come to a call in which the others
+    have waited for `patience` seconds, that is a RuntimeError, too; its thread is left behind.
 
     >>> def main(comm):
     ...     x = np.array([1.0, 10.0]) * comm.rank
@@ -235,65 +272,32 @@ def ranks(n: int, run, ordered: bool = True) -> list:
     >>> ranks(3, main)
     [[3.0, 30.0], [3.0, 30.0], [3.0, 30.0]]
     """
-    board, gate = [None] * n, threading.Barrier(n)
+    board, gate = [(0, "", None)] * n, threading.Barrier(n)
+    results, errors = [None] * n, [None] * n
 
     def rank(r):
+        comm = Threads(r, n, board, gate, ordered, patience)
         try:
-            return run(Threads(r, n, board, gate, ordered))
-        except BaseException:
+            results[r] = run(comm)
+            comm.end()
+        except BaseException as error:
+            if not isinstance(error, Parted | threading.BrokenBarrierError):
+                error.add_note(f"on rank {r} of {n}, {where(comm)}")
+            errors[r] = error
             gate.abort()  # the others wait for this one
-            raise
 
-    with ThreadPoolExecutor(n) as pool:
-        futures = [pool.submit(rank, r) for r in range(n)]
-    errors = [e for e in (f.exception() for f in futures) if e is not None]
-    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+    threads = [threading.Thread(target=rank, args=[r], daemon=True) for r in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive() and not gate.broken:
+            thread.join(0.05)
+    for thread in threads:
+        thread.join(1 if gate.broken else None)
+    found = [error for error in errors if error is not None]
+    for error in sorted(found, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
         raise error
-    return [f.result() for f in futures]
-
-
-class Mpi(Comm):
-    """NumPy arrays between the processes that mpiexec has started. MPI starts here, not before.
-
-    world: some of them, as a communicator of mpi4py; by default all.
-    RuntimeError if mpi4py or an MPI is missing, or if the launcher is another MPI's.
-    """
-
-    def __init__(self, ordered: bool = False, world=None):
-        super().__init__(ordered)
-        try:
-            from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:
-            why = " ".join(str(error).split())
-            raise RuntimeError(f"ranks need MPI: {install('mpi')} ({why})") from None
-        if (sees := MPI.COMM_WORLD.Get_size()) != (said := launched()):
-            raise RuntimeError(f"the launcher started {said} ranks, but MPI sees {sees}: take the "
-                               "mpiexec of the same MPI, beside this python")
-        self.mpi, self.world = MPI, MPI.COMM_WORLD if world is None else world
-        self.rank, self.size = self.world.Get_rank(), self.world.Get_size()
-        machine = self.world.Split_type(MPI.COMM_TYPE_SHARED)
-        self.local_rank = machine.Get_rank()
-        machine.Free()
-
-    def _all_reduce(self, x):
-        return self.world.Iallreduce(self.mpi.IN_PLACE, _host(x))
-
-    def _reduce_scatter(self, full, shard):
-        return self.world.Ireduce_scatter_block(_host(full), _host(shard))
-
-    def _all_gather(self, shard, full):
-        inside = np.may_share_memory(shard, full)  # MPI wants no overlapping buffers
-        send = self.mpi.IN_PLACE if inside else _bits(shard)
-        return self.world.Iallgather(send, _bits(full))
-
-    def _all_to_all(self, full, parts):
-        return self.world.Ialltoall(_bits(full), _bits(parts))
-
-    def _broadcast(self, x, root):
-        return self.world.Ibcast(_bits(x), root)
-
-    def barrier(self):
-        self.world.Barrier()
+    return results
 
 
 def launched() -> int:
@@ -301,20 +305,16 @@ def launched() -> int:
     return int(next((os.environ[k] for k in LAUNCHED if os.environ.get(k)), 1))
 
 
-def _host(x):
-    """TypeError for what MPI's sums do not take: a GPU's array would crash it without a word."""
-    if array_module(x) is not np:
-        raise TypeError("MPI takes NumPy's arrays; a GPU's travel over NCCL")
-    if x.dtype.kind == "V":
-        raise TypeError(f"MPI cannot add {x.dtype}: add in float32")
-    return x
+def connect(ordered: bool = False, patience: float = PATIENCE) -> Comm:
+    """The ranks that this process is one of: mpiexec's, or itself alone, which imports nothing.
 
+    One of mpiexec's forks here, and whatever ends it from here on ends all: see faults.py. So call
+    it early, before a GPU is used. patience: seconds after which a rank that does not come to a
+    call counts as lost; more than the longest work that one does while others wait, such as saving.
+    """
+    if not any(os.environ.get(k) for k in LAUNCHED):
+        return Local(ordered)
+    from minilm.parallel.mpi import Mpi  # not before it is needed: it is the only one to need it
 
-def _bits(x):
-    """bfloat16 and its like travel as integers of their size."""
-    return _host(x.view(f"u{x.itemsize}") if x.dtype.kind == "V" else x)
-
-
-def connect(ordered: bool = False) -> Comm:
-    """The ranks that this process is one of: mpiexec's, or itself alone, which imports nothing."""
-    return Mpi(ordered) if any(os.environ.get(k) for k in LAUNCHED) else Local(ordered)
+    record = guarded()
+    return hooked(Mpi(ordered, patience=patience, record=record), record)

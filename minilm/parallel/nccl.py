@@ -39,6 +39,7 @@ class Nccl(Comm):
 
     def __init__(self, host: Comm, ordered: bool = False):
         super().__init__(ordered)
+        self.host = host
         self.rank, self.size, self.local_rank = host.rank, host.size, host.local_rank
         self.cupy, self.nccl = backend.cupy(), backend.nccl()
         self.cupy.cuda.Device(self.local_rank).use()  # before the communicator is made
@@ -48,6 +49,10 @@ class Nccl(Comm):
         host.broadcast(name).wait()
         self.world = self.nccl.NcclCommunicator(self.size, name.tobytes(), self.rank)
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
+
+    def begin(self, step):
+        super().begin(step)
+        self.host.begin(step)  # it is the one that errors name
 
     def _run(self, call, *arrays):
         here = self.cupy.cuda.get_current_stream()

@@ -8,6 +8,8 @@ The model is cut into units, usually its blocks. A unit is what travels at once:
 
     backward   when a unit's gradients are all there, they begin to travel, while the backward
                passes of the units before it run. In stages 2 and 3 a rank then keeps its part only.
+    step       in stages 1 and 2 a unit's parameters begin to travel when a rank has updated its
+               part, and are waited for when the unit runs again.
     forward    in stage 3 a unit's parameters are gathered before it runs, and given back after. The
                next unit's are under way meanwhile. Before its backward pass they come once more.
 
@@ -54,7 +56,8 @@ class Zero:
                 loss(model, *rows).backward()
         zero.step(clip_scale(zero.norm(), 1.0))
 
-    The first micro-batch after a step begins a new gradient.
+    The first micro-batch after a step begins a new gradient. Whoever reads parameters other than by
+    running the units does so inside gathered(): from stage 1 on they may still be under way.
     TypeError or ValueError for units that are none of the model's or overlap, and for stage 3 on a
     GPU, where memory that the graph has views of cannot be given back.
 
@@ -147,9 +150,6 @@ class Zero:
         if unit.number and self.units[unit.number - 1].awaits:
             self.units[unit.number - 1].fetch()
         self._note()
-        for bucket in self.flight:
-            if bucket.work:
-                bucket.work.test()
 
     # Gradients
 
@@ -161,6 +161,7 @@ class Zero:
         """
         if self.completed:
             self.zero_grad()
+        self.comm.begin(self.steps + 1)
         self.last, self.under_way = last, True
         for unit in (*self.units, self.root):
             unit.again, unit.awaits, unit.passed = 0, False, False
@@ -221,13 +222,10 @@ class Zero:
         check(STEP, lr=self.lr, scale=scale)
         self.complete()
         self.steps += 1
-        for bucket in self.trained:
-            bucket.update(self.steps, self.lr, scale, self.betas, self.eps, self.weight_decay)
-        self._share()
-
-    def _share(self):
-        for handle in [bucket.share() for bucket in self.trained]:
-            handle.wait()
+        for unit in (self.root, *self.units):  # in the order in which they are waited for
+            for bucket in unit.trained:
+                bucket.update(self.steps, self.lr, scale, self.betas, self.eps, self.weight_decay)
+                bucket.share()
 
     def states(self):
         """(name, flat array) of all that a run goes on from: parameters, m and v, bucket by bucket.
@@ -250,9 +248,9 @@ class Zero:
                              f"unexpected {sorted(set(states) - names)}")
         for i, bucket in enumerate(self.trained):
             bucket.put_back({name: states[f"{i}.{name}"] for name in STATES})
+            bucket.share()
         self.steps = steps
         self.zero_grad()
-        self._share()
 
     @contextmanager
     def gathered(self, units: bool = True):

@@ -1,0 +1,122 @@
+"""Two ranks of mpiexec against two workers of one process, and how much of their traffic is hidden.
+
+    python scripts/bench/ranks.py                       # config M, stages 0, 2 and 3: six minutes
+    python scripts/bench/ranks.py --configs S --rounds 5 --stages 2
+
+Each contender waits while another one runs, and they take turns. A ratio is the time of a step by
+`Trainer(..., workers=2)` over that of the ranks: above 1 the ranks are faster. The lowest and the
+highest ratio of neighbouring turns stand beside it. The goal is 0.9.
+
+Hidden is what a step does not wait for: 1 - (seconds inside the calls, and inside test and wait of
+their handles, while it trains) / (seconds that the same calls take one after another, if nothing
+else runs). The first number has all that a rank waits for the other one, so this can be negative.
+The goal is a half.
+
+Needs the extra `mpi` with MPICH.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+from benchmark import Contender
+from contenders import SHAPES, our_side
+from tqdm import tqdm
+
+from minilm.extras import install
+
+GOAL, HIDDEN = 0.9, 0.5
+
+
+def main(configs: tuple[Literal["S", "M", "L"], ...] = ("M",),
+         stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 2, 3), rounds: int = 15,
+         ordered: bool = True):
+    """Print a table for each config.
+
+    Args:
+        configs: sizes of the model.
+        stages: of the ranks.
+        rounds: turns of each contender.
+        ordered: sums in the order of ranks, as training programs have them; else in MPI's order.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    for name in configs:
+        workers, ranks = turns(name, stages, rounds + 1, "ordered" if ordered else "engine")
+        print(f"\nA step of {name}: two cores, BLAS with one thread on each, {rounds} turns\n\n"
+              "| | a step (lowest - highest) | ratio | lowest - highest | in the calls | alone | "
+              f"hidden |\n|---|---|---|---|---|---|---|\n| two workers | {spread(workers)} |"
+              " | | | | |", flush=True)
+        for stage, answers in zip(stages, ranks):
+            print(line(f"two ranks, stage {stage}", workers, answers), flush=True)
+
+
+def turns(name, stages, rounds, order):
+    """(seconds of a step by workers, for each stage [(seconds, in calls, alone), ...])."""
+    ranks = [Ranks(name, stage, order) for stage in stages]
+    try:
+        with Contender(our_side, "train", SHAPES[name], False) as workers:
+            found = [(workers.run(), [r.run() for r in ranks])
+                     for _ in tqdm(range(rounds), unit="turn", leave=False, disable=None)]
+    finally:
+        for r in ranks:
+            r.close()
+    return [a for a, _ in found[1:]], [*zip(*(b for _, b in found[1:]))]  # the first one warms up
+
+
+def line(title, workers, answers) -> str:
+    """A row of the table."""
+    seconds, inside, alone = (list(column) for column in zip(*answers))
+    ratios = [a / b for a, b in zip(workers, seconds)]
+    ratio = statistics.median(workers) / statistics.median(seconds)
+    hidden = 1 - statistics.median(inside) / statistics.median(alone)
+    return (f"| {title} | {spread(seconds)} | {ratio:.2f}{mark(ratio, GOAL)} | {min(ratios):.2f} - "
+            f"{max(ratios):.2f} | {1e3 * statistics.median(inside):.1f} ms | "
+            f"{1e3 * statistics.median(alone):.1f} ms | {hidden:.0%}{mark(hidden, HIDDEN)} |")
+
+
+def mark(value, goal) -> str:
+    return "" if value >= goal else f" (goal: {goal:g})"
+
+
+def spread(seconds) -> str:
+    low, middle, high = (1e3 * f(seconds) for f in (min, statistics.median, max))
+    return f"{middle:.1f} ms ({low:.1f} - {high:.1f})"
+
+
+class Ranks:
+    """Two ranks that wait, and make a turn when asked to."""
+
+    def __init__(self, name, stage, order):
+        here = shutil.which("mpiexec", path=Path(sys.executable).parent) or shutil.which("mpiexec")
+        if here is None:
+            raise ImportError(f"there is no mpiexec: {install('mpi')}")
+        program = Path(__file__).with_name("rank_side.py")
+        self.process = subprocess.Popen(
+            [here, "-n", "2", sys.executable, program, name, str(stage), order],
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"}, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True)
+
+    def run(self) -> list[float]:
+        """(seconds of a step, of them in calls, seconds of the same calls alone)"""
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        if not (said := self.process.stdout.readline()):
+            raise RuntimeError("the ranks have ended; their message is above")
+        return json.loads(said)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+if __name__ == "__main__":
+    from minilm.command import command  # here, so that the others' processes do not load it
+
+    command(main)
