@@ -3,7 +3,7 @@
 The page that is kept in scripts/lectures is what report.py makes of the results that are kept.
 """
 
-import importlib
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -20,6 +20,7 @@ from minilm.results import Result
 from minilm.wholerun import read_jobs
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+FOLDER = SCRIPTS / "experiments"
 LECTURES = read_lectures(SCRIPTS / "lectures")
 LINES = [line for lecture in LECTURES for line in lecture.lines]
 JOBS = read_jobs(SCRIPTS / "lectures")
@@ -27,7 +28,9 @@ EXPERIMENTS = sorted(path.stem for path in (SCRIPTS / "experiments").glob("*.py"
 
 
 def claims_of(name):
-    module = importlib.import_module(name)
+    """By its file: another program may have the same name."""
+    spec = importlib.util.spec_from_file_location(f"{name}_here", FOLDER / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return list(next(x for x in vars(module).values() if isinstance(x, Experiment)).claims)
 
 
