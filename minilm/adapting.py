@@ -212,7 +212,7 @@ def prepared(model, s):
     return METHODS[s.method].prepare(drop_attention(model, s.attention_dropout), s)
 
 
-def optimizer_and_loss(model, s):
+def optimizer_and_loss(model, s, adamw=AdamW):
     """What trains the model: AdamW, and the loss, None for the labels' own.
 
     ValueError if there is a weight decay, but no matrix trains.
@@ -223,7 +223,7 @@ def optimizer_and_loss(model, s):
         if s.weight_decay:
             raise ValueError(f"weight_decay is {s.weight_decay}, but a subspace has none")
         return Inside(subspace_of(model), trainable_parameters(model), s.lr), None
-    return AdamW(trainable_parameters(model), s.lr, **decay(model, s)), None
+    return adamw(trainable_parameters(model), s.lr, **decay(model, s)), None
 
 
 def decay(model, s) -> dict:

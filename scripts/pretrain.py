@@ -36,6 +36,7 @@ from minilm.interop import huggingface
 from minilm.loop import Training, fit, refuse_unused, resumed, validation
 from minilm.measure.losses import bits_per_byte
 from minilm.optim import AdamW
+from minilm.ranks import Ranks, adamw_of, joined, new_run, on_ranks
 from minilm.ranges import AT_LEAST_0, BELOW_1, POSITIVE, each, one_of, optional, whole
 from minilm.run import RunDirectory
 from minilm.tensor import no_grad
@@ -115,14 +116,18 @@ NOT_WITH_INIT = ["family", "layers", "heads", "width", "bias", "tokenizer", "voc
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
-         out: Path = Path("runs"), resume: Path | None = None, given: Given = frozenset()):
+         out: Path = Path("runs"), resume: Path | None = None, stage: int | None = None,
+         given: Given = frozenset(), comm: Ranks = None):
     """Train a small language model, from nothing or further.
 
     Args:
         settings: what decides the run.
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
+        stage: 0 to 3, of data parallelism over the processes that mpiexec started: DDP, ZeRO-1,
+            ZeRO-2, FSDP; with any the run has the same bits.
         given: names of the options on the command line.
+        comm: the ranks.
     """
     settings = replace(settings, prompt=utf8("prompt", settings.prompt))
     if not settings.corpus or not settings.prompt:
@@ -130,7 +135,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if not 1 <= settings.accumulate <= max(1, settings.batch):
         raise ValueError(f"accumulate must be 1 to the batch's {settings.batch} rows, got "
                          f"{settings.accumulate}")
-    run, s = resumed(settings, resume, given)
+    comm = joined(stage, comm)
+    run, s = on_ranks(*resumed(settings, resume, given), comm, given)
     if not run:
         refuse_idle(s, given)
     s = replace(s, lr=s.lr or (METHODS[s.method].lr if s.init else LR[s.family]))
@@ -151,10 +157,10 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     model = base.model if base else make_model(s, tokenizer.vocab_size).astype(s.dtype)
     if run is None:
         written = hashlib.sha256(json_bytes(tokenizer.fields())).hexdigest()
-        run = RunDirectory.create(out, "pretrain", asdict(s), described,
-                                  [{"name": "tokenizer.json", "sha256": written},
-                                   *(base.decisive if base else [])],
-                                  lambda folder: tokenizer.save(folder / "tokenizer.json"))
+        run = new_run(comm, out, "pretrain", asdict(s), described,
+                      [{"name": "tokenizer.json", "sha256": written},
+                       *(base.decisive if base else [])],
+                      lambda folder: tokenizer.save(folder / "tokenizer.json"))
     print(data.accounts(corpora, parts, batches.sizes, s.weights,
                         s.batch * s.context * s.steps))
     size, known = sum(len(text.encode()) for _, held in parts for text in held), {}
@@ -163,7 +169,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         known = {name: data.held_out_rows([texts], tokenizer, s.context, s.seed, masked)
                  for name, texts in base.known.items()}
     with run.going_on():
-        pretrain(run, s, model, batches, held_out, tokenizer, size, known)
+        pretrain(run, s, model, batches, held_out, tokenizer, size, known, adamw_of(model, comm, stage))
 
 
 def check_same(run: RunDirectory, described: list[dict], base):
@@ -176,22 +182,22 @@ def check_same(run: RunDirectory, described: list[dict], base):
 
 
 def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer, size: int,
-             known):
+             known, adamw=AdamW):
     """Train, evaluate on held-out text of `size` bytes, and sample, until the end or Ctrl-C.
 
     known: rows of each corpus that the model of --init was trained on; it is evaluated on them
     before the first step and after the last.
     """
-    optimizer, loss = make_optimizer(model, s)
+    optimizer, loss = make_optimizer(model, s, adamw)
     min_lr = s.lr / 20 if s.min_lr is None else s.min_lr
     for trainer, done in fit(run, model, batches, s, loss, optimizer=optimizer, min_lr=min_lr,
                              accumulate=s.accumulate):
         if not done.targets:
-            trains = f"{optimizer.flat.size:,} {'trainable ' * bool(s.init)}parameters"
+            trains = f"{sum(p.size for p in model.parameters()):,} {'trainable ' * bool(s.init)}parameters"
             print(f"{run.path}: {f'{s.method} on {s.init}, ' * bool(s.init)}{trains}, {s.workers} "
                   f"workers, from step {done.step}" + ", its last" * (done.step == s.steps))
             if done.step == 0:
-                show_sample(run, model, tokenizer, s, 0)
+                show_sample(run, trainer, tokenizer, s, 0)
             if s.init and not run.records():
                 found = evaluate(trainer, 0, 0, held_out, size)
                 run.log(step=0, **found, known=losses(trainer, known))
@@ -202,16 +208,17 @@ def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer
             found["known"] = losses(trainer, known)
         run.log(**asdict(done), **found)
         if done.step in (100, s.steps):
-            show_sample(run, model, tokenizer, s, done.step)
-    finish(run, model, tokenizer, s, done.step)
+            show_sample(run, trainer, tokenizer, s, done.step)
+    if run.writes:
+        finish(run, model, tokenizer, s, done.step)
 
 
-def make_optimizer(model, s: Settings):
+def make_optimizer(model, s: Settings, adamw=AdamW):
     """(AdamW, the loss). What finetune.py's adapters and parts learn does not decay."""
     if s.method != "full":
-        return optimizer_and_loss(model, replace(s, weight_decay=0.0))
+        return optimizer_and_loss(model, replace(s, weight_decay=0.0), adamw)
     params = model.parameters()
-    return AdamW(params, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay,
+    return adamw(params, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay,
                  undecayed=[p for p in params if p.ndim < 2]), None
 
 
@@ -252,14 +259,14 @@ def finish(run, model, tokenizer, s: Settings, step: int):
         print(f"write more: {typed(Path(__file__).with_name('generate.py'), **use)}")
 
 
-def show_sample(run, model, tokenizer, s: Settings, step: int):
+def show_sample(run, trainer, tokenizer, s: Settings, step: int):
     """Print and keep what the model writes now; for bert, how it fills in masked tokens."""
-    if model.config.causal:
-        prompt = tokenizer.encode(s.prompt)[None]
-        text = tokenizer.decode(generate(model, prompt, s.sample, temperature=0.7, seed=s.seed)[0])
-    else:
-        tokens = tokenizer.encode(s.prompt)[None, : s.context]
-        text = tokenizer.decode(fill_in(model, tokens, tokenizer, s.seed)[0])
+    model, prompt = trainer.model, tokenizer.encode(s.prompt)[None]
+    with trainer.whole():
+        tokens = (generate(model, prompt, s.sample, temperature=0.7, seed=s.seed)
+                  if model.config.causal else
+                  fill_in(model, prompt[:, : s.context], tokenizer, s.seed))
+    text = tokenizer.decode(tokens[0])
     tqdm.write(f"--- after step {step}\n{data.printable(text)}\n---")
     run.write_sample(step, text)
 
