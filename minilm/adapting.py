@@ -207,6 +207,9 @@ METHODS = {
 }
 
 
+OWN_RULE = "adalora", "subspace"  # what changes the parameters is not AdamW alone
+
+
 def prepared(model, s):
     """The model, ready to learn by the settings' method. ValueError for one it is not for."""
     return METHODS[s.method].prepare(drop_attention(model, s.attention_dropout), s)
@@ -215,6 +218,7 @@ def prepared(model, s):
 def optimizer_and_loss(model, s, adamw=AdamW):
     """What trains the model: AdamW, and the loss, None for the labels' own.
 
+    adamw: what makes the optimizer, unless the method has an OWN_RULE.
     ValueError if there is a weight decay, but no matrix trains.
     """
     if s.method == "adalora":

@@ -1,40 +1,33 @@
-"""Training on ranks: what the training programs do otherwise if mpiexec starts n of them.
-
-    mpiexec -n 4 python scripts/pretrain.py --stage 2
+"""Training on ranks: the trainer that `fit` takes for a Zero, and the run's folder beside it.
 
 All ranks run the same program on the same data. Micro-batch i of a step is that of rank i mod n;
 `Zero` adds the gradients up and makes the step. Everything goes in the order of the micro-batches:
 the sums of gradients (an ordered Comm), the loss, the evaluation. So any number of ranks, in any
 stage, gives the bits of one rank, and a run may go on with other ranks in another stage.
 
-Rank 0 writes the run's folder. The others read it, so it must lie where all can.
+One process without ranks has the same gradients, but a norm that is rounded otherwise. So its run
+has other bits from the first step on whose gradient is clipped.
 """
 
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 import numpy as np
-import tyro
 
 from minilm.backend import tune_allocator
-from minilm.optim import AdamW, LossScaler
-from minilm.parallel.comm import Comm, connect
+from minilm.optim import LossScaler
+from minilm.parallel.comm import Comm
 from minilm.parallel.cores import OneThread
 from minilm.parallel.zero import Zero
-from minilm.ranges import check, optional, whole
+from minilm.ranges import check, whole
 from minilm.run import RunDirectory
-from minilm.train import LabelLoss, Trainer, cut
-
-Ranks = tyro.conf.Suppress[Comm | None]  # the type of a program's parameter `comm`
-STAGE = {"stage": optional(whole(0, 3))}
+from minilm.train import Diverged, LabelLoss, Trainer, cut
 
 
 class RankTrainer(Trainer):
     """Trainer on the ranks of a Zero, each with one worker, whose BLAS has one thread.
 
-    All ranks make the same calls. `accumulate` must be a multiple of their number. A part of a
-    batch has the bits that it has in one process that accumulates as many micro-batches.
+    All ranks make the same calls. `accumulate` must be a multiple of their number, or it is a
+    ValueError. Afterwards, when it is left without an error, all of the model is on every rank.
     """
 
     def __init__(self, model, optimizer: Zero, seed: int = 0, scaler: LossScaler | None = None,
@@ -53,6 +46,16 @@ class RankTrainer(Trainer):
         if error is None:
             self.optimizer.settle()
 
+    def step(self, step: int, *batch, **settings):
+        """As Trainer.step. An error says in which step it came, and on which rank."""
+        try:
+            return super().step(step, *batch, **settings)
+        except Diverged:  # as on all others
+            raise
+        except Exception as error:
+            error.add_note(f"on rank {self.comm.rank} of {self.comm.size}, in step {step + 1}")
+            raise
+
     def whole(self):
         return self.optimizer.gathered()
 
@@ -63,7 +66,7 @@ class RankTrainer(Trainer):
         require_even(len(micro), self.comm)
         mine, found = range(self.comm.rank, len(micro), self.comm.size), []
         overflow = "ignore" if self.scaler else None
-        with np.errstate(over=overflow, invalid=overflow):  # also of sums over ranks
+        with np.errstate(over=overflow, invalid=overflow):  # also in sums over ranks
             for i in mine:
                 with self.optimizer.micro_batch(last=i == mine[-1]):
                     rows = [a[micro[i]] for a in batch]
@@ -89,7 +92,7 @@ class RankTrainer(Trainer):
 
 
 class RankRun(RunDirectory):
-    """The folder of a run on ranks. Rank 0 writes it."""
+    """The folder of a run on ranks. Rank 0 writes it; the others read it, so all must see it."""
 
     def __init__(self, path, comm: Comm):
         super().__init__(path)
@@ -113,61 +116,20 @@ class RankRun(RunDirectory):
             super().save(step, model, optimizer, scaler)
         else:
             for _ in optimizer.states():
-                pass  # rank 0 wants this rank's part
+                pass  # rank 0 asks for this one's part
 
     def _cut(self, state):
-        """RuntimeError if the ranks do not see the same checkpoint."""
-        if len(seen := {*self.comm.numbers(state["step"])[:, 0]}) > 1:
-            raise RuntimeError(f"the ranks see checkpoints of {self.path} after the steps "
-                               f"{sorted(map(int, seen))}: all must see the same folder")
+        """RuntimeError if the ranks have not found the same checkpoint."""
+        if len(found := {*self.comm.numbers(state["step"])[:, 0]}) > 1:
+            raise RuntimeError(f"{self.path}: the ranks found checkpoints of the steps "
+                               f"{sorted(map(int, found))}: it must be one folder for all of them")
         if self.writes:
             super()._cut(state)
         self.comm.barrier()  # what the others read from now on is what is left
 
 
-def joined(stage: int | None, comm: Comm | None = None) -> Comm | None:
-    """The ranks that this process is one of; None without a stage."""
-    check(STAGE, stage=stage)
-    return None if stage is None else comm or connect(ordered=True)
-
-
 def require_even(accumulate: int, comm: Comm):
     """ValueError if the ranks cannot have equally many micro-batches."""
     if accumulate % comm.size:
-        raise ValueError(f"accumulate must be a multiple of the {comm.size} ranks, each of which "
-                         f"takes as many of a step's micro-batches; got {accumulate}")
-
-
-def on_ranks(run, s, comm: Comm | None, given):
-    """(run, settings) for these ranks."""
-    if comm is None:
-        return run, s
-    if not run:
-        s = replace(s, workers=1, accumulate=comm.size if s.accumulate == 1 else s.accumulate)
-    require_even(s.accumulate, comm)
-    return run and RankRun(run.path, comm), s
-
-
-def new_run(comm: Comm | None, *described) -> RunDirectory:
-    """RunDirectory.create, once for all ranks."""
-    if comm is None:
-        return RunDirectory.create(*described)
-    path = RunDirectory.create(*described).path if comm.rank == 0 else ""
-    return RankRun(told(comm, str(path)), comm)
-
-
-def told(comm: Comm, text: str) -> str:
-    """What rank 0 says."""
-    said = text.encode("utf-8", "surrogateescape")
-    said, size = np.frombuffer(said, np.uint8), int(comm.numbers(len(said))[0, 0])
-    heard = said.copy() if comm.rank == 0 else np.zeros(size, np.uint8)
-    comm.broadcast(heard).wait()
-    return heard.tobytes().decode("utf-8", "surrogateescape")
-
-
-def adamw_of(model, comm: Comm | None, stage: int | None) -> Callable:
-    """AdamW, or on ranks what makes a Zero of its arguments."""
-    if comm is None:
-        return AdamW
-    return lambda params, *settings, **named: Zero(model, model.blocks, comm, stage, *settings,
-                                                   **named)
+        raise ValueError(f"{accumulate} micro-batches a step cannot be shared evenly by "
+                         f"{comm.size} ranks: accumulate must be a multiple of {comm.size}")

@@ -204,9 +204,9 @@ class RunDirectory:
         tensors = by_name(model, optimizer, dict(optimizer.states()))
         tensors = {name: to_device(array, "cpu") for name, array in tensors.items()}
         state = {"step": step} | ({"scaler": scaler.state()} if scaler else {})
-        sync_file(self.path / "metrics.jsonl")
-        if (samples := self.path / "samples.txt").exists():
-            sync_file(samples)
+        for file in (self.path / "metrics.jsonl", samples := self.path / "samples.txt"):
+            sync_file(file)
+        if samples.exists():
             state["samples"] = samples.stat().st_size
         checkpoint.save(self.path / "checkpoints", tensors, state)
 
@@ -237,11 +237,9 @@ class RunDirectory:
         kept = [r for r in self.records() if r["step"] <= state["step"]]
         write_atomically(self.path / "metrics.jsonl",
                          "".join(json.dumps(r) + "\n" for r in kept).encode())
-        samples = self.path / "samples.txt"
-        if os.path.lexists(samples):
-            sampled = read_bytes(samples)
-            if "samples" in state:  # 0.1.0 did not write down how many there were
-                write_atomically(samples, sampled[: state["samples"]])
+        if os.path.lexists(samples := self.path / "samples.txt"):
+            sampled = read_bytes(samples)  # 0.1.0 did not write down how many there were
+            write_atomically(samples, sampled[: state.get("samples")])
 
     def plot(self) -> Path | None:
         """Draw loss.png; None if matplotlib is missing."""

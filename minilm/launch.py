@@ -1,0 +1,60 @@
+"""A program that mpiexec has started n times: one voice, and one end for all.
+
+Rank 0 speaks, and the others are silent. Whoever fails ends the job: the others would wait for it
+for ever. A rank other than 0 first waits a moment, in which rank 0 fails too if the reason is the
+same on all, such as a wrong option. So there is one message.
+"""
+
+import os
+import sys
+import time
+from contextlib import suppress
+
+from minilm.parallel.comm import launched
+
+RANKS = "PMI_RANK", "OMPI_COMM_WORLD_RANK"  # MPICH's and Open MPI's number of this process
+
+
+def own_rank() -> int:
+    """The number of this process among those that mpiexec has started; 0 without it."""
+    return int(next((os.environ[k] for k in RANKS if os.environ.get(k)), 0))
+
+
+def silence_all_but_one():
+    """What any rank but 0 prints from now on goes nowhere."""
+    if launched() > 1 and own_rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
+def require_stage(known: bool, given):
+    """ValueError if several processes were started that would not train together.
+
+    known: has the program an option --stage? given: the names of the options that it has got.
+    """
+    if launched() == 1 or (known and "stage" in given):
+        return
+    raise ValueError(f"mpiexec has started {launched()} of this program, and each would work by "
+                     "itself: " + ("give --stage 0, 1, 2 or 3, and they train together" if known
+                                   else "start it without mpiexec"))
+
+
+def end(said: str | int):
+    """sys.exit, but on several ranks for all of them.
+
+    said: a message, or a code if there is nothing to say.
+    """
+    if launched() == 1:
+        sys.exit(said)
+    if own_rank():
+        time.sleep(min(5, 1 + own_rank() / 4))
+        said = f"rank {own_rank()}: {said}" if isinstance(said, str) else said
+    if isinstance(said, str):
+        with suppress(OSError):
+            os.write(2, f"{said}\n".encode("utf-8", "backslashreplace"))
+    code = said if isinstance(said, int) else 1
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        sys.exit(code)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would have something to say, too
+    MPI.COMM_WORLD.Abort(code)
