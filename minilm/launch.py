@@ -45,16 +45,18 @@ def end(said: str | int):
     """
     if launched() == 1:
         sys.exit(said)
+    try:
+        from mpi4py import MPI  # returns when all are there
+    except (ImportError, RuntimeError):
+        MPI = None
     if own_rank():
         time.sleep(min(5, 1 + own_rank() / 4))
-        said = f"rank {own_rank()}: {said}" if isinstance(said, str) else said
-    if isinstance(said, str):
-        with suppress(OSError):
-            os.write(2, f"{said}\n".encode("utf-8", "backslashreplace"))
     code = said if isinstance(said, int) else 1
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError):
+    if isinstance(said, str) and (MPI or not own_rank()):
+        said = f"rank {own_rank()}: {said}\n" if own_rank() else f"{said}\n"
+        with suppress(OSError):
+            os.write(2, said.encode("utf-8", "backslashreplace"))
+    if not MPI:
         sys.exit(code)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would have something to say, too
     MPI.COMM_WORLD.Abort(code)
