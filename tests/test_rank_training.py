@@ -102,6 +102,27 @@ def test_all_ranks_skip_the_step_that_overflows(stage):
         assert found[1:] == reported[1:]
 
 
+@STAGES
+def test_a_sum_over_ranks_that_overflows_is_a_step_to_skip(stage):
+    """Each rank's own gradients are finite. Nobody is warned of it, either."""
+    def run(comm):
+        model = make_model()
+        trainer = RankTrainer(model, adamw_of(Ranks(comm, stage), model)(None),
+                              scaler=LossScaler(1024.0))
+
+        def backward(rows, totals, scale, seed):
+            for t in model.parameters():
+                t.on_grad(np.full(t.shape, trainer.size, np.float32))
+            return 1.0
+
+        trainer._backward = backward
+        for trainer.size in (1.0, 3e38, 1.0):
+            yield trainer.step(0, BATCHES[0], accumulate=2).skipped
+        yield trainer.scaler.scale
+
+    assert ranks(2, lambda comm: [*run(comm)]) == [[False, True, False, 512.0]] * 2
+
+
 def test_a_step_without_a_scaler_that_is_not_finite_ends_all_ranks():
     class Spoiled(LabelLoss):
         def __call__(self, model, *rows, totals):
