@@ -60,3 +60,4 @@ def end(said: str | int):
         sys.exit(code)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would have something to say, too
     MPI.COMM_WORLD.Abort(code)
+    os._exit(code)  # mpiexec is about to end this process: it must not go on until then
