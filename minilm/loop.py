@@ -108,10 +108,9 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
     The first Step says where the run stands, with targets=0. After it comes one for each step that
     was made. When the program has dealt with a step, a checkpoint is saved if one is due.
     batches[step] is a step's batch. loss: as in train.py. optimizer: AdamW, or one that also has
-    `states`, over everything that trains; a Zero trains on its ranks, all of which call fit, with a
-    RankRun. MeZO needs settings of one worker, clip=inf and float32.
-    min_lr: learning rate at the end. accumulate: micro-batches of a step. saved: what checkpoints
-    hold, if more than the model trains. title: of the progress bar.
+    `states`, over everything that trains. MeZO needs one worker, clip=inf and float32; a Zero's
+    ranks all call fit, with a RankRun. min_lr: learning rate at the end. accumulate: micro-batches
+    of a step. saved: what checkpoints hold, if more than the model trains. title: of the bar.
 
     After a first Ctrl-C the current step is finished and saved, and training stops; a second one
     interrupts at once. If the first comes during the last step, it is raised after everything is
