@@ -207,14 +207,18 @@ METHODS = {
 }
 
 
+OWN_RULE = "adalora", "subspace"  # what changes the parameters is not AdamW alone
+
+
 def prepared(model, s):
     """The model, ready to learn by the settings' method. ValueError for one it is not for."""
     return METHODS[s.method].prepare(drop_attention(model, s.attention_dropout), s)
 
 
-def optimizer_and_loss(model, s):
+def optimizer_and_loss(model, s, adamw=AdamW):
     """What trains the model: AdamW, and the loss, None for the labels' own.
 
+    adamw: what makes the optimizer, unless the method has an OWN_RULE.
     ValueError if there is a weight decay, but no matrix trains.
     """
     if s.method == "adalora":
@@ -223,7 +227,7 @@ def optimizer_and_loss(model, s):
         if s.weight_decay:
             raise ValueError(f"weight_decay is {s.weight_decay}, but a subspace has none")
         return Inside(subspace_of(model), trainable_parameters(model), s.lr), None
-    return AdamW(trainable_parameters(model), s.lr, **decay(model, s)), None
+    return adamw(trainable_parameters(model), s.lr, **decay(model, s)), None
 
 
 def decay(model, s) -> dict:

@@ -17,11 +17,14 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 import typing
 from pathlib import Path
 
 import tyro
 
+from minilm.launch import end, require_stage, silence_all_but_one
+from minilm.parallel.comm import launched
 from minilm.train import Diverged
 
 WRONG = (ValueError, OSError, ImportError, MemoryError, RuntimeError, Diverged)  # can be mended
@@ -36,10 +39,13 @@ def command(main, stopped: str = "stopped", name: str | None = None):
     its file's.
     """
     ready_streams()
-    name, ended = name or Path(sys.argv[0]).name, None
-    if "given" in inspect.signature(main).parameters:
-        main = functools.partial(main, given=options(sys.argv[1:]))
+    silence_all_but_one()
+    name, ended, given = name or Path(sys.argv[0]).name, None, options(sys.argv[1:])
+    takes = inspect.signature(main).parameters
+    if "given" in takes:
+        main = functools.partial(main, given=given)
     try:
+        require_stage("stage" in takes, given)
         with no_ctrl_c_lost():
             tyro.cli(main, prog=name, config=(tyro.conf.FlagCreatePairsOff,), registry=SHOWN)
     except SystemExit as asked:
@@ -52,10 +58,14 @@ def command(main, stopped: str = "stopped", name: str | None = None):
                                str(error)) + notes(error)
     except WRONG as error:
         ended = f"{name}: {error}{notes(error)}"
+    except Exception:
+        if launched() == 1:
+            raise
+        ended = traceback.format_exc()  # the others must not wait for this rank
     if (error := lost_output()) and not ended:
         ended = f"{name}: {error.strerror}; {stopped}"
     if ended:
-        sys.exit(ended)
+        end(ended)
 
 
 SHOWN = tyro.constructors.ConstructorRegistry()

@@ -103,6 +103,13 @@ def sync_folder(path: str | os.PathLike) -> None:
         os.close(folder)
 
 
+def sync_file(path: str | os.PathLike) -> None:
+    """Force a file to the disk, if there is one."""
+    if os.path.exists(path):
+        with open(path, "rb+") as opened:
+            os.fsync(opened.fileno())
+
+
 def write_json(path: str | os.PathLike, obj: object) -> None:
     """Write obj as indented JSON.
 

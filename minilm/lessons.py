@@ -1,5 +1,6 @@
 """What a training program teaches, and how it asks the model for it: records, or conversations."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from itertools import islice, takewhile
@@ -10,6 +11,7 @@ import numpy as np
 from minilm import data
 from minilm.data import Chat
 from minilm.dialogue import Dialogue
+from minilm.files import FormatError
 from minilm.interop.ends import ends_of
 from minilm.measure.answers import answers
 
@@ -23,6 +25,36 @@ class Lesson(NamedTuple):
     held_out: tuple  # (tokens, targets)
     ask: Callable  # (model) -> ({task: share answered rightly}, [question and answer, ...])
     prompt: str | None  # to ask it later; None for a conversation
+
+
+def load_data(s):
+    """(records to train on, records held out), as finetune.py's settings ask for them.
+
+    ValueError or FormatError for a file that has none, too few, or some that cannot be scored.
+    """
+    if len(s.data) == 1 and s.data[0] not in data.TASKS:
+        (path,) = s.data
+        if not os.path.lexists(path):
+            raise ValueError(f"{path!r} is neither a file nor one of the tasks "
+                             f"{', '.join(data.TASKS)}")
+        talks = data.holds_conversations(path)
+        records = data.load_conversations(path) if talks else data.load_records(path)
+        if len(records) <= s.test:
+            raise ValueError(f"{path} has {len(records)} records, but {s.test} are held out")
+        if talks:
+            if s.reverse:
+                raise ValueError(f"{path} holds conversations: only records can be reversed")
+            return data.split_records(records, s.test, s.train, data.opening)
+        records = [*map(data.swap, records)] if s.reverse else records
+        train, test = data.split_records(records, s.test, s.train)
+        try:
+            for record in test:
+                data.score(record, record.output)  # what cannot be scored is refused now
+        except ValueError as error:
+            raise FormatError(path, str(error)) from error
+        return train, test
+    made = data.make_tasks(s.data, s.train or 2000, s.test, s.seed)
+    return data.swapped(*made) if s.reverse else made
 
 
 def instructions(train, test, tokenizer, model, batch: int, seed: int) -> Lesson:

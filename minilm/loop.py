@@ -26,7 +26,9 @@ from minilm.files import FormatError
 from minilm.nn import Module
 from minilm.optim import LossScaler, cosine_schedule
 from minilm.parallel.cores import default_workers
+from minilm.parallel.zero import Zero
 from minilm.ranges import AT_LEAST_0, LIMIT, check, check_stored, one_of, whole
+from minilm.ranks import RankTrainer
 from minilm.run import RunDirectory
 from minilm.train import Diverged, Step, Trainer
 
@@ -106,9 +108,9 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
     The first Step says where the run stands, with targets=0. After it comes one for each step that
     was made. When the program has dealt with a step, a checkpoint is saved if one is due.
     batches[step] is a step's batch. loss: as in train.py. optimizer: AdamW, or one that also has
-    `states`, over everything that trains. MeZO needs settings of one worker, clip=inf and float32.
-    min_lr: learning rate at the end. accumulate: micro-batches of a step. saved: what checkpoints
-    hold, if more than the model trains. title: of the progress bar.
+    `states`, over everything that trains. MeZO needs one worker, clip=inf and float32; a Zero's
+    ranks all call fit, with a RankRun. min_lr: learning rate at the end. accumulate: micro-batches
+    of a step. saved: what checkpoints hold, if more than the model trains. title: of the bar.
 
     After a first Ctrl-C the current step is finished and saved, and training stops; a second one
     interrupts at once. If the first comes during the last step, it is raised after everything is
@@ -119,16 +121,16 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
     are to be saved, or if every step of the run had to be skipped; then nothing is saved.
     """
     check({"min_lr": AT_LEAST_0, "accumulate": whole(1)}, min_lr=min_lr, accumulate=accumulate)
-    s, saved, (cores, processes) = settings, saved or model, default_workers()
+    s, saved = settings, saved or model
     scaler = LossScaler() if s.dtype == "float16" else None
     schedule = partial(cosine_schedule, steps=s.steps, lr=s.lr, min_lr=min_lr, warmup=s.warmup)
-    with run.alone(), Trainer(model, optimizer, s.workers or cores, processes and not s.threads,
-                              s.seed, scaler, loss) as trainer:
+    with run.alone(), trainer_of(model, optimizer, s, scaler, loss) as trainer:
         step = run.restore(saved, optimizer, scaler)
         if step > s.steps:
             raise FormatError(run.path / "checkpoints", f"state.json: step is {step}, but the run "
                               f"ends after {s.steps}")
-        model.require_finite()
+        with trainer.whole():
+            model.require_finite()
         yield trainer, Step(step, math.nan, math.nan, 0.0, targets=0, seconds=0.0)
         last, named = step >= s.steps, f", {title}" if title else ""
         with finish_on_interrupt() as interrupted, tqdm(
@@ -140,12 +142,23 @@ def fit(run: RunDirectory, model: Module, batches, settings: Training, loss=None
                 bar.desc = f"loss {done.loss:.3f}{named}: "  # in front, which a narrow bar keeps
                 bar.set_postfix_str(f"{speed:,.0f} targets/s")
                 yield trainer, done
-                last = step == s.steps or interrupted()
+                stopped = trainer.agreed(interrupted())
+                last = step == s.steps or stopped
                 if last or step % s.save_every == 0:
-                    require_good(step, step == s.steps, saved, optimizer)
+                    with trainer.whole():
+                        require_good(step, step == s.steps, saved, optimizer)
                     run.save(step, saved, optimizer, scaler)
-        if interrupted() and step == s.steps:
+        if trainer.agreed(interrupted()) and step == s.steps:
             raise KeyboardInterrupt
+
+
+def trainer_of(model: Module, optimizer, s: Training, scaler, loss) -> Trainer:
+    """The trainer that such an optimizer needs."""
+    if isinstance(optimizer, Zero):
+        return RankTrainer(model, optimizer, s.seed, scaler, loss)
+    cores, processes = default_workers()
+    return Trainer(model, optimizer, s.workers or cores, processes and not s.threads, s.seed,
+                   scaler, loss)
 
 
 def require_good(step: int, at_end: bool, model: Module, optimizer):

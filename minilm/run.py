@@ -33,6 +33,7 @@ from minilm.files import (
     read_bytes,
     read_json,
     remove,
+    sync_file,
     sync_folder,
     temporary,
     write_atomically,
@@ -51,6 +52,8 @@ from minilm.versions import differing, versions
 
 class RunDirectory:
     """The folder of one run. `settings` and `corpora` decide the run, and are stored as JSON."""
+
+    writes = True  # may this process?
 
     def __init__(self, path: Path):
         self.path, self.mine = Path(path), False
@@ -198,12 +201,12 @@ class RunDirectory:
         16-bit parameters are saved as the float32 masters from which they are rounded. What was
         logged and sampled before is forced to the disk first.
         """
-        tensors = by_name(model, optimizer, optimizer.states())
+        tensors = by_name(model, optimizer, dict(optimizer.states()))
         tensors = {name: to_device(array, "cpu") for name, array in tensors.items()}
         state = {"step": step} | ({"scaler": scaler.state()} if scaler else {})
-        _sync(self.path / "metrics.jsonl")
-        if (samples := self.path / "samples.txt").exists():
-            _sync(samples)
+        for file in (self.path / "metrics.jsonl", samples := self.path / "samples.txt"):
+            sync_file(file)
+        if samples.exists():
             state["samples"] = samples.stat().st_size
         checkpoint.save(self.path / "checkpoints", tensors, state)
 
@@ -220,20 +223,23 @@ class RunDirectory:
         else:
             check(state, scaler, self.path)
             put_back(tensors, model, optimizer, self.path)
-            checkpoint.remove_older(self.path / "checkpoints", state["step"])
             optimizer.steps = state["step"]
             if scaler:
                 scaler.restore(state["scaler"])
                 optimizer.steps -= scaler.skipped
+        self._cut(state)
+        return state["step"]
+
+    def _cut(self, state: dict):
+        """Remove what lies behind the checkpoint of this state."""
+        if (checkpoints := self.path / "checkpoints").exists():
+            checkpoint.remove_older(checkpoints, state["step"])
         kept = [r for r in self.records() if r["step"] <= state["step"]]
         write_atomically(self.path / "metrics.jsonl",
                          "".join(json.dumps(r) + "\n" for r in kept).encode())
-        samples = self.path / "samples.txt"
-        if os.path.lexists(samples):
-            sampled = read_bytes(samples)
-            if "samples" in state:  # 0.1.0 did not write down how many there were
-                write_atomically(samples, sampled[: state["samples"]])
-        return state["step"]
+        if os.path.lexists(samples := self.path / "samples.txt"):
+            sampled = read_bytes(samples)  # 0.1.0 did not write down how many there were
+            write_atomically(samples, sampled[: state.get("samples")])
 
     def plot(self) -> Path | None:
         """Draw loss.png; None if matplotlib is missing."""
@@ -312,9 +318,3 @@ def _named(new: Path, wanted: Path) -> Path:
         except OSError:
             if not os.path.lexists(path):
                 raise
-
-
-def _sync(file: Path):
-    if file.exists():
-        with open(file, "rb+") as opened:
-            os.fsync(opened.fileno())

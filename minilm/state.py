@@ -8,14 +8,18 @@ from minilm.backend import array_module, to_device
 from minilm.files import FormatError
 from minilm.nn import Module
 from minilm.optim import AdamW, LossScaler
+from minilm.parallel.zero import Zero
 from minilm.stored import fits
 
 
 def by_name(model: Module, optimizer: AdamW, states: dict) -> dict:
     """Masters and states by parameter, as views of flat buffers.
 
-    A state that has one number a block, not one a parameter, is kept whole.
+    A state that has one number a block, not one a parameter, is kept whole. Those of ranks have the
+    same names and shapes as those of one process, so that either goes on from the other's.
     """
+    if isinstance(optimizer, Zero):
+        return _of_ranks(model, optimizer, states)
     if not hasattr(optimizer, "flat"):  # MeZO's parameters are where they were
         return {f"model.{name}": p.data for name, p in model.named_parameters()}
     flat, named = optimizer.flat, {}
@@ -29,13 +33,24 @@ def by_name(model: Module, optimizer: AdamW, states: dict) -> dict:
     return named
 
 
+def _of_ranks(model, zero, states):
+    names, found = {id(p): name for name, p in model.named_parameters()}, {}
+    for key, whole in states.items():
+        number, kind = key.split(".")
+        bucket = zero.trained[int(number)]
+        for p, place in zip(bucket.tensors, bucket.places):
+            found[kind, names[id(p)]] = whole[place].reshape(p.shape)
+    kinds = {"parameters": "model", "m": "m", "v": "v"}
+    return {f"{kinds[kind]}.{name}": found[kind, name] for kind in kinds for name in names.values()}
+
+
 def put_back(tensors: dict, model: Module, optimizer: AdamW, path: Path):
     """Copy what `by_name` gave into the model and the optimizer of the run at `path`.
 
     FormatError, before anything is changed, if a tensor is missing, unknown or of another shape or
     dtype.
     """
-    states = optimizer.states()
+    states = dict(optimizer.states())
     places = by_name(model, optimizer, states)
     own = {name for name in places if not name.startswith("model.")}
     stored = {name for name in tensors if not name.startswith("model.")}
@@ -52,8 +67,9 @@ def put_back(tensors: dict, model: Module, optimizer: AdamW, path: Path):
                                      (array.dtype, wanted[name].dtype)] if found != expected]
     if wrong:
         raise FormatError(path, f"the checkpoint is of another model: {', '.join(wrong)}")
-    state = {n.removeprefix("model."): t for n, t in tensors.items() if n not in own}
-    model.load_state_dict(model.state_dict() | state)
+    if not isinstance(optimizer, Zero):  # which writes its own part alone
+        state = {n.removeprefix("model."): t for n, t in tensors.items() if n not in own}
+        model.load_state_dict(model.state_dict() | state)
     for name, place in places.items():
         device = "cpu" if array_module(place) is np else "cuda"
         place[...] = to_device(tensors[name], device)

@@ -14,6 +14,7 @@ masked-token prediction, which differ only in their batches, `AnswerLoss` an enc
 import itertools
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,8 +142,6 @@ class Trainer:
         start, opt = time.perf_counter(), self.optimizer
         lr = opt.lr if lr is None else lr
         check(self.STEP, step=step, lr=lr, clip=clip, accumulate=accumulate)
-        if not isinstance(opt, MeZO):
-            opt.flat.check()
         size, totals = _length(batch), self.loss.totals(*batch)
         if not all(totals):
             raise ValueError(f"step {step}: the loss counts nothing in this batch; is every "
@@ -152,21 +151,12 @@ class Trainer:
         if isinstance(opt, MeZO):
             return self._forward_only(step, batch, totals, lr, clip, accumulate)
         scale = self.scaler.scale if self.scaler else 1.0
-        opt.zero_grad()
-        loss = 0.0
-        for i, rows in enumerate(np.array_split(np.arange(size), accumulate)):
-            # The 1 keeps dropout's stream apart from the batches' (seed, step).
-            parts = [([a[r] for a in batch], totals, scale, (self.seed, step, 1, i, w))
-                     for w, r in enumerate(self._split(rows))]
-            loss += sum(self.workers.run(Trainer._backward, parts))
-        opt.flat.complete()
-        self._require_its_own(step)
-        norm = math.sqrt(sum(self._everywhere(Trainer._squares))) / scale
+        micro = np.array_split(np.arange(size), accumulate)
+        loss, norm = self._gradient(step, batch, micro, totals, scale)
         good = self._is_good(step, loss, norm)
         if good:
             opt.lr = lr
-            opt.step(clip_scale(norm, clip) / scale,
-                     lambda *args: self._everywhere(Trainer._update, *args))
+            self._change(clip_scale(norm, clip) / scale)
         seconds = time.perf_counter() - start
         return Step(step + 1, loss, norm, lr, totals[-1], seconds, not good)
 
@@ -182,12 +172,43 @@ class Trainer:
         totals, arrays, counted = np.zeros(2), (tokens, targets, *mask), (targets != IGNORED).sum()
         if not counted:
             raise ValueError(f"there is nothing to evaluate: every target is {IGNORED}")
-        for rows, width in alike(self.model, targets, *mask, batch=batch):
-            parts = [tuple(a[r, :width] if a.ndim > 1 else a[r] for a in arrays)
-                     for r in self._split(rows)]
-            totals += np.sum(self.workers.run(Trainer._evaluate, parts), axis=0)
+        pieces = alike(self.model, targets, *mask, batch=batch)
+        for found in self._evaluated(arrays, pieces):
+            totals += found
         loss, right = totals / counted
         return float(loss), float(right)
+
+    def whole(self):
+        """A context in which all of the model is here, to be read."""
+        return nullcontext()
+
+    def agreed(self, said: bool) -> bool:
+        """Whether this process says so, or one that trains with it."""
+        return said
+
+    def _gradient(self, step, batch, micro, totals, scale) -> tuple[float, float]:
+        """(loss, norm) of the batch, whose rows come in these micro-batches."""
+        self.optimizer.flat.check()
+        self.optimizer.zero_grad()
+        loss = 0.0
+        for i, rows in enumerate(micro):
+            # The 1 keeps dropout's stream apart from the batches' (seed, step).
+            parts = [([a[r] for a in batch], totals, scale, (self.seed, step, 1, i, w))
+                     for w, r in enumerate(self._split(rows))]
+            loss += sum(self.workers.run(Trainer._backward, parts))
+        self.optimizer.flat.complete()
+        self._require_its_own(step)
+        return loss, math.sqrt(sum(self._everywhere(Trainer._squares))) / scale
+
+    def _change(self, scale):
+        """The update, by the gradient times scale."""
+        self.optimizer.step(scale, lambda *args: self._everywhere(Trainer._update, *args))
+
+    def _evaluated(self, arrays, pieces):
+        """What `_evaluate` gives of each piece: some rows, and how much of their width."""
+        for rows, width in pieces:
+            parts = [cut(arrays, r, width) for r in self._split(rows)]
+            yield np.sum(self.workers.run(Trainer._evaluate, parts), axis=0)
 
     def _require_its_own(self, step):
         """ValueError if the optimizer holds what is none of the model's."""
@@ -264,6 +285,11 @@ class Trainer:
             loss = ops.cross_entropy(logits, targets, total=1)
         guesses = to_device(wide(logits.data).argmax(-1), "cpu")
         return float(loss.data), int((guesses == targets).sum())
+
+
+def cut(arrays, rows, width) -> tuple:
+    """These rows of the arrays, those of more axes than one at a width of so many columns."""
+    return tuple(a[rows, :width] if a.ndim > 1 else a[rows] for a in arrays)
 
 
 def _length(batch) -> int:

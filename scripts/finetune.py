@@ -9,6 +9,7 @@
     python scripts/finetune.py --data mine.jsonl    # records of instruction, context, output
     python scripts/finetune.py --data mine.jsonl --reverse    # what was asked, out of the output
     python scripts/finetune.py --data talks.jsonl   # conversations: messages of role and content
+    mpiexec -n 4 python scripts/finetune.py --stage 3        # four processes share a step
 
 Without a file the model learns five small tasks on words and numbers. The program prints the share
 of held-out records that the model answers rightly before and after, and some answers. It also
@@ -23,7 +24,6 @@ the extra `chat`). Their answers are not scored.
 
 import hashlib
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,15 +37,16 @@ from minilm import data, versions
 from minilm.adapting import METHODS, Adapting, optimizer_and_loss, prepared
 from minilm.command import Given, command, typed
 from minilm.continued import trained_on
-from minilm.files import FormatError, sha256
+from minilm.files import sha256
 from minilm.interop import load_model, require_folder, save_adapter, save_model
 from minilm.interop.folder import own_format
-from minilm.lessons import Lesson, conversations, instructions
-from minilm.loop import Training, fit, refuse_unused, resumed
+from minilm.joining import Connected, adamw_of, again, begun, crew, joined, new_run
+from minilm.lessons import Lesson, conversations, instructions, load_data
+from minilm.loop import Training, fit, refuse_unused
 from minilm.optim import MeZO
 from minilm.peft import degrees_of_freedom
 from minilm.ranges import BELOW_1, POSITIVE, one_of, optional, whole
-from minilm.run import RunDirectory, newest_model, share_held_out
+from minilm.run import newest_model, share_held_out
 from minilm.together import settle
 
 
@@ -83,6 +84,8 @@ class Settings(Adapting, Training):
     """how far mezo moves the parameters to see the slope; 1e-2 for adapters and biases"""
     warmup: int = 100
     """steps of linear warmup"""
+    accumulate: int = 1
+    """a step's rows are run in this many micro-batches, one after another"""
     eval_every: int = 1000
     """steps between losses on the held-out records"""
     save_every: int = 1000
@@ -90,24 +93,29 @@ class Settings(Adapting, Training):
 
     RANGES: ClassVar = Training.RANGES | Adapting.RANGES | {
         "steps": whole(1), "test": whole(1), "train": optional(whole(1)),
-        "optimizer": one_of("adamw", "mezo"), "eps": POSITIVE, "replay": BELOW_1}
+        "optimizer": one_of("adamw", "mezo"), "eps": POSITIVE, "replay": BELOW_1,
+        "accumulate": whole(1)}
     LATER: ClassVar = (  # that earlier runs do not have
-        *Adapting.LATER, "optimizer", "eps", "reverse", "replay", "replay_from")
+        *Adapting.LATER, "optimizer", "eps", "reverse", "replay", "replay_from",
+        "accumulate")
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
-         out: Path = Path("runs"), resume: Path | None = None, given: Given = frozenset()):
+         out: Path = Path("runs"), resume: Path | None = None, stage: int | None = None,
+         given: Given = frozenset(), comm: Connected = None):
     """Teach a trained model to follow instructions.
 
     Args:
         settings: what decides the run.
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
+        stage: how mpiexec's processes share a step: 0 DDP, 1 ZeRO-1, 2 ZeRO-2, 3 FSDP.
         given: names of the options on the command line.
+        comm: the ranks.
     """
-    run, s = resumed(settings, resume, given)
-    if not run:
-        s = sensible(s, given)
+    ranks = joined(stage, comm)
+    run, s = begun(ranks, settings, resume, given)
+    s = s if run else sensible(s, given)
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")
     s = replace(s, model=str(folder), lr=s.lr or METHODS[s.method].lr)
     settle(folder)  # so that all that is read of it is new
@@ -116,11 +124,9 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     templates = data.read_templates(folder) or {"default": data.plain(tokenizer)}
     records = load_data(s)
     talks = not isinstance(records[1][0], data.Record)
-    if not run and s.train and len(records[0]) < s.train:
-        raise ValueError(f"{' '.join(s.data)}: train is {s.train}, but only {len(records[0])} "
-                         "records are left to train on")
-    described = [{"name": name, "sha256": digest}
-                 for name, digest in fingerprints(s, records, talks and templates)]
+    if not run:
+        require_enough(s, records[0])
+    described = fingerprints(s, records, talks and templates)
     corpora = [data.load_corpus(name) for name in s.known]
     old = trained_on(folder, s.replay_from) if s.replay else []
     decisive = [*versions.fingerprints(folder), *named(corpora), *named(old, "replay: ")]
@@ -129,27 +135,33 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     base = load_model(folder)
     base.config.require_writer(folder, "gives answers")
     data.adopt_end(tokenizer, base.ends.eos)
-    teach, by = ((conversations, data.load_chat(folder, tokenizer, templates)) if talks
-                 else (instructions, tokenizer))
+    chat = data.load_chat(folder, tokenizer, templates) if talks else None
     model = prepared(base, s).astype(s.dtype)
-    lesson = teach(*records, by, model, s.batch, s.seed)
+    lesson = (conversations(*records, chat, model, s.batch, s.seed) if talks else
+              instructions(*records, tokenizer, model, s.batch, s.seed))
     share = share_held_out(folder) or 0.1
     known = {corpus.name: data.rows_of(data.split(corpus, share)[1], tokenizer, model.room)
              for corpus in corpora}  # as in pretrain.py
     require_rows(model, s, [*lesson.batches.rows, lesson.held_out, *known.values()])
-    if old:
-        lesson = replaying(lesson, old, share, tokenizer, model, s)
+    lesson = replaying(lesson, old, share, tokenizer, model, s) if old else lesson
     if run is None:
-        run = RunDirectory.create(out, f"finetune-{s.method}", asdict(s), described, decisive)
-    what = "conversations" if talks else "records"
-    print(f"{len(records[0]):,} {what} to train on, {len(records[1]):,} held out")
+        run = new_run(ranks, out, f"finetune-{s.method}", asdict(s), described, decisive)
+    print(f"{len(records[0]):,} {'conversations' if talks else 'records'} to train on, "
+          f"{len(records[1]):,} held out")
     with run.going_on():
-        finetune(run, s, model, tokenizer, templates, lesson, known)
+        finetune(run, s, model, tokenizer, templates, lesson, known, ranks)
 
 
 def named(corpora, prefix: str = "") -> list[dict]:
     """Names and SHA-256 of corpora, for run.json."""
     return [{"name": prefix + corpus.name, "sha256": corpus.sha256} for corpus in corpora]
+
+
+def require_enough(s: Settings, records):
+    """ValueError if there are fewer records to train on than the settings ask for."""
+    if s.train and len(records) < s.train:
+        raise ValueError(f"{' '.join(s.data)}: train is {s.train}, but only {len(records)} "
+                         "records are left to train on")
 
 
 def require_rows(model, s: Settings, rows):
@@ -177,8 +189,8 @@ def sensible(s: Settings, given) -> Settings:
     if s.optimizer == "adamw":
         refuse_unused(given, ("eps",), "the optimizer is adamw")
         return s
-    refuse_unused(given, ("clip", "workers", "threads"), "mezo has no gradient to clip or to share "
-                  "between workers")
+    refuse_unused(given, ("clip", "workers", "threads", "accumulate"), "mezo has no gradient to "
+                  "clip, to add up or to share between workers")
     refuse_unused(given, ("weight_decay",), "mezo has none")
     if s.dtype != "float32":
         raise ValueError(f"dtype is {s.dtype}, but mezo keeps no float32 masters, without which "
@@ -191,16 +203,18 @@ def sensible(s: Settings, given) -> Settings:
     return replace(s, clip=math.inf, workers=1)
 
 
-def finetune(run, s: Settings, model, tokenizer, templates, lesson: Lesson, known):
+def finetune(run, s: Settings, model, tokenizer, templates, lesson: Lesson, known, ranks=None):
     """Train, and print what the model can do and what it still knows, before and after."""
     optimizer, loss = ((MeZO(model.parameters(), s.lr, s.eps, seed=s.seed), None)
-                       if s.optimizer == "mezo" else optimizer_and_loss(model, s))
+                       if s.optimizer == "mezo" else
+                       optimizer_and_loss(model, s, adamw_of(ranks, model)))
     trained = degrees_of_freedom(model)
     examine = partial(examined, model, lesson, known)
-    for trainer, done in fit(run, model, lesson.batches, s, loss, optimizer=optimizer):
+    for trainer, done in fit(run, model, lesson.batches, s, loss, optimizer=optimizer,
+                             accumulate=s.accumulate):
         if not done.targets:
             print(f"{run.path}: {s.method} on {s.model}, {trained:,} trainable "
-                  f"parameters, {s.workers} workers, from step {done.step}"
+                  f"parameters, {crew(ranks, s)}, from step {done.step}"
                   + ", its last" * (done.step == s.steps))
             last = (run.records() or [{}])[-1]
             # 0.1.0 may have stopped between the last step and its examination
@@ -213,12 +227,14 @@ def finetune(run, s: Settings, model, tokenizer, templates, lesson: Lesson, know
         run.log(**asdict(done))
         if done.step == s.steps:
             run.log(**examine(trainer, done.step))
-    finish(run, model, tokenizer, templates, s, done.step, lesson.prompt)
+    if run.writes:
+        finish(run, model, tokenizer, templates, s, done.step, lesson.prompt, ranks)
 
 
 def examined(model, lesson: Lesson, known, trainer, step: int) -> dict:
     """Losses, and the share of records answered rightly by task; prints some answers."""
-    right, shown = lesson.ask(model)
+    with trainer.whole():
+        right, shown = lesson.ask(model)
     for text in shown:
         tqdm.write(f"step {step}: {data.printable(text)[:100]}")
     known = {name: trainer.evaluate(*rows)[0] for name, rows in known.items()}
@@ -226,7 +242,8 @@ def examined(model, lesson: Lesson, known, trainer, step: int) -> dict:
             "loss_known": known}
 
 
-def finish(run, model, tokenizer, templates, s: Settings, step: int, prompt: str | None):
+def finish(run, model, tokenizer, templates, s: Settings, step: int, prompt: str | None,
+           ranks=None):
     """Save what was learned, print the scores before and after, and say where everything is."""
     method, trained = METHODS[s.method], degrees_of_freedom(model)
     model = method.finish(model)
@@ -239,7 +256,7 @@ def finish(run, model, tokenizer, templates, s: Settings, step: int, prompt: str
         use = {"model": s.model, "adapter": kept}
         data.write_templates(kept, templates)
     if step < s.steps:
-        print(f"stopped after step {step}; go on with: {typed(__file__, resume=run.path)}")
+        print(f"stopped after step {step}; go on with: {again(ranks, __file__, run)}")
         return
     records = run.records() or [{}]
     before, after = (run.require(record, right=dict, loss_held_out=float, loss_known=dict)
@@ -278,41 +295,14 @@ def print_sizes(trained: int, kept: Path, base: Path):
           f"{base:,}")
 
 
-def load_data(s: Settings):
-    """(records to train on, records held out)."""
-    if len(s.data) == 1 and s.data[0] not in data.TASKS:
-        (path,) = s.data
-        if not os.path.lexists(path):
-            raise ValueError(f"{path!r} is neither a file nor one of the tasks "
-                             f"{', '.join(data.TASKS)}")
-        talks = data.holds_conversations(path)
-        records = data.load_conversations(path) if talks else data.load_records(path)
-        if len(records) <= s.test:
-            raise ValueError(f"{path} has {len(records)} records, but {s.test} are held out")
-        if talks:
-            if s.reverse:
-                raise ValueError(f"{path} holds conversations: only records can be reversed")
-            return data.split_records(records, s.test, s.train, data.opening)
-        records = [*map(data.swap, records)] if s.reverse else records
-        train, test = data.split_records(records, s.test, s.train)
-        try:
-            for record in test:
-                data.score(record, record.output)  # what cannot be scored is refused now
-        except ValueError as error:
-            raise FormatError(path, str(error)) from error
-        return train, test
-    made = data.make_tasks(s.data, s.train or 2000, s.test, s.seed)
-    return data.swapped(*made) if s.reverse else made
-
-
 def fingerprints(s: Settings, records, templates):
-    """(name, SHA-256) of the model's files, of the data and of the templates that they are written
-    by, if any: they must not change for a resume."""
-    for file in sorted(Path(s.model).glob("*.safetensors")):
-        yield file.name, sha256(file)
-    yield " ".join(s.data), hashlib.sha256(repr(records).encode()).hexdigest()
+    """Names and SHA-256 of the model's files, of the data and of the templates that they are
+    written by, if any: they must not change for a resume."""
+    found = {file.name: sha256(file) for file in sorted(Path(s.model).glob("*.safetensors"))}
+    found[" ".join(s.data)] = hashlib.sha256(repr(records).encode()).hexdigest()
     if templates:
-        yield "chat template", hashlib.sha256(repr(templates).encode()).hexdigest()
+        found["chat template"] = hashlib.sha256(repr(templates).encode()).hexdigest()
+    return [{"name": name, "sha256": digest} for name, digest in found.items()]
 
 
 if __name__ == "__main__":

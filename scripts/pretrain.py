@@ -4,6 +4,7 @@
     python scripts/pretrain.py --resume runs/pretrain-1
     python scripts/pretrain.py --init runs/pretrain-1/model --corpus python-docstrings
     python scripts/pretrain.py --init runs/pretrain-1/model --corpus mine.txt --method lora
+    mpiexec -n 4 python scripts/pretrain.py --stage 2        # four processes share a step
 
 Shows the loss as it falls, and a sample of what the model writes before the first step, after 100
 steps and at the end: random bytes, then words, then sentences. A run directory keeps the metrics,
@@ -15,7 +16,6 @@ the model was trained on, as far as a run.json says which that is.
 """
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -33,13 +33,14 @@ from minilm.files import json_bytes, sha256
 from minilm.generate import generate
 from minilm.graph import no_dropout
 from minilm.interop import huggingface
-from minilm.loop import Training, fit, refuse_unused, resumed, validation
+from minilm.joining import Connected, adamw_of, again, begun, crew, joined, new_run
+from minilm.loop import Training, fit, refuse_unused, validation
 from minilm.measure.losses import bits_per_byte
+from minilm.new import make_model, make_tokenizer, progress
 from minilm.optim import AdamW
 from minilm.ranges import AT_LEAST_0, BELOW_1, POSITIVE, each, one_of, optional, whole
 from minilm.run import RunDirectory
 from minilm.tensor import no_grad
-from minilm.transformer import Config, Transformer, drop_attention
 
 
 @dataclass(frozen=True)
@@ -115,22 +116,23 @@ NOT_WITH_INIT = ["family", "layers", "heads", "width", "bias", "tokenizer", "voc
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
-         out: Path = Path("runs"), resume: Path | None = None, given: Given = frozenset()):
+         out: Path = Path("runs"), resume: Path | None = None, stage: int | None = None,
+         given: Given = frozenset(), comm: Connected = None):
     """Train a small language model, from nothing or further.
 
     Args:
         settings: what decides the run.
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
+        stage: how mpiexec's processes share a step: 0 DDP, 1 ZeRO-1, 2 ZeRO-2, 3 FSDP.
         given: names of the options on the command line.
+        comm: the ranks.
     """
     settings = replace(settings, prompt=utf8("prompt", settings.prompt))
     if not settings.corpus or not settings.prompt:
         raise ValueError("corpus and prompt must not be empty")
-    if not 1 <= settings.accumulate <= max(1, settings.batch):
-        raise ValueError(f"accumulate must be 1 to the batch's {settings.batch} rows, got "
-                         f"{settings.accumulate}")
-    run, s = resumed(settings, resume, given)
+    ranks = joined(stage, comm)
+    run, s = begun(ranks, settings, resume, given)
     if not run:
         refuse_idle(s, given)
     s = replace(s, lr=s.lr or (METHODS[s.method].lr if s.init else LR[s.family]))
@@ -151,19 +153,18 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     model = base.model if base else make_model(s, tokenizer.vocab_size).astype(s.dtype)
     if run is None:
         written = hashlib.sha256(json_bytes(tokenizer.fields())).hexdigest()
-        run = RunDirectory.create(out, "pretrain", asdict(s), described,
-                                  [{"name": "tokenizer.json", "sha256": written},
-                                   *(base.decisive if base else [])],
-                                  lambda folder: tokenizer.save(folder / "tokenizer.json"))
-    print(data.accounts(corpora, parts, batches.sizes, s.weights,
-                        s.batch * s.context * s.steps))
+        decisive = [{"name": "tokenizer.json", "sha256": written}, *(base.decisive if base else [])]
+        run = new_run(ranks, out, "pretrain", asdict(s), described, decisive,
+                      lambda folder: tokenizer.save(folder / "tokenizer.json"))
+    tokens = s.batch * s.context * s.steps
+    print(data.accounts(corpora, parts, batches.sizes, s.weights, tokens))
     size, known = sum(len(text.encode()) for _, held in parts for text in held), {}
     if base:
         print(*base.unknown, sep="\n", end="\n" * bool(base.unknown))
         known = {name: data.held_out_rows([texts], tokenizer, s.context, s.seed, masked)
                  for name, texts in base.known.items()}
     with run.going_on():
-        pretrain(run, s, model, batches, held_out, tokenizer, size, known)
+        pretrain(run, s, model, batches, held_out, tokenizer, size, known, ranks)
 
 
 def check_same(run: RunDirectory, described: list[dict], base):
@@ -176,22 +177,24 @@ def check_same(run: RunDirectory, described: list[dict], base):
 
 
 def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer, size: int,
-             known):
+             known, ranks=None):
     """Train, evaluate on held-out text of `size` bytes, and sample, until the end or Ctrl-C.
 
     known: rows of each corpus that the model of --init was trained on; it is evaluated on them
     before the first step and after the last.
     """
-    optimizer, loss = make_optimizer(model, s)
+    optimizer, loss = make_optimizer(model, s, adamw_of(ranks, model))
     min_lr = s.lr / 20 if s.min_lr is None else s.min_lr
     for trainer, done in fit(run, model, batches, s, loss, optimizer=optimizer, min_lr=min_lr,
                              accumulate=s.accumulate):
         if not done.targets:
-            trains = f"{optimizer.flat.size:,} {'trainable ' * bool(s.init)}parameters"
-            print(f"{run.path}: {f'{s.method} on {s.init}, ' * bool(s.init)}{trains}, {s.workers} "
-                  f"workers, from step {done.step}" + ", its last" * (done.step == s.steps))
+            trains = f"{sum(p.size for p in model.parameters()):,} " + (
+                "trainable parameters" if s.init else "parameters")
+            print(f"{run.path}: {f'{s.method} on {s.init}, ' * bool(s.init)}{trains}, "
+                  f"{crew(ranks, s)}, from step {done.step}"
+                  + ", its last" * (done.step == s.steps))
             if done.step == 0:
-                show_sample(run, model, tokenizer, s, 0)
+                show_sample(run, trainer, tokenizer, s, 0)
             if s.init and not run.records():
                 found = evaluate(trainer, 0, 0, held_out, size)
                 run.log(step=0, **found, known=losses(trainer, known))
@@ -202,16 +205,17 @@ def pretrain(run: RunDirectory, s: Settings, model, batches, held_out, tokenizer
             found["known"] = losses(trainer, known)
         run.log(**asdict(done), **found)
         if done.step in (100, s.steps):
-            show_sample(run, model, tokenizer, s, done.step)
-    finish(run, model, tokenizer, s, done.step)
+            show_sample(run, trainer, tokenizer, s, done.step)
+    if run.writes:
+        finish(run, model, tokenizer, s, done.step, ranks)
 
 
-def make_optimizer(model, s: Settings):
+def make_optimizer(model, s: Settings, adamw=AdamW):
     """(AdamW, the loss). What finetune.py's adapters and parts learn does not decay."""
     if s.method != "full":
-        return optimizer_and_loss(model, replace(s, weight_decay=0.0))
+        return optimizer_and_loss(model, replace(s, weight_decay=0.0), adamw)
     params = model.parameters()
-    return AdamW(params, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay,
+    return adamw(params, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay,
                  undecayed=[p for p in params if p.ndim < 2]), None
 
 
@@ -234,7 +238,7 @@ def losses(trainer, known) -> dict[str, float]:
     return {name: trainer.evaluate(*rows)[0] for name, rows in known.items()}
 
 
-def finish(run, model, tokenizer, s: Settings, step: int):
+def finish(run, model, tokenizer, s: Settings, step: int, ranks=None):
     """Save the model, or its adapter, and the curves, and say where they are."""
     use, causal = {"model": run.path / "model"}, model.config.causal
     if s.init:
@@ -243,7 +247,7 @@ def finish(run, model, tokenizer, s: Settings, step: int):
         huggingface.save_model(model, run.path / "model", tokenizer)
     drawn = run.plot()
     if step < s.steps:
-        print(f"stopped after step {step}; go on with: {typed(__file__, resume=run.path)}")
+        print(f"stopped after step {step}; go on with: {again(ranks, __file__, run)}")
         return
     if s.init:
         print_losses(run)
@@ -252,14 +256,14 @@ def finish(run, model, tokenizer, s: Settings, step: int):
         print(f"write more: {typed(Path(__file__).with_name('generate.py'), **use)}")
 
 
-def show_sample(run, model, tokenizer, s: Settings, step: int):
+def show_sample(run, trainer, tokenizer, s: Settings, step: int):
     """Print and keep what the model writes now; for bert, how it fills in masked tokens."""
-    if model.config.causal:
-        prompt = tokenizer.encode(s.prompt)[None]
-        text = tokenizer.decode(generate(model, prompt, s.sample, temperature=0.7, seed=s.seed)[0])
-    else:
-        tokens = tokenizer.encode(s.prompt)[None, : s.context]
-        text = tokenizer.decode(fill_in(model, tokens, tokenizer, s.seed)[0])
+    model, prompt = trainer.model, tokenizer.encode(s.prompt)[None]
+    with trainer.whole():
+        tokens = (generate(model, prompt, s.sample, temperature=0.7, seed=s.seed)
+                  if model.config.causal else
+                  fill_in(model, prompt[:, : s.context], tokenizer, s.seed))
+    text = tokenizer.decode(tokens[0])
     tqdm.write(f"--- after step {step}\n{data.printable(text)}\n---")
     run.write_sample(step, text)
 
@@ -270,19 +274,6 @@ def fill_in(model, tokens, tokenizer, seed):
     with no_grad(), no_dropout():
         guesses = model(masked).data.argmax(-1)
     return np.where(targets == data.IGNORED, tokens, guesses)
-
-
-def make_tokenizer(s: Settings, parts):
-    training = [text for documents, _ in parts for text in documents]
-    if s.tokenizer == "bytes":
-        return data.ByteTokenizer()
-    if s.tokenizer == "chars":  # its alphabet must have every character that it will meet
-        held_out = [text for _, validation in parts for text in validation]
-        return data.CharTokenizer.train([s.prompt, *held_out, *training])
-    if s.tokenizer == "bpe":
-        documents = progress(training, "words for the tokenizer", "document")
-        return data.BPETokenizer.train(documents, s.vocab_size)
-    return data.load_tokenizer(s.tokenizer, framed=False)
 
 
 def refuse_idle(s: Settings, given):
@@ -296,23 +287,6 @@ def refuse_idle(s: Settings, given):
         refuse_unused(given, ["bias"], f"a {s.family} has biases in any case")
     if len(s.corpus) == 1:
         refuse_unused(given, ["weights"], "there is one corpus to draw from")
-
-
-def progress(items, title: str, unit: str) -> Iterable:
-    """The items, with a progress bar that disappears at the end."""
-    yield from tqdm(items, title, unit=unit, leave=False, disable=None)
-
-
-def make_model(s: Settings, vocab_size: int) -> Transformer:
-    shape = dict(vocab_size=vocab_size, context=s.context, layers=s.layers, heads=s.heads,
-                 width=s.width, dropout=s.dropout)
-    if s.family == "gpt2":
-        config = Config.gpt2(**shape)
-    elif s.family == "llama":  # SwiGLU's three matrices at 8/3 of the width are as large as two
-        config = Config.llama(**shape, hidden=8 * s.width // 3, bias=s.bias)  # at 4
-    else:
-        config = Config.bert(**shape, hidden=4 * s.width)
-    return drop_attention(Transformer(config, s.seed), s.attention_dropout)
 
 
 if __name__ == "__main__":

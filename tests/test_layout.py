@@ -26,7 +26,11 @@ FLOORS = [
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
      "results", "experiment", "command", "adapting", "aligning", "asking", "rewards",
+<<<<<<< HEAD
      "continued", "trial", "tables", "trained", "stages", "lectures", "wholerun",
+=======
+     "continued", "trial", "tables", "trained", "stages", "ranks", "joining", "launch", "new",
+>>>>>>> main
      "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -100,7 +104,15 @@ WITHIN = {  # the arrows inside a floor
     ("experiment", "results"),
     ("experiment", "run"),
     ("experiment", "train"),
+    ("loop", "ranks"),
     ("loop", "run"),
+    ("ranks", "run"),
+    ("ranks", "train"),
+    ("joining", "adapting"),
+    ("joining", "command"),
+    ("joining", "loop"),
+    ("joining", "ranks"),
+    ("joining", "run"),
     ("adapting", "train"),
     ("aligning", "asking"),
     ("aligning", "rewards"),
@@ -125,6 +137,7 @@ WITHIN = {  # the arrows inside a floor
     ("stages", "run"),
     ("stages", "trial"),
     ("loop", "train"),
+    ("command", "launch"),
     ("command", "train"),
     ("__main__", "command"),
     ("__main__", "train"),

@@ -369,7 +369,7 @@ METHODS = ("r last alpha rslora targets kind k m form skip length hidden d said 
 OWN = {  # of the programs' runs as they are on people's disks
     pretrain: "corpus weights validation tokenizer vocab_size family layers heads width bias "
     "context dropout accumulate min_lr beta2 weight_decay prompt sample init method " + METHODS,
-    finetune: "model data train test reverse known replay replay_from method dropout "
+    finetune: "model data train test reverse known replay replay_from accumulate method dropout "
               "weight_decay optimizer eps " + METHODS,
 }
 

@@ -83,6 +83,7 @@ class Zero:
         self.eps, self.weight_decay, self.steps = eps, weight_decay, 0
         self.each = stage >= 2 or comm.ordered  # is every micro-batch added up at once?
         self.last, self.under_way, self.completed = True, False, False
+        self.kept = False  # do the units' parameters stay after forward?
         self.flight, self.peak = deque(), Counter()  # peak: bytes, as `held` has them
         tensors = [t for _, t in model.named_tensors() if t.size]
         if stage == 3 and any(array_module(t.data) is not np for t in tensors):
@@ -136,7 +137,7 @@ class Zero:
             unit.again -= 1
         elif not thread.graph and thread.marks and y.node:
             unit.again += 1
-        if not once_more:
+        if not (once_more or self.kept):
             unit.release()
         unit.passed, unit.awaits = False, unit.awaits or bool(y.node)
         return watched(y, before=lambda: self._before_backward(unit)) if y.node else y
@@ -237,7 +238,7 @@ class Zero:
             for name, array in bucket.states():
                 yield f"{i}.{name}", array
 
-    def put_back(self, states: dict, steps: int):
+    def put_back(self, states: dict, steps: int = 0):
         """Go on from what states() gave after so many steps, perhaps to other ranks.
 
         ValueError if they are not those of such a model and such units; some may have changed.
@@ -258,14 +259,22 @@ class Zero:
 
         units=False: only the root's, which is enough to run the model.
         """
+        before, self.kept = self.kept, self.kept or units
         chosen = [*(self.units if units else ()), self.root]
         for unit in chosen:
             unit.gather()
         try:
             yield
         finally:
-            for unit in chosen:
+            self.kept = before
+            for unit in chosen if not before else ():
                 unit.release()
+
+    def settle(self):
+        """Gather all parameters to stay: the training is over, and any rank may use its model."""
+        self.kept = True
+        for unit in (*self.units, self.root):
+            unit.gather()
 
     def held(self) -> Counter:
         """Bytes of parameters, gradients and states that this rank keeps now."""

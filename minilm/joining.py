@@ -1,0 +1,102 @@
+"""How a training program joins the ranks that it was started as.
+
+    mpiexec -n 4 python scripts/pretrain.py --stage 2
+
+--stage is no setting of a run, since it decides no bit of it: the run may go on with other ranks,
+in another stage, and if its settings allow it without any. What does decide, is kept: a rank is one
+worker, and a step has as many micro-batches as there are ranks, unless --accumulate says otherwise.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+
+from minilm.adapting import OWN_RULE
+from minilm.command import typed
+from minilm.loop import refuse_unused, resumed
+from minilm.optim import AdamW
+from minilm.parallel.comm import Comm, connect
+from minilm.parallel.zero import Zero
+from minilm.ranges import check, optional, whole
+from minilm.ranks import RankRun, require_even
+from minilm.run import RunDirectory
+
+Connected = tyro.conf.Suppress[Comm | None]  # the type of a program's parameter `comm`
+
+
+class Ranks(NamedTuple):
+    """The ranks that a program trains on, and the stage in which they share the work."""
+
+    comm: Comm
+    stage: int
+
+
+def joined(stage: int | None, comm: Comm | None = None) -> Ranks | None:
+    """The ranks that this process is one of, those that mpiexec started; None without a stage."""
+    check({"stage": optional(whole(0, 3))}, stage=stage)
+    return None if stage is None else Ranks(comm or connect(ordered=True), stage)
+
+
+def begun(ranks: Ranks | None, settings, resume: Path | None, given):
+    """`resumed`, for these ranks: (the run to go on with, or None; the settings).
+
+    ValueError for settings that ranks cannot train by.
+    """
+    if ranks:
+        refuse_unused(given, ("workers", "threads"), "with --stage each rank is one worker")
+        settings = replace(settings, workers=1)
+    run, s = resumed(settings, resume, given)
+    if ranks:
+        n = ranks.comm.size
+        if not run and s.accumulate == 1 and "accumulate" not in given:
+            s = replace(s, accumulate=n)
+        require_even(s.accumulate, ranks.comm)
+        rule = "mezo" if getattr(s, "optimizer", "") == "mezo" else s.method
+        if rule in ("mezo", *OWN_RULE):
+            raise ValueError(f"{rule} has an update rule that needs all parameters in one place: "
+                             "train it without --stage")
+        run = run and RankRun(run.path, ranks.comm)
+    if not 1 <= s.accumulate <= max(1, s.batch):
+        raise ValueError(f"accumulate must be 1 to the batch's {s.batch} rows, got {s.accumulate}")
+    return run, s
+
+
+def new_run(ranks: Ranks | None, *described) -> RunDirectory:
+    """RunDirectory.create, by one of the ranks for all."""
+    if not ranks:
+        return RunDirectory.create(*described)
+    path = RunDirectory.create(*described).path if ranks.comm.rank == 0 else ""
+    return RankRun(heard(ranks.comm, str(path)), ranks.comm)
+
+
+def heard(comm: Comm, text: str) -> str:
+    """The text that rank 0 has."""
+    said = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
+    size = int(comm.numbers(said.size)[0, 0])
+    said = said.copy() if comm.rank == 0 else np.zeros(size, np.uint8)
+    comm.broadcast(said).wait()
+    return said.tobytes().decode("utf-8", "surrogateescape")
+
+
+def adamw_of(ranks: Ranks | None, model) -> Callable:
+    """AdamW; of ranks a Zero with the settings of an AdamW, whose units are the model's blocks."""
+    if not ranks:
+        return AdamW
+    return lambda params, *settings, **named: Zero(model, model.blocks, *ranks, *settings, **named)
+
+
+def crew(ranks: Ranks | None, s) -> str:
+    """Who trains, in words."""
+    return f"{ranks.comm.size} ranks in stage {ranks.stage}" if ranks else f"{s.workers} workers"
+
+
+def again(ranks: Ranks | None, program: str | Path, run: RunDirectory) -> str:
+    """What to type to go on with a run."""
+    if not ranks:
+        return typed(program, resume=run.path)
+    words = typed(program, resume=run.path, stage=ranks.stage)
+    return words if ranks.comm.size == 1 else f"mpiexec -n {ranks.comm.size} {words}"
