@@ -9,11 +9,8 @@ The floors, in reading order. A module imports only from its own line and the li
   quantize peft optim parallel distill align            the methods
   data interop measure lessons                          text, others' formats, numbers
   checkpoint records state versions train adapting picture results run loop command experiment
-<<<<<<< HEAD
-    rewards asking aligning continued trial tables trained stages lectures wholerun
-=======
     rewards asking aligning continued trial tables trained stages ranks joining launch new
->>>>>>> main
+    lectures wholerun
 """
 
 __version__ = "0.1.0"

@@ -26,11 +26,8 @@ FLOORS = [
     {"data", "interop", "measure", "lessons"},
     {"train", "loop", "run", "checkpoint", "records", "state", "versions", "picture",
      "results", "experiment", "command", "adapting", "aligning", "asking", "rewards",
-<<<<<<< HEAD
-     "continued", "trial", "tables", "trained", "stages", "lectures", "wholerun",
-=======
      "continued", "trial", "tables", "trained", "stages", "ranks", "joining", "launch", "new",
->>>>>>> main
+     "lectures", "wholerun",
      "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

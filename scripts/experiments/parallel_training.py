@@ -47,7 +47,8 @@ from minilm.measure.step_time import Unit, simulate
 from minilm.measure.verdict import by_arm, by_seed, compared, each_seed, single, verdict
 from minilm.parallel.bucket import bytes_held, bytes_sent
 from minilm.parallel.clocked import Clocked
-from minilm.parallel.comm import LAUNCHED, Local, Mpi, ranks
+from minilm.parallel.comm import LAUNCHED, Local, ranks
+from minilm.parallel.mpi import Mpi
 from minilm.parallel.zero import Zero
 from minilm.picture import COLORS
 from minilm.train import LabelLoss
