@@ -1,6 +1,7 @@
 """The training programs as mpiexec starts them: the same bits, one voice, one end for all."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -108,7 +109,7 @@ def test_a_first_ctrl_c_stops_all_ranks_and_saves(folder, straight):
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=300)
     (line,) = [line for line in out.splitlines() if line.startswith("stopped after step ")]
-    assert f"go on with: mpiexec -n 2 {sys.executable}" in line
+    assert re.search(r"; go on with: mpiexec -n 2 \S*python\S* \S*pretrain\.py ", line), line
     assert line.endswith(f"pretrain.py --resume {run} --stage 3")
     code, _, err = said(2, "pretrain.py", "--resume", run, "--stage", 3)
     assert (code, err) == (0, "")

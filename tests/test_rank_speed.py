@@ -1,11 +1,11 @@
-"""bench/ranks.py: what it counts and what it prints is right."""
+"""bench/rank_speed.py: what it counts and what it prints is right."""
 
 import time
 
 import numpy as np
 import pytest
 from rank_side import Timed
-from ranks import line
+from rank_speed import line
 
 from minilm.parallel.comm import Local
 
@@ -45,7 +45,7 @@ def test_a_row_has_the_ratio_of_medians_and_the_share_that_is_hidden():
 @pytest.mark.ranks
 def test_a_turn_of_two_ranks():
     pytest.importorskip("mpi4py", reason="the extra mpi is not installed")
-    from ranks import Ranks
+    from rank_speed import Ranks
 
     ranks = Ranks("S", 2, "ordered")
     seconds, inside, alone = ranks.run()
