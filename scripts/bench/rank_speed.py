@@ -1,6 +1,6 @@
 """Two ranks of mpiexec against two workers of one process, and how much of their traffic is hidden.
 
-    python scripts/bench/rank_speed.py                       # config M, stages 0, 2 and 3: six minutes
+    python scripts/bench/rank_speed.py                 # M in stages 0, 2, 3: six minutes
     python scripts/bench/rank_speed.py --configs S --rounds 5 --stages 2
 
 Each contender waits while another one runs, and they take turns. A ratio is the time of a step by

@@ -276,10 +276,18 @@ def draw(figure, rows):
     axes.set(xlim=(-8, 108), ylim=(-8, 108), xlabel="how to act: answers in the form, %",
              ylabel="what to know: right values, %")
     if {*acts} & {*DRAWN}:
-        figure.legend(loc="outside upper center", ncols=3, markerscale=0.7, frameon=False)
+        figure.legend(loc="outside upper center", ncols=3, markerscale=0.6, frameon=False,
+                      fontsize=7, columnspacing=1, handletextpad=0.3)
 
 
-EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
+LIKELY = {
+    "to act: an example in the prompt gives it in most answers":
+        "so small a model has to learn to follow examples first: see in_context.py",
+    "both: tuning on facts takes at most 5 points of what retrieval gives to know":
+        "its questions stand without a text while it is tuned, and it forgets how to read one: it "
+        "says another value though the right text is there",
+}
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw, LIKELY)
 main = program(EXPERIMENT, measured, Reading)
 
 if __name__ == "__main__":
