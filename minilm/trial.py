@@ -78,6 +78,7 @@ class Trial(Adapting, Training):
     RANGES: ClassVar = Training.RANGES | Adapting.RANGES | {
         "train": whole(1), "test": whole(1), "documents": optional(whole(1)),
         "beside": whole(0)}
+    OWN: ClassVar = False  # are its records others than those of `records_of`?
 
 
 MADE = cache(data.make_tasks)
@@ -198,7 +199,7 @@ def require_methods(folder, trials: dict[str, Trial]):
         model, tokenizer = base(folder)
         try:
             model = prepared(model, replace(s, model=str(folder)))
-            if data.TASKS.keys() >= {*s.tasks}:
+            if not s.OWN and data.TASKS.keys() >= {*s.tasks}:
                 data.encode(records_of(s)[1], tokenizer, context=model.room)
         except ValueError as error:
             raise ValueError(f"{folder} is not for the arm {arm!r}: {error}") from None

@@ -439,6 +439,22 @@ def test_each_experiment_runs_quickly(name, tmp_path, capsys):
     assert verdicts(result).count("\n") >= len(result.claims)
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_each_arm_takes_a_base_as_pretrain_makes_it(name, tmp_path, monkeypatch):
+    """A quick run makes a tiny base of its own, so it does not show that."""
+    experiment = importlib.import_module(name)
+    if "model" not in inspect.signature(experiment.main).parameters:
+        return
+    config = {"vocab_size": 258, "context": 192, "layers": 6, "heads": 2, "width": 128}
+    if name == "understanding":
+        model = Transformer(Config.bert(**config, hidden=128))
+    else:
+        model = Transformer(Config.llama(**config, hidden=128, bias=True))
+    huggingface.save_model(model, tmp_path / "base", data.ByteTokenizer())
+    monkeypatch.setattr(trial, "conduct", lambda *args: args)
+    experiment.main(model=(tmp_path / "base",), out=tmp_path / "runs")
+
+
 def test_an_arm_that_was_killed_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     methods = importlib.import_module("adaptation_methods")
     monkeypatch.setattr(trial, "QUICK", trial.QUICK | {"save_every": 2})

@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -65,6 +66,8 @@ class Reverse(Trial):
     tasks: tuple[str, ...] = TASKS
     train: int = 1000
     test: int = 60
+
+    OWN: ClassVar = True
 
 
 FULL = {"method": "full", "lr": 1e-3}

@@ -82,6 +82,7 @@ class Unseen(Trial):
     """words that are asked about in each way"""
 
     RANGES: ClassVar = Trial.RANGES | {"kinds": whole(1)}
+    OWN: ClassVar = True
 
 
 K = (1, 3, 6, 9)
