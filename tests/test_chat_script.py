@@ -19,6 +19,7 @@ from minilm.data import load_chat, plain, read_names, read_templates, write_temp
 from minilm.dialogue import Dialogue
 from minilm.generate import stream
 from minilm.interop import huggingface
+from minilm.run import RunDirectory
 from minilm.transformer import Config, Ends, Transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -246,7 +247,7 @@ def test_conversations_are_learned_and_can_be_held(folder, tmp_path, types, caps
     said = capsys.readouterr().out
     assert "7 conversations to train on, 2 held out" in said and "right" not in said
     run = tmp_path / "runs" / f"finetune-{method}-1"
-    losses = [record["loss_held_out"] for record in finetune.RunDirectory(run).records()
+    losses = [record["loss_held_out"] for record in RunDirectory(run).records()
               if "loss_held_out" in record]
     assert losses[-1] < losses[0]
     kept = run / ("model" if method == "full" else "adapter")

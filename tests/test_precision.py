@@ -16,7 +16,7 @@ from conftest import close
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minilm import adapting, checkpoint, data, ops
+from minilm import checkpoint, data, joining, ops
 from minilm.files import FormatError
 from minilm.interop import huggingface
 from minilm.nn import Module
@@ -605,7 +605,7 @@ def test_finetune(tmp_path, dtype, method, monkeypatch):
             super().__init__(*args, **settings)
             optimizers.append(self)
 
-    monkeypatch.setattr(adapting, "AdamW", Spy)
+    monkeypatch.setattr(joining, "AdamW", Spy)
     finetune.main(s, tmp_path / "a")
     run = tmp_path / "a" / f"finetune-{method}-1"
     before = held(optimizers[0])

@@ -47,7 +47,7 @@ def test_a_turn_of_two_ranks():
     pytest.importorskip("mpi4py", reason="the extra mpi is not installed")
     from rank_speed import Ranks
 
-    ranks = Ranks("S", 2, "ordered")
+    ranks = Ranks("S", 2, "ranks")
     seconds, inside, alone = ranks.run()
     ranks.close()
     assert 0 < inside < seconds and 0 < alone

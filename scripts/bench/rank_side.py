@@ -1,6 +1,6 @@
 """The side of ranks.py that mpiexec starts: ranks that train when they are told to.
 
-    mpiexec -n 2 python scripts/bench/rank_side.py M 2 ordered
+    mpiexec -n 2 python scripts/bench/rank_side.py M 2 ranks
 
 Each line on stdin is a turn: a few steps. Rank 0 then prints how long one took, how long it was
 inside calls of the Comm, and how long the same calls take if nothing else runs, in seconds.
@@ -79,7 +79,7 @@ class TimedHandle:
 
 def main(shape: str, stage: str, order: str):
     tune_allocator()
-    comm, s, loss = Timed(connect(ordered=order == "ordered")), SHAPES[shape], LabelLoss()
+    comm, s, loss = Timed(connect(ordered=order == "ranks")), SHAPES[shape], LabelLoss()
     model = Transformer(Config.gpt2(s.vocab, s.context, s.layers, s.heads, s.width)).train()
     zero = Zero(model, model.blocks, comm, int(stage), 1e-3, (0.9, 0.95), weight_decay=0.1,
                 undecayed=[p for p in model.parameters() if p.ndim < 2])

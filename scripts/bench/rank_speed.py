@@ -35,19 +35,19 @@ GOAL, HIDDEN = 0.9, 0.5
 
 def main(configs: tuple[Literal["S", "M", "L"], ...] = ("M",),
          stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 2, 3), rounds: int = 15,
-         ordered: bool = True):
+         order: Literal["ranks", "engine"] = "ranks"):
     """Print a table for each config.
 
     Args:
         configs: sizes of the model.
         stages: of the ranks.
         rounds: turns of each contender.
-        ordered: sums in the order of ranks, as training programs have them; else in MPI's order.
+        order: of sums; that of ranks, as training programs have it, or MPI's own.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     for name in configs:
-        workers, ranks = turns(name, stages, rounds + 1, "ordered" if ordered else "engine")
+        workers, ranks = turns(name, stages, rounds + 1, order)
         print(f"\nA step of {name}: two cores, BLAS with one thread on each, {rounds} turns\n\n"
               "| | a step (lowest - highest) | ratio | lowest - highest | in the calls | alone | "
               f"hidden |\n|---|---|---|---|---|---|---|\n| two workers | {spread(workers)} |"
