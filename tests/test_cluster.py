@@ -123,7 +123,8 @@ def test_a_step_by_hand():
     assert simulate(3, [unit] * 2, none, 0).total == 12.5
     # forward to 2, backward to 4 and 6; gradients 4-6.5 6.5-9
     assert simulate(0, [unit] * 2, none, 0).total == 9
-    assert simulate(1, [unit] * 2, none, 0.5).total == 9 + 0.5 + 3
+    # gathers end at 1.5 3; forward 1.5-2.5 3-4; backward to 6 and 8; gradients 6-8.5 8.5-11
+    assert simulate(1, [unit] * 2, none, 0.5).total == 11 + 0.5
     # gather to 1.5, forward to 2.5, gather to 4, forward to 5, gather to 6.5, backward to 8.5,
     # gradients to 11, gather to 12.5, backward to 14.5, gradients to 17
     assert simulate(3, [unit] * 2, none, 0, prefetch=0).total == 17

@@ -2,16 +2,18 @@
 
 A rank has a stream that computes and one that sends. Each does one thing after another, and what is
 ready later waits. The order is that of parallel/zero.py: a unit's gradients travel while the units
-before it run backward; stage 3 gathers the next unit's parameters while a unit runs; stages 1 and 2
-gather all parameters after the step. The root (embeddings and head) is gathered first and reduced
-last, and computes between forward and backward. With L equal units, f seconds forward, b backward,
-g to be gathered and r to be reduced, the root's c, G and R, and u for AdamW, the step takes
+before it run backward; stage 3 gathers the next unit's parameters while a unit runs. In stages 1
+and 2 all parameters are under way since the last update, and a unit waits for its own. The root
+(embeddings and head) is gathered first and reduced last, and computes between forward and backward.
+With L equal units, f seconds forward, b backward, g to be gathered and r to be reduced, the root's
+c, G and R, and u for AdamW, the step takes
 
-    stages 0 - 2    L f + c + max(L b + r, b + L r) + R + u    and, in 1 and 2, + L g + G       (1)
+    stage 0         L f                       + c + max(L b + r, b + L r) + R + u               (1)
+    stages 1, 2     G + max(g + L f, L g + f) + c + max(L b + r, b + L r) + R + u               (2)
     stage 3         G + max(g + L f, L g + f) + c + g + max(b, g) + (L-2) max(b, r+g)
-                    + max(b, r) + r + R + u                                                     (2)
+                    + max(b, r) + r + R + u                                                     (3)
 
-(2) is for two units or more. The simulation takes units that differ, too.
+(3) is for two units or more. The simulation takes units that differ, too.
 
 Sources: what travels when, Rajbhandari et al. 2020, arXiv:1910.02054, section 7, and Zhao et al.
 2023, arXiv:2304.11277, section 3.3; operations, 2 P T forward and 4 P T backward for P parameters
@@ -82,12 +84,13 @@ def simulate(stage: int, units: list[Unit], root: Unit, update: float, overlap: 
         sent.append(seconds)
         return network.run(ready, seconds)
 
-    if stage == 3:
+    if stage:
         now = send(0.0, root.gather)
+    early = [send(0.0, unit.gather) for unit in units] if stage in (1, 2) else [0.0] * len(units)
     for backward, order in ((False, units), (True, units[::-1])):
         gathered = []
         for k, unit in enumerate(order):
-            now = max(now, computing.free)
+            now = max(now, computing.free, 0.0 if backward else early[k])
             if stage == 3:
                 for ahead in order[len(gathered) : k + 1]:
                     gathered.append(send(now, ahead.gather))
@@ -101,23 +104,19 @@ def simulate(stage: int, units: list[Unit], root: Unit, update: float, overlap: 
                 now = max(now, flight.popleft())
         if not backward:
             now = computing.run(now, root.forward + root.backward)
-    now = computing.run(send(computing.free, root.reduce), update)
-    if stage in (1, 2):
-        for unit in (*units, root):
-            send(now, unit.gather)
+    computing.run(send(computing.free, root.reduce), update)
     computed = sum(u.forward + u.backward for u in (*units, root)) + update
     return StepTime(max(computing.free, network.free), computed, sum(sent))
 
 
 def closed_form(stage: int, L: int, unit: Unit, root: Unit, update: float) -> float:
-    """Seconds of a step with L >= 2 equal units, by (1) and (2)."""
+    """Seconds of a step with L >= 2 equal units, by (1) to (3)."""
     f, b, g, r = unit
     ends = root.forward + root.backward + root.reduce + update  # c + R + u
+    forward = root.gather + max(g + L * f, L * g + f) if stage else L * f
     if stage < 3:
-        after = L * g + root.gather if stage else 0.0
-        return L * f + max(L * b + r, b + L * r) + ends + after  # eq. (1)
-    forward = root.gather + max(g + L * f, L * g + f)
-    return forward + g + max(b, g) + (L - 2) * max(b, r + g) + max(b, r) + r + ends  # eq. (2)
+        return forward + ends + max(L * b + r, b + L * r)  # eq. (1), (2)
+    return forward + g + max(b, g) + (L - 2) * max(b, r + g) + max(b, r) + r + ends  # eq. (3)
 
 
 class Job(NamedTuple):
