@@ -278,6 +278,8 @@ def draw(figure, rows):
 TURNS = "if there are fewer cores, ranks run by turns, and a message waits until its rank has one"
 LIKELY = {f"the simulator is right to 30 % in each stage, 4 ranks: {how}": TURNS
           for how in (SERIAL, BESIDE)}
+LIKELY[f"overlap hides at least half of stage 2's communication, 2 ranks: {LESS}"] = (
+    "on CPUs the cores that compute also copy and add up, which takes its time wherever it is")
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw, LIKELY)
 main = program(EXPERIMENT, measured)
 
