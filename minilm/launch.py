@@ -11,13 +11,7 @@ import time
 from contextlib import suppress
 
 from minilm.parallel.comm import launched
-
-RANKS = "PMI_RANK", "OMPI_COMM_WORLD_RANK"  # MPICH's and Open MPI's number of this process
-
-
-def own_rank() -> int:
-    """The number of this process among those that mpiexec has started; 0 without it."""
-    return int(next((os.environ[k] for k in RANKS if os.environ.get(k)), 0))
+from minilm.parallel.faults import own_rank
 
 
 def silence_all_but_one():

@@ -47,7 +47,7 @@ class Clock:
 
 
 class Clocked(Comm):
-    """Another comm's engine, whose calls are timed.
+    """Another comm's engine, whose calls are timed, without what mpi.py does beside MPI's own.
 
     hidden, waited: seconds of all its calls. blocking: wait for each call at once.
 

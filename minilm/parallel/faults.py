@@ -32,6 +32,7 @@ from functools import cache
 PATIENCE = 600.0  # seconds
 TURN = 0.5  # seconds that a rank leaves to each one below it, up to LONGEST in all
 LONGEST = 5.0
+RANKS = "PMI_RANK", "OMPI_COMM_WORLD_RANK"  # MPICH's and Open MPI's number of this process
 
 
 class Parted(RuntimeError):
@@ -194,6 +195,6 @@ def say(text: str):
         pass  # nobody listens
 
 
-def own_rank() -> str:
-    return next((os.environ[k] for k in ("PMI_RANK", "OMPI_COMM_WORLD_RANK") if k in os.environ),
-                "?")
+def own_rank() -> int:
+    """The number of this process among those that mpiexec has started; 0 without it."""
+    return int(next((os.environ[k] for k in RANKS if os.environ.get(k)), 0))

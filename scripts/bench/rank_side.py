@@ -1,4 +1,4 @@
-"""The side of ranks.py that mpiexec starts: ranks that train when they are told to.
+"""The side of rank_speed.py that mpiexec starts: ranks that train when they are told to.
 
     mpiexec -n 2 python scripts/bench/rank_side.py M 2 ranks
 
