@@ -110,6 +110,18 @@ def test_ranks_that_end_well_leave_nothing():
     assert nothing_is_left("well", before)
 
 
+def test_a_message_is_read_before_its_rank_ends():
+    """Else mpiexec may hear of the end first, and throw the message away."""
+    code = ("import time; from minilm.parallel import faults; faults.say('why'); "
+            "print(time.monotonic())")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=TESTS.parent, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as rank:
+        time.sleep(1)
+        began = time.monotonic()
+        assert rank.stderr.readline() == "why\n"
+        assert float(rank.stdout.read()) > began
+
+
 def test_ctrl_c_ends_all():
     """The first one, though one rank sleeps and the others wait for it."""
     before, job = without_owner(), start("hang forever")

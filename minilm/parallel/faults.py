@@ -21,10 +21,14 @@ launcher adds lines of its own. Over NCCL the first two rows hold: its calls are
 
 import atexit
 import ctypes
+import fcntl
 import mmap
 import os
 import signal
+import stat
+import struct
 import sys
+import termios
 import time
 import traceback
 from functools import cache
@@ -188,11 +192,23 @@ def end(said: str, comm, record: Record):
 
 
 def say(text: str):
-    """To stderr in one piece, since other ranks write there as well."""
+    """To stderr in one piece, since other ranks write there as well; returns when it is read.
+
+    What an end finds in the pipe to mpiexec is lost.
+    """
     try:
         os.write(2, f"{text.rstrip()}\n".encode("utf-8", "backslashreplace"))
+        until = time.monotonic() + LONGEST
+        while stat.S_ISFIFO(os.fstat(2).st_mode) and unread(2) and time.monotonic() < until:
+            time.sleep(0.01)
     except OSError:
         pass  # nobody listens
+
+
+def unread(pipe: int) -> int:
+    """Bytes that wait in a pipe, given either end."""
+    count = fcntl.ioctl(pipe, termios.FIONREAD, struct.pack("i", 0))
+    return struct.unpack("i", count)[0]
 
 
 def own_rank() -> int:
