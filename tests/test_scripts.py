@@ -220,6 +220,10 @@ WRONG = [
     ("pretrain --resume nowhere", "nowhere/run.json"),
     ("finetune --resume nowhere", "nowhere/run.json"),
     ("generate --model file", "file: is no folder; a model is a folder with config.json"),
+    ("generate --model run", "run: is the folder of a run: give run/adapter or run/model"),
+    ("generate --model MODEL --adapter run", "run: is the folder of a run: give run/adapter or "),
+    ("distill --teacher run", "run: is the folder of a run: give run/adapter or run/model"),
+    ("plan_memory --model new", "new: is the folder of a run: it has no model or adapter yet"),
     ("quantize --model MODEL --out file/a.png", "file: File exists"),
     ("memory_report --out file/a.png", "file: File exists"),
     ("quantize --model file", "file: is no folder; a model is a folder with config.json"),
@@ -295,6 +299,10 @@ WRONG = [
 def test_wrong_input_is_one_line(tmp_path, model, monkeypatch, capsys, command, expected):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("no model")
+    for made in ("run/run.json", "run/model/x.safetensors", "run/adapter/x.safetensors",
+                 "run/checkpoints/step-1/x.safetensors", "new/run.json"):
+        Path(made).parent.mkdir(parents=True, exist_ok=True)
+        Path(made).touch()
     script, *words = command.replace("MODEL", "model").split()
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
     with pytest.raises(SystemExit) as ended:
