@@ -115,7 +115,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     asked = asked_of(source, s, share, base, tokenizer, score)
     parts = [data.split(corpus, share) for corpus in old]
     length = s.prompt + s.tokens
-    text = [data.batches_of(parts, tokenizer, s.batch, length, s.seed)[0]] if old else []
+    text = [data.batches_of(parts, tokenizer, s.batch, length, s.seed,
+                            names=[corpus.name for corpus in old])[0]] if old else []
     job = JOBS[s.method](base, s, asked, tokenizer, score, *text)
     if run is None:
         run = RunDirectory.create(out, f"align-{s.method}", asdict(s), described, decisive)

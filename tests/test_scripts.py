@@ -265,6 +265,7 @@ WRONG = [
     ("pretrain --weights 2", "weights is given, but there is one corpus to draw from"),
     ("pretrain --corpus file --context 64", "file: the text to train on is too short: it has"),
     ("distill --corpus file --context 64", "file: the text to train on is too short: it has"),
+    ("tokens --corpus file --context 64", "file: the text to train on is too short: it has"),
     ("distill --masked-only", "masked_only is given, but the objective is causal"),
     ("distill --sweep 2 2.0000000001", "sweep must be different temperatures"),
     ("generate --model MODEL --temperature 0 --top-k 40", "top_k is given, but temperature 0"),
