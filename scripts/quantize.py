@@ -19,6 +19,7 @@ from minilm import data
 from minilm.backend import tune_allocator
 from minilm.command import command
 from minilm.extras import told
+from minilm.files import make_place
 from minilm.interop import load_model
 from minilm.measure.buckets import blocks, colliding, counts, entropy, values
 from minilm.measure.losses import loss_of
@@ -60,7 +61,7 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     data.adopt_end(tokenizer, loaded.ends.eos)
     rows = data.rows_of(text, tokenizer, loaded.config.context)
-    out.parent.mkdir(parents=True, exist_ok=True)  # if it cannot be, the user hears of it at once
+    make_place(out)
     normal = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
     print_examples()
     print("\nnormal numbers")

@@ -115,6 +115,7 @@ def test_help_needs_no_extra():
 @pytest.mark.parametrize("missing, script, words, extra", [
     ("tokenizers", "pretrain", ["--tokenizer", "bpe"], "hf"),
     ("py3langid", "clean", ["--source", "."], "clean"),
+    ("jinja2", "report", ["--run", "--only", "scaling_laws", "--jobs", "9"], "report"),
     ("torch", "compare_torch", [], "test"),
     ("torch", "benchmark", ["--rows", "qlora", "train"], "test"),
     ("peft", "benchmark", ["--rows", "lora"], "peers"),
@@ -226,6 +227,9 @@ WRONG = [
     ("plan_memory --model new", "new: is the folder of a run: it has no model or adapter yet"),
     ("quantize --model MODEL --out file/a.png", "file: File exists"),
     ("memory_report --out file/a.png", "file: File exists"),
+    ("quantize --model MODEL --out run", "run: is a folder, expected a file"),
+    ("memory_report --out run", "run: is a folder, expected a file"),
+    ("report --run --out run", "run: is a folder, expected a file"),
     ("quantize --model file", "file: is no folder; a model is a folder with config.json"),
     ("pretrain --tokenizer file", "file: "),
     ("finetune", "no model in runs/pretrain-*/model: run pretrain.py first, or give --model"),
