@@ -168,8 +168,8 @@ def print_perplexities(folder, rows):
     base = results[0]
     print(f"{'weights':24}{'MB':>7}{'loss':>9}{'perplexity':>12}{'rise':>8}")
     for title, size, loss in results:
-        print(f"{title:24}{size / 1e6:>7.2f}{loss:>9.4f}{math.exp(loss):>12.4f}"
-              f"{math.expm1(loss - base[2]):>8.2%}")
+        print(f"{title:24}{size / 1e6:>7.2f}{loss:>9.4f} {math.exp(loss):>11.4f}"
+              f" {math.expm1(loss - base[2]):>7.2%}")
     print(f"LLM.int8() multiplied {seen.share:.2%} of the columns in 16 bits: O, those with any "
           f"|x| >= 6 in up to 32 rows of text; the largest |x| is {seen.largest:.1f}")
 
