@@ -1,5 +1,6 @@
 """What a policy is asked, and which answers are compared: of pieces of text, or of a file."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -8,8 +9,12 @@ from tqdm import tqdm
 from minilm import data
 from minilm.align import Ranked, draw_answers, laid_out, ranking_loss
 from minilm.data.preferences import Comparison, ranked
+from minilm.files import FormatError
+from minilm.tensorfiles import read_tensors, write_tensors
 
 DRAWN = 256  # answers that are drawn together
+MADE = "comparisons.safetensors"
+PARTS = ("compared", "compared_held_out")
 
 
 class Asked(NamedTuple):
@@ -80,11 +85,39 @@ def judged(rewards) -> dict[str, float]:
             "loss": float(ranking_loss(rewards).data)}
 
 
-def asked_of(source, s, share: float, model, tokenizer, score) -> Asked:
+def keep_made(source, asked: Asked, folder: Path):
+    """Write comparisons that were made of a corpus into a run's folder: drawing them takes long."""
+    if isinstance(source, data.Corpus) and asked.compared:
+        write_tensors(folder / MADE, {f"{part}.{name}": array for part in PARTS
+                                      for name, array in getattr(asked, part)._asdict().items()})
+
+
+def read_made(folder: Path, sizes, vocab: int) -> list[Ranked]:
+    """What `keep_made` has written, to learn from and held out; [] if there is no such file.
+
+    sizes: (M, K, T) of both. vocab: how many tokens there are. FormatError for anything else.
+    """
+    if not (file := folder / MADE).exists():  # the run is of an earlier version
+        return []
+    tensors, found = read_tensors(file), []
+    for part, (M, K, T) in zip(PARTS, sizes):
+        for name, kind, shape in zip(Ranked._fields, ("int64", "bool"), ((M, K, T), (M, K, T - 1))):
+            array = tensors.get(f"{part}.{name}", np.empty(0))
+            if (array.dtype, array.shape) != (kind, shape):
+                raise FormatError(file, f"{part}.{name} is {array.dtype} {array.shape}, expected "
+                                        f"{kind} {shape}")
+        found.append(Ranked(*(tensors[f"{part}.{name}"] for name in Ranked._fields)))
+        if not 0 <= found[-1].tokens.min() <= found[-1].tokens.max() < vocab:
+            raise FormatError(file, f"{part}.tokens must be at least 0 and below {vocab}")
+    return found
+
+
+def asked_of(source, s, share: float, model, tokenizer, score, run: Path | None = None) -> Asked:
     """Prompts of a corpus or of comparisons, and what the settings' method compares of them.
 
     share: of a corpus, what is held out. The model answers prompts of a corpus, for comparisons
-    that `score` makes. ValueError if too little is there, and if a text does not fit the model.
+    that `score` makes. run: the folder of a run that goes on, which may have kept them. ValueError
+    if too little is there, and if a text does not fit the model.
     """
     compares = s.method in ("reward", "dpo")
     if not isinstance(source, data.Corpus):
@@ -100,9 +133,13 @@ def asked_of(source, s, share: float, model, tokenizer, score) -> Asked:
     require_room(model, s.tokens, s.prompt)
     some = pieces(trained, tokenizer, s.prompt, s.comparisons if compares else None, s.seed)
     asked = pieces(held, tokenizer, s.prompt, s.test, s.seed)
-    made = [compared(model, part, score, s, tokenizer.end, [s.seed, 10 + i])
-            for i, part in enumerate((some, asked))] if compares else []
-    return Asked(some, asked, *made)
+    if not compares:
+        return Asked(some, asked)
+    sizes = [(len(part), s.answers, s.prompt + s.tokens) for part in (some, asked)]
+    made = run and read_made(run, sizes, model.config.vocab_size)
+    return Asked(some, asked, *made or (
+        compared(model, part, score, s, tokenizer.end, [s.seed, 10 + i])
+        for i, part in enumerate((some, asked))))
 
 
 def require_room(model, answer: int, length: int):

@@ -38,14 +38,27 @@ class FormatError(ValueError):
 
 def write_atomically(path: str | os.PathLike, *parts: bytes) -> None:
     """Write the parts (bytes or contiguous uint8 arrays) one after another as one whole file."""
-    if (path := Path(path)).exists() and not path.is_file():  # a rename would replace a device
-        kind = _kind(path.stat().st_mode)
-        number = errno.EISDIR if kind == "folder" else errno.EINVAL
-        raise OSError(number, f"is a {kind}, expected a file", str(path))
+    _require_place(path := Path(path))
     with temporary(path) as new:
         write_synced(new, parts)
         os.replace(new, path)
     sync_folder(path.parent)
+
+
+def make_place(path: Path) -> None:
+    """Make the folder of a file. OSError if the file can have no place, as where a folder is.
+
+    A program calls it before its work, so that its user hears of it at once.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _require_place(path)
+
+
+def _require_place(path: Path):
+    if path.exists() and not path.is_file():  # a rename would replace a device
+        kind = _kind(path.stat().st_mode)
+        number = errno.EISDIR if kind == "folder" else errno.EINVAL
+        raise OSError(number, f"is a {kind}, expected a file", str(path))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from minilm import data, versions
 from minilm.aligning import JOBS, METHODS, Aligning, finished_reward, without
-from minilm.asking import asked_of
+from minilm.asking import asked_of, keep_made
 from minilm.command import Given, command, typed
 from minilm.continued import trained_on
 from minilm.data.preferences import holds_comparisons, load_comparisons
@@ -112,13 +113,15 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     if run:
         run.check(described, "the models or the data are not those", decisive)
     share = share_held_out(folder) or 0.1
-    asked = asked_of(source, s, share, base, tokenizer, score)
+    asked = asked_of(source, s, share, base, tokenizer, score, run and run.path)
     parts = [data.split(corpus, share) for corpus in old]
     length = s.prompt + s.tokens
-    text = [data.batches_of(parts, tokenizer, s.batch, length, s.seed)[0]] if old else []
+    text = [data.batches_of(parts, tokenizer, s.batch, length, s.seed,
+                            names=[corpus.name for corpus in old])[0]] if old else []
     job = JOBS[s.method](base, s, asked, tokenizer, score, *text)
     if run is None:
-        run = RunDirectory.create(out, f"align-{s.method}", asdict(s), described, decisive)
+        run = RunDirectory.create(out, f"align-{s.method}", asdict(s), described, decisive,
+                                  partial(keep_made, source, asked))
     with run.going_on():
         step = align(run, s, job)
         kept = keep(run, s, job.model, base, asked, tokenizer)

@@ -28,6 +28,7 @@ from minilm import ops
 from minilm.backend import memory_limit, pool_bytes, tune_allocator
 from minilm.command import command
 from minilm.extras import told
+from minilm.files import make_place
 from minilm.measure import KINDS, Ledger, held
 from minilm.measure.memory import make_model, measured
 from minilm.measure.plan import plan
@@ -73,7 +74,7 @@ def main(layers: int = 16, width: int = 128, context: int = 256, batch: int = 2,
     tune_allocator()
     config = Config.llama(1024, context, layers, width // 32, width, 8 * width // 3)
     full = Step(config, "full", batch, context, rank, "all-linear", device=device)
-    out.parent.mkdir(parents=True, exist_ok=True)  # if it cannot be, the user hears of it at once
+    make_place(out)
     print(f"a Llama of {parameters(config):,} parameters, {batch} x {context} tokens, float32 on "
           f"{device}, adapters of rank {rank}\n")
     table = print_table(*methods(full, page_size))

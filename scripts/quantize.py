@@ -19,6 +19,7 @@ from minilm import data
 from minilm.backend import tune_allocator
 from minilm.command import command
 from minilm.extras import told
+from minilm.files import make_place
 from minilm.interop import load_model
 from minilm.measure.buckets import blocks, colliding, counts, entropy, values
 from minilm.measure.losses import loss_of
@@ -60,7 +61,7 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
     tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     data.adopt_end(tokenizer, loaded.ends.eos)
     rows = data.rows_of(text, tokenizer, loaded.config.context)
-    out.parent.mkdir(parents=True, exist_ok=True)  # if it cannot be, the user hears of it at once
+    make_place(out)
     normal = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
     print_examples()
     print("\nnormal numbers")
@@ -167,8 +168,8 @@ def print_perplexities(folder, rows):
     base = results[0]
     print(f"{'weights':24}{'MB':>7}{'loss':>9}{'perplexity':>12}{'rise':>8}")
     for title, size, loss in results:
-        print(f"{title:24}{size / 1e6:>7.2f}{loss:>9.4f}{math.exp(loss):>12.4f}"
-              f"{math.expm1(loss - base[2]):>8.2%}")
+        print(f"{title:24}{size / 1e6:>7.2f}{loss:>9.4f} {math.exp(loss):>11.4f}"
+              f" {math.expm1(loss - base[2]):>7.2%}")
     print(f"LLM.int8() multiplied {seen.share:.2%} of the columns in 16 bits: O, those with any "
           f"|x| >= 6 in up to 32 rows of text; the largest |x| is {seen.largest:.1f}")
 

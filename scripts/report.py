@@ -22,7 +22,7 @@ from pathlib import Path
 
 from minilm.command import Given, command, typed
 from minilm.extras import install
-from minilm.files import FormatError, read_bytes, write_atomically
+from minilm.files import FormatError, make_place, read_bytes, write_atomically
 from minilm.lectures import Line, judges, parts, read_lectures
 from minilm.loop import refuse_unused
 from minilm.measure.verdict import FAILS, HOLDS, OPEN
@@ -61,7 +61,11 @@ def main(results: tuple[Path, ...] = (), out: Path = Path("runs/report.html"), r
         refuse_unused(given, ("out", "quick"), "what is kept has its place, and is no quick run")
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    failed = run_all(quick, jobs, only, keep) if run else []
+    out, failed = FOLDER / "lectures" / "index.html" if keep else out, []
+    if run:
+        templates()  # said now, not after hours, if jinja2 is missing
+        make_place(out)
+        failed = run_all(quick, jobs, only, keep)
     if results:
         paths = [path / "result.json" if path.is_dir() else path for path in results]
         text = page(paths)
@@ -71,8 +75,7 @@ def main(results: tuple[Path, ...] = (), out: Path = Path("runs/report.html"), r
         paths = sorted([*at[0].glob("*.json"), *at[0].glob("*-1/result.json")])
         paths = [path for path in paths if path.name != "times.json"]
         text = page(paths, at[1])
-    out = FOLDER / "lectures" / "index.html" if keep else out
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_place(out)
     write_atomically(out, text.encode())
     print(f"{out}: {len(paths)} experiment{'s' * (len(paths) != 1)}")
     if failed:
@@ -104,11 +107,8 @@ def run_all(quick: bool, at_once: int, only: tuple[str, ...], keep: bool) -> lis
     return failed
 
 
-def page(paths: list[Path], outputs: Path | None = None) -> str:
-    """The page's HTML: results, and the pictures that lie beside them.
-
-    outputs: the folder of what commands have printed, for the page of the lectures.
-    """
+def templates():
+    """(the page's template, the class of text that needs no escape). ImportError without jinja2."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup
@@ -116,7 +116,15 @@ def page(paths: list[Path], outputs: Path | None = None) -> str:
         raise ImportError(f"a page needs jinja2: {install('report')}") from None
     environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True, undefined=StrictUndefined)
-    template = environment.get_template("report.html.jinja")
+    return environment.get_template("report.html.jinja"), Markup
+
+
+def page(paths: list[Path], outputs: Path | None = None) -> str:
+    """The page's HTML: results, and the pictures that lie beside them.
+
+    outputs: the folder of what commands have printed, for the page of the lectures.
+    """
+    template, Markup = templates()
     results, ids = [(Result.load(path), path) for path in paths], []
     lectures = None
     if outputs:

@@ -52,18 +52,16 @@ def main(corpus: tuple[str, ...] = ("python-reference",), vocab_size: int = 2048
     corpora = data.load_corpora(corpus)
     parts = [data.split(c) for c in corpora]
     learned, held_out = ([text for part in parts for text in part[side]] for side in (0, 1))
-    if tokenizer:
-        chosen = data.load_tokenizer(tokenizer)
-    else:
-        merges = learn(learned, vocab_size)
-        chosen = LearnedTokens(merges)
+    merges = () if tokenizer else learn(learned, vocab_size)
+    chosen = data.load_tokenizer(tokenizer) if tokenizer else LearnedTokens(merges)
+    streams = [data.pack(part[0], chosen) for part in parts]
+    sizes = [len(stream) for stream in streams]
+    weights, names = weights or sizes, [c.name for c in corpora]
+    data.Batches(streams, weights, batch, context, seed, names)  # refuses as pretrain.py would
+    if not tokenizer:
         show_merges(merges)
         show_lengths(merges, held_out)
     show_text(utf8("text", text), chosen)
-    streams = [data.pack(part[0], chosen) for part in parts]
-    sizes = [len(stream) for stream in streams]
-    weights = weights or sizes
-    data.Batches(streams, weights, batch, context, seed)  # refuses what pretrain.py would refuse
     show_rows(np.concatenate(streams), chosen, seed)
     mixture = data.mixture_of(corpora, parts, sizes, weights)
     print("\n" + data.mixture_table(mixture, batch * context * steps))

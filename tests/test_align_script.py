@@ -21,6 +21,7 @@ from minilm.peft.adapted import adapted_layers
 from minilm.quantize import quantize_model
 from minilm.rewards import reward_of, save_reward
 from minilm.run import RunDirectory
+from minilm.tensorfiles import read_tensors, write_tensors
 from minilm.train import Trainer
 from minilm.transformer import Config, Transformer
 
@@ -211,7 +212,9 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, folder, text, method,
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(RunDirectory, "log", killed)
         main(s, tmp_path / "killed")
-    main(resume=tmp_path / "killed" / f"align-{method}-1")
+    with monkeypatch.context() as patch:
+        patch.setattr("minilm.asking.compared", None)  # it draws no comparisons again
+        main(resume=tmp_path / "killed" / f"align-{method}-1")
     assert kept(tmp_path / "killed" / f"align-{method}-1") == kept(whole)
     assert "before     after" in said and f"curves: {whole / 'curves.png'}" in said
     assert (whole / "curves.png").read_bytes() == (
@@ -223,6 +226,37 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, folder, text, method,
         assert "answers: kl" in said
         assert any(p.data.any() for p in load_adapter(load_model(folder), whole / "adapter")
                    .parameters())
+
+
+@pytest.mark.parametrize("change, words", [
+    (None, None),  # as of a run of an earlier version: it draws them again
+    (lambda t: t.pop("compared.tokens"), r"d\.tokens is float64 \(0,\), expected int64"),
+    (lambda t: t.update({"compared_held_out.counted": np.ones(3)}), "counted is float64"),
+    (lambda t: t["compared.tokens"].put(0, 258), "must be at least 0 and below 258"),
+])
+def test_comparisons_that_a_run_keeps_are_looked_at(tmp_path, folder, text, change, words):
+    s = Settings(model=str(folder), data=text, method="dpo", **SMALL)
+    main(s, tmp_path)
+    run = tmp_path / "align-dpo-1"
+    tensors, whole = read_tensors(file := run / "comparisons.safetensors"), kept(run)
+    if not change:
+        file.unlink()
+        main(resume=run)
+        assert kept(run) == whole
+        return
+    change(tensors)
+    write_tensors(file, tensors)
+    with pytest.raises(FormatError, match=words):
+        main(resume=run)
+
+
+def test_comparisons_of_a_file_are_not_kept_twice(tmp_path, folder):
+    lines = [f'{{"prompt": "{i}", "chosen": "a", "rejected": "b"}}' for i in range(12)]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    s = Settings(model=str(folder), data=str(tmp_path / "c.jsonl"), method="dpo", lr=1e-3,
+                 **SMALL | {"steps": 1})
+    main(s, tmp_path)
+    assert not [*(tmp_path / "align-dpo-1").glob("*.safetensors")]
 
 
 RECORDS = [  # of PPO, of which a round takes two steps

@@ -1,5 +1,6 @@
 """scripts/quantize.py as its user meets it: the tables' numbers, the picture, and what is wrong."""
 
+import itertools
 import re
 
 import numpy as np
@@ -85,6 +86,15 @@ def test_the_text_is_what_the_models_run_held_out(tmp_path, model, capsys):
     assert f"the model on the 30% of {text} that are held out" in said
     found = re.search(r"^float32 +[\d.]+ +([\d.]+) ", said, re.M)[1]
     assert float(found) == pytest.approx(loss, abs=1e-4)
+
+
+def test_large_numbers_stand_apart(tmp_path, model, monkeypatch, capsys):
+    """On a text that it was not trained on, a model of few bits may be far worse."""
+    more = itertools.count(0, 3)
+    monkeypatch.setattr(quantize, "loss_of", lambda *args: loss_of(*args) + next(more))
+    quantize.print_perplexities(model, data.cut(np.arange(64) % 9, 16))
+    table = capsys.readouterr().out.splitlines()[1:-1]
+    assert len(table) == 12 and all(len(line[24:].split()) == 4 for line in table)
 
 
 def test_without_a_model_it_says_how_to_get_one(tmp_path, monkeypatch):

@@ -115,6 +115,7 @@ def test_help_needs_no_extra():
 @pytest.mark.parametrize("missing, script, words, extra", [
     ("tokenizers", "pretrain", ["--tokenizer", "bpe"], "hf"),
     ("py3langid", "clean", ["--source", "."], "clean"),
+    ("jinja2", "report", ["--run", "--only", "scaling_laws", "--jobs", "9"], "report"),
     ("torch", "compare_torch", [], "test"),
     ("torch", "benchmark", ["--rows", "qlora", "train"], "test"),
     ("peft", "benchmark", ["--rows", "lora"], "peers"),
@@ -220,8 +221,15 @@ WRONG = [
     ("pretrain --resume nowhere", "nowhere/run.json"),
     ("finetune --resume nowhere", "nowhere/run.json"),
     ("generate --model file", "file: is no folder; a model is a folder with config.json"),
+    ("generate --model run", "run: is the folder of a run: give run/adapter or run/model"),
+    ("generate --model MODEL --adapter run", "run: is the folder of a run: give run/adapter or "),
+    ("distill --teacher run", "run: is the folder of a run: give run/adapter or run/model"),
+    ("plan_memory --model new", "new: is the folder of a run: it has no model or adapter yet"),
     ("quantize --model MODEL --out file/a.png", "file: File exists"),
     ("memory_report --out file/a.png", "file: File exists"),
+    ("quantize --model MODEL --out run", "run: is a folder, expected a file"),
+    ("memory_report --out run", "run: is a folder, expected a file"),
+    ("report --run --out run", "run: is a folder, expected a file"),
     ("quantize --model file", "file: is no folder; a model is a folder with config.json"),
     ("pretrain --tokenizer file", "file: "),
     ("finetune", "no model in runs/pretrain-*/model: run pretrain.py first, or give --model"),
@@ -261,6 +269,7 @@ WRONG = [
     ("pretrain --weights 2", "weights is given, but there is one corpus to draw from"),
     ("pretrain --corpus file --context 64", "file: the text to train on is too short: it has"),
     ("distill --corpus file --context 64", "file: the text to train on is too short: it has"),
+    ("tokens --corpus file --context 64", "file: the text to train on is too short: it has"),
     ("distill --masked-only", "masked_only is given, but the objective is causal"),
     ("distill --sweep 2 2.0000000001", "sweep must be different temperatures"),
     ("generate --model MODEL --temperature 0 --top-k 40", "top_k is given, but temperature 0"),
@@ -295,6 +304,10 @@ WRONG = [
 def test_wrong_input_is_one_line(tmp_path, model, monkeypatch, capsys, command, expected):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("no model")
+    for made in ("run/run.json", "run/model/x.safetensors", "run/adapter/x.safetensors",
+                 "run/checkpoints/step-1/x.safetensors", "new/run.json"):
+        Path(made).parent.mkdir(parents=True, exist_ok=True)
+        Path(made).touch()
     script, *words = command.replace("MODEL", "model").split()
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
     with pytest.raises(SystemExit) as ended:

@@ -34,7 +34,8 @@ class Batches:
 
     Each row draws a stream in proportion to `weights`, and starts anywhere in it with equal chance.
     Targets are the tokens one place later. `sizes` (S,) are the streams' tokens. A batch depends on
-    (seed, step) alone, so a resumed run needs no stored position. Iterating never ends.
+    (seed, step) alone, so a resumed run needs no stored position. Iterating never ends. `names` are
+    those of the texts that the streams are of, for errors.
     """
 
     def __init__(
@@ -44,10 +45,13 @@ class Batches:
         batch: int,
         length: int,
         seed: int,
+        names: Sequence[str] = (),
     ):
         if batch < 1 or length < 1:
             raise ValueError(f"batch and length must be at least 1, got {batch} and {length}")
-        streams = [_stream(stream, length + 1, f"stream {i}") for i, stream in enumerate(streams)]
+        said = ([f"{name}: the text to train on" for name in names]
+                or [f"stream {i}" for i in range(len(streams))])
+        streams = [_stream(stream, length + 1, what) for what, stream in zip(said, streams)]
         sizes = np.array([len(stream) for stream in streams])
         self.tokens = np.concatenate(streams)
         self.starts = np.cumsum(sizes) - sizes
@@ -144,9 +148,7 @@ def batches_of(
     names: of the parts, for errors. ValueError if a part has fewer tokens to train on than a row.
     """
     streams = [pack(training, tokenizer) for training, _ in parts]
-    for name, stream in zip(names, streams):
-        _stream(stream, length + 1, f"{name}: the text to train on")
-    batches = Batches(streams, weights or [len(s) for s in streams], batch, length, seed)
+    batches = Batches(streams, weights or [len(s) for s in streams], batch, length, seed, names)
     held_out = held_out_rows([held for _, held in parts], tokenizer, length, seed, masked)
     return MaskedBatches(batches, tokenizer, seed) if masked else batches, held_out
 

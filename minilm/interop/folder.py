@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minilm.files import FormatError, read_json
 from minilm.interop import bitsandbytes, bottlenecks, huggingface, peft, subspaces
-from minilm.interop.shards import require_folder
+from minilm.interop.shards import require_folder, require_no_run
 from minilm.nn import Module
 from minilm.peft.adapted import adapted_layers
 from minilm.peft.bottleneck import Bottleneck
@@ -88,6 +88,9 @@ def _require_adapter(folder: Path) -> None:
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(folder))
     if not folder.is_dir():
         raise FormatError(folder, "is no folder; an adapter is a folder with adapter_config.json")
-    if (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+    if (folder / "adapter_config.json").exists():
+        return
+    if (folder / "config.json").exists():
         raise FormatError(folder, "holds a model, not an adapter: give it to load_model, or to a "
                                   "program as --model")
+    require_no_run(folder)

@@ -32,7 +32,17 @@ def require_folder(folder: Path) -> None:
         raise FormatError(folder, "holds an adapter, not a model: load the model that it is for, "
                                   "and then this with interop.peft.load_adapter(model, folder), or "
                                   "give a program --adapter")
+    require_no_run(folder)
     _require_no_other_weights(folder)
+
+
+def require_no_run(folder: Path) -> None:
+    """FormatError if this is the folder of a run, with the folders in it that can be given."""
+    if not (folder / "run.json").exists():
+        return
+    found = sorted({str(path.parent) for path in folder.glob("*/*.safetensors")})
+    said = f"give {' or '.join(found)}" if found else "it has no model or adapter yet"
+    raise FormatError(folder, f"is the folder of a run: {said}")
 
 
 @contextmanager
