@@ -2,8 +2,9 @@
 
     mpiexec -n 2 python scripts/bench/rank_side.py M 2 ranks
 
-Each line on stdin is a turn: a few steps. Rank 0 then prints how long one took, how long it was
-inside calls of the Comm, and how long the same calls take if nothing else runs, in seconds.
+Each line on stdin is a turn: a few steps, and once more with each call waited for at once. Rank 0
+then prints the seconds of a step: how long it took, how long it waited in calls of the Comm, how
+long calls were under way, and how long it took and waited the second time.
 """
 
 import json
@@ -14,6 +15,7 @@ import numpy as np
 from contenders import SHAPES
 
 from minilm.backend import tune_allocator
+from minilm.parallel.clocked import Clocked
 from minilm.parallel.comm import connect
 from minilm.parallel.zero import Zero
 from minilm.train import LabelLoss
@@ -22,64 +24,10 @@ from minilm.transformer import Config, Transformer
 STEPS = 2  # of a turn: the first one's parameters travel while the second one begins
 
 
-class Timed:
-    """A Comm that counts the seconds inside its calls and its handles, and keeps what was called.
-    """
-
-    def __init__(self, comm):
-        self.comm, self.inside, self.made = comm, 0.0, []
-
-    def __getattr__(self, name):
-        return getattr(self.comm, name)
-
-    def timed(self, method, *args, **settings):
-        start = time.perf_counter()
-        try:
-            return method(*args, **settings)
-        finally:
-            self.inside += time.perf_counter() - start
-
-    def begun(self, name, arrays, *args, **settings):
-        self.made.append((name, arrays, args, settings))
-        return TimedHandle(self, self.timed(getattr(self.comm, name), *arrays, *args, **settings))
-
-    def all_reduce(self, x, *args, **settings):
-        return self.begun("all_reduce", [x], *args, **settings)
-
-    def reduce_scatter(self, full, shard, *args, **settings):
-        return self.begun("reduce_scatter", [full, shard], *args, **settings)
-
-    def all_gather(self, shard, full, *args, **settings):
-        return self.begun("all_gather", [shard, full], *args, **settings)
-
-    def again(self) -> float:
-        """Seconds of the calls made, one after another, with nothing beside them."""
-        seconds, made, self.made = 0.0, self.made, []
-        for name, arrays, args, settings in made:
-            copies = [np.zeros_like(a) for a in arrays]
-            for a in copies:
-                a += 1  # its pages are there
-            self.comm.barrier()
-            start = time.perf_counter()
-            getattr(self.comm, name)(*copies, *args, **settings).wait()
-            seconds += time.perf_counter() - start
-        return seconds
-
-
-class TimedHandle:
-    def __init__(self, comm, handle):
-        self.comm, self.handle = comm, handle
-
-    def test(self):
-        return self.comm.timed(self.handle.test)
-
-    def wait(self):
-        return self.comm.timed(self.handle.wait)
-
-
 def main(shape: str, stage: str, order: str):
     tune_allocator()
-    comm, s, loss = Timed(connect(ordered=order == "ranks")), SHAPES[shape], LabelLoss()
+    comm = Clocked(connect(ordered=order == "ranks"))
+    s, loss = SHAPES[shape], LabelLoss()
     model = Transformer(Config.gpt2(s.vocab, s.context, s.layers, s.heads, s.width)).train()
     zero = Zero(model, model.blocks, comm, int(stage), 1e-3, (0.9, 0.95), weight_decay=0.1,
                 undecayed=[p for p in model.parameters() if p.ndim < 2])
@@ -96,14 +44,15 @@ def main(shape: str, stage: str, order: str):
             pass  # what is under way belongs to these steps
 
     while told(comm):
-        comm.barrier()
-        comm.inside, comm.made = 0.0, []
-        start = time.perf_counter()
-        steps()
-        seconds = time.perf_counter() - start
-        answer = [x / STEPS for x in (seconds, comm.inside, comm.again())]
+        answer = []
+        for comm.blocking in (False, True):
+            comm.barrier()
+            comm.restart()
+            start = time.perf_counter()
+            steps()
+            answer += [time.perf_counter() - start, comm.waited, comm.under_way]
         if comm.rank == 0:
-            print(json.dumps(answer), flush=True)
+            print(json.dumps([x / STEPS for x in answer[:5]]), flush=True)
 
 
 def told(comm) -> bool:
