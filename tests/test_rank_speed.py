@@ -1,7 +1,12 @@
 """bench/rank_speed.py: what it counts and what it prints is right."""
 
+import io
+import json
+
 import pytest
-from rank_speed import line
+import rank_side
+from contenders import Shape
+from rank_speed import added, line
 
 
 def test_a_row_has_the_ratio_of_medians_and_the_shares_that_are_hidden():
@@ -17,13 +22,28 @@ def test_a_row_has_the_ratio_of_medians_and_the_shares_that_are_hidden():
         "50.0 ms | 40.0 ms | 1250.0 ms | 40.0 ms | 20% (goal: 0.5) | 0% (goal: 0.5) |")
 
 
+def test_a_row_has_what_nccl_adds():
+    found = added("stage 2", [0.1, 0.2, 0.1], [0.101, 0.102, 0.3])
+    assert found == ("| stage 2 | 100.0 ms (100.0 - 200.0) | 102.0 ms (101.0 - 300.0) | 1.020 |")
+    assert added("stage 2", [0.1], [0.103]).endswith(" | 1.030 (goal: 1.02) |")
+
+
+def test_a_turn_on_a_gpu(cupy, monkeypatch, capsys):
+    """What is printed has the time of a step alone."""
+    monkeypatch.setattr(rank_side, "STEPS", {"cuda": 1})
+    monkeypatch.setitem(rank_side.SHAPES, "tiny", Shape(1, 2, 8, 4, 2, 16))
+    monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))
+    rank_side.main("tiny", "2", "ranks", "cuda")
+    (seconds,) = json.loads(capsys.readouterr().out)
+    assert seconds > 0
+
+
 @pytest.mark.ranks
 def test_a_turn_of_two_ranks():
     pytest.importorskip("mpi4py", reason="the extra mpi is not installed")
     from rank_speed import Ranks
 
-    ranks = Ranks("S", 2, "ranks")
-    seconds, waited, under_way, blocked, at_once = ranks.run()
-    ranks.close()
+    with Ranks(2, "S", 2, "ranks", "cpu") as ranks:
+        seconds, waited, under_way, blocked, at_once = ranks.run()
     assert 0 < waited < seconds and 0 < under_way < seconds and 0 < at_once < blocked
     assert ranks.process.returncode == 0

@@ -1,10 +1,9 @@
 """The side of rank_speed.py that mpiexec starts: ranks that train when they are told to.
 
-    mpiexec -n 2 python scripts/bench/rank_side.py M 2 ranks
+    mpiexec -n 2 python scripts/bench/rank_side.py M 2 ranks cpu
 
-Each line on stdin is a turn: a few steps, and once more with each call waited for at once. Rank 0
-then prints the seconds of a step: how long it took, how long it waited in calls of the Comm, how
-long calls were under way, and how long it took and waited the second time.
+Each line on stdin is a turn: a few steps as the programs make them, and on a CPU once more with
+each call waited for at once. Rank 0 then prints what `turn` gives.
 """
 
 import json
@@ -12,47 +11,53 @@ import sys
 import time
 
 import numpy as np
-from contenders import SHAPES
+from contenders import SHAPES, our_config
 
 from minilm.backend import tune_allocator
 from minilm.parallel.clocked import Clocked
 from minilm.parallel.comm import connect
+from minilm.parallel.nccl import on_cards
 from minilm.parallel.zero import Zero
-from minilm.train import LabelLoss
-from minilm.transformer import Config, Transformer
+from minilm.ranks import RankTrainer
+from minilm.transformer import Transformer
 
-STEPS = 2  # of a turn: the first one's parameters travel while the second one begins
+STEPS = {"cpu": 2, "cuda": 20}  # of a turn: a step's parameters travel while the next one begins
 
 
-def main(shape: str, stage: str, order: str):
+def main(shape: str, stage: str, order: str, device: str):
     tune_allocator()
-    comm = Clocked(connect(ordered=order == "ranks"))
-    s, loss = SHAPES[shape], LabelLoss()
-    model = Transformer(Config.gpt2(s.vocab, s.context, s.layers, s.heads, s.width)).train()
+    host = connect(ordered=order == "ranks")
+    comm, s = Clocked(host) if device == "cpu" else on_cards(host), SHAPES[shape]
+    model = Transformer(our_config(s)).to(device)
     zero = Zero(model, model.blocks, comm, int(stage), 1e-3, (0.9, 0.95), weight_decay=0.1,
                 undecayed=[p for p in model.parameters() if p.ndim < 2])
-    batch = s.tokens()
-    mine = [np.array_split(a, comm.size)[comm.rank] for a in batch]
+    tokens = s.tokens()
+    with RankTrainer(model, zero) as trainer:
+        while told(host):
+            answer = turn(trainer, tokens, STEPS[device])
+            if device == "cpu":
+                comm.blocking = True
+                answer += turn(trainer, tokens, STEPS[device])[:2]
+                comm.blocking = False
+            if comm.rank == 0:
+                print(json.dumps(answer), flush=True)
 
-    def steps():
-        for _ in range(STEPS):
-            with zero.micro_batch():
-                loss(model, *mine, totals=loss.totals(*batch)).backward()
-            zero.norm()
-            zero.step()
-        with zero.gathered(units=stage != "3"):
-            pass  # what is under way belongs to these steps
 
-    while told(comm):
-        answer = []
-        for comm.blocking in (False, True):
-            comm.barrier()
-            comm.restart()
-            start = time.perf_counter()
-            steps()
-            answer += [time.perf_counter() - start, comm.waited, comm.under_way]
-        if comm.rank == 0:
-            print(json.dumps([x / STEPS for x in answer[:5]]), flush=True)
+def turn(trainer, tokens, steps) -> list[float]:
+    """Seconds of a step; on a CPU also those that it waited, and those that calls were under way.
+    """
+    comm, optimizer = trainer.comm, trainer.optimizer
+    comm.barrier()
+    if clocked := isinstance(comm, Clocked):
+        comm.restart()
+    start = time.perf_counter()
+    for _ in range(steps):
+        trainer.step(0, tokens, accumulate=comm.size)
+    with optimizer.gathered(units=optimizer.stage < 3):
+        pass  # what is under way belongs to these steps
+    float(trainer.model.embed.weight.data[0, 0])  # what a GPU has been given, too
+    found = [time.perf_counter() - start, *([comm.waited, comm.under_way] if clocked else [])]
+    return [x / steps for x in found]
 
 
 def told(comm) -> bool:
