@@ -457,11 +457,15 @@ def test_one_process_of_mpiexec_is_as_any_other(monkeypatch):
 
 
 @pytest.mark.parametrize("program, stage", [("pretrain", 2), ("finetune", 1)])
-def test_a_rank_on_a_gpu_trains_as_on_a_cpu(cupy, folder, plain, capsys, monkeypatch, program,
-                                            stage):
-    """NCCL is a stand-in of one rank; it takes no array of the host."""
-    monkeypatch.setattr(backend, "nccl", PretendedNccl)
-    monkeypatch.setattr(cupy.cuda, "Device", lambda number: SimpleNamespace(use=int), raising=False)
+def test_a_rank_on_a_gpu_trains_as_on_a_cpu(cupy, folder, plain, capsys, monkeypatch, request,
+                                            program, stage):
+    """Where there is no GPU, NCCL is a stand-in of one rank; it takes no array of the host."""
+    if request.node.callspec.params["cupy"] == "emulated":
+        monkeypatch.setattr(backend, "nccl", PretendedNccl)
+        one = SimpleNamespace(use=int)
+        monkeypatch.setattr(cupy.cuda, "Device", lambda number: one, raising=False)
+    else:
+        pytest.importorskip("cupy.cuda.nccl")
     monkeypatch.setattr(joining, "on_cards", lambda host: Nccl(host, host.ordered))
     main, of = (pretrain.main, of_pretrain) if program == "pretrain" else (
         finetune.main, of_finetune)
