@@ -67,7 +67,13 @@ def begun(ranks: Ranks | None, settings, resume: Path | None, given):
     run, s = resumed(settings, resume, given)
     if ranks:
         n = ranks.comm.size
+        if run and s.accumulate % n:
+            raise ValueError(f"a step of this run has {s.accumulate} micro-batches, which {n} "
+                             "ranks cannot share evenly: go on with as many ranks as divide "
+                             f"{s.accumulate}")
         if not run and s.accumulate == 1 and "accumulate" not in given:
+            if s.batch < n:
+                raise ValueError(f"batch is {s.batch}, but each of {n} ranks needs a row")
             s = replace(s, accumulate=n)
         require_even(s.accumulate, ranks.comm)
         rule = "mezo" if getattr(s, "optimizer", "") == "mezo" else s.method

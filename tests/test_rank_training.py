@@ -387,7 +387,8 @@ def test_a_step_has_as_many_micro_batches_as_ranks_if_nothing_is_said(tmp_path):
     for wrong, given, said in (
             (dict(), {"accumulate"}, "1 micro-batches a step cannot be shared evenly by 4 ranks"),
             (dict(accumulate=6), (), "6 micro-batches a step cannot be shared evenly by 4 ranks"),
-            (dict(batch=3), (), "accumulate must be 1 to the batch's 3 rows, got 4"),
+            (dict(batch=3), (), "batch is 3, but each of 4 ranks needs a row"),
+            (dict(batch=3, accumulate=4), (), "accumulate must be 1 to the batch's 3 rows, got 4"),
             (dict(workers=2), {"workers"}, "workers is given, but with --stage each rank is one"),
             (dict(threads=True), {"threads"}, "threads is given, but with --stage each rank is")):
         with pytest.raises(ValueError, match=said):
@@ -397,6 +398,11 @@ def test_a_step_has_as_many_micro_batches_as_ranks_if_nothing_is_said(tmp_path):
                         (dict(method="subspace"), "subspace has an update rule")):
         with pytest.raises(ValueError, match=said):
             begun(of, finetune.Settings(**wrong), None, frozenset())
+    six = dataclasses.replace(s, workers=1, accumulate=6)
+    run = RunDirectory.create(tmp_path, "run", asdict(six), [])
+    with pytest.raises(ValueError, match=r"^a step of this run has 6 micro-batches, which 4 ranks "
+                                         r"cannot share evenly: go on with as many ranks as"):
+        begun(of, s, run.path, frozenset())
     run = RunDirectory.create(tmp_path, "run", asdict(dataclasses.replace(s, workers=3)), [])
     with pytest.raises(ValueError, match=r"others are given: workers 1 \(it has 3\)"):
         begun(of, s, run.path, frozenset())
