@@ -111,8 +111,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         resume: folder of a run to go on with, bit for bit, under its own settings.
         stage: how mpiexec's processes share a step: 0 DDP, 1 ZeRO-1, 2 ZeRO-2, 3 FSDP.
         device: of the ranks; cuda is one GPU a rank, and needs a stage.
-        given: names of the options on the command line.
-        comm: the ranks.
+        given, comm: names of the options on the command line; the ranks.
     """
     ranks = joined(stage, comm, device)
     run, s = begun(ranks, settings, resume, given)

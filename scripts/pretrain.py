@@ -126,8 +126,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         resume: folder of a run to go on with, bit for bit, under its own settings.
         stage: how mpiexec's processes share a step: 0 DDP, 1 ZeRO-1, 2 ZeRO-2, 3 FSDP.
         device: of the ranks; cuda is one GPU a rank, and needs a stage.
-        given: names of the options on the command line.
-        comm: the ranks.
+        given, comm: names of the options on the command line; the ranks.
     """
     settings = replace(settings, prompt=utf8("prompt", settings.prompt))
     if not settings.corpus or not settings.prompt:
