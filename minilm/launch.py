@@ -1,17 +1,16 @@
 """A program that mpiexec has started n times: one voice, and one end for all.
 
-Rank 0 speaks, and the others are silent. Whoever fails ends the job: the others would wait for it
-for ever. A rank other than 0 first waits a moment, in which rank 0 fails too if the reason is the
-same on all, such as a wrong option. So there is one message.
+Rank 0 speaks, and the others are silent. Whoever fails ends the job, as parallel/faults.py does it.
+If the reason is the same on all, such as a wrong option, rank 0 says it for all.
 """
 
 import os
 import sys
-import time
-from contextlib import suppress
 
+from minilm.parallel import faults
 from minilm.parallel.comm import launched
-from minilm.parallel.faults import own_rank
+from minilm.parallel.faults import guarded, own_rank
+from minilm.parallel.mpi import forget_names
 
 
 def silence_all_but_one():
@@ -39,19 +38,13 @@ def end(said: str | int):
     """
     if launched() == 1:
         sys.exit(said)
+    record, rank, together = guarded(), own_rank(), True
     try:
-        from mpi4py import MPI  # returns when all are there
+        from mpi4py import MPI  # noqa: F401 - it returns when all are there
+
+        forget_names()
     except (ImportError, RuntimeError):
-        MPI = None
-    if own_rank():
-        time.sleep(min(5, 1 + own_rank() / 4))
-    code = said if isinstance(said, int) else 1
-    if isinstance(said, str) and (MPI or not own_rank()):
-        said = f"rank {own_rank()}: {said}\n" if own_rank() else f"{said}\n"
-        with suppress(OSError):
-            os.write(2, said.encode("utf-8", "backslashreplace"))
-    if not MPI:
-        sys.exit(code)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would have something to say, too
-    MPI.COMM_WORLD.Abort(code)
-    os._exit(code)  # mpiexec is about to end this process: it must not go on until then
+        together = False  # nor have the others one
+    text = "" if isinstance(said, int) or (rank and not together) else said
+    faults.end(f"rank {rank}: {text}" if rank and text else text, rank, record,
+               said if isinstance(said, int) else 1)

@@ -40,7 +40,7 @@ from minilm.continued import trained_on
 from minilm.files import sha256
 from minilm.interop import load_model, require_folder, save_adapter, save_model
 from minilm.interop.folder import own_format
-from minilm.joining import Connected, adamw_of, again, begun, crew, joined, new_run
+from minilm.joining import Connected, Device, adamw_of, again, begun, crew, joined, new_run
 from minilm.lessons import Lesson, conversations, instructions, load_data
 from minilm.loop import Training, fit, refuse_unused
 from minilm.optim import MeZO
@@ -102,7 +102,7 @@ class Settings(Adapting, Training):
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
          out: Path = Path("runs"), resume: Path | None = None, stage: int | None = None,
-         given: Given = frozenset(), comm: Connected = None):
+         device: Device = "cpu", given: Given = frozenset(), comm: Connected = None):
     """Teach a trained model to follow instructions.
 
     Args:
@@ -110,10 +110,10 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
         stage: how mpiexec's processes share a step: 0 DDP, 1 ZeRO-1, 2 ZeRO-2, 3 FSDP.
-        given: names of the options on the command line.
-        comm: the ranks.
+        device: of the ranks; cuda is one GPU a rank, and needs a stage.
+        given, comm: names of the options on the command line; the ranks.
     """
-    ranks = joined(stage, comm)
+    ranks = joined(stage, comm, device)
     run, s = begun(ranks, settings, resume, given)
     s = s if run else sensible(s, given)
     folder = Path(s.model) if s.model else newest_model(Path("runs"), "pretrain-*")

@@ -33,7 +33,7 @@ from minilm.files import json_bytes, sha256
 from minilm.generate import generate
 from minilm.graph import no_dropout
 from minilm.interop import huggingface
-from minilm.joining import Connected, adamw_of, again, begun, crew, joined, new_run
+from minilm.joining import Connected, Device, adamw_of, again, begun, crew, joined, new_run
 from minilm.loop import Training, fit, refuse_unused, validation
 from minilm.measure.losses import bits_per_byte
 from minilm.new import make_model, make_tokenizer, progress
@@ -117,7 +117,7 @@ NOT_WITH_INIT = ["family", "layers", "heads", "width", "bias", "tokenizer", "voc
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
          out: Path = Path("runs"), resume: Path | None = None, stage: int | None = None,
-         given: Given = frozenset(), comm: Connected = None):
+         device: Device = "cpu", given: Given = frozenset(), comm: Connected = None):
     """Train a small language model, from nothing or further.
 
     Args:
@@ -125,13 +125,13 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         out: the run gets a folder of its own in here.
         resume: folder of a run to go on with, bit for bit, under its own settings.
         stage: how mpiexec's processes share a step: 0 DDP, 1 ZeRO-1, 2 ZeRO-2, 3 FSDP.
-        given: names of the options on the command line.
-        comm: the ranks.
+        device: of the ranks; cuda is one GPU a rank, and needs a stage.
+        given, comm: names of the options on the command line; the ranks.
     """
     settings = replace(settings, prompt=utf8("prompt", settings.prompt))
     if not settings.corpus or not settings.prompt:
         raise ValueError("corpus and prompt must not be empty")
-    ranks = joined(stage, comm)
+    ranks = joined(stage, comm, device)
     run, s = begun(ranks, settings, resume, given)
     if not run:
         refuse_idle(s, given)

@@ -16,10 +16,10 @@ from minilm.nn import Linear
 from minilm.optim import AdamW
 from minilm.optim.flat import clip_grad_norm
 from minilm.parallel import comm as comms
-from minilm.parallel.comm import Handle, Local, connect, ranks
+from minilm.parallel.comm import Handle, Local, Threads, connect, ranks
 from minilm.parallel.faults import Parted
 from minilm.parallel.mpi import Mpi
-from minilm.parallel.nccl import Nccl
+from minilm.parallel.nccl import Nccl, on_cards
 from minilm.parallel.zero import Zero
 from minilm.tensor import Tensor
 
@@ -201,6 +201,44 @@ def test_a_missing_mpi_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(RuntimeError, match=r"minilm\[mpi\]"):
         Mpi()
+
+
+class Hosts(Local):
+    """Rank 1 of two machines with two ranks each, which have so many GPUs."""
+
+    rank, size, local_rank = 1, 4, 1
+
+    def __init__(self, *cards):
+        super().__init__(ordered=True)
+        self.cards = cards
+
+    def numbers(self, number, cards):
+        assert (number, cards) == (1, self.cards[0])
+        return np.array([[r % 2, self.cards[r // 2]] for r in range(4)], np.float64)
+
+
+def test_each_rank_has_the_gpu_of_its_number_on_its_machine(cupy, monkeypatch):
+    made = []
+    monkeypatch.setattr("minilm.parallel.nccl.Local", Threads)
+    monkeypatch.setattr("minilm.parallel.nccl.Nccl", lambda *how: made.append(how) or "nccl")
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 2)
+    host = Hosts(2, 2)
+    assert (on_cards(host), made) == ("nccl", [(host, True)])
+    with pytest.raises(RuntimeError, match=r"^each rank needs a GPU of its own, but rank 3 is "
+                                           r"number 2 on a machine that has 1$"):
+        on_cards(Hosts(2, 1))
+
+
+def test_a_process_by_itself_needs_no_nccl(cupy):
+    assert on_cards(host := Local()) is host
+
+
+def test_without_a_gpu_it_is_said(cupy, monkeypatch):
+    backend.cupy.cache_clear()
+    monkeypatch.setattr(cupy, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU and its driver; CuPy finds none"):
+        on_cards(Local())
+    backend.cupy.cache_clear()
 
 
 class PretendedNccl:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_rank_faults import nothing_is_left, without_owner
 
 from minilm import data
 from minilm.interop import huggingface
@@ -142,8 +143,10 @@ def test_finetune_leaves_the_same(folder, method):
     (2, ["--stage", 1, "--workers", 2], 1,
      "pretrain.py: workers is given, but with --stage each rank is one worker")])
 def test_what_is_wrong_is_said_once(folder, n, words, code, message):
+    before = without_owner()
     found = said(n, "pretrain.py", *pretrained(folder, "wrong", *words))
     assert found == (code, "", f"{message}\n")
+    assert nothing_is_left("", before)
     assert not (folder / "wrong").exists()
 
 

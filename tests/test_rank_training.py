@@ -7,14 +7,16 @@ import itertools
 import math
 import threading
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import finetune
 import numpy as np
 import pretrain
 import pytest
+from test_comm import PretendedNccl
 from test_loop import BATCHES, SMALL, STREAM, new_run, saved
 
-from minilm import data, launch, loop
+from minilm import backend, data, joining, launch, loop
 from minilm.adapting import METHODS, OWN_RULE
 from minilm.command import command
 from minilm.files import FormatError
@@ -24,6 +26,7 @@ from minilm.joining import new_run as make_run
 from minilm.loop import fit
 from minilm.optim import AdamW, LossScaler
 from minilm.parallel.comm import Local, ranks
+from minilm.parallel.nccl import Nccl
 from minilm.ranks import RankRun, RankTrainer
 from minilm.run import RunDirectory
 from minilm.train import Diverged, LabelLoss, Trainer
@@ -384,7 +387,8 @@ def test_a_step_has_as_many_micro_batches_as_ranks_if_nothing_is_said(tmp_path):
     for wrong, given, said in (
             (dict(), {"accumulate"}, "1 micro-batches a step cannot be shared evenly by 4 ranks"),
             (dict(accumulate=6), (), "6 micro-batches a step cannot be shared evenly by 4 ranks"),
-            (dict(batch=3), (), "accumulate must be 1 to the batch's 3 rows, got 4"),
+            (dict(batch=3), (), "batch is 3, but each of 4 ranks needs a row"),
+            (dict(batch=3, accumulate=4), (), "accumulate must be 1 to the batch's 3 rows, got 4"),
             (dict(workers=2), {"workers"}, "workers is given, but with --stage each rank is one"),
             (dict(threads=True), {"threads"}, "threads is given, but with --stage each rank is")):
         with pytest.raises(ValueError, match=said):
@@ -394,6 +398,11 @@ def test_a_step_has_as_many_micro_batches_as_ranks_if_nothing_is_said(tmp_path):
                         (dict(method="subspace"), "subspace has an update rule")):
         with pytest.raises(ValueError, match=said):
             begun(of, finetune.Settings(**wrong), None, frozenset())
+    six = dataclasses.replace(s, workers=1, accumulate=6)
+    run = RunDirectory.create(tmp_path, "run", asdict(six), [])
+    with pytest.raises(ValueError, match=r"^a step of this run has 6 micro-batches, which 4 ranks "
+                                         r"cannot share evenly: go on with as many ranks as"):
+        begun(of, s, run.path, frozenset())
     run = RunDirectory.create(tmp_path, "run", asdict(dataclasses.replace(s, workers=3)), [])
     with pytest.raises(ValueError, match=r"others are given: workers 1 \(it has 3\)"):
         begun(of, s, run.path, frozenset())
@@ -423,6 +432,8 @@ def test_what_to_type_to_go_on():
     words = again(Ranks(Local(), 3), "p.py", run)
     assert words.endswith("p.py --resume runs/pretrain-1 --stage 3") and "mpiexec" not in words
     assert again(Ranks(Two(), 3), "p.py", run) == f"mpiexec -n 2 {words}"
+    on_gpus = again(Ranks(Two(), 1, "cuda"), "p.py", run)
+    assert on_gpus.endswith("--resume runs/pretrain-1 --stage 1 --device cuda")
 
 
 @pytest.mark.parametrize("known, said", [
@@ -446,3 +457,42 @@ def test_one_process_of_mpiexec_is_as_any_other(monkeypatch):
 
     with pytest.raises(SystemExit, match=r"^program\.py: bad$"):
         command(main)
+
+
+# On GPUs
+
+
+@pytest.mark.parametrize("program, stage", [("pretrain", 2), ("finetune", 1)])
+def test_a_rank_on_a_gpu_trains_as_on_a_cpu(cupy, folder, plain, capsys, monkeypatch, request,
+                                            program, stage):
+    """Where there is no GPU, NCCL is a stand-in of one rank; it takes no array of the host."""
+    if request.node.callspec.params["cupy"] == "emulated":
+        monkeypatch.setattr(backend, "nccl", PretendedNccl)
+        one = SimpleNamespace(use=int)
+        monkeypatch.setattr(cupy.cuda, "Device", lambda number: one, raising=False)
+    else:
+        pytest.importorskip("cupy.cuda.nccl")
+    monkeypatch.setattr(joining, "on_cards", lambda host: Nccl(host, host.ordered))
+    main, of = (pretrain.main, of_pretrain) if program == "pretrain" else (
+        finetune.main, of_finetune)
+    found = {}
+    for device in ("cpu", "cuda"):
+        main(of(folder), folder / device, stage=stage, device=device, comm=Local(ordered=True))
+        (run,) = (folder / device).iterdir()
+        found[device] = kept(run)
+    said = capsys.readouterr().out
+    assert f"1 ranks in stage {stage}, from" in said
+    assert f"1 ranks in stage {stage} on GPUs, from" in said
+    assert found["cpu"][0].keys() == found["cuda"][0].keys()
+    for mine, other in zip(found["cpu"][1], found["cuda"][1], strict=True):
+        assert mine["step"] == other["step"]
+        assert mine.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage, said", [
+    (None, "--device cuda needs --stage: take 0 for one GPU"),
+    (3, "stage 3 is for a CPU, whose memory can be given back .*: take stage 2")])
+def test_a_stage_that_a_gpu_cannot_have_is_refused_before_a_run_begins(folder, stage, said):
+    with pytest.raises(ValueError, match=said):
+        pretrain.main(of_pretrain(folder), folder / "out", stage=stage, device="cuda")
+    assert not (folder / "out").exists()

@@ -1,93 +1,89 @@
 """How long collectives are under way, and how much of that a rank waits for.
 
-A call that is posted goes on while the rank computes. Of each call of a Clocked comm it is known
+A call that is posted goes on while the rank computes. Of the calls of a Clocked comm it is known
 
-    waited    seconds inside the call itself, in test() and in wait(): then the rank does nothing
-              else
-    hidden    seconds from posting it until it is done, without those
+    waited       seconds inside the calls, in test() and in wait(): then the rank does nothing else
+    under_way    seconds in which at least one call was posted and not done. It is done when its
+                 result is there, whether the rank has asked for it by then or not
 
-An engine that works only inside its calls, as MPI does between processes of one machine, may seem
-to hide what it has not yet begun. So there is a second measure: with blocking=True each call is
-waited for at once, and what is waited less without it is hidden indeed.
+so 1 - waited / under_way is hidden behind other work. But calls that are waited for at once may be
+under way for a shorter time, since nothing takes the cores from them. So there is a second measure:
+with blocking=True each call is waited for at once, and what is waited less without it is hidden
+indeed.
 """
 
 import time
 
-from minilm.parallel.comm import Comm
-
-
-class Clock:
-    """A request with its times; done(hidden, waited) is told them at the end."""
-
-    def __init__(self, post, done):
-        begun = time.perf_counter()
-        self.request, self.done = post(), done
-        self.posted = time.perf_counter()
-        self.waited, self.inside = self.posted - begun, 0.0
-        if self.request is None:
-            self._end()
-
-    def Test(self) -> bool:
-        return self._ask(self.request.Test)
-
-    def Wait(self):
-        self._ask(lambda: self.request.Wait() or True)
-
-    def _ask(self, question):
-        begun = time.perf_counter()
-        answer = question()
-        self.inside += time.perf_counter() - begun
-        if answer:
-            self._end()
-        return answer
-
-    def _end(self):
-        hidden = time.perf_counter() - self.posted - self.inside
-        self.done(hidden if self.inside else 0.0, self.waited + self.inside)
+from minilm.parallel.comm import Comm, Handle
 
 
 class Clocked(Comm):
-    """Another comm's engine, whose calls are timed, without what mpi.py does beside MPI's own.
+    """Another comm of NumPy's arrays, whose handles are timed: one of the programs', by connect().
 
-    hidden, waited: seconds of all its calls. blocking: wait for each call at once.
+    ordered: by default as the other's. blocking: wait for each call at once; may be changed.
 
     >>> from minilm.parallel.comm import Local
     >>> import numpy as np
     >>> comm = Clocked(Local())
     >>> comm.all_reduce(np.zeros(3)).wait()
-    >>> comm.hidden == 0 < comm.waited
+    >>> comm.waited > 0 and comm.under_way > 0
     True
     """
 
-    def __init__(self, engine: Comm, ordered: bool = False, blocking: bool = False):
-        super().__init__(ordered)
-        self.engine, self.blocking, self.hidden, self.waited = engine, blocking, 0.0, 0.0
-        self.rank, self.size, self.local_rank = engine.rank, engine.size, engine.local_rank
+    def __init__(self, comm: Comm, ordered: bool | None = None, blocking: bool = False):
+        super().__init__(comm.ordered if ordered is None else ordered)
+        self.comm, self.blocking = comm, blocking
+        self.rank, self.size, self.local_rank = comm.rank, comm.size, comm.local_rank
+        self.restart()
 
-    def _clocked(self, post):
-        clock = Clock(post, self._done)
-        if clock.request is None:
-            return None
-        if self.blocking:
-            clock.Wait()
-            return None
+    def __getattr__(self, name):
+        return getattr(self.comm, name)  # the engine's calls
+
+    def restart(self):
+        """Count from 0 again. All handles must be done."""
+        self.sent.clear()
+        self.waited, self.spans = 0.0, []  # when a call was posted, and when it was done
+
+    def begin(self, step):
+        super().begin(step)
+        self.comm.begin(step)
+
+    def _call(self, what, method, x, *others, then=None):
+        clock = Clock(self, then)
+        clock.handle = clock.inside(self.comm._call, what, method, x, *others, then=clock.stop)
+        if self.blocking or clock.handle.request is None:  # some engines have done all by now
+            clock.wait()
         return clock
 
-    def _done(self, hidden, waited):
-        self.hidden += hidden
-        self.waited += waited
+    @property
+    def under_way(self) -> float:
+        total = end = 0.0
+        for begun, done in sorted(self.spans):
+            total += max(0.0, done - max(begun, end))
+            end = max(end, done)
+        return total
 
-    def _all_reduce(self, x):
-        return self._clocked(lambda: self.engine._all_reduce(x))
 
-    def _reduce_scatter(self, full, shard):
-        return self._clocked(lambda: self.engine._reduce_scatter(full, shard))
+class Clock(Handle):
+    """A handle of a Clocked comm."""
 
-    def _all_gather(self, shard, full):
-        return self._clocked(lambda: self.engine._all_gather(shard, full))
+    def __init__(self, comm: Clocked, then=None):
+        self.comm, self.then, self.begun = comm, then, time.perf_counter()
 
-    def _all_to_all(self, full, parts):
-        return self._clocked(lambda: self.engine._all_to_all(full, parts))
+    def inside(self, call, *args, **settings):
+        """What the call gives. Meanwhile the rank waits."""
+        begun = time.perf_counter()
+        found = call(*args, **settings)
+        self.comm.waited += time.perf_counter() - begun
+        return found
 
-    def _broadcast(self, x, root):
-        return self._clocked(lambda: self.engine._broadcast(x, root))
+    def stop(self):
+        """The result has come, perhaps in another thread."""
+        self._finish()
+        self.comm.spans.append((self.begun, time.perf_counter()))
+
+    def test(self):
+        return self.inside(self.handle.test)
+
+    def wait(self):
+        self.inside(self.handle.wait)

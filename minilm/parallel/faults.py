@@ -34,7 +34,7 @@ import traceback
 from functools import cache
 
 PATIENCE = 600.0  # seconds
-TURN = 0.5  # seconds that a rank leaves to each one below it, up to LONGEST in all
+TURN = 0.5  # seconds that a rank leaves to each one below it, and to 0 twice, up to LONGEST in all
 LONGEST = 5.0
 RANKS = "PMI_RANK", "OMPI_COMM_WORLD_RANK"  # MPICH's and Open MPI's number of this process
 
@@ -141,7 +141,7 @@ def guard(child: int, record: Record) -> int:
     if not record.ended:
         # Perhaps the reason is told, and mpiexec is about to end us. MPI may crash, too, if its
         # calls differ: then the other ranks say more.
-        time.sleep(4 * TURN if code > 0 else 2 * TURN)
+        time.sleep(4 * TURN if code > 0 else 3 * TURN)
         how = (f"was killed by {signal.Signals(-code).name}" if code < 0 else
                f"left with exit code {code}")
         if code == -signal.SIGKILL:
@@ -167,14 +167,14 @@ def hooked(comm, record: Record):
             said = f"{error}\n{''.join(traceback.format_tb(trace))}"
         elif issubclass(kind, KeyboardInterrupt):
             said = f"stopped {where(comm)}"
-        end(said, comm, record)
+        end(said, comm.rank, record)
 
     def leave():
         if os.getpid() == rank_itself:
             try:
                 comm.end()
             except (Parted, KeyboardInterrupt) as error:
-                end(str(error), comm, record)
+                end(str(error), comm.rank, record)
             record.end()
 
     sys.excepthook = fail
@@ -182,13 +182,14 @@ def hooked(comm, record: Record):
     return comm
 
 
-def end(said: str, comm, record: Record):
+def end(said: str, rank: int, record: Record, code: int = 1):
     """Say it, if no rank below this one has the same to say, and end all ranks."""
     sys.stdout.flush()
-    time.sleep(min(LONGEST, comm.rank * TURN))
-    say(said)
+    time.sleep(min(LONGEST, (rank + 1) * TURN) if rank else 0)
+    if said:
+        say(said)
     record.end()
-    os._exit(1)
+    os._exit(code)
 
 
 def say(text: str):

@@ -8,10 +8,24 @@ import numpy as np
 
 from minilm import backend
 from minilm.backend import array_module
-from minilm.parallel.comm import Comm
+from minilm.parallel.comm import Comm, Local
 
 TYPES = {"float32": "FLOAT32", "float16": "FLOAT16", "float64": "FLOAT64", "bfloat16": "BFLOAT16",
          "int32": "INT32", "int64": "INT64", "uint8": "UINT8"}  # NumPy's name: NCCL's
+
+
+def on_cards(host: Comm) -> Comm:
+    """The Comm of ranks on GPUs: each takes the one that has its number on its machine.
+
+    A process that no launcher has started needs no NCCL. RuntimeError if there is no GPU for each
+    rank, or no NCCL; on all ranks alike if their machines are.
+    """
+    there = backend.cupy().cuda.runtime.getDeviceCount()
+    for rank, (number, cards) in enumerate(host.numbers(host.local_rank, there)):
+        if number >= cards:
+            raise RuntimeError(f"each rank needs a GPU of its own, but rank {rank} is number "
+                               f"{number + 1:.0f} on a machine that has {cards:.0f}")
+    return host if isinstance(host, Local) else Nccl(host, host.ordered)
 
 
 class OnStream:

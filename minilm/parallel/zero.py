@@ -43,6 +43,13 @@ STATES = "parameters", "m", "v"  # of a bucket
 IN_FLIGHT = 2  # buckets whose whole gradients may be kept until they have travelled
 
 
+def require_host(stage: int):
+    """ValueError for a stage that a GPU cannot have."""
+    if stage == 3:
+        raise ValueError("stage 3 is for a CPU, whose memory can be given back while the graph has "
+                         "views of it; a GPU's cannot: take stage 2")
+
+
 class Zero:
     """AdamW on n ranks, each with a copy of the model. `lr` may be changed between steps.
 
@@ -86,8 +93,8 @@ class Zero:
         self.kept = False  # do the units' parameters stay after forward?
         self.flight, self.peak = deque(), Counter()  # peak: bytes, as `held` has them
         tensors = [t for _, t in model.named_tensors() if t.size]
-        if stage == 3 and any(array_module(t.data) is not np for t in tensors):
-            raise ValueError("stage 3 is for a CPU: take stage 2 on GPUs")
+        if any(array_module(t.data) is not np for t in tensors):
+            require_host(stage)
         without = {id(t) for t in leaves(undecayed, "undecayed")}
         if without - {id(t) for t in tensors if t.requires_grad}:
             raise ValueError("some of undecayed are none of the model's parameters")

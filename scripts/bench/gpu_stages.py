@@ -18,7 +18,7 @@ SANITIZED = [name for name in CASES if name not in ("products", "model")]  # cuB
 TESTS = (  # longest first
     "cuda_path nf4_kernels gpu_benchmark attention_kernel row_kernels adamw_kernel lora_kernels "
     "counted_kernels paged eightbit mezo methods_on_a_card dequantized student memory_report "
-    "measure main comm").split()
+    "measure main rank_training rank_speed comm").split()
 GROUPS = {"dequantize": 30, "matmul": 40, "lora": 40, "attention": 25, "swiglu": 25, "rms_norm": 25,
           "adamw": 20, "pages": 25, "quantize": 20, "reference": 20}  # at most, in seconds
 WANTED = ("cupy", "torch", "hypothesis", "pytest", "xdist", "pytest_timeout", "tyro", "tqdm",

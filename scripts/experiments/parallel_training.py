@@ -15,9 +15,11 @@ Ranks are processes that mpiexec starts (extra `mpi`), each on one core. Where t
 a quick run, they are threads of one process: bytes are the same, but times mean nothing.
 A machine with 2 cores runs 4 ranks by turns, so 4 ranks then show bytes, not speed.
 
-Seconds are medians of steps. The communication of a stage is what its calls take if each is waited
-for at once. What overlap hides of it is told in two ways, that of handles (clocked.py) and that of
-waiting less. In order means that sums run over ranks 0, 1, ...: bits do not depend on the engine.
+Seconds are medians of steps. The communication of a stage is what a rank waits in its calls if each
+is waited for at once. What overlap hides of it is told in two ways, by handles and by waiting less:
+see minilm/parallel/clocked.py, by which scripts/bench/rank_speed.py measures a larger model. Calls
+are those of the programs, with all that parallel/mpi.py does beside MPI. In order means that sums
+run over ranks 0, 1, ..., as the programs have it: bits do not depend on the engine.
 
 The simulator of minilm/measure/step_time.py is asked for the same steps. It gets the latency a and
 the speed B of this machine's messages, fitted to collectives of many sizes, and the seconds of a
@@ -47,8 +49,7 @@ from minilm.measure.step_time import Unit, simulate
 from minilm.measure.verdict import by_arm, by_seed, compared, each_seed, single, verdict
 from minilm.parallel.bucket import bytes_held, bytes_sent
 from minilm.parallel.clocked import Clocked
-from minilm.parallel.comm import LAUNCHED, Local, ranks
-from minilm.parallel.mpi import Mpi
+from minilm.parallel.comm import LAUNCHED, Local, connect, ranks
 from minilm.parallel.zero import Zero
 from minilm.picture import COLORS
 from minilm.train import LabelLoss
@@ -157,13 +158,12 @@ def as_rank(comm, seed: int, quick: bool) -> dict:
     if not quick:
         in_turn(comm, jobs, 1)  # warms up
     for clock in clocks.values():
-        clock.sent.clear()
-        clock.hidden = clock.waited = 0.0
+        clock.restart()
     times, found = in_turn(comm, jobs, steps), [{} for _ in STAGES]
     for (stage, mode), clock in clocks.items():
-        waited, hidden = comm.numbers(clock.waited, clock.hidden).mean(axis=0) / steps
+        waited, under_way = comm.numbers(clock.waited, clock.under_way).mean(axis=0) / steps
         found[stage][mode] = {"seconds": sum(times[stage, mode]), "waited": waited,
-                              "hidden": hidden}
+                              "under way": under_way}
         zero = zeros[stage, mode]
         found[stage] |= {
             "held": sum(zero.held().values()),
@@ -243,13 +243,12 @@ def numbers(own: dict, stage: int, n: int, ran: dict) -> dict:
     P = sum(units) + root
     should = bytes_sent(stage, n) * sum(units) + bytes_sent(min(stage, 2), n) * root
     off = max(abs(own["held"] / (bytes_held(stage, n) * P) - 1), abs(own["sent"] - should) / P)
-    engine, at_once = own["engine"], own["at once"]
-    under_way = engine["hidden"] + engine["waited"]
+    engine, at_once, waited = own["engine"], own["at once"], own["engine"]["waited"]
     return {HELD: own["held"] / P, SENT: own["sent"] / P, OFF: 100 * off,
             MS: 1e3 * engine["seconds"], ORDERED: 1e3 * own["in order"]["seconds"],
             COMMUNICATION: 1e3 * at_once["waited"],
-            HANDLES: 100 * engine["hidden"] / under_way if n > 1 else 100.0,  # of nothing
-            LESS: 100 * (1 - engine["waited"] / at_once["waited"]) if n > 1 else 100.0,
+            HANDLES: 100 * (1 - waited / engine["under way"]) if n > 1 else 100.0,  # of nothing
+            LESS: 100 * (1 - waited / at_once["waited"]) if n > 1 else 100.0,
             SERIAL: 1e3 * predict(ran, stage, n, overlap=False),
             BESIDE: 1e3 * predict(ran, stage, n, overlap=True),
             LINK: [*link_of(ran)] if n > 1 else []}
@@ -285,7 +284,7 @@ main = program(EXPERIMENT, measured)
 
 if __name__ == "__main__":
     if any(os.environ.get(name) for name in LAUNCHED):  # one of the ranks that `launched` started
-        mine = Mpi()
+        mine = connect()
         result = as_rank(mine, int(sys.argv[2]), quick="quick" in sys.argv)
         if mine.rank == 0:
             Path(sys.argv[1]).write_text(json.dumps(result))

@@ -155,7 +155,7 @@ def make() -> dict[str, types.ModuleType]:
 
     device = module("cupy.cuda.device", get_cublas_handle=lambda: blas.HANDLE)
     runtime = module("cupy.cuda.runtime", CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16F=2, CUDA_R_16BF=14,
-                     CUDARuntimeError=streams.CUDARuntimeError)
+                     CUDARuntimeError=streams.CUDARuntimeError, getDeviceCount=lambda: 1)
     memories = module("cupy.cuda.memory", OutOfMemoryError=memory.OutOfMemoryError,
                       MemoryPool=memory.MemoryPool)
     cuda = module(
