@@ -74,8 +74,8 @@ MEASURES = {ms(job): 1 for job in JOBS} | {over(job): 1 for job in JOBS} | {
 
 TWICE = "adapter H costs more than adapter L: 1 x 32"
 LIKELY = {
-    TWICE: "adapter L has a LayerNorm of its own, which is half of its cost, and H has none. In 101 "
-           "other turns L took 5.8 % over base, 2.7 % without that norm (form P), and H, which "
+    TWICE: "adapter L has a LayerNorm of its own, which is half of its cost, and H has none. In "
+           "101 other turns L took 5.8 % over base, 2.7 % without that norm (form P), and H, which "
            "stands in a block twice, 3.5 %",
 }
 CLAIMS = {
