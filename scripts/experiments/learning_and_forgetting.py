@@ -236,9 +236,9 @@ CLAIMS = {
 
 
 FARTHER = ("LoRA moves the weights farther to learn as much: by 62 to 75 % of their norm, full "
-           "fine-tuning by 24 to 26 %. It is not the low rank: made as small as full's, the update "
-           "of r = 8 on seed 0 leaves the old text at 2.6 bits, full's at 5.9; but then the loss "
-           "of its answers is 4.0 bits, and full's .1")
+           "fine-tuning by 24 to 26 %. It is not the low rank: made as small as full's, an update "
+           "of r = 8 left the old text at 2.6 bits, full's at 5.9 (one seed of another base); but "
+           "then the loss of its answers was 4.0 bits, and full's .1")
 ALIKE = ("all forget alike, .42 to .45 bits of the old text, though the weights moved by 80 % with "
          "LoRA and by 36 % with full fine-tuning; r = 8's difference from full is .016")
 LIKELY = {claim: FARTHER if claim.startswith("IFT") else ALIKE
