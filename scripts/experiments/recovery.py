@@ -100,9 +100,8 @@ def fully(arm: str) -> str:
 
 
 LIKELY = {fully(arm): f"of what was lost {left} bits a byte are left. 200 updates are few: after "
-                      "600, on another base, NF2 has recovered 94.6 %, and here 88 to 90 % (the "
-                      "others were not run for longer). The slide's table has scores alone, and "
-                      "those are back here, too"
+                      "600, on another base, NF2 has recovered 94.6 %, and here 88 to 90 %; the "
+                      "others were not run for longer"
           for arm, left in LEFT.items()}
 CLAIMS = {
     **{f"{arm} does after tuning what LoRA on 16 bits does, within 2 points": lambda rows, arm=arm:

@@ -144,8 +144,8 @@ CLAIMS = {
 }
 LIKELY = {
     LOW_TEXT: "nothing keeps full fine-tuning to few directions: its update takes as many as the "
-              "weights, 24, and noise 38. That few are enough is another question: it wins about .4 "
-              "nats over a base, of which r = 8 lacks .05 and r = 1 .15",
+              "weights, 24, and noise 38. That few are enough is another question: it wins about "
+              ".4 nats over a base, of which r = 8 lacks .05 and r = 1 .15",
     LOW_TASKS: "nothing keeps full fine-tuning to few directions: its update takes 16, where the "
                "weights take 24. That few are enough is another question: of the 7.3 nats that the "
                "base has, r = 8 leaves .11, full fine-tuning .04",
