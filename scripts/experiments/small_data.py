@@ -148,7 +148,7 @@ LIKELY = {
     "the pre-trained model learns more than one from scratch, n = 32":
         "neither learns a rule from so few: .1 % and none of the answers are right. The tokens "
         "do not tell: 20 % of them are ends, and to say nothing but ends gives the 20 % that the "
-        "model from scratch has, after 30 steps; the other says letters, 12 % of them right",
+        "model from scratch has, after 30 steps; the pre-trained one has 12 %",
     "LoRA is better than full out of domain: longer words":
         "LoRA has not learned the task on short words as far as full fine-tuning has, in as many "
         "steps",
