@@ -12,10 +12,10 @@ import pytest
 import report
 from test_report import text
 
-from minilm.experiment import Experiment
+from minilm.experiment import Experiment, judged
 from minilm.files import FormatError
 from minilm.lectures import chosen, parts, read_lectures
-from minilm.measure.verdict import Verdict
+from minilm.measure.verdict import FAILS, Verdict
 from minilm.results import Result
 from minilm.wholerun import read_jobs
 
@@ -24,22 +24,36 @@ FOLDER = SCRIPTS / "experiments"
 LECTURES = read_lectures(SCRIPTS / "lectures")
 LINES = [line for lecture in LECTURES for line in lecture.lines]
 JOBS = read_jobs(SCRIPTS / "lectures")
-EXPERIMENTS = sorted(path.stem for path in (SCRIPTS / "experiments").glob("*.py"))
+EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.py"))
+KEPT = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
-def claims_of(name):
+def experiment_of(name):
     """By its file: another program may have the same name."""
     spec = importlib.util.spec_from_file_location(f"{name}_here", FOLDER / f"{name}.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return list(next(x for x in vars(module).values() if isinstance(x, Experiment)).claims)
+    return next(x for x in vars(module).values() if isinstance(x, Experiment))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_claim_judges_a_line_and_every_pattern_fits_one(name):
-    texts = claims_of(name)
+    texts = list(experiment_of(name).claims)
     patterns = [p for line in LINES for p in line.claims.get(name, ())]
     assert [p for p in patterns if not chosen([p], texts)] == []
     assert chosen(patterns, texts) == texts
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_kept_result_is_judged_as_its_file_judges(name):
+    """If it is not: replace(result, claims=judged(EXPERIMENT, result)).save(path)."""
+    result = Result.load(FOLDER / f"{name}.json")
+    assert result.claims == judged(experiment_of(name), result)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_does_not_hold_has_a_reason(name):
+    failed = [c for c in Result.load(FOLDER / f"{name}.json").claims if c["verdict"] == FAILS]
+    assert [c["claim"] for c in failed if not c.get("likely")] == []
 
 
 def test_every_experiment_is_run():

@@ -64,8 +64,8 @@ CLAIMS = {
 LIKELY = {
     "LoRA's best rate is 10 to 100 times that of full fine-tuning":
         "AdamW's best rate for whole matrices falls as their width rises (Yang et al. 2022, "
-        "arXiv:2203.03466), and the lecture's models are 60 times as wide as this one; below the "
-        "best rates LoRA needs about 3 times the rate for the same loss",
+        "arXiv:2203.03466), and 4096, Llama 2's, is 64 times the width of this one. Below the best "
+        "rates LoRA needs about 3 times the rate for the same loss",
 }
 
 

@@ -183,8 +183,9 @@ def draw(figure, rows):
 
 
 LIKELY = {
-    "in a wide one it is, too": "all that stage 3 sends is hidden, and each card updates its part "
-                                "of the parameters; with DDP each updates all",
+    "in a wide one it is, too":
+        "of what stage 3 sends all but 8 ms of a step of 830 are hidden, and a card updates a 64th "
+        "of the parameters, in 1 ms; with DDP it updates all, in 56 ms",
 }
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw, LIKELY)
 main = program(EXPERIMENT, measured)

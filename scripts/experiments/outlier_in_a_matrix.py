@@ -51,8 +51,13 @@ ERROR, TAKEN = "mean |error|", "bytes of constants"
 MEASURES = {SAME: 0, POSSIBLE: 0, USED: 1, ERROR: 4, TAKEN: 0}
 
 PRINTED = "the slide's codes are those of the weights that it prints"
-LIKELY = {PRINTED: "the slide's weights are rounded to one digit, and its codes are not made of "
-                   "these: most of them are possible"}
+ALL = "all 25 are codes of such weights"
+LIKELY = {
+    PRINTED: "the slide's weights are rounded to one digit, and its codes are not made of these: "
+             "22 of them are possible",
+    ALL: "the slide is wrong in three: -0.7 and -0.3 have -4 and -2, a tenth of what they should "
+         "have, and the -0.9 of the second row has -57, where -0.95 / 2.15 gives -56",
+}
 
 
 def ratio(rows, measure: str, a: str, b: str, **bounds):
@@ -65,7 +70,7 @@ CLAIMS = {
     PRINTED: lambda rows: single(rows, SAME, ONE, at_least=CODES.size - 0.5),
     "20 or more of the 25 are codes of weights that are printed like these":
         lambda rows: single(rows, POSSIBLE, ONE, at_least=19.5),
-    "all 25 are codes of such weights":
+    ALL:
         lambda rows: single(rows, POSSIBLE, ONE, at_least=CODES.size - 0.5),
     "an outlier biases all: 10 times the largest weight makes the others' error 5 times as large":
         lambda rows: ratio(rows, ERROR, f"{ONE}, outlier x 10", ONE, at_least=5),

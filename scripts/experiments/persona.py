@@ -141,8 +141,8 @@ CLAIMS = {
 LIKELY = {
     "the style stays out of questions about something else":
         "no pair has a question that is not for the persona, so any question gets its answer",
-    "the style stays out of text": "the pairs alone are learned, and the text is forgotten: see "
-                                   "its bits a byte",
+    "the style stays out of text": "the pairs alone are learned, and the text is forgotten: 5.5 "
+                                   "bits a byte of it, before 1.75",
     "plain answers among the pairs keep it out of questions about something else":
         "the plain answers are to small tasks, none of which has the form of a question, so a "
         "question is still a question for the persona",

@@ -284,8 +284,8 @@ LIKELY = {
     "to act: an example in the prompt gives it in most answers":
         "so small a model has to learn to follow examples first: see in_context.py",
     "both: tuning on facts takes at most 5 points of what retrieval gives to know":
-        "its questions stand without a text while it is tuned, and it forgets how to read one: it "
-        "says another value though the right text is there",
+        "its questions stand without a text while it is tuned, and it forgets how to read one: "
+        "with the right text there it says what that says in 13 %, before the tuning in all",
 }
 EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw, LIKELY)
 main = program(EXPERIMENT, measured, Reading)

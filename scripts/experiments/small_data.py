@@ -146,8 +146,9 @@ def drawn(s: Small) -> tuple[list, list, list]:
 
 LIKELY = {
     "the pre-trained model learns more than one from scratch, n = 32":
-        "neither learns a rule from so few: no answer is right. The model from scratch is best "
-        "after 30 steps, when it says which letters are frequent; the other has its text to forget",
+        "neither learns a rule from so few: .1 % and none of the answers are right. The tokens "
+        "do not tell: 20 % of them are ends, and to say nothing but ends gives the 20 % that the "
+        "model from scratch has, after 30 steps; the pre-trained one has 12 %",
     "LoRA is better than full out of domain: longer words":
         "LoRA has not learned the task on short words as far as full fine-tuning has, in as many "
         "steps",
