@@ -137,6 +137,12 @@ CLAIMS = {
     "the clean records teach the tasks: 50 % or more":
         lambda rows: single(rows, RIGHT, CLEAN, at_least=50),
 }
+LIKELY = {
+    "250 clean records are enough, within 5 points of 2000 clean ones":
+        "LIMA's model of 65B parameters could do its tasks before, and had to learn how to be "
+        "asked. This base can do none of them (the loss of answers is 2.2 nats after 250 records, "
+        ".1 after 2000), so the records have to teach the tasks: 250 have about 60 of each",
+}
 
 
 def draw(figure, rows):
@@ -147,7 +153,8 @@ def draw(figure, rows):
         axes.set(xlabel=measure)
 
 
-EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw)
+EXPERIMENT = Experiment(__file__, QUESTION, SLIDE, ARMS, MEASURES, CLAIMS, draw,
+                        LIKELY)
 main = program(EXPERIMENT, measured, Dataset)
 
 if __name__ == "__main__":
