@@ -52,7 +52,7 @@ def product(x, W):  # (..., I), (O, I) -> (..., O)
         if x.ndim == 2 and 1 < len(x) <= FEW and len(W) <= _at_once(*x.shape):
             return x @ W.T
     one_dtype("linear", x=x, W=W)
-    X, (O, I) = wide(rows(x)), W.shape
+    X, O = wide(rows(x)), len(W)
     if len(X) > FEW:
         return plain_product(x, W)
     y, step = np.empty((len(X), O), X.dtype), _at_once(*X.shape)
