@@ -112,7 +112,7 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, c
 # out the keys that none of its rows sees, with a window those in front of it too. The factor
 # 1 / sqrt(D) goes to q and the division to P v, because both are smaller than the scores. Each
 # row's largest score is subtracted, or exp would overflow. The query heads of a group lie beside
-# their key/value head, which is not repeated.
+# their key/value head, which is not repeated. The backward pass makes P again, which is as fast.
 @op
 def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=None, cap=None,
               drop=None):
@@ -149,18 +149,19 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
     qg, kg, vg, yg = *_operands(*held, scale, grouped), y.reshape(grouped)
     mask, added, drop = (None if a is None else _added(a, (B, H, T, S), qg.dtype).reshape(
         *grouped[:4], S) for a in (mask, bias, drop))
-    tiles = []
-    for b, t in _tiles(q, S):
-        s = _keys(t, S - T, S, causal, window)  # the keys that some of the tile's rows see
+    def weights(qg, kg, b, t, s):  # of a tile: P, the same with dropout, l, and the cap's slope
         scores = qg[b, :, :, t] @ kg[b, :, :, s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
         slope = _capped(scores, cap, xp) if cap else None
         if added is not None:
             scores += added[b, :, :, t, s]
         old = window and t.start + S - T - window - s.start  # the last key too old for row 0
         P, l = _weights(scores, causal, old, None if mask is None else mask[b, :, :, t, s], xp)
-        kept = P if drop is None else P * drop[b, :, :, t, s]
+        return P, P if drop is None else P * drop[b, :, :, t, s], l, slope
+
+    tiles = [(b, t, _keys(t, S - T, S, causal, window)) for b, t in _tiles(q, S)]
+    for b, t, s in tiles:
+        _, kept, l, _ = weights(qg, kg, b, t, s)
         yg[b, :, :, t] = kept @ vg[b, :, :, s] * l  # eq. (1)
-        tiles.append((b, t, s, P, kept, l, slope))
 
     @once
     def gradients(dy):
@@ -172,7 +173,8 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
         dbias = None if bias is None else xp.zeros((len(bias), *grouped[1:4], S), qg.dtype)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
         while tiles:  # the last tile comes first: it has all keys, or else adds to zeros
-            b, t, s, P, kept, l, slope = tiles.pop()
+            b, t, s = tiles.pop()
+            P, kept, l, slope = weights(qg, kg, b, t, s)
             g = dyg[b, :, :, t] * l
             dS = g @ vg[b, :, :, s].swapaxes(-1, -2)
             if drop is not None:
@@ -261,8 +263,7 @@ def _weights(scores, causal, old, bias, xp):  # (..., t, s) -> (..., t, s), (...
         P += bias
     top = P.max(-1, keepdims=True)  # -inf if a row may see no key
     P -= top if bias is None else xp.maximum(top, xp.finfo(P.dtype).min)
-    xp.exp(P, out=P)
-    total = row_sum(P)  # at least 1, but 0 if a row may see no key
+    total = row_sum(xp.exp(P, out=P))  # at least 1, but 0 if a row may see no key
     return P, 1 / (total if bias is None else xp.maximum(total, 1))
 
 
@@ -300,7 +301,7 @@ def _added(mask, shape, dtype):
     xp = array_module(mask)
     mask = xp.where(mask, 0, -xp.inf) if mask.dtype == bool else mask
     try:
-        return xp.broadcast_to(mask.astype(dtype), shape)
+        return xp.broadcast_to(mask.astype(dtype, copy=False), shape)
     except ValueError:
         raise ValueError(f"attention: mask {mask.shape} does not broadcast to {shape}") from None
 
