@@ -188,6 +188,7 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
             _into(dv[b, :, s], kept.swapaxes(-1, -2) @ g, t.stop == T)
             _into(dk[b, :, s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
             dqg[b, :, :, t] = dS @ kg[b, :, :, s]
+            del P, kept, dS, slope  # or they would stay beside the next tile's
         dq *= scale  # dk needs no factor: qg has it
         return dq, dk, dv, None, None if bias is None else dbias.reshape(bias.shape)
 
@@ -242,8 +243,7 @@ def _fused(q, k, v, causal, scale):
 
 def _capped(scores, cap, xp):
     """Turn the scores into cap tanh(scores / cap), and return its slope, 1 - tanh^2."""
-    scores /= cap
-    xp.tanh(scores, out=scores)
+    xp.tanh(xp.divide(scores, cap, out=scores), out=scores)
     slope = 1 - scores * scores
     scores *= cap
     return slope
