@@ -151,12 +151,9 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
         *grouped[:4], S) for a in (mask, bias, drop))
     def weights(qg, kg, b, t, s):  # of a tile: P, the same with dropout, l, and the cap's slope
         scores = qg[b, :, :, t] @ kg[b, :, :, s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
-        slope = _capped(scores, cap, xp) if cap else None
-        if added is not None:
-            scores += added[b, :, :, t, s]
         old = window and t.start + S - T - window - s.start  # the last key too old for row 0
-        P, l = _weights(scores, causal, old, None if mask is None else mask[b, :, :, t, s], xp)
-        return P, P if drop is None else P * drop[b, :, :, t, s], l, slope
+        parts = (None if a is None else a[b, :, :, t, s] for a in (added, mask, drop))
+        return _weights(scores, cap, causal, old, *parts, xp)
 
     tiles = [(b, t, _keys(t, S - T, S, causal, window)) for b, t in _tiles(q, S)]
     for b, t, s in tiles:
@@ -249,12 +246,14 @@ def _capped(scores, cap, xp):
     return slope
 
 
-def _weights(scores, causal, old, bias, xp):  # (..., t, s) -> (..., t, s), (..., t, 1)
-    """P and l with softmax(scores) = P l. The caller multiplies P v by l, as P v is smaller.
+def _weights(P, cap, causal, old, added, bias, drop, xp):  # the scores become P (..., t, s)
+    """See `weights`; softmax(scores) = P l. The caller multiplies P v by l, as P v is smaller.
 
     old: row i may not see the keys up to old + i; None: there is no window.
     """
-    P, (t, s) = scores, scores.shape[-2:]
+    (t, s), slope = P.shape[-2:], _capped(P, cap, xp) if cap else None
+    if added is not None:
+        P += added
     if old is not None:
         P += _past(t, s, old, P.dtype, xp)
     if causal and t > 1:
@@ -264,7 +263,8 @@ def _weights(scores, causal, old, bias, xp):  # (..., t, s) -> (..., t, s), (...
     top = P.max(-1, keepdims=True)  # -inf if a row may see no key
     P -= top if bias is None else xp.maximum(top, xp.finfo(P.dtype).min)
     total = row_sum(xp.exp(P, out=P))  # at least 1, but 0 if a row may see no key
-    return P, 1 / (total if bias is None else xp.maximum(total, 1))
+    l = 1 / (total if bias is None else xp.maximum(total, 1))
+    return P, P if drop is None else P * drop, l, slope
 
 
 def _tiles(q, S):
