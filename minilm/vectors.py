@@ -5,9 +5,10 @@ A weight is used only once for each row, so what counts is how it comes from mem
 * One row: a dot product for each row of W, which reads W in order. BLAS's matrix-vector product
   walks along several rows of W side by side, which memory serves more slowly; if W is so small that
   a cache may have it, that is faster, and BLAS takes no thread for it.
-* Several rows, or 16-bit weights: a part of W is fetched in order and kept in the L3 cache, as
-  float32 if it had 16 bits. BLAS would copy all of W through memory, into an order of its own,
-  which pays only if there are many rows.
+* Several rows, or 16-bit weights: part after part of W, so small that BLAS multiplies where the
+  numbers lie. It would copy a larger W through memory, into an order of its own, which pays only if
+  there are many rows. 16-bit weights become float32 part by part, and are used while a core's L2
+  cache has them.
 * Threads: the parts of a very large W lie ready for all. BLAS's threads wait for each other in
   loops: on a busy machine each of them waits until another process has used up its time slice, at
   every product. Here nobody waits for a thread that has not begun. Who computes a part does not
@@ -26,10 +27,9 @@ import numpy as np
 from minilm.arrays import one_dtype, rows, wide
 
 FEW = 16  # rows; a product of more is bound by arithmetic
-PART = 512 << 10  # weights: 2 MiB in float32. Smaller parts interrupt the reading too often
+PART = 128 << 10  # weights that are used at once: 512 KiB in float32
 SMALL = 128 << 10  # weights that BLAS multiplies with one row
 SHARED = 1 << 20  # weights from which on it pays to wake another thread
-USED = 96 << 10  # weights that several rows use at once: 384 KiB, which the L2 cache holds
 THREADS = 4  # at most; memory serves more of them no faster
 
 
@@ -46,29 +46,33 @@ def product(x, W):  # (..., I), (O, I) -> (..., O)
     >>> product(np.array([1.0, 2.0]), np.array([[3.0, 4.0], [5.0, 6.0]]))
     array([11., 17.])
     """
-    if x.ndim == 1 and x.dtype == W.dtype and W.itemsize > 2:  # nothing to widen
-        return W @ x if W.size <= SMALL else np.vecdot(W, x)
+    if x.dtype == W.dtype and W.itemsize > 2:  # nothing to widen
+        if x.ndim == 1:
+            return W @ x if W.size <= SMALL else np.vecdot(W, x)
+        if x.ndim == 2 and 1 < len(x) <= FEW and len(W) <= _at_once(*x.shape):
+            return x @ W.T
     one_dtype("linear", x=x, W=W)
-    X, (O, I) = wide(rows(x)), W.shape
+    X, O = wide(rows(x)), len(W)
     if len(X) > FEW:
         return plain_product(x, W)
-    y, step = np.empty((len(X), O), X.dtype), max(1, PART // I)
+    y, step = np.empty((len(X), O), X.dtype), _at_once(*X.shape)
 
-    def part(i): _multiply(X, W[i : i + step], y[:, i : i + step])
+    def part(i):
+        few, out = wide(W[i : i + step]), y[:, i : i + step]
+        if len(X) == 1:
+            np.vecdot(few, X, out=out[0])
+        else:
+            np.matmul(X, few.T, out=out)
     _each(part, range(0, O, step), THREADS if W.size >= SHARED else 1)
     return y.reshape(*x.shape[:-1], O).astype(x.dtype, copy=False)
 
 
-def _multiply(X, W, out):
-    """out = X W^T for a part of W: (B, I), (O, I), (B, O)."""
-    if len(X) == 1:
-        np.vecdot(wide(W), X, out=out[0])
-        return
-    W = W.astype(X.dtype)  # a copy in one go: the products below read in jumps
-    # OpenBLAS multiplies where the numbers lie, on one thread, up to 10^6 products and 1200 sums.
-    step = max(1, min(USED // W.shape[1], 10**6 // X.size, 1200 // len(X)))
-    for i in range(0, len(W), step):
-        np.matmul(X, W[i : i + step].T, out=out[:, i : i + step])
+def _at_once(B, I) -> int:
+    """How many rows of W a part has.
+
+    OpenBLAS multiplies where the numbers lie, on one thread, up to 10^6 products and 1200 sums.
+    """
+    return max(1, min(PART // I, 10**6 // (B * I), 1200 // B))
 
 
 def _each(work, parts, threads):

@@ -28,8 +28,7 @@ def draw(seed, dtype, *shapes):
 
 def small(cores=3):
     """Parts of a few rows, which all threads share, on any machine."""
-    return mock.patch.multiple(vectors, SMALL=0, PART=40, SHARED=50, USED=20,
-                               _cores=lambda: cores)
+    return mock.patch.multiple(vectors, SMALL=0, PART=20, SHARED=50, _cores=lambda: cores)
 
 
 @pytest.fixture(autouse=True, scope="module")
