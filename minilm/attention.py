@@ -112,7 +112,8 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, c
 # out the keys that none of its rows sees, with a window those in front of it too. The factor
 # 1 / sqrt(D) goes to q and the division to P v, because both are smaller than the scores. Each
 # row's largest score is subtracted, or exp would overflow. The query heads of a group lie beside
-# their key/value head, which is not repeated. The backward pass makes P again, which is as fast.
+# their key/value head, which is not repeated. The backward pass makes P again: what all tiles have
+# of it grows with T^2.
 @op
 def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=None, cap=None,
               drop=None):

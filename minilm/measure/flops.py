@@ -11,11 +11,12 @@ flows to a layer's input, (2) is dh alone. That is so of the first layers that h
 nothing below them trains.
 
 Attention multiplies H heads' queries and keys of width D twice in the forward pass (q k^T, P v) and
-five times in the backward pass (q k^T again, dP, dq, dk, dv), with 2 H D operations each for a
-query and a key. It goes by tiles of queries, and a causal tile has the keys of its last query for
-all of them.
+four times in the backward pass (dP, dq, dk, dv), with 2 H D operations each for a query and a key.
+It goes by tiles of queries, and a causal tile has the keys of its last query for all of them.
 
-Left out is what is no product of matrices: norms, GELU, softmax, the loss, embeddings, AdamW.
+Left out is what is no product of matrices: norms, GELU, softmax, the loss, embeddings, AdamW. Nor
+does it count what is only made again to save memory: q k^T in attention's backward pass, and the
+forward pass of checkpoints.
 """
 
 from typing import NamedTuple
@@ -40,7 +41,7 @@ class Flops(NamedTuple):
 def flops(s: Step) -> Flops:
     """Operations of a step of full training or of LoRA.
 
-    Checkpoints, which run the forward pass again, are not counted. ValueError for other methods.
+    ValueError for other methods.
     """
     if s.method not in ("full", "lora"):
         raise ValueError(f"the operations of full and lora are known, not those of {s.method}")
@@ -62,7 +63,7 @@ def _block(s: Step, i: int) -> Flops:
         reached = reached or any(ranks)
         if paths[0] == "attention.q":
             products = 2 * s.batch * c.heads * c.D * pairs(s, i)
-            parts.append(Flops(2 * products, 5 * products * reached))
+            parts.append(Flops(2 * products, 4 * products * reached))
     return Flops(*map(sum, zip(*parts)))
 
 
