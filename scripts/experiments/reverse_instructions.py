@@ -115,15 +115,14 @@ CLAIMS = {
     **{f"{task}: the letters miss 30 points or more of what is right": gap(task, at_least=30)
        for task in SEVERAL},
 }
-ALONE = ("r = 64 is all of the width, so it is not the rank: what q and v cannot do alone is missing, "
-         "most of it where a table has to be written (28 and 22 % of it, full fine-tuning 83), or "
-         "steps are")
+ALONE = ("r = 64 is all of the width, so it is not the rank: what is missing are other matrices "
+         "than q and v, or steps. A table misses most (28 and 22 %, full fine-tuning 83)")
 LIKELY = {
     "QLoRA on q and v, r = 64, learns it: 80 % or more": ALONE,
     "LoRA is at most 5 points below full fine-tuning": ALONE,
     "the slide's share of the width, r = 1, is at most 5 points below r = 64":
-        "one direction in 64 is 27 million numbers of Mistral, whose base knows what an instruction "
-        "is. Here it is 2,048, of a base that has to learn the tasks, too (0 % before)",
+        "a 64th of the width is 27 million numbers of Mistral, and a base that has read much. Here "
+        "it is 2,048, and a base that has to learn the tasks, too (0 % before)",
 }
 
 
