@@ -249,7 +249,7 @@ def test_a_gpu_works_on_whole_arrays():
     assert probabilities(Step(**step, device="cuda")) == (
         24 * 128 * 128, 24 * (128 * 128 + 2 * 128 * 16))
     assert probabilities(Step(**step)) == (
-        24 * 64 * 128, 24 * (64 * 128 + (64 + 128) * 16))
+        24 * 64 * (64 + 128), 24 * (64 * 128 + (64 + 128) * 16))
     _, tile = probabilities(Step(**step | dict(batch=40)))  # as many rows as fit a block
     assert tile == 4 * 16 * 2 * (64 * 128 + (64 + 128) * 16) and 16 * 2 * 64 * 128 == BLOCK
 
