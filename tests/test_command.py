@@ -302,3 +302,10 @@ def test_an_option_may_be_none(monkeypatch, words, wanted):
     with pytest.raises(SystemExit):
         command(main)
     assert found == [wanted]
+
+
+def test_windows_has_what_all_programs_load():
+    """Neither of these modules is there, nor what mpi4py asks for."""
+    code = ("import sys; sys.modules |= dict.fromkeys(('fcntl', 'termios', 'mpi4py')); "
+            "import minilm.loop, minilm.joining")
+    subprocess.run([sys.executable, "-c", code], env=ENV, check=True)

@@ -21,14 +21,12 @@ launcher adds lines of its own. Over NCCL the first two rows hold: its calls are
 
 import atexit
 import ctypes
-import fcntl
 import mmap
 import os
 import signal
 import stat
 import struct
 import sys
-import termios
 import time
 import traceback
 from functools import cache
@@ -208,6 +206,9 @@ def say(text: str):
 
 def unread(pipe: int) -> int:
     """Bytes that wait in a pipe, given either end."""
+    import fcntl  # here, since all programs load this file, and Windows has neither
+    import termios
+
     count = fcntl.ioctl(pipe, termios.FIONREAD, struct.pack("i", 0))
     return struct.unpack("i", count)[0]
 
