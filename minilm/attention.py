@@ -112,7 +112,7 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, c
 # out the keys that none of its rows sees, with a window those in front of it too. The factor
 # 1 / sqrt(D) goes to q and the division to P v, because both are smaller than the scores. Each
 # row's largest score is subtracted, or exp would overflow. The query heads of a group lie beside
-# their key/value head, which is not repeated.
+# their key/value head, which is not repeated. The backward pass makes P again, as the kernel does.
 @op
 def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=None, cap=None,
               drop=None):
@@ -149,18 +149,16 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
     qg, kg, vg, yg = *_operands(*held, scale, grouped), y.reshape(grouped)
     mask, added, drop = (None if a is None else _added(a, (B, H, T, S), qg.dtype).reshape(
         *grouped[:4], S) for a in (mask, bias, drop))
-    tiles = []
-    for b, t in _tiles(q, S):
-        s = _keys(t, S - T, S, causal, window)  # the keys that some of the tile's rows see
+    def weights(qg, kg, b, t, s):  # of a tile: P, the same with dropout, l, and the cap's slope
         scores = qg[b, :, :, t] @ kg[b, :, :, s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
-        slope = _capped(scores, cap, xp) if cap else None
-        if added is not None:
-            scores += added[b, :, :, t, s]
         old = window and t.start + S - T - window - s.start  # the last key too old for row 0
-        P, l = _weights(scores, causal, old, None if mask is None else mask[b, :, :, t, s], xp)
-        kept = P if drop is None else P * drop[b, :, :, t, s]
+        parts = (None if a is None else a[b, :, :, t, s] for a in (added, mask, drop))
+        return _weights(scores, cap, causal, old, *parts, xp)
+
+    tiles = [(b, t, _keys(t, S - T, S, causal, window)) for b, t in _tiles(q, S)]
+    for b, t, s in tiles:
+        _, kept, l, _ = weights(qg, kg, b, t, s)
         yg[b, :, :, t] = kept @ vg[b, :, :, s] * l  # eq. (1)
-        tiles.append((b, t, s, P, kept, l, slope))
 
     @once
     def gradients(dy):
@@ -172,7 +170,8 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
         dbias = None if bias is None else xp.zeros((len(bias), *grouped[1:4], S), qg.dtype)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
         while tiles:  # the last tile comes first: it has all keys, or else adds to zeros
-            b, t, s, P, kept, l, slope = tiles.pop()
+            b, t, s = tiles.pop()
+            P, kept, l, slope = weights(qg, kg, b, t, s)
             g = dyg[b, :, :, t] * l
             dS = g @ vg[b, :, :, s].swapaxes(-1, -2)
             if drop is not None:
@@ -186,6 +185,7 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
             _into(dv[b, :, s], kept.swapaxes(-1, -2) @ g, t.stop == T)
             _into(dk[b, :, s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
             dqg[b, :, :, t] = dS @ kg[b, :, :, s]
+            del P, kept, dS, slope  # or they would stay beside the next tile's
         dq *= scale  # dk needs no factor: qg has it
         return dq, dk, dv, None, None if bias is None else dbias.reshape(bias.shape)
 
@@ -240,19 +240,20 @@ def _fused(q, k, v, causal, scale):
 
 def _capped(scores, cap, xp):
     """Turn the scores into cap tanh(scores / cap), and return its slope, 1 - tanh^2."""
-    scores /= cap
-    xp.tanh(scores, out=scores)
+    xp.tanh(xp.divide(scores, cap, out=scores), out=scores)
     slope = 1 - scores * scores
     scores *= cap
     return slope
 
 
-def _weights(scores, causal, old, bias, xp):  # (..., t, s) -> (..., t, s), (..., t, 1)
-    """P and l with softmax(scores) = P l. The caller multiplies P v by l, as P v is smaller.
+def _weights(P, cap, causal, old, added, bias, drop, xp):  # the scores become P (..., t, s)
+    """See `weights`; softmax(scores) = P l. The caller multiplies P v by l, as P v is smaller.
 
     old: row i may not see the keys up to old + i; None: there is no window.
     """
-    P, (t, s) = scores, scores.shape[-2:]
+    (t, s), slope = P.shape[-2:], _capped(P, cap, xp) if cap else None
+    if added is not None:
+        P += added
     if old is not None:
         P += _past(t, s, old, P.dtype, xp)
     if causal and t > 1:
@@ -261,9 +262,9 @@ def _weights(scores, causal, old, bias, xp):  # (..., t, s) -> (..., t, s), (...
         P += bias
     top = P.max(-1, keepdims=True)  # -inf if a row may see no key
     P -= top if bias is None else xp.maximum(top, xp.finfo(P.dtype).min)
-    xp.exp(P, out=P)
-    total = row_sum(P)  # at least 1, but 0 if a row may see no key
-    return P, 1 / (total if bias is None else xp.maximum(total, 1))
+    total = row_sum(xp.exp(P, out=P))  # at least 1, but 0 if a row may see no key
+    l = 1 / (total if bias is None else xp.maximum(total, 1))
+    return P, P if drop is None else P * drop, l, slope
 
 
 def _tiles(q, S):
@@ -300,7 +301,7 @@ def _added(mask, shape, dtype):
     xp = array_module(mask)
     mask = xp.where(mask, 0, -xp.inf) if mask.dtype == bool else mask
     try:
-        return xp.broadcast_to(mask.astype(dtype), shape)
+        return xp.broadcast_to(mask.astype(dtype, copy=False), shape)
     except ValueError:
         raise ValueError(f"attention: mask {mask.shape} does not broadcast to {shape}") from None
 

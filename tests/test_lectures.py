@@ -79,7 +79,7 @@ def test_activations_are_those_of_plan():
     rows, config = cards.activation_table(), cards.LLAMA2["7B"]
     found = plan(Step(config, "full", 1, 512, device="cuda")).activations / parameters(config)
     assert rows[1][2] == f"{found:.2f}" and rows[0][2] == "512 tokens"
-    assert float(rows[1][4]) > 10 * float(rows[2][4])  # a checkpoint a block
+    assert float(rows[1][4]) > 5 * float(rows[2][4])  # a checkpoint a block
 
 
 def test_gpt3_by_lora():

@@ -134,8 +134,8 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     """q, k, v, softmax(q k^T) v, and o.
 
     Saved: the input, for the dW or dA of q, k, v; the scaled q, k, v; the result y, also the input
-    of o; each tile's P (b, H, t, s), a cap's slope like P, and l (b, H, t, 1). 16-bit q, k, v are
-    widened in both passes.
+    of o. Both passes make each tile's P (b, H, t, s), and a cap's slope like P, and widen 16-bit q,
+    k, v.
     """
     c, names = s.config, QKV
     x, y = s.array(c.width), s.array(c.heads * c.D)
@@ -144,31 +144,29 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     graph = flows or s.trains(*names)
     entry = s.keeps(*names) * x
     P, tile = probabilities(s)
-    own = s.array(qkv) + s.prefix + (2 if c.attention_cap else 1) * P + s.array(c.heads, wide=True)
+    P *= 2 if c.attention_cap else 1
+    own = s.array(qkv) + s.prefix
     if c.qk_norm:  # xhat and rstd
         rows = c.heads + c.kv_heads if c.qk_norm == "head" else 2
         own += s.array(normed, wide=s.device == "cpu") + s.array(rows, wide=True)
     result = y if graph or s.keeps("attention.o") else 0
     saved = entry + s.beside(*names, "attention.o") + graph * own + result
-    # forward: the input, q before scaling, and at the end the output of o
-    forward = alive + 2 * x + 2 * y + own + operands + s.beside(*names)
+    # forward: the input, q before scaling, and a tile's P or at the end the output of o
+    forward = alive + x + 2 * y + own + operands + max(x, P) + s.beside(*names)
     # backward: the residual's gradient, dy, and either o's weight or dq, dk, dv and a tile's needs
-    products = s.array(qkv, wide=True) + operands + tile
+    products = s.array(qkv, wide=True) + operands + P + tile
     return Op(saved, forward, 2 * x + max(s.weight("attention.o"), products))
 
 
 def probabilities(s: Step) -> tuple[int, int]:
-    """(bytes of P over all tiles; of one tile's dS (b, H, t, T), g (b, H, t, D) and P^T g)."""
+    """(bytes of one tile's P (b, H, t, T); of its dS, which is like P, g (b, H, t, D) and P^T g).
+    """
     B, T, S, H, D = s.batch, s.rows, s.keys, s.config.heads, s.config.D
-    b, t, area = B, T, T * S
-    window = T if s.config.unwindowed else s.config.window or T  # counts if all layers have it
+    b, t = B, T
     if s.device == "cpu":
         t = min(T, 64)
         b = min(B, max(1, BLOCK // (H * t * S)))
-        if s.config.causal:  # a tile skips the keys that none of its queries can see
-            area = sum(min(t, T - i) * (min(i + t, T) - max(0, i + 1 - window))
-                       for i in range(0, T, t)) + T * (S - T)
-    return 4 * B * H * area, 4 * b * H * (t * S + t * D + S * D)
+    return 4 * b * H * t * S, 4 * b * H * (t * S + t * D + S * D)
 
 
 def mlp(s: Step, alive: int, flows: bool) -> Op:

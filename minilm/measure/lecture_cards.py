@@ -26,7 +26,7 @@ CONSUMER = 24e9  # lecture 001, "top-of-the-line consumer-grade"
 LLAMA2 = {  # Touvron et al. 2023, arXiv:2307.09288
     "7B": replace(LLAMAS["7B"], context=4096), "13B": replace(LLAMAS["13B"], context=4096),
     "70B": Config.llama(32000, 4096, 80, 64, 8192, 28672, kv_heads=8)}
-TEN_B = Config.gpt2(50257, 4096, 32, 40, 5120)  # 10 billion parameters
+TEN_B = Config.gpt2(50257, 8192, 32, 40, 5120)  # 10 billion parameters
 
 
 def cards(size: float, card: float) -> int:
