@@ -10,8 +10,9 @@ stand beside it. Both sides use two cores; in the row `codes` both use one.
 
 The row `train` has torch.compile and JAX as well, and the floor: what the products of the step
 would take at the rate of large products, measured in the same turns (floor.py). Its ratio is the
-share of the floor that we reach. The rows `qlora` and `paged` compare our own steps: LoRA's time
-over QLoRA's, and AdamW's over PagedAdamW's on threads, when everything fits in memory. The row
+share of the floor that we reach. The rows `qlora`, `paged` and `batch` compare our own times:
+LoRA's over QLoRA's, AdamW's over PagedAdamW's on threads, if everything fits in memory, and a
+text's when it is written alone over one of eight that are written together. The row
 `llama` is generation and a LoRA step at a real size, see llama.py; `methods` is a step of the
 methods that PEFT has beside LoRA, see methods.py; `growth` has larger models and longer texts, see
 growth.py.
@@ -33,7 +34,7 @@ import growth
 import jax_gpt
 import torch_compiled
 import which_kernels
-from contenders import SHAPES, bitsandbytes_codes, our_codes, our_side, torch_side
+from contenders import SHAPES, TEXTS, bitsandbytes_codes, our_codes, our_side, torch_side
 from floor import floor_side, operations
 from llama import JOBS, our_llama, their_llama
 from methods import METHODS, our_step, their_step
@@ -41,8 +42,8 @@ from turns import WARM_UP, Contender, compare, in_turn, line, take_turns
 
 from minilm.extras import install
 
-OnCPU = Literal["train", "lora", "methods", "qlora", "paged", "generate", "memory", "codes",
-                "llama", "growth"]
+OnCPU = Literal["train", "lora", "methods", "qlora", "paged", "generate", "batch", "memory",
+                "codes", "llama", "growth"]
 OnGPU = Literal["dequantize", "quantize", "matmul", "lora", "reference", "attention", "swiglu",
                 "rms_norm", "adamw", "step", "pages"]
 OTHERS = {"torch": ("test", ("train", "lora", "methods", "generate", "memory", "growth", "codes",
@@ -107,6 +108,9 @@ def on_cpu(rows, configs, rounds, threads, picture):
             elif row == "paged":
                 turns(f"PagedAdamW after AdamW, {name}", (our_side, "train", shape, True),
                       (our_side, "paged", shape, True))
+            elif row == "batch":
+                turns(f"63 tokens of a text: alone, and among {TEXTS}, {name}",
+                      (our_side, "generate", shape, threads), ours)
             else:
                 title = {"lora": "LoRA step", "generate": "63 tokens"}
                 turns(f"{title[row]}, {name}", theirs, ours)
@@ -188,9 +192,12 @@ def at_a_real_size(turns):
 def compare_memory(title, shape, threads):
     """Print a step's peak memory: gradients included, weights and Adam's states not."""
     with (Contender(torch_side, "memory", shape) as theirs,
-          Contender(our_side, "memory", shape, threads) as ours):
-        a, b = theirs.run(), ours.run()
-    print(f"| {title} | {a:.0f} MiB | {b:.0f} MiB | {b / a:.2f} of PyTorch's | |", flush=True)
+          Contender(our_side, "parts", shape, threads) as ours):
+        a, parts = theirs.run(), ours.run()
+    b = sum(parts)
+    print(f"| {title} | {a:.0f} MiB | {b:.0f} MiB: gradients {parts[0]:.0f}, other processes at "
+          f"rest {parts[1]:.0f}, activations {parts[2]:.0f} | {b / a:.2f} of PyTorch's | |",
+          flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 
 CORES = 2
 RANK = 8  # of LoRA, on q and v
+TEXTS = 8  # of the row `batch`
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,17 @@ def our_side(job, shape, threads):
         quantize_model(model)
     if job in ("lora", "qlora"):
         add_lora(model, RANK, 2 * RANK, ("q", "v"))
-    if job == "generate":
+    if job in ("generate", "batch"):
         tune_allocator()
-        yield from timed(lambda: draw(stream(model.eval(), [[0]], temperature=0)))
+        prompts = [[0]] * (TEXTS if job == "batch" else 1)
+        whole = timed(lambda: draw(stream(model.eval(), prompts, temperature=0)))
+        yield from (seconds / len(prompts) for seconds in whole)
     with our_trainer(model, shape, threads, job == "paged") as trainer:
         tokens = shape.tokens()
         def step(): return trainer.step(0, tokens)
         if job == "memory":
+            yield sum(our_memory(trainer, step))
+        if job == "parts":  # of the memory
             yield our_memory(trainer, step)
         yield from timed(step)
 
@@ -106,16 +111,17 @@ def our_trainer(model, shape, threads, paged=False, workers=CORES):
     return Trainer(model, optimizer, workers, processes=workers > 1 and not threads)
 
 
-def our_memory(trainer, step) -> float:
-    """MiB that a step takes beyond weights and Adam's states."""
+def our_memory(trainer, step) -> tuple[float, float, float]:
+    """MiB that a step takes beyond weights and Adam's states: the gradients, which stay in memory
+    between steps, other worker processes at rest, and all that comes and goes."""
     step()
     step()
     trainer.workers.run(trim, [()] * CORES)
     children = [child.pid for child in trainer.workers.children]
-    gradients = trainer.optimizer.flat.grad.nbytes / 2**20  # ours stay in memory between steps
-    # What a worker process takes at rest, without its share of Adam's m and v.
+    gradients = trainer.optimizer.flat.grad.nbytes / 2**20
+    # Without a worker's share of Adam's m and v.
     extra = sum(unshared(pid) - 2 * gradients / CORES for pid in children)
-    return gradients + extra + growth_of_memory(["self", *children], step)
+    return gradients, extra, growth_of_memory(["self", *children], step)
 
 
 def torch_side(job, shape):
