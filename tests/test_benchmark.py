@@ -81,6 +81,21 @@ def test_torch_compile_does_the_same_steps(monkeypatch):
     assert found == pytest.approx(losses(torch_step(torch_gpt(TINY), TINY)[0]), rel=1e-5)
 
 
+def test_a_text_takes_an_eighth_of_the_time_of_eight(monkeypatch):
+    def timed(write):
+        write()
+        yield 4.0
+
+    asked = []
+    def stream(model, prompts, temperature):
+        asked.append(np.shape(prompts))
+        yield
+    monkeypatch.setattr(contenders, "timed", timed)
+    monkeypatch.setattr("minilm.generate.stream", stream)
+    found = [next(contenders.our_side(row, TINY, True)) for row in ("generate", "batch")]
+    assert found == [4, 0.5] and asked == [(1, 1), (8, 1)]
+
+
 @pytest.mark.parametrize("shape", [TINY, Shape(1, 2, 8, 70, 4, 11)])
 def test_the_floor_has_the_products_that_are_multiplied(shape):
     """Counted in a step of two workers, half of the batch each. Attention's backward pass makes
