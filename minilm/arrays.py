@@ -11,7 +11,7 @@ import numpy as np
 
 from minilm.backend import array_module
 
-BLOCK = 1 << 18  # elements of a block: a few float32 temporaries of 1 MiB each
+BLOCK = 1 << 16  # elements of a block: a few float32 temporaries of 256 KiB, for the L2 cache
 
 
 def described(x) -> str:
@@ -75,7 +75,7 @@ def by_rows(formula, *arrays):
            [-2.,  0.]]), array([3., 8.]))
     """
     x = arrays[0]
-    if x.size <= 2 * BLOCK or array_module(x) is not np:
+    if x.size <= 8 * BLOCK or array_module(x) is not np:  # putting blocks together costs as much
         return formula(*arrays)
     lead = x.shape[:-1]
     arrays = [rows(a) for a in arrays]

@@ -166,7 +166,7 @@ class Step:
 
     def temporaries(self, size: int, whole: int, blocks: int) -> int:
         """Temporaries of a formula in by_rows: `whole` arrays, or `blocks` blocks on a CPU."""
-        if self.device == "cuda" or size <= 8 * BLOCK:
+        if self.device == "cuda" or size <= 32 * BLOCK:
             return whole * size
         return blocks * 4 * BLOCK
 
