@@ -10,12 +10,12 @@ stand beside it. Both sides use two cores; in the row `codes` both use one.
 
 The row `train` has torch.compile and JAX as well, and the floor: what the products of the step
 would take at the rate of large products, measured in the same turns (floor.py). Its ratio is the
-share of the floor that we reach. The rows `qlora`, `paged` and `batch` compare our own times:
-LoRA's over QLoRA's, AdamW's over PagedAdamW's on threads, if everything fits in memory, and a
-text's when it is written alone over one of eight that are written together. The row
-`llama` is generation and a LoRA step at a real size, see llama.py; `methods` is a step of the
-methods that PEFT has beside LoRA, see methods.py; `growth` has larger models and longer texts, see
-growth.py.
+share of the floor that we reach. Four rows compare our own times: `qlora` LoRA's over QLoRA's,
+`paged` AdamW's over PagedAdamW's on threads, if everything fits in memory, `bfloat16` a step's in
+float32 over one in bfloat16, `batch` a text's when it is written alone over that of one among eight.
+The row `llama` is generation and a LoRA step at a real size, see llama.py; `methods` is a step of
+the methods that PEFT has beside LoRA, see methods.py; `growth` has larger models and longer texts,
+see growth.py.
 
 Needs the extra `test`, for JAX `contenders` and, for `lora`, `methods`, `codes` and `llama`, the
 extra `peers`. gpu_table.py says how things are measured on a GPU; kernels/RESULTS.md has the
@@ -42,8 +42,8 @@ from turns import WARM_UP, Contender, compare, in_turn, line, take_turns
 
 from minilm.extras import install
 
-OnCPU = Literal["train", "lora", "methods", "qlora", "paged", "generate", "batch", "memory",
-                "codes", "llama", "growth"]
+OnCPU = Literal["train", "lora", "methods", "qlora", "paged", "bfloat16", "generate", "batch",
+                "memory", "codes", "llama", "growth"]
 OnGPU = Literal["dequantize", "quantize", "matmul", "lora", "reference", "attention", "swiglu",
                 "rms_norm", "adamw", "step", "pages"]
 OTHERS = {"torch": ("test", ("train", "lora", "methods", "generate", "memory", "growth", "codes",
@@ -105,6 +105,9 @@ def on_cpu(rows, configs, rounds, threads, picture):
                           (our_step, method, shape, threads))
             elif row == "qlora":
                 turns(f"QLoRA after LoRA, {name}", (our_side, "lora", shape, threads), ours)
+            elif row == "bfloat16":
+                turns(f"training step, bfloat16 after float32, {name}",
+                      (our_side, "train", shape, threads), ours)
             elif row == "paged":
                 turns(f"PagedAdamW after AdamW, {name}", (our_side, "train", shape, True),
                       (our_side, "paged", shape, True))

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 CORES = 2
@@ -82,6 +83,8 @@ def our_side(job, shape, threads):
     model = Transformer(our_config(shape))
     if job == "qlora":
         quantize_model(model)
+    if job == "bfloat16":
+        model.astype(ml_dtypes.bfloat16)
     if job in ("lora", "qlora"):
         add_lora(model, RANK, 2 * RANK, ("q", "v"))
     if job in ("generate", "batch"):
