@@ -12,7 +12,7 @@ The row `train` has torch.compile and JAX as well, and the floor: what the produ
 would take at the rate of large products, measured in the same turns (floor.py). Its ratio is the
 share of the floor that we reach. Four rows compare our own times: `qlora` LoRA's over QLoRA's,
 `paged` AdamW's over PagedAdamW's on threads, if everything fits in memory, `bfloat16` a step's in
-float32 over one in bfloat16, `batch` a text's when it is written alone over that of one among eight.
+float32 over one in bfloat16, `batch` a text's when it is written alone over one's among eight.
 The row `llama` is generation and a LoRA step at a real size, see llama.py; `methods` is a step of
 the methods that PEFT has beside LoRA, see methods.py; `growth` has larger models and longer texts,
 see growth.py.
