@@ -4,7 +4,7 @@ Importing it loads nothing: import its modules. `python -m minilm` prints what t
 The floors, in reading order. A module imports only from its own line and the lines before it:
 
   extras backend arrays blas vectors cuda locks strict files tensorfiles stored together ranges
-  graph tensor activations attention losses ops         functions, each with its gradient
+  graph tensor activations heads attention losses ops         functions, each with its gradient
   rope config inputs nn block transformer seq2seq shapes cache decode generate dialogue
   quantize peft optim parallel distill align            the methods
   data interop measure lessons                          text, others' formats, numbers

@@ -12,6 +12,7 @@ import numpy as np
 from minilm.backend import array_module
 
 BLOCK = 1 << 16  # elements of a block: a few float32 temporaries of 256 KiB, for the L2 cache
+WHOLE = 8 * BLOCK  # up to so many elements, to copy blocks together costs what they save
 
 
 def described(x) -> str:
@@ -75,7 +76,7 @@ def by_rows(formula, *arrays):
            [-2.,  0.]]), array([3., 8.]))
     """
     x = arrays[0]
-    if x.size <= 8 * BLOCK or array_module(x) is not np:  # putting blocks together costs as much
+    if x.size <= WHOLE or array_module(x) is not np:
         return formula(*arrays)
     lead = x.shape[:-1]
     arrays = [rows(a) for a in arrays]

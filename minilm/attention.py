@@ -1,4 +1,4 @@
-"""Attention: heads, rotary positions, and softmax(q k^T / sqrt(D)) v as one op that goes by tiles.
+"""Attention: softmax(q k^T / sqrt(D)) v, as one op that goes by tiles.
 
 Shapes: B batch, T tokens (queries), S tokens (keys), H heads, K key/value heads, D head width.
 
@@ -19,67 +19,6 @@ from minilm.arrays import BLOCK, floating, one_dtype, row_dot, row_sum, wide
 from minilm.backend import array_module
 from minilm.graph import once
 from minilm.tensor import op
-
-
-@op
-def split_heads(x, heads):
-    """(B, T, H D) -> (B, H, T, D)."""
-    if x.ndim != 3 or heads < 1:
-        raise ValueError(f"split_heads needs x (B, T, H D) and heads >= 1, got {x.shape}, {heads}")
-    B, T, C = x.shape
-    if C % heads:
-        raise ValueError(f"split_heads: width {C} is not a multiple of {heads} heads")
-    y = x.reshape(B, T, heads, C // heads).transpose(0, 2, 1, 3)
-    return y, lambda dy: dy.transpose(0, 2, 1, 3).reshape(B, T, C)
-
-
-@op
-def merge_heads(x):
-    """(B, H, T, D) -> (B, T, H D)."""
-    if x.ndim != 4:
-        raise ValueError(f"merge_heads needs x (B, H, T, D), got {x.shape}")
-    B, H, T, D = x.shape
-    y = x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
-    return y, lambda dy: dy.reshape(B, T, H, D).transpose(0, 2, 1, 3)
-
-
-@op
-def rotary(x, cos, sin):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864), as Hugging Face's Llama lays them out.
-
-    The pair (x_i, x_{i + D/2}) turns by the i-th angle of its position; the gradient turns back.
-    (..., T, D), (T, D/2), (T, D/2) -> (..., T, D).
-
-    On a GPU kernels/rotary.cu turns (B, H, T, D), except in float64.
-    """
-    floating("rotary", x=x, cos=cos, sin=sin)
-    if x.ndim < 2:
-        raise ValueError(f"rotary needs x (..., T, D), got {x.shape}")
-    half = x.shape[-1] // 2
-    if x.shape[-1] % 2 or cos.shape != (x.shape[-2], half) or sin.shape != cos.shape:
-        raise ValueError(f"rotary: x {x.shape} needs tables {(x.shape[-2], half)}, got {cos.shape}")
-
-    by_kernel = array_module(x) is not np and x.ndim == 4 and x.dtype in cuda.COMPUTES
-    if by_kernel and cos.dtype == sin.dtype == x.dtype:
-        return _rotary_by_kernel(x, cos, sin)
-
-    def turn(x, sin):
-        y, a, b = array_module(x).empty_like(x), x[..., :half], x[..., half:]
-        y[..., :half] = a * cos - b * sin
-        y[..., half:] = b * cos + a * sin
-        return y
-
-    return turn(x, sin), lambda dy: turn(dy, -sin)
-
-
-def _rotary_by_kernel(x, cos, sin):
-    """The same in one pass. It takes split_heads' view of (B, T, H, D) and writes (B, H, T, D)."""
-    cos, sin = cuda.aligned(cos), cuda.aligned(sin)
-    y = cuda.rotary(cuda.aligned(x.transpose(0, 2, 1, 3)), cos, sin)
-
-    def dx(dy): return cuda.rotary(cuda.aligned(dy), cos, sin, back=True).transpose(0, 2, 1, 3)
-    return y, dx
-
 
 FUSED = range(16, 129, 16)  # head widths that kernels/attention.cu takes
 
@@ -108,11 +47,12 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, c
     return P / P.sum(-1, keepdims=True) * drop @ v  # eq. (1)
 
 
-# The fast version goes by tiles of 64 queries, whose scores stay in the cache. A causal tile leaves
-# out the keys that none of its rows sees, with a window those in front of it too. The factor
-# 1 / sqrt(D) goes to q and the division to P v, because both are smaller than the scores. Each
-# row's largest score is subtracted, or exp would overflow. The query heads of a group lie beside
-# their key/value head, which is not repeated. The backward pass makes P again, as the kernel does.
+# The fast version goes by tiles of 64 queries, so that a tile's scores may stay in the cache. A
+# causal tile leaves out the keys that none of its rows sees, with a window those in front of it
+# too. The factor 1 / sqrt(D) goes to q and the division to P v, because both are smaller than the
+# scores. Each row's largest score is subtracted, or exp would overflow. The query heads of a group
+# lie beside their key/value head, which is not repeated. The backward pass makes P again, as the
+# kernel does: the P of all tiles would be B H T S numbers.
 @op
 def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=None, cap=None,
               drop=None):
@@ -147,9 +87,10 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
     held = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them
     qg, kg, vg, yg = *_operands(*held, scale, grouped), y.reshape(grouped)
-    mask, added, drop = (None if a is None else _added(a, (B, H, T, S), qg.dtype).reshape(
-        *grouped[:4], S) for a in (mask, bias, drop))
-    def weights(qg, kg, b, t, s):  # of a tile: P, the same with dropout, l, and the cap's slope
+    mask, added, drop = (_added(a, (B, H, T, S), grouped, qg.dtype) for a in (mask, bias, drop))
+
+    def weights(qg, kg, b, t, s):
+        """_weights of a tile. Each pass gives its own qg and kg, which it lets go of at its end."""
         scores = qg[b, :, :, t] @ kg[b, :, :, s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
         old = window and t.start + S - T - window - s.start  # the last key too old for row 0
         parts = (None if a is None else a[b, :, :, t, s] for a in (added, mask, drop))
@@ -169,8 +110,7 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
         dq, dk, dv = (fresh(x, dtype=qg.dtype) for x in held)
         dbias = None if bias is None else xp.zeros((len(bias), *grouped[1:4], S), qg.dtype)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
-        while tiles:  # the last tile comes first: it has all keys, or else adds to zeros
-            b, t, s = tiles.pop()
+        for b, t, s in reversed(tiles):  # the last has all keys, or else adds to zeros
             P, kept, l, slope = weights(qg, kg, b, t, s)
             g = dyg[b, :, :, t] * l
             dS = g @ vg[b, :, :, s].swapaxes(-1, -2)
@@ -240,30 +180,34 @@ def _fused(q, k, v, causal, scale):
 
 def _capped(scores, cap, xp):
     """Turn the scores into cap tanh(scores / cap), and return its slope, 1 - tanh^2."""
-    xp.tanh(xp.divide(scores, cap, out=scores), out=scores)
+    scores /= cap
+    xp.tanh(scores, out=scores)
     slope = 1 - scores * scores
     scores *= cap
     return slope
 
 
-def _weights(P, cap, causal, old, added, bias, drop, xp):  # the scores become P (..., t, s)
-    """See `weights`; softmax(scores) = P l. The caller multiplies P v by l, as P v is smaller.
+def _weights(scores, cap, causal, old, bias, mask, drop, xp):
+    """(P, P times drop, l, the cap's slope): softmax(scores) = P l, for scores (..., t, s).
 
-    old: row i may not see the keys up to old + i; None: there is no window.
+    The scores' own array becomes P. l is (..., t, 1); the caller multiplies P v by it, as P v is
+    smaller. old: row i may not see the keys up to old + i; None: there is no window.
     """
-    (t, s), slope = P.shape[-2:], _capped(P, cap, xp) if cap else None
-    if added is not None:
-        P += added
+    P, (t, s) = scores, scores.shape[-2:]
+    slope = _capped(P, cap, xp) if cap else None
+    if bias is not None:
+        P += bias
     if old is not None:
         P += _past(t, s, old, P.dtype, xp)
     if causal and t > 1:
         P[..., s - t :] += _future(t, P.dtype, xp)
-    if bias is not None:
-        P += bias
+    if mask is not None:
+        P += mask
     top = P.max(-1, keepdims=True)  # -inf if a row may see no key
-    P -= top if bias is None else xp.maximum(top, xp.finfo(P.dtype).min)
-    total = row_sum(xp.exp(P, out=P))  # at least 1, but 0 if a row may see no key
-    l = 1 / (total if bias is None else xp.maximum(total, 1))
+    P -= top if mask is None else xp.maximum(top, xp.finfo(P.dtype).min)
+    xp.exp(P, out=P)
+    total = row_sum(P)  # at least 1, but 0 if a row may see no key
+    l = 1 / (total if mask is None else xp.maximum(total, 1))
     return P, P if drop is None else P * drop, l, slope
 
 
@@ -296,14 +240,18 @@ def _future(t, dtype, xp):
     return xp.triu(xp.full((t, t), -xp.inf, dtype), 1)
 
 
-def _added(mask, shape, dtype):
-    """The mask, or a bias, as numbers to add, broadcast to the scores' shape without a copy."""
+def _added(mask, shape, grouped, dtype):
+    """The mask, or a bias, as numbers to add: broadcast to the scores' shape without a copy, heads
+    by groups. None stays None."""
+    if mask is None:
+        return None
     xp = array_module(mask)
     mask = xp.where(mask, 0, -xp.inf) if mask.dtype == bool else mask
     try:
-        return xp.broadcast_to(mask.astype(dtype, copy=False), shape)
+        whole = xp.broadcast_to(mask.astype(dtype, copy=False), shape)
     except ValueError:
         raise ValueError(f"attention: mask {mask.shape} does not broadcast to {shape}") from None
+    return whole.reshape(*grouped[:4], shape[3])
 
 
 def _add(out, dS):

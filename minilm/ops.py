@@ -31,9 +31,10 @@ from minilm.arrays import (
     scatter_add,
     wide,
 )
-from minilm.attention import attention, merge_heads, rotary, split_heads
+from minilm.attention import attention
 from minilm.backend import array_module
 from minilm.blas import matmul as product
+from minilm.heads import merge_heads, rotary, split_heads
 from minilm.losses import cosine_embedding, cross_entropy, kl_divergence, log_softmax, mse, softmax
 from minilm.tensor import add, concat, matmul, mul, op
 

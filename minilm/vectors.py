@@ -49,7 +49,7 @@ def product(x, W):  # (..., I), (O, I) -> (..., O)
     if x.dtype == W.dtype and W.itemsize > 2:  # nothing to widen
         if x.ndim == 1:
             return W @ x if W.size <= SMALL else np.vecdot(W, x)
-        if x.ndim == 2 and 1 < len(x) <= FEW and len(W) <= _at_once(*x.shape):
+        if x.ndim == 2 and 1 < len(x) <= FEW and len(W) <= _at_once(*x.shape):  # one part
             return x @ W.T
     one_dtype("linear", x=x, W=W)
     X, O = wide(rows(x)), len(W)
@@ -58,11 +58,11 @@ def product(x, W):  # (..., I), (O, I) -> (..., O)
     y, step = np.empty((len(X), O), X.dtype), _at_once(*X.shape)
 
     def part(i):
-        few, out = wide(W[i : i + step]), y[:, i : i + step]
+        some, out = wide(W[i : i + step]), y[:, i : i + step]
         if len(X) == 1:
-            np.vecdot(few, X, out=out[0])
+            np.vecdot(some, X, out=out[0])
         else:
-            np.matmul(X, few.T, out=out)
+            np.matmul(X, some.T, out=out)
     _each(part, range(0, O, step), THREADS if W.size >= SHARED else 1)
     return y.reshape(*x.shape[:-1], O).astype(x.dtype, copy=False)
 
@@ -70,7 +70,8 @@ def product(x, W):  # (..., I), (O, I) -> (..., O)
 def _at_once(B, I) -> int:
     """How many rows of W a part has.
 
-    OpenBLAS multiplies where the numbers lie, on one thread, up to 10^6 products and 1200 sums.
+    Up to 10^6 products of two numbers, for up to 1200 results, OpenBLAS copies no part of W and
+    wakes no thread.
     """
     return max(1, min(PART // I, 10**6 // (B * I), 1200 // B))
 

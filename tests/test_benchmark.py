@@ -167,8 +167,8 @@ def test_who_is_not_here_is_left_out_with_a_line(monkeypatch, capsys):
     assert benchmark.beside(["train"]) == {} and benchmark.beside(["lora"]) == {}
     assert asked == [["ours", "torch"]]
     assert capsys.readouterr().out == (
-        "* kernels\n* left out: torch.compile, torch.compile needs g++\n* left out: JAX, JAX is "
-        'not installed: pip install "minilm[contenders]"\n\n')
+        "* kernels\n* left out: torch.compile, torch.compile needs g++ or clang++\n"
+        '* left out: JAX, JAX is not installed: pip install "minilm[contenders]"\n\n')
     monkeypatch.setattr(jax_gpt.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch_compiled.shutil, "which", lambda name: "/bin/" + name)
     assert benchmark.beside(["train"]) == {"torch.compile": torch_compiled, "JAX": jax_gpt}

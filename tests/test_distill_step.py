@@ -119,6 +119,7 @@ def test_top_k_is_the_same_in_blocks_of_rows(monkeypatch):
     _, teacher = draw_logits(0, (5, 7, 11))
     whole = top_k(teacher, 3)
     monkeypatch.setattr("minilm.arrays.BLOCK", 16)
+    monkeypatch.setattr("minilm.arrays.WHOLE", 16)
     blocks = top_k(Tensor(teacher), 3)
     assert blocks.ids.shape == (5, 7, 3) and np.array_equal(blocks.ids, whole.ids)
     close(blocks.log_p, whole.log_p, "float64")

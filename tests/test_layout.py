@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"extras", "backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together",
      "stored", "ranges", "tensorfiles", "vectors"},
-    {"graph", "tensor", "ops", "activations", "attention", "losses"},
+    {"graph", "tensor", "ops", "activations", "heads", "attention", "losses"},
     {"rope", "config", "inputs", "nn", "block", "transformer", "seq2seq", "shapes", "cache",
      "decode", "generate", "dialogue"},
     {"quantize", "peft", "distill", "optim", "parallel", "align"},
@@ -50,6 +50,8 @@ WITHIN = {  # the arrows inside a floor
     ("ops", "tensor"),
     ("ops", "activations"),
     ("ops", "attention"),
+    ("ops", "heads"),
+    ("heads", "tensor"),
     ("ops", "losses"),
     ("losses", "tensor"),
     ("activations", "graph"),

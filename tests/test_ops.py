@@ -111,7 +111,8 @@ def test_an_op_changes_neither_its_inputs_nor_dy(row):
 def test_blocks_of_rows_change_nothing(row, monkeypatch):
     inputs = row.draw(np.random.default_rng(0), 2, 9, 5)
     whole = run_ours(row.ours, *inputs)
-    monkeypatch.setattr(arrays, "BLOCK", 4)
+    monkeypatch.setattr(arrays, "BLOCK", 16)
+    monkeypatch.setattr(arrays, "WHOLE", 16)
     monkeypatch.setattr(attention, "BLOCK", 16)
     assert max(op_error(run_ours(row.ours, *inputs), whole)) <= TOLERANCE["float64"]
 
@@ -365,12 +366,13 @@ PLAIN = {
 @pytest.mark.parametrize("fast, plain", PLAIN.values(), ids=PLAIN)
 @given(N=st.integers(1, 9), C=st.integers(1, 9), size=st.sampled_from([0.1, 1, 30]), seed=seeds)
 def test_the_fast_version_is_the_formula(fast, plain, N, C, size, seed):
-    """Row by row, and in one block."""
+    """In blocks of two rows or so, and in one."""
     x, (g, b) = size * normal(N, C, seed=seed), normal(2, C, seed=seed + 1)
     expected = plain(x, g, b)
-    for block in (2, arrays.BLOCK):
+    for block in (16, arrays.BLOCK):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(arrays, "BLOCK", block)
+            patch.setattr(arrays, "WHOLE", block)
             close(fast(x, g, b).data, expected, "float64", scale=1)
 
 

@@ -19,7 +19,7 @@ from minilm.files import FormatError
 from minilm.interop import huggingface
 from minilm.measure import held
 from minilm.measure import lecture_numbers as lectures
-from minilm.measure.activations import norm, probabilities
+from minilm.measure.activations import norm, tile
 from minilm.measure.counts import GPT3, lora
 from minilm.measure.lectures import SLIDE_RANKS
 from minilm.measure.memory import ADD, make_model, measured
@@ -246,12 +246,12 @@ def test_a_gpu_works_on_whole_arrays():
     assert [Step(wide, "qlora", 1, 8, device=device).weight("mlp.up") for device in ("cpu", "cuda")
             ] == [4 * (2048 * 512 + BLOCK), 8 * 2048 * 512]
     step = dict(config=Config.gpt2(64, 128, 1, 2, 32), method="full", batch=3, T=128)
-    assert probabilities(Step(**step, device="cuda")) == (
+    assert tile(Step(**step, device="cuda")) == (
         24 * 128 * 128, 24 * (128 * 128 + 2 * 128 * 16))
-    assert probabilities(Step(**step)) == (
+    assert tile(Step(**step)) == (
         24 * 64 * 128, 24 * (64 * 128 + (64 + 128) * 16))
-    _, tile = probabilities(Step(**step | dict(batch=40)))  # as many rows as fit a block
-    assert tile == 4 * 4 * 2 * (64 * 128 + (64 + 128) * 16) and 4 * 2 * 64 * 128 == BLOCK
+    _, gradients = tile(Step(**step | dict(batch=40)))  # as many rows as fit a block
+    assert gradients == 4 * 4 * 2 * (64 * 128 + (64 + 128) * 16) and 4 * 2 * 64 * 128 == BLOCK
 
 
 # The lectures' arithmetic

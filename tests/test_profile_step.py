@@ -57,7 +57,7 @@ def test_what_raises_is_timed_too(clock):
 def profiles():
     """Of one worker, of two processes, of two threads."""
     with pytest.MonkeyPatch.context() as patch, around_the_package():
-        patch.setattr(profile_step, "rates", lambda threads, workers: iter([workers * 1e9]))
+        patch.setattr(profile_step, "rates", lambda threads, workers: (r for r in [workers * 1e9]))
         return {(n, threads): profile_step.profiled(TINY, n, 3, threads)
                 for n, threads in ((1, False), (2, False), (2, True))}
 
@@ -137,7 +137,7 @@ def test_every_thread_has_a_clock_of_its_own():
 
 
 def test_the_program(monkeypatch, capsys):
-    monkeypatch.setattr(profile_step, "rates", lambda threads, workers: iter([1e9]))
+    monkeypatch.setattr(profile_step, "rates", lambda threads, workers: (r for r in [1e9]))
     monkeypatch.setitem(profile_step.SHAPES, "S", TINY)
     profile_step.main(("S",), steps=1, threads=True)
     out = capsys.readouterr().out

@@ -143,8 +143,8 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     operands = s.array(qkv, wide=True) if s.size == 2 else 0
     graph = flows or s.trains(*names)
     entry = s.keeps(*names) * x
-    P, tile = probabilities(s)
-    P *= 2 if c.attention_cap else 1
+    P, gradients = tile(s)
+    made = P * (2 if c.attention_cap else 1)
     own = s.array(qkv) + s.prefix
     if c.qk_norm:  # xhat and rstd
         rows = c.heads + c.kv_heads if c.qk_norm == "head" else 2
@@ -152,15 +152,14 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     result = y if graph or s.keeps("attention.o") else 0
     saved = entry + s.beside(*names, "attention.o") + graph * own + result
     # forward: the input, q before scaling, and a tile's P or at the end the output of o
-    forward = alive + x + 2 * y + own + operands + max(x, P) + s.beside(*names)
+    forward = alive + x + 2 * y + own + operands + max(x, made) + s.beside(*names)
     # backward: the residual's gradient, dy, and either o's weight or dq, dk, dv and a tile's needs
-    products = s.array(qkv, wide=True) + operands + P + tile
+    products = s.array(qkv, wide=True) + operands + made + gradients
     return Op(saved, forward, 2 * x + max(s.weight("attention.o"), products))
 
 
-def probabilities(s: Step) -> tuple[int, int]:
-    """(bytes of one tile's P (b, H, t, T); of its dS, which is like P, g (b, H, t, D) and P^T g).
-    """
+def tile(s: Step) -> tuple[int, int]:
+    """Bytes of a tile: (P (b, H, t, S); dS, which is like P, with g (b, H, t, D) and P^T g)."""
     B, T, S, H, D = s.batch, s.rows, s.keys, s.config.heads, s.config.D
     b, t = B, T
     if s.device == "cpu":

@@ -14,8 +14,8 @@ Attention multiplies H heads' queries and keys of width D twice in the forward p
 four times in the backward pass (dP, dq, dk, dv), with 2 H D operations each for a query and a key.
 It goes by tiles of queries, and a causal tile has the keys of its last query for all of them.
 
-Left out is what is no product of matrices: norms, GELU, softmax, the loss, embeddings, AdamW. Nor
-does it count what is only made again to save memory: q k^T in attention's backward pass, and the
+Left out is what is no product of matrices: norms, GELU, softmax, the loss, embeddings, AdamW. Left
+out, too, is what is only made again to save memory: q k^T in attention's backward pass, and the
 forward pass of checkpoints.
 """
 

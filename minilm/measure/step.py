@@ -6,7 +6,7 @@ Letters: B batch, T tokens, N = B T rows, V vocabulary, I in, O out, r rank.
 import math
 from dataclasses import dataclass, replace
 
-from minilm.arrays import BLOCK
+from minilm.arrays import BLOCK, WHOLE
 from minilm.config import Config
 from minilm.measure import counts
 from minilm.ranges import check, one_of, optional, whole
@@ -166,7 +166,7 @@ class Step:
 
     def temporaries(self, size: int, whole: int, blocks: int) -> int:
         """Temporaries of a formula in by_rows: `whole` arrays, or `blocks` blocks on a CPU."""
-        if self.device == "cuda" or size <= 32 * BLOCK:
+        if self.device == "cuda" or size <= 4 * WHOLE:
             return whole * size
         return blocks * 4 * BLOCK
 

@@ -4,8 +4,8 @@
 
 measure/flops.py counts the operations: 6 for each weight of a linear layer and each token, and
 attention's tiles. The rate is that of square products, all workers at once, each a process (or a
-thread) of its own with one thread of BLAS, as when we train. Nothing in a step can be faster, so
-the floor's time over ours is the share of it that is reached.
+thread) of its own with one thread of BLAS, as when we train. A step can hardly be faster, so the
+floor's time over ours is the share of the machine's speed that we use.
 """
 
 import time
@@ -48,6 +48,7 @@ def rates(threads, workers=CORES, size=SIZE):
     from minilm.parallel.cores import Workers
     from minilm.tensor import Tensor
 
+    # Workers are there for parameters; there is nothing to train here.
     none = FlatParameters([Tensor(np.zeros(1, np.float32), requires_grad=True)])
     with Workers(none, Products(size), workers, workers > 1 and not threads) as team:
         while True:

@@ -1,4 +1,6 @@
-"""How a training step's time and memory grow with the model and with the text: `--rows growth`.
+"""How a training step's time and memory grow with the model and with the text.
+
+    python scripts/bench/benchmark.py --rows growth
 
     time = k N^a    memory = k N^a    N parameters, then T tokens of a text in N's place      (1)
 
@@ -58,7 +60,10 @@ def measure(rounds: int, threads: bool, picture: Path):
 
 
 def points(x, shapes, rounds, threads):
-    """A Point for each shape that fits in memory; prints its line."""
+    """A Point for each shape that fits in memory; prints its line.
+
+    The first answer of a side is MiB, the others are seconds.
+    """
     from minilm.measure.fit import available
 
     for shape in shapes:
@@ -114,7 +119,7 @@ def exponent(x, y) -> tuple[float, float]:
     law, u = power(x, y), np.log(x)
     gaps = np.log(y) - np.log(law.at(np.asarray(x, float)))
     scatter = math.sqrt((gaps @ gaps) / (len(gaps) - 2) / ((u - u.mean()) @ (u - u.mean())))
-    return law.a, round(scatter, 12)
+    return law.a, round(scatter, 12)  # so that a law without noise has none by rounding
 
 
 def draw(figure, found: dict[str, list[Point]]):

@@ -1,8 +1,8 @@
 """The GPT-2 of contenders.py and its AdamW in JAX: a training step as one compiled function.
 
 It starts from our weights, so that its losses are ours (tests/test_contenders.py). It is written
-for speed as PyTorch's is: one product for q, k and v, JAX's own attention, and the old weights'
-memory for the new ones. Needs the extra `contenders`.
+for speed as torch_step of contenders.py is: one product for q, k and v, JAX's own attention, and
+the old weights' memory for the new ones. Needs the extra `contenders`.
 """
 
 import importlib.util
@@ -35,8 +35,9 @@ def jax_step(shape, weights):
 
     def step(p, m, v, t, tokens, targets):
         loss, g = jax.value_and_grad(loss_of)(p, shape, tokens, targets)
-        moved = jax.tree.map(lambda *arrays: adamw(t + 1, *arrays), p, g, m, v)
-        return loss, t + 1, *(jax.tree.map(lambda _, new, i=i: new[i], p, moved) for i in range(3))
+        m = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, m, g)
+        v = jax.tree.map(lambda v, g: BETA2 * v + (1 - BETA2) * g * g, v, g)
+        return loss, t + 1, jax.tree.map(lambda *arrays: adamw(t + 1, *arrays), p, m, v), m, v
 
     step, t = jax.jit(step, donate_argnums=(0, 1, 2)), jnp.int32(0)
 
@@ -87,14 +88,12 @@ def loss_of(p, shape, tokens, targets):  # (B, T), (B, T) -> ()
     return -jnp.take_along_axis(log_p, targets[..., None], -1).mean()
 
 
-def adamw(t, p, g, m, v):
-    """Step t of AdamW: the new (p, m, v). Matrices alone have weight decay."""
+def adamw(t, p, m, v):
+    """p after step t of AdamW, whose moments are m and v. Matrices alone have weight decay."""
     import jax.numpy as jnp
 
-    m = BETA1 * m + (1 - BETA1) * g
-    v = BETA2 * v + (1 - BETA2) * g * g
     p = p * (1 - LR * DECAY * (p.ndim > 1))
-    return p - LR * m / (1 - BETA1**t) / (jnp.sqrt(v / (1 - BETA2**t)) + EPS), m, v
+    return p - LR * m / (1 - BETA1**t) / (jnp.sqrt(v / (1 - BETA2**t)) + EPS)
 
 
 def side(shape):

@@ -12,12 +12,13 @@ The package is not changed: stopwatch.py is put around its functions from outsid
 without take turns, and the last line says how much longer those with it take.
 """
 
+import contextlib
 import statistics
 from typing import Literal
 
 from contenders import CORES, SHAPES, our_config, our_trainer
 from floor import operations, rates
-from stopwatch import CLOCK, KINDS, PRODUCT, around_the_package, report, switch
+from stopwatch import CLOCK, KINDS, PRODUCT, WAITING, around_the_package, report, switch
 from tqdm import tqdm
 
 from minilm.command import command
@@ -75,7 +76,8 @@ class Profile:
         sums = dict.fromkeys(KINDS, 0.0)
         for kind, seconds in self.spent[worker].items():
             sums[kind if isinstance(kind, str) else PRODUCT] += seconds / len(self.watched)
-        sums["waiting"] += self.step - sum(sums.values()) if worker else 0.0
+        if worker:  # what no function of its has spent, it has waited for something to do
+            sums[WAITING] += self.step - sum(sums.values())
         return sums
 
 
@@ -86,7 +88,8 @@ def profiled(shape, workers: int, steps: int, threads: bool) -> Profile:
     from minilm.transformer import Transformer
 
     with threadpool_limits(1, "blas"):  # as each of several workers has
-        found = Profile(next(rates(threads, workers)), shape)
+        with contextlib.closing(rates(threads, workers)) as measured:
+            found = Profile(next(measured), shape)
         model, batch = Transformer(our_config(shape)), shape.tokens()
         with our_trainer(model, shape, threads, workers=workers) as trainer:
             def everywhere(method, *args):
@@ -124,8 +127,9 @@ def table(name, found: dict[int, Profile]) -> list[str]:
         more = statistics.median(profile.watched) / plain - 1
         floor = operations(profile.shape) / profile.rate
         lines.append(f"\n{n} worker{'s' * (n > 1)}: {1e3 * plain:.2f} ms without the stopwatch, "
-                     f"{100 * more:+.1f} % with it; the floor is {1e3 * floor:.2f} ms at "
-                     f"{profile.rate / 1e9:.0f} GFLOP/s, {100 * floor / plain:.0f} % of it")
+                     f"{100 * more:+.1f} % with it; the floor is {1e3 * floor:.2f} ms, "
+                     f"{100 * floor / plain:.0f} % of the step "
+                     f"(at {profile.rate / 1e9:.0f} GFLOP/s)")
     return lines
 
 

@@ -36,7 +36,11 @@ KINDS = tuple(dict.fromkeys([PRODUCT, *OPS.values(), RECEIVED, *METHODS.values()
 
 
 class Clock(threading.local):
-    """What a thread has spent since `switch`: kind -> seconds, and kind -> calls."""
+    """What a thread has spent since `switch`: kind -> seconds, and kind -> calls.
+
+    inside: for each function that runs now, the seconds that timed functions took inside of it;
+    the first number is that of `whole`.
+    """
 
     def __init__(self):
         self.on, self.spent, self.calls, self.inside = False, Counter(), Counter(), [0.0]
@@ -110,8 +114,10 @@ def around_the_package():
     for name, kind in OPS.items():
         put += [(module, name, timed(kind, getattr(module, name))) for module in (ops, tensor)
                 if hasattr(module, name)]
-    put += [(place, name, functools.wraps(getattr(place, name))(timed(kind, getattr(place, name))))
-            for (module, of, name), kind in METHODS.items() for place in [home(module, of)]]
+    for (module, of, name), kind in METHODS.items():
+        place = home(module, of)
+        fn = getattr(place, name)  # wraps: a pipe sends a method by its name
+        put.append((place, name, functools.wraps(fn)(timed(kind, fn))))
     before = [(place, name, getattr(place, name)) for place, name, _ in put]
     for place, name, new in put:
         setattr(place, name, new)
