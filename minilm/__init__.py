@@ -13,4 +13,4 @@ The floors, in reading order. A module imports only from its own line and the li
     lectures wholerun
 """
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
