@@ -73,7 +73,8 @@ SHOWN = tyro.constructors.ConstructorRegistry()
 
 @SHOWN.primitive_rule
 def or_none(option: tyro.constructors.PrimitiveTypeInfo):
-    """How an option reads that may be None: help says INT, not {None}|INT; None can be typed."""
+    """How an option reads that may be None: help says INT, not {None}|INT, and not that its default
+    is None, but that it is not given; None can be typed."""
     kinds = typing.get_args(option.type)
     if len(kinds) != 2 or kinds[1] is not type(None) or kinds[0] not in (int, float, str, Path):
         return None
@@ -82,7 +83,7 @@ def or_none(option: tyro.constructors.PrimitiveTypeInfo):
         nargs=1, metavar=kind.__name__.upper(),
         instance_from_str=lambda words: None if words == ["None"] else kind(words[0]),
         is_instance=lambda value: value is None or isinstance(value, kind),
-        str_from_instance=lambda value: [str(value)])
+        str_from_instance=lambda value: ["not", "given"] if value is None else [str(value)])
 
 
 @contextlib.contextmanager

@@ -207,7 +207,7 @@ def test_a_text_of_two_corpora_counts_in_the_first(tmp_path):
     write(tmp_path, {"a/1.txt": "one", "a/2.txt": "two", "b/1.txt": "two", "b/2.txt": "three"})
     first, second = load_corpora([tmp_path / "a", tmp_path / "b"])
     assert (first.documents, second.documents) == (("one", "two"), ("three",))
-    assert first.skipped == () and second.told() == "1 documents that an earlier corpus has"
+    assert first.skipped == () and second.told() == "1 document that an earlier corpus has"
     with pytest.raises(ValueError, match="no text; skipped: 2 documents that an earlier"):
         load_corpora([tmp_path / "a", tmp_path / "a"])
 

@@ -102,7 +102,7 @@ def load_corpora(names: Iterable[str | os.PathLike]) -> list[Corpus]:
         corpus = load_corpus(name)
         new = tuple(document for document in corpus.documents if document not in seen)
         if again := len(corpus.documents) - len(new):
-            said = f"{again} documents that an earlier corpus has"
+            said = f"{again} document{'s' * (again > 1)} that an earlier corpus has"
             corpus = replace(corpus, documents=new, skipped=(*corpus.skipped, said))
         seen.update(new)
         corpora.append(corpus)
