@@ -176,6 +176,15 @@ def utf8(name: str, text: str) -> str:
                          f"{before!r:.80}") from None
 
 
+def many(count: int, what: str) -> str:
+    """How many there are of something.
+
+    >>> many(1, "document"), many(2000, "token")
+    ('1 document', '2,000 tokens')
+    """
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def typed(program: str | Path, *words, **options) -> str:
     """What to type to run a program with these words and options, from where the user is.
 

@@ -304,6 +304,20 @@ def test_an_option_may_be_none(monkeypatch, words, wanted):
     assert found == [wanted]
 
 
+def test_help_says_what_is_not_given(monkeypatch, capsys):
+    def main(size: float | None = None, top: int | None = 40):
+        """A program.
+
+        Args:
+            size: of it.
+            top: of it.
+        """
+    monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
+    command(main)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: not given)" in said and "(default: 40)" in said and "None" not in said
+
+
 def test_windows_has_what_all_programs_load():
     """Neither of these modules is there, nor what mpi4py asks for."""
     code = ("import sys; sys.modules |= dict.fromkeys(('fcntl', 'termios', 'mpi4py')); "
