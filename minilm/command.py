@@ -12,10 +12,12 @@ import functools
 import inspect
 import io
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 import typing
@@ -46,7 +48,7 @@ def command(main, stopped: str = "stopped", name: str | None = None):
         main = functools.partial(main, given=given)
     try:
         require_stage("stage" in takes, given)
-        with no_ctrl_c_lost():
+        with no_ctrl_c_lost(), narrow_help():
             tyro.cli(main, prog=name, config=(tyro.conf.FlagCreatePairsOff,), registry=SHOWN)
     except SystemExit as asked:
         ended = asked.code
@@ -84,6 +86,31 @@ def or_none(option: tyro.constructors.PrimitiveTypeInfo):
         instance_from_str=lambda words: None if words == ["None"] else kind(words[0]),
         is_instance=lambda value: value is None or isinstance(value, kind),
         str_from_instance=lambda value: ["not", "given"] if value is None else [str(value)])
+
+
+class Folding:
+    """A stream that folds lines of words which are wider than the terminal, when they come alone.
+    """
+
+    def __init__(self, stream):
+        self.stream, self.width = stream, shutil.get_terminal_size().columns
+
+    def write(self, text):
+        plain = re.sub(r"\x1b\[[\d;]*m", "", text)  # without colours
+        if len(plain) > self.width and plain[0].isalpha():  # no part of a box
+            indent = " " * len("usage: ") * plain.startswith("usage: ")
+            text = textwrap.fill(text, self.width, subsequent_indent=indent)
+        return self.stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def narrow_help():
+    """Inside, help fits the terminal: tyro leaves the usage and the first line as wide as they are.
+    """
+    asked = {"-h", "--help"} & {*sys.argv[1:]}
+    return contextlib.redirect_stdout(Folding(sys.stdout)) if asked else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
