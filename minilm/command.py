@@ -98,8 +98,8 @@ class Folding:
     def write(self, text):
         plain = re.sub(r"\x1b\[[\d;]*m", "", text)  # without colours
         if len(plain) > self.width and plain[0].isalpha():  # no part of a box
-            indent = " " * len("usage: ") * plain.startswith("usage: ")
-            text = textwrap.fill(text, self.width, subsequent_indent=indent)
+            text = textwrap.fill(plain, self.width, break_on_hyphens=False,
+                                 subsequent_indent=" " * 7 * plain.startswith("usage: "))
         return self.stream.write(text)
 
     def __getattr__(self, name):
