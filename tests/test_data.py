@@ -203,6 +203,18 @@ def test_links_into_runs_are_not_followed(tmp_path):
     assert load_corpus(run / "deep").documents == ("no",)  # asked for by name
 
 
+@pytest.mark.parametrize("lines, said", [
+    ('{"text": "a"}\n{"text": "b', "line 2: not valid JSON"),  # the file was cut
+    ('{"text": "a"}\n{"t": "b"}', "line 2: expected an object with a text in the field"),
+    ('{"text": 1}', "line 1: expected an object"), ("", "holds no text")])
+def test_json_lines_are_whole_or_refused(tmp_path, lines, said):
+    write(tmp_path, {"good.jsonl": '{"text": "a"}\n{"text": " "}\n{"text": "b\\nc", "x": 1}',
+                     "bad.jsonl": lines})
+    assert load_corpus(tmp_path / "good.jsonl").documents == ("a", "b\nc")
+    with pytest.raises(FormatError, match=said):
+        load_corpus(tmp_path / "bad.jsonl")
+
+
 def test_a_text_of_two_corpora_counts_in_the_first(tmp_path):
     write(tmp_path, {"a/1.txt": "one", "a/2.txt": "two", "b/1.txt": "two", "b/2.txt": "three"})
     first, second = load_corpora([tmp_path / "a", tmp_path / "b"])
