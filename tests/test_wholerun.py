@@ -87,6 +87,10 @@ def test_jobs_are_read(tmp_path):
     assert quickly([command("b")]) == []
     (tmp_path / "times.json").write_text('{"x": 7.5}')
     assert [job.minutes for job in read_jobs(tmp_path).values()] == [3, 7.5, 1]
+    for wrong in ('["x"]', '{"x": "7"}'):
+        (tmp_path / "times.json").write_text(wrong)
+        with pytest.raises(FormatError, match=r"times\.json: is .* expected minutes by job"):
+            read_jobs(tmp_path)
 
 
 @pytest.mark.parametrize("old, new, complaint", [
