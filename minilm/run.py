@@ -81,6 +81,11 @@ class RunDirectory:
         sync_folder(parent)
         return cls(path)
 
+    def inside(self, name: str) -> "RunDirectory":
+        """A run in a folder of this one, which is there already if this one goes on."""
+        (folder := self.path / name).mkdir(exist_ok=True)
+        return RunDirectory(folder)
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Be the run's only writer. What killed processes left half-written is removed first.

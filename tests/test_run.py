@@ -112,6 +112,13 @@ def test_what_is_no_run_says_so(tmp_path):
         assert caught.value.strerror == f"is missing, so there is no run to go on with{more}"
 
 
+def test_a_run_inside_a_run_is_there_again_when_it_goes_on(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.inside("arm").log(step=1, loss=2.0)
+    assert run.inside("arm").path == tmp_path / "arm"
+    assert run.inside("arm").records() == [{"step": 1, "loss": 2.0}] and run.records() == []
+
+
 # Going on
 
 

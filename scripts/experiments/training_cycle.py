@@ -52,12 +52,11 @@ from minilm.stages import (
     look,
     policy,
     questions,
-    share_of,
     supervised,
     text_reward,
 )
 from minilm.transformer import Transformer
-from minilm.trial import KNOWN, base, held_out, old_text, program
+from minilm.trial import KNOWN, base, held_out, old_text, program, share_of
 
 QUESTION = "What is done to a language model, stage by stage, and what does each stage begin as?"
 
