@@ -20,8 +20,8 @@ texts about the words of the questions are left out before. Each arm is the same
     gold              as many records as were kept, with right answers: the gap to them is what
                       imitation loses
 
-and is asked the same held-out records. The texts stay in the run's folder, written-SEED.json.
-A seed takes about 7 minutes of one core.
+and is asked the same held-out records. The texts stay in the run's folder, written-SEED.json. A
+seed takes about 7 minutes of one core.
 """
 
 from dataclasses import dataclass

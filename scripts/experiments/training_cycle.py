@@ -23,9 +23,9 @@ model without its head, which is new; of the policy without its adapters, which 
 "own loss" is the stage's own, held out: nats a token of text, nats a token of demonstrations, the
 share of comparisons that the reward model orders wrongly (what it minimizes is their
 log-likelihood, which grows again on new ones as it becomes sure), and minus the reward, which is in
-standard deviations and less the price of KL.
-Pretraining begins as a model with the same shape and new weights. "gold" is what the answers of the
-model are worth; of the reward model, the one of four answers by SFT that it likes best.
+standard deviations and less the price of KL. Pretraining begins as a model with the same shape and
+new weights. "gold" is what the answers of the model are worth; of the reward model, the one of four
+answers by SFT that it likes best.
 
 A seed takes about three minutes of one core.
 """
