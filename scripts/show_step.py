@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from minilm import data
-from minilm.command import command
+from minilm.command import command, many
 from minilm.interop import load_model
 from minilm.lessons import conversations, instructions
 from minilm.measure.descent import falls, watched
@@ -98,8 +98,8 @@ def loaded(folder: Path | None, seed: int):
             raise ValueError(f"{folder} is quantized, and codes have no gradient: give the model "
                              "that it was made of")
     model = model.astype(np.float64)
-    print(f"{what}: {len(model.blocks)} blocks, {sum(p.size for p in model.parameters()):,} "
-          "numbers")
+    print(f"{what}: {many(len(model.blocks), 'block')}, "
+          f"{sum(p.size for p in model.parameters()):,} numbers")
     return model, tokenizer
 
 

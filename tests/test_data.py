@@ -674,7 +674,7 @@ def test_the_draw_of_a_seed_never_changes():
 @pytest.mark.parametrize(
     "sizes, weights, batch, length, message",
     [
-        ([20, 8], [1, 1], 2, 8, "stream 1 is too short: it has 8 tokens, 9 are needed"),
+        ([20, 8], [1, 1], 2, 8, "stream 1 is too short: 9 tokens are needed, it has 8"),
         ([20], [1, 1], 2, 8, "expected 1 weights"),
         ([20, 20], [1, -1], 2, 8, "negative"),
         ([20, 20], [0, 0], 2, 8, "zero"),
@@ -711,7 +711,7 @@ def test_rows_cover_the_stream_once(size, length):
 
 
 def test_rows_refuse_nonsense():
-    with pytest.raises(ValueError, match="the stream is too short: it has 1 tokens, 2 are needed"):
+    with pytest.raises(ValueError, match="the stream is too short: 2 tokens are needed, it has 1"):
         cut(np.array([1]), 4)
     with pytest.raises(ValueError, match="at least 1"):
         cut(np.arange(9), 0)

@@ -193,7 +193,7 @@ def _stream(stream, least, name="the stream"):
     if stream.ndim != 1 or stream.dtype.kind not in "iu":
         raise TypeError(f"a stream is (N,) of integers, got {stream.dtype} {stream.shape}")
     if len(stream) < least:
-        raise ValueError(f"{name} is too short: it has {len(stream)} tokens, {least} are needed")
+        raise ValueError(f"{name} is too short: {least} tokens are needed, it has {len(stream)}")
     return stream.astype(np.int32, copy=False)
 
 
