@@ -79,6 +79,14 @@ def test_files_of_every_kind_are_read_or_said_to_be_none(tmp_path):
         "h.html": Dropped("not HTML: 2,000 tags do not end")}
 
 
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_line_may_be_as_long_as_a_file(tmp_path, end):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "abc"}' + end)
+    assert [text for _, text in read_documents([tmp_path], 15)] == ["abc"]
+    assert [text for _, text in read_documents([tmp_path], 14)] == [
+        Dropped("too long: over 14 bytes")]
+
+
 def test_json_lines_that_cannot_be_read_are_said_to_be_none(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}')
     (tmp_path / "b.txt").write_text("two")

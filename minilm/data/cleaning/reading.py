@@ -65,9 +65,9 @@ def lines_of(file: Path, largest: int) -> Iterator[Document]:
         return
     with opened:
         number = 0
-        while line := opened.readline(largest):
+        while line := opened.readline(largest + 1):
             number += 1
-            cut = not line.endswith(b"\n") and len(line) == largest
+            cut = not line.endswith(b"\n") and len(line) > largest
             while cut and (rest := opened.readline(largest)) and not rest.endswith(b"\n"):
                 pass
             yield Document(f"{file}:{number}", Dropped(f"too long: over {largest:,} bytes")
