@@ -49,8 +49,8 @@ class Adapting:
     method: Literal[NAMES] = "lora"
     """full: every weight. Selective: top, the last blocks; bitfit, the biases. Reparametrised, by
     changes of low rank: lora, dora, adalora; qlora, on a base of few bits; subspace, by few random
-    directions. Additive: ia3, scaling
-    vectors; bottleneck, small MLPs; prompt, prefix, rows in front of the text"""
+    directions. Additive: ia3, scaling vectors; bottleneck, small MLPs; prompt, prefix, rows in
+    front of the text"""
     r: int = 8
     """rank of the adapters; adalora's first one"""
     last: int | None = None

@@ -122,8 +122,8 @@ def asked_of(source, s, share: float, model, tokenizer, score, run: Path | None 
     compares = s.method in ("reward", "dpo")
     if not isinstance(source, data.Corpus):
         if len(source) <= s.test:
-            raise ValueError(f"{s.data} has {len(source)} comparisons, but {s.test} are held out: "
-                             "give a smaller --test")
+            raise ValueError(f"{s.test} of the comparisons are held out, but {s.data} has "
+                             f"{len(source)}: give a smaller --test")
         require_readable(source, s, model, tokenizer)
         parts = data.split_records(source, s.test, prompt=lambda c: c.prompt)
         prompts = [[tokenizer.prompt(text) for text in dict.fromkeys(c.prompt for c in part)]

@@ -12,10 +12,12 @@ import functools
 import inspect
 import io
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 import typing
@@ -46,7 +48,7 @@ def command(main, stopped: str = "stopped", name: str | None = None):
         main = functools.partial(main, given=given)
     try:
         require_stage("stage" in takes, given)
-        with no_ctrl_c_lost():
+        with no_ctrl_c_lost(), narrow_help():
             tyro.cli(main, prog=name, config=(tyro.conf.FlagCreatePairsOff,), registry=SHOWN)
     except SystemExit as asked:
         ended = asked.code
@@ -73,7 +75,8 @@ SHOWN = tyro.constructors.ConstructorRegistry()
 
 @SHOWN.primitive_rule
 def or_none(option: tyro.constructors.PrimitiveTypeInfo):
-    """How an option reads that may be None: help says INT, not {None}|INT; None can be typed."""
+    """How an option reads that may be None: help says INT, not {None}|INT, and not that its default
+    is None, but that it is not given; None can be typed."""
     kinds = typing.get_args(option.type)
     if len(kinds) != 2 or kinds[1] is not type(None) or kinds[0] not in (int, float, str, Path):
         return None
@@ -82,7 +85,32 @@ def or_none(option: tyro.constructors.PrimitiveTypeInfo):
         nargs=1, metavar=kind.__name__.upper(),
         instance_from_str=lambda words: None if words == ["None"] else kind(words[0]),
         is_instance=lambda value: value is None or isinstance(value, kind),
-        str_from_instance=lambda value: [str(value)])
+        str_from_instance=lambda value: ["not", "given"] if value is None else [str(value)])
+
+
+class Folding:
+    """A stream that folds lines of words which are wider than the terminal, when they come alone.
+    """
+
+    def __init__(self, stream):
+        self.stream, self.width = stream, shutil.get_terminal_size().columns
+
+    def write(self, text):
+        plain = re.sub(r"\x1b\[[\d;]*m", "", text)  # without colours
+        if len(plain) > self.width and plain[0].isalpha():  # no part of a box
+            text = textwrap.fill(plain, self.width, break_on_hyphens=False,
+                                 subsequent_indent=" " * 7 * plain.startswith("usage: "))
+        return self.stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def narrow_help():
+    """Inside, help fits the terminal: tyro leaves the usage and the first line as wide as they are.
+    """
+    asked = {"-h", "--help"} & {*sys.argv[1:]}
+    return contextlib.redirect_stdout(Folding(sys.stdout)) if asked else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -173,6 +201,15 @@ def utf8(name: str, text: str) -> str:
         byte, before = error.object[error.start], error.object[: error.start].decode()
         raise ValueError(f"{name} must be UTF-8, got the byte 0x{byte:02x} after "
                          f"{before!r:.80}") from None
+
+
+def many(count: int, what: str) -> str:
+    """How many there are of something.
+
+    >>> many(1, "document"), many(2000, "token")
+    ('1 document', '2,000 tokens')
+    """
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def typed(program: str | Path, *words, **options) -> str:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from minilm import data
 from minilm.adapting import METHODS, Adapting, prepared
-from minilm.files import FormatError, read_json
+from minilm.files import FormatError
 from minilm.interop import load_model, save_adapter, save_model
 from minilm.loop import refuse_unused
+from minilm.run import behind
 from minilm.stored import fits
 from minilm.together import settle
 from minilm.transformer import Transformer
@@ -121,25 +122,15 @@ def trained_on(folder: Path, names: Collection[str] = ()) -> list[data.Corpus]:
 
 def runs_of(folder: Path) -> Iterator[dict]:
     """run.json of the run that made this folder, then that of its base, and so on; those alone that
-    trained on corpora. FormatError for one that is no JSON."""
-    for _ in range(10):  # bases of bases
-        try:
-            run = read_json(file := Path(folder).absolute().parent / "run.json")
-        except FileNotFoundError:
-            return
-        s = run.get("settings") if isinstance(run, dict) else None
-        if not isinstance(s, dict):
-            return
-        share = s.get("validation")
-        if "corpus" in s and fits(share, float) and 0 < share < 1:
+    trained on corpora. FormatError for one that is no JSON, or says nothing of its corpora."""
+    for file, run in behind(folder):
+        share = run["settings"].get("validation")
+        if "corpus" in run["settings"] and fits(share, float) and 0 < share < 1:
             if not fits(run.get("corpora"), tuple[dict[str, str | int], ...]) or not all(
                     {"name", "sha256"} <= corpus.keys() for corpus in run["corpora"]):
                 raise FormatError(file, f"corpora: {run.get('corpora')!r:.100}, expected objects "
                                   "with name and sha256")
             yield run
-        folder = s.get("init") or s.get("model")
-        if not fits(folder, str) or not folder:
-            return
 
 
 def save_learned(model: Transformer, s, tokenizer, folder: Path) -> dict[str, Path | str]:

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from minilm.adapting import OWN_RULE
-from minilm.command import typed
+from minilm.command import many, typed
 from minilm.loop import refuse_unused, resumed
 from minilm.optim import AdamW
 from minilm.parallel.comm import Comm, connect
@@ -117,8 +117,9 @@ def adamw_of(ranks: Ranks | None, model) -> Callable:
 def crew(ranks: Ranks | None, s) -> str:
     """Who trains, in words."""
     if not ranks:
-        return f"{s.workers} workers"
-    return f"{ranks.comm.size} ranks in stage {ranks.stage}" + " on GPUs" * (ranks.device == "cuda")
+        return many(s.workers, "worker")
+    where = " on GPUs" * (ranks.device == "cuda")
+    return f"{many(ranks.comm.size, 'rank')} in stage {ranks.stage}{where}"
 
 
 def again(ranks: Ranks | None, program: str | Path, run: RunDirectory) -> str:

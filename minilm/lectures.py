@@ -84,7 +84,7 @@ def chosen(patterns: tuple[str, ...], texts: list[str]) -> list[str]:
     return [text for text in texts if any(fnmatchcase(text, p) for p in patterns)]
 
 
-def judges(line: Line, results: dict[str, Result]) -> dict[str, tuple[dict, ...]]:
+def judges(line: Line, results: dict[str, Result]) -> dict[str, list[dict]]:
     """Experiment -> the claims that judge a line, with their verdicts; [] without a result."""
     found = {}
     for name, patterns in line.claims.items():

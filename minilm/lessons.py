@@ -40,8 +40,8 @@ def load_data(s):
         talks = data.holds_conversations(path)
         records = data.load_conversations(path) if talks else data.load_records(path)
         if len(records) <= s.test:
-            raise ValueError(f"{path} has {len(records)} records, but {s.test} are held out: give "
-                             "a smaller --test")
+            raise ValueError(f"{s.test} of the records are held out, but {path} has "
+                             f"{len(records)}: give a smaller --test")
         if talks:
             if s.reverse:
                 raise ValueError(f"{path} holds conversations: only records can be reversed")

@@ -69,8 +69,8 @@ def cross_entropy(logits, targets, ignore_index=-100, total=None):
     logits (..., V), targets integers (...) -> (), in nats, at least float32. total: divide by this
     number of targets instead, so that the parts of a split batch add up to the whole batch's loss.
     TypeError for targets that are no integers. ValueError if a target is out of range or none is
-    left to average. If the logits are on a GPU,
-    targets may stay NumPy's: checking them on the CPU does not wait for the card.
+    left to average. If the logits are on a GPU, targets may stay NumPy's: checking them on the CPU
+    does not wait for the card.
 
     What differs from the plain form: the largest logit is subtracted first, or exp would overflow.
     -log p is log(sum(exp(logits))) - logit, which is exact even if p underflows. p is kept, and

@@ -101,6 +101,15 @@ def number(x: float, decimals: int) -> str:
     return f"{x:,.{decimals}f}" if abs(x) < 1e15 else f"{x:.5g}"
 
 
+def slide_text(x: float) -> str:
+    """A number of a slide as it stands there; a whole one from 10,000 on as `number` has it.
+
+    >>> slide_text(62.0), slide_text(1e12), slide_text(65504), slide_text(3.40282e38)
+    ('62.0', '1,000,000,000,000', '65,504', '3.40282e+38')
+    """
+    return number(x, 0) if 1e4 <= abs(x) < 1e15 and x == int(x) else str(x)
+
+
 def spread_text(spread: Spread, decimals: int) -> str:
     """The mean, and the lowest and the highest if they differ from it when rounded."""
     mean, low, high = (number(x, decimals) for x in spread)
@@ -113,7 +122,7 @@ def table(result: Result, width: int = 100) -> str:
     arms = result.arms
     columns = [[measure, *(spread_text(result.spread(arm, measure), decimals) for arm in arms)]
                for measure, decimals in result.measures.items()]
-    columns += [[source, *(str(numbers.get(arm, "")) for arm in arms)]
+    columns += [[source, *(slide_text(numbers[arm]) if arm in numbers else "" for arm in arms)]
                 for source, numbers in result.slide.items()]
     seeds, edge = ", ".join(map(str, result.seeds)), max(map(len, ["", *arms]))
     lines, room = [f"mean (lowest - highest) of seeds {seeds}"], 0

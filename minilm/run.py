@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shlex
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -82,6 +81,11 @@ class RunDirectory:
         sync_folder(parent)
         return cls(path)
 
+    def inside(self, name: str) -> "RunDirectory":
+        """A run in a folder of this one, which is there already if this one goes on."""
+        (folder := self.path / name).mkdir(exist_ok=True)
+        return RunDirectory(folder)
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Be the run's only writer. What killed processes left half-written is removed first.
@@ -119,7 +123,8 @@ class RunDirectory:
         try:
             run = read_json(file)
         except FileNotFoundError:
-            said = "is missing, so there is no run to go on with"
+            around = [f": give {f}" for f in self.path.parents if (f / "run.json").exists()]
+            said = "is missing, so there is no run to go on with" + "".join(around[:1])
             raise FileNotFoundError(errno.ENOENT, said, str(file)) from None
         if not isinstance(run, dict):
             raise FormatError(file, "must hold an object")
@@ -278,32 +283,26 @@ def newest_model(runs: Path, run: str = "*", fits=lambda folder: True) -> Path:
     return configs[-1].parent
 
 
-def share_held_out(model: str | os.PathLike) -> float | None:
-    """The share of its corpora that the run held out which made the folder of this model.
-
-    The run's settings tell, or those of the run that made its base. None if no run does.
-    FormatError if the run's file is no JSON.
-    """
+def behind(folder: str | os.PathLike) -> Iterator[tuple[Path, dict]]:
+    """run.json, and what it says, of the run that made a model's folder, then of the run that made
+    that run's base, and so on. FormatError for one that is no JSON."""
     for _ in range(10):  # bases of bases
-        try:
-            run = read_json(Path(model).absolute().parent / "run.json")
-        except FileNotFoundError:
-            return None
+        file = Path(folder).absolute().parent / "run.json"
+        run = read_json(file) if file.exists() else None
         s = run.get("settings") if isinstance(run, dict) else None
         if not isinstance(s, dict):
-            return None
-        if fits(share := s.get("validation"), float) and 0 < share < 1:
-            return share
-        if not fits(model := s.get("model"), str):
-            return None
-    return None
+            return
+        yield file, run
+        folder = s.get("init") or s.get("model")
+        if not fits(folder, str) or not folder:
+            return
 
 
-def tell_if_learned(model: str | os.PathLike, validation: float):
-    """Say on stderr if a model may have been trained on some of a share that is held out now."""
-    if (share := share_held_out(model)) and share < validation:
-        print(f"{model} was trained with {share:.1%} held out: it has learned some of the "
-              f"{validation:.1%} here", file=sys.stderr)
+def share_held_out(model: str | os.PathLike) -> float | None:
+    """The share of its corpora that the run held out which made the folder of this model, or the
+    run that made its base. None if no run says one. FormatError if a run's file is no JSON."""
+    shares = (run["settings"].get("validation") for _, run in behind(model))
+    return next((share for share in shares if fits(share, float) and 0 < share < 1), None)
 
 
 def _named(new: Path, wanted: Path) -> Path:

@@ -28,8 +28,7 @@ from minilm.loop import Training, fit
 from minilm.peft.adapted import adapted_layers
 from minilm.ranges import AT_LEAST_0, check, one_of, whole
 from minilm.rewards import TextReward, text_of
-from minilm.run import RunDirectory, share_held_out
-from minilm.trial import Trial
+from minilm.trial import Trial, share_of
 
 KL, LENGTH = "KL to where it began, nats an answer", "length of an answer, tokens"
 ENTROPY = "entropy, nats a token"
@@ -124,11 +123,6 @@ def text_reward(rule: str | Callable, tokenizer) -> TextReward:
     return TextReward(SCORES.get(rule, rule), tokenizer)
 
 
-def share_of(s: Aligned) -> float:
-    """The share of the text that is held out."""
-    return (share_held_out(s.model) if s.model else None) or 0.1
-
-
 def questions(s: Aligned, model, tokenizer, method: str = "ppo", score=None, **own) -> Asked:
     """Prompts, and for methods that need them comparisons of the model's answers by the score."""
     corpus = data.load_corpus("python-reference")
@@ -165,10 +159,9 @@ def judged(s: Aligned, model, tokenizer, run, title: str, begun=lambda job: None
     """Comparisons of the model's answers, and a reward model that begins with the model."""
     gold = text_reward(s.gold, tokenizer)
     asked = questions(s, model, tokenizer, "reward", gold)
-    (folder := run.path / "reward").mkdir(exist_ok=True)
     how = stage_of(s, "reward", lr=METHODS["reward"].lr, batch=min(24, s.train),
                    warmup=0, steps=s.judging if s.model else 2)
-    job = taught(model, how, asked, tokenizer, RunDirectory(folder), f"{title}, reward model",
+    job = taught(model, how, asked, tokenizer, run.inside("reward"), f"{title}, reward model",
                  begun=begun)
     scores = gold(*asked.compared_held_out.texts()).reshape(-1, how.answers)
     right, gaps = job.examine()[0]["pairs"]["right"], scores[:, 0] - scores[:, -1]
@@ -191,11 +184,10 @@ def supervised(s: Aligned, model, prompts, tokenizer, run, title: str):
     """(the model after it has learned demonstrations with all its weights, the demonstrations)."""
     asked = prompts[:: len(prompts) // min(s.shown, s.train)][: min(s.shown, s.train)]
     rows = demonstrations(s, model, asked, tokenizer)
-    (folder := run.path / "shown").mkdir(exist_ok=True)
     how = replace(s, method="full", lr=3e-4, warmup=5, batch=min(16, s.train),
                   steps=s.showing if s.model else 2)
     batches = data.EpochBatches(rows, how.batch, s.seed)
-    model, *_ = trial.taught(model, batches, how, RunDirectory(folder), f"{title}, SFT")
+    model, *_ = trial.taught(model, batches, how, run.inside("shown"), f"{title}, SFT")
     return model.eval(), rows
 
 

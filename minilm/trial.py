@@ -284,12 +284,16 @@ def loss_of_answers(model, tokenizer, records) -> float:
 
 def old_text(model, tokenizer, s: Trial) -> float:
     """Bits a byte of the text that pretrain.py does not train on."""
-    share = (share_held_out(s.model) if s.model else None) or 0.1
-    documents = held_out(share)[: s.documents]
+    documents = held_out(share_of(s))[: s.documents]
     tokens, targets = data.rows_of(documents, tokenizer, model.room)
     size = sum(len(document.encode()) for document in documents)
     counted = int((targets != data.IGNORED).sum())
     return bits_per_byte(loss_of(model, tokens, targets), counted, size)
+
+
+def share_of(s: Trial) -> float:
+    """The share of the text that the model's run held out, or what pretrain.py does by default."""
+    return (share_held_out(s.model) if s.model else None) or 0.1
 
 
 @cache

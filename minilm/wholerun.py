@@ -27,7 +27,7 @@ from pathlib import Path
 from minilm.files import FormatError, read_json, write_atomically, write_json
 from minilm.lectures import Lecture, read_toml
 from minilm.results import Result
-from minilm.stored import revive
+from minilm.stored import fits, revive
 
 LONGEST = 60_000  # characters of an output that are kept
 TIMES = "times.json"
@@ -82,8 +82,19 @@ def read_jobs(folder: Path) -> dict[str, Job]:
     for job in jobs.values():
         if unknown := {*job.needs} - jobs.keys():
             raise FormatError(path, f"{job.name}: there is no command {min(unknown)!r}")
-    times = read_json(folder / TIMES) if (folder / TIMES).exists() else {}
+    times = times_in(folder)
     return {name: replace(job, minutes=times.get(name, job.minutes)) for name, job in jobs.items()}
+
+
+def times_in(folder: Path) -> dict[str, float]:
+    """Minutes of one core by job, as times.json in this folder has them; {} without one.
+
+    FormatError for anything else.
+    """
+    times = read_json(file) if (file := folder / TIMES).exists() else {}
+    if not fits(times, dict[str, float]):
+        raise FormatError(file, f"is {times!r:.100}, expected minutes by job")
+    return times
 
 
 def in_order(jobs: dict[str, Job], lectures: Iterable[Lecture], only: Iterable[str] = ()
@@ -154,8 +165,7 @@ class WholeRun:
 
     def times(self) -> dict[str, float]:
         """Minutes of one core by job, over all attempts."""
-        file = self.folder / TIMES
-        return read_json(file) if file.exists() else {}
+        return times_in(self.folder)
 
     def run(self, jobs: list[Job], at_once: int = 1, tell=print) -> list[str]:
         """Run what is not done yet, `at_once` jobs at a time, each on a core of its own.
@@ -241,8 +251,7 @@ class WholeRun:
                     (result, ".json"), (result, ".svg")] if f.with_suffix(end).exists()]
             for file, kept in files:
                 write_atomically(kept, file.read_bytes())
-        before = read_json(lectures / TIMES) if (lectures / TIMES).exists() else {}
-        write_json(lectures / TIMES, before | self.times())
+        write_json(lectures / TIMES, times_in(lectures) | self.times())
 
 
 def filled(words: str, folder: str) -> str:

@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from minilm.command import Given, command
+from minilm.command import Given, command, many
 from minilm.data.cleaning.duplicates import NEAR
 from minilm.data.cleaning.funnel import Dropped, Funnel, Passed
 from minilm.data.cleaning.reading import files_in, read_documents
@@ -75,7 +75,6 @@ class Settings:
     """those that are kept: head is what the model finds likely"""
 
 
-
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
          out: Path = Path("runs"), resume: Path | None = None, show: int = 3,
          given: Given = frozenset()):
@@ -94,6 +93,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         s = run.settings(settings, given)
     else:
         s = settings
+        refuse_idle(s, given)
     if not s.source:
         raise ValueError("source must name a file or a folder")
     stages = stages_of(s)
@@ -106,6 +106,16 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
         funnel = collect(run.path, s, Funnel(stages, show))
         if funnel:
             finish(run.path, s, funnel)
+
+
+def refuse_idle(s: Settings, given):
+    """ValueError for an option that was given and decides nothing."""
+    for stage, names in {"language": ("language", "least"), "words": ("words",),
+                         "near": ("near",)}.items():
+        if stage not in s.stages:
+            refuse_unused(given, names, f"--stages leave {stage} out")
+    if not s.model:
+        refuse_unused(given, ("buckets",), "there is no --model that could sort texts")
 
 
 def listing(path: str) -> str:
@@ -159,11 +169,11 @@ def collect(folder: Path, s: Settings, funnel: Funnel) -> Funnel | None:
             if read % EVERY == 0 or stopped():
                 save(read)
             if stopped():
-                print(f"stopped after {read:,} documents; go on with --resume {folder}")
+                print(f"stopped after {many(read, 'document')}; go on with --resume {folder}")
                 return None
         save(read)
     seconds = time.perf_counter() - start
-    print(f"{read - done['read']:,} documents in {seconds:.1f} s, "
+    print(f"{many(read - done['read'], 'document')} in {seconds:.1f} s, "
           f"{(read - done['read']) / seconds:,.0f} a second")
     return funnel
 
@@ -191,7 +201,7 @@ def finish(folder: Path, s: Settings, funnel: Funnel):
     print(examples(funnel.passed))
     picture = plot(funnel.passed, folder / "funnel.png")
     print(f"\n{told('a picture', picture)}")
-    print(f"{count:,} documents: {folder / 'clean.jsonl'}" if count else
+    print(f"{many(count, 'document')}: {folder / 'clean.jsonl'}" if count else
           "nothing is left: look at the examples, and choose --stages")
 
 

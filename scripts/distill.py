@@ -33,7 +33,7 @@ from minilm.nn import Module
 from minilm.optim import AdamW
 from minilm.picture import save_png
 from minilm.ranges import AT_LEAST_0, POSITIVE, check, each, one_of, optional, whole
-from minilm.run import RunDirectory, tell_if_learned
+from minilm.run import RunDirectory, share_held_out
 from minilm.transformer import Config, Transformer
 from minilm.versions import fingerprints
 
@@ -200,7 +200,9 @@ def load_teacher(s: Settings):
                          f"{c.context}; its tokenizer needs {tokenizer.vocab_size}, and --context "
                          f"is {s.context}")
     data.adopt_end(tokenizer, teacher.ends.eos)
-    tell_if_learned(folder, s.validation)
+    if (share := share_held_out(folder)) and share < s.validation:
+        print(f"{folder} was trained with {share:.1%} held out: it has learned some of the "
+              f"{s.validation:.1%} here", file=sys.stderr)
     return teacher, tokenizer
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minilm import data
-from minilm.command import Given, command
+from minilm.command import Given, command, many
 from minilm.data.answered import to_lines
 from minilm.files import FormatError, sha256, write_atomically, write_json
 from minilm.loop import refuse_unused
@@ -118,7 +118,7 @@ def executed(examples, seed: int, draws: int) -> Score:
 
 def show(task: str, examples, found: dict[str, Score], why: dict[str, str]):
     """Print a task's scores, what does not fit, and some answers that are wrong."""
-    print(f"\n{data.printable(task)}: {len(examples):,} answer{'s' * (len(examples) > 1)}\n"
+    print(f"\n{data.printable(task)}: {many(len(examples), 'answer')}\n"
           f"{'':26}{'score':>9}    95 % interval by examples")
     for name, (value, low, high) in found.items():
         print(f"{name:26}{value:9.3f}    {low:.3f} to {high:.3f}")

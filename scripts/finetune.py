@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from minilm import data, versions
 from minilm.adapting import METHODS, Adapting, optimizer_and_loss, prepared
-from minilm.command import Given, command, typed
+from minilm.command import Given, command, many, typed
 from minilm.continued import trained_on
 from minilm.files import sha256
 from minilm.interop import load_model, require_folder, save_adapter, save_model
@@ -146,7 +146,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     lesson = replaying(lesson, old, share, tokenizer, model, s) if old else lesson
     if run is None:
         run = new_run(ranks, out, f"finetune-{s.method}", asdict(s), described, decisive)
-    print(f"{len(records[0]):,} {'conversations' if talks else 'records'} to train on, "
+    print(f"{many(len(records[0]), 'conversation' if talks else 'record')} to train on, "
           f"{len(records[1]):,} held out")
     with run.going_on():
         finetune(run, s, model, tokenizer, templates, lesson, known, ranks)

@@ -27,7 +27,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 
 from minilm.backend import tune_allocator, use_huge_pages
-from minilm.command import Given, command, utf8
+from minilm.command import Given, command, many, utf8
 from minilm.data import (
     Chat,
     Tokenizer,
@@ -95,7 +95,7 @@ def main(model: Path | None = None, prompt: str = "The ", tokens: int = 300,
         start = time.perf_counter()
         count = write(ids, tokenizer, before)
         speed = count / (time.perf_counter() - start)
-    print(f"{count} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
+    print(f"{many(count, 'token')}, {speed:,.0f} tokens/s", file=sys.stderr)
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def keeping(model: Transformer, megabytes: float | None):
     with kept_as_floats(model, int(megabytes * 1e6)) as kept:
         use_huge_pages(kept.values())
         size = sum(floats.nbytes for floats in kept.values()) / 1e6
-        print(f"{len(kept)} weights are kept as floats, {size:.2f} MB", file=sys.stderr)
+        print(f"{many(len(kept), 'weight')} kept as floats, {size:.2f} MB", file=sys.stderr)
         yield
 
 
@@ -166,7 +166,7 @@ def say(words):
 def answer(dialogue: Dialogue, before, tokenizer: Tokenizer, ends: Collection[int],
            most: int) -> str:
     """Print the answer as it is made; returns it, or what there is of it after Ctrl-C."""
-    said, why = [], f"stopped after {most} tokens, see --tokens"
+    said, why = [], f"stopped after {many(most, 'token')}, see --tokens"
 
     def drawn():
         nonlocal why

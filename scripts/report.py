@@ -20,13 +20,13 @@ import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from minilm.command import Given, command, typed
+from minilm.command import Given, command, many, typed
 from minilm.extras import install
 from minilm.files import FormatError, make_place, read_bytes, write_atomically
 from minilm.lectures import Line, judges, parts, read_lectures
 from minilm.loop import refuse_unused
 from minilm.measure.verdict import FAILS, HOLDS, OPEN
-from minilm.results import Result, claimed, found, number
+from minilm.results import Result, claimed, found, number, slide_text
 from minilm.wholerun import WholeRun, filled, in_order, lasted, quickly, read_jobs
 
 FOLDER = Path(__file__).resolve().parent
@@ -77,7 +77,7 @@ def main(results: tuple[Path, ...] = (), out: Path = Path("runs/report.html"), r
         text = page(paths, at[1])
     make_place(out)
     write_atomically(out, text.encode())
-    print(f"{out}: {len(paths)} experiment{'s' * (len(paths) != 1)}")
+    print(f"{out}: {many(len(paths), 'experiment')}")
     if failed:
         raise RuntimeError(f"these have failed, the page is without them: {', '.join(failed)}")
 
@@ -138,8 +138,8 @@ def page(paths: list[Path], outputs: Path | None = None) -> str:
         svg = picture(path.with_suffix(".svg"), f"{len(ids)}-")
         shown.append({"id": ids[-1], "result": result, "claims": claims(result),
                       "picture": svg and Markup(svg)})
-    return template.render(shown=shown, lectures=lectures, number=number, marks=MARKS,
-                           measured=lambda name: name in ids)
+    return template.render(shown=shown, lectures=lectures, number=number,
+                           slide_text=slide_text, marks=MARKS, measured=lambda name: name in ids)
 
 
 def lectures_shown(results: dict[str, Result], jobs, outputs: Path) -> dict:

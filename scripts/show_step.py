@@ -17,12 +17,12 @@ Everything is computed in float64, so that small differences are seen. Nothing i
 
 import math
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from minilm import data
-from minilm.command import command
+from minilm.command import command, many
 from minilm.interop import load_model
 from minilm.lessons import conversations, instructions
 from minilm.measure.descent import falls, watched
@@ -36,16 +36,6 @@ from minilm.transformer import Config, Transformer
 ETA = Range("between 1e-12 and 1000", lambda eta: 1e-12 <= eta <= 1000)  # its square is needed
 RANGES = {"batch": whole(1), "length": whole(1), "seed": whole(0), "eta": ETA, "etas": each(ETA)}
 NEAR = 0.05  # first order "holds" if the measured fall is so near to the expected one
-
-
-class Change(NamedTuple):
-    """How the weights of a layer change; norms are over all of its numbers."""
-
-    count: int
-    W: float
-    grad: float
-    delta: float
-    share: float  # of the fall that is expected
 
 
 def main(model: Path | None = None, data: str = "python-reference", batch: int = 8,
@@ -108,8 +98,8 @@ def loaded(folder: Path | None, seed: int):
             raise ValueError(f"{folder} is quantized, and codes have no gradient: give the model "
                              "that it was made of")
     model = model.astype(np.float64)
-    print(f"{what}: {len(model.blocks)} blocks, {sum(p.size for p in model.parameters()):,} "
-          "numbers")
+    print(f"{what}: {many(len(model.blocks), 'block')}, "
+          f"{sum(p.size for p in model.parameters()):,} numbers")
     return model, tokenizer
 
 

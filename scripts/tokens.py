@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from minilm import data
-from minilm.command import Given, command, utf8
+from minilm.command import Given, command, many, utf8
 from minilm.data.bpe import LearnedTokens, learn
 from minilm.loop import refuse_unused
 
@@ -91,7 +91,7 @@ def show_lengths(merges, texts):
 def show_text(text: str, tokenizer):
     """The tokens, and below them the ids."""
     ids = tokenizer.encode(text)
-    print(f"\n{text!r}: {len(text.encode())} bytes, {len(ids)} tokens")
+    print(f"\n{text!r}: {many(len(text.encode()), 'byte')}, {many(len(ids), 'token')}")
     show_ids(ids, tokenizer)
 
 

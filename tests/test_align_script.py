@@ -358,7 +358,7 @@ def test_a_reward_model_of_a_quantized_base_is_refused(tmp_path, text):
 def test_a_file_of_few_comparisons_names_the_option(tmp_path, folder):
     (tmp_path / "c.jsonl").write_text('{"prompt": "p", "chosen": "yes", "rejected": "no"}\n' * 4)
     s = Settings(model=str(folder), data=str(tmp_path / "c.jsonl"), method="dpo", **SMALL)
-    with pytest.raises(ValueError, match="has 4 comparisons, but 4 are held out: give a smaller"):
+    with pytest.raises(ValueError, match=r"4 of the comparisons .*jsonl has 4: give a smaller"):
         main(s, tmp_path / "runs")
 
 

@@ -1,6 +1,7 @@
 """Checks scripts/clean.py and what it reads and stores: files of every kind, resuming, bad input.
 """
 
+import errno
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import data
+from minilm.data.cleaning import reading
 from minilm.data.cleaning.funnel import Dropped
 from minilm.data.cleaning.reading import mail_text, page_text, read_documents, text_of_line
 from minilm.data.cleaning.store import Kept, Store
@@ -75,6 +77,25 @@ def test_files_of_every_kind_are_read_or_said_to_be_none(tmp_path):
         "e.bin": Dropped("not UTF-8: byte 4 of 6"), "f.txt": Dropped("not UTF-8: byte 3 of 4"),
         "g.txt": Dropped("too long: 9,000 bytes, expected at most 5,000"),
         "h.html": Dropped("not HTML: 2,000 tags do not end")}
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_line_may_be_as_long_as_a_file(tmp_path, end):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "abc"}' + end)
+    assert [text for _, text in read_documents([tmp_path], 15)] == ["abc"]
+    assert [text for _, text in read_documents([tmp_path], 14)] == [
+        Dropped("too long: over 14 bytes")]
+
+
+def test_json_lines_that_cannot_be_read_are_said_to_be_none(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}')
+    (tmp_path / "b.txt").write_text("two")
+
+    def refuse(path, *how):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    monkeypatch.setattr(reading, "open", refuse, raising=False)
+    assert [text for _, text in read_documents([tmp_path], 5000)] == [
+        Dropped("cannot be read: Permission denied"), "two"]
 
 
 # The store
@@ -220,6 +241,19 @@ def test_a_run_does_not_go_on_with_other_files(heap, tmp_path):
 def test_bad_settings_are_refused_before_a_run_has_a_folder(tmp_path, options, error):
     with pytest.raises(ValueError, match=error):
         main(Settings(**options), out=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("options, given, error", [
+    ({"stages": ("size",)}, {"least"}, "least is given, but --stages leave language out"),
+    ({"stages": ("size",)}, {"near"}, "near is given, but --stages leave near out"),
+    ({"stages": ("size",)}, {"words"}, "words is given, but --stages leave words out"),
+    ({}, {"buckets"}, "buckets is given, but there is no --model that could sort texts"),
+])
+def test_options_that_decide_nothing_are_refused(tmp_path, options, given, error):
+    with pytest.raises(ValueError, match=error):
+        main(Settings(source=(str(tmp_path),), **options), out=tmp_path / "runs",
+             given=frozenset(given))
     assert not (tmp_path / "runs").exists()
 
 

@@ -57,6 +57,12 @@ def test_a_ring_of_many_ranks_sends_what_comm_counts():
     assert done.messages == all_reduce(8, 0, Link(1, 1))
 
 
+def test_another_algorithm_is_refused():
+    for call in (all_gather, reduce_scatter, all_reduce):
+        with pytest.raises(ValueError, match=r"algorithm must be one of .*tree.*, got star"):
+            call(4, 8, Link(1e-6, 1e9), "star")
+
+
 def test_what_a_ring_cannot_take_is_refused():
     with pytest.raises(ValueError, match="2 flat arrays must have one size that 2 divides"):
         ring([np.zeros(3), np.zeros(3)])

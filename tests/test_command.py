@@ -304,6 +304,40 @@ def test_an_option_may_be_none(monkeypatch, words, wanted):
     assert found == [wanted]
 
 
+def test_help_says_what_is_not_given(monkeypatch, capsys):
+    def main(size: float | None = None, top: int | None = 40):
+        """A program.
+
+        Args:
+            size: of it.
+            top: of it.
+        """
+    monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
+    command(main)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: not given)" in said and "(default: 40)" in said and "None" not in said
+
+
+def test_help_fits_a_terminal(monkeypatch, capsys):
+    def main(block_sizes: tuple[int, ...] = (1,), corpus: str = "a", out: Path = Path("b"),
+             model: Path | None = None):
+        """A program whose first line is longer than the eighty columns that a terminal has, by far.
+
+        Args:
+            block_sizes: of it.
+            corpus: of it.
+            out: of it.
+            model: of it.
+        """
+    for columns in ("80", "60"):
+        monkeypatch.setenv("COLUMNS", columns)
+        monkeypatch.setattr(sys, "argv", ["quantize.py", "--help"])
+        command(main)
+        said = capsys.readouterr().out
+        assert max(map(len, said.splitlines())) <= int(columns)
+        assert said.startswith("usage: quantize.py [-h]") and "far." in said and "of it." in said
+
+
 def test_windows_has_what_all_programs_load():
     """Neither of these modules is there, nor what mpi4py asks for."""
     code = ("import sys; sys.modules |= dict.fromkeys(('fcntl', 'termios', 'mpi4py')); "

@@ -203,11 +203,23 @@ def test_links_into_runs_are_not_followed(tmp_path):
     assert load_corpus(run / "deep").documents == ("no",)  # asked for by name
 
 
+@pytest.mark.parametrize("lines, said", [
+    ('{"text": "a"}\n{"text": "b', "line 2: not valid JSON"),  # the file was cut
+    ('{"text": "a"}\n{"t": "b"}', "line 2: expected an object with a text in the field"),
+    ('{"text": 1}', "line 1: expected an object"), ("", "holds no text")])
+def test_json_lines_are_whole_or_refused(tmp_path, lines, said):
+    write(tmp_path, {"good.jsonl": '{"text": "a"}\n{"text": " "}\n{"text": "b\\nc", "x": 1}',
+                     "bad.jsonl": lines})
+    assert load_corpus(tmp_path / "good.jsonl").documents == ("a", "b\nc")
+    with pytest.raises(FormatError, match=said):
+        load_corpus(tmp_path / "bad.jsonl")
+
+
 def test_a_text_of_two_corpora_counts_in_the_first(tmp_path):
     write(tmp_path, {"a/1.txt": "one", "a/2.txt": "two", "b/1.txt": "two", "b/2.txt": "three"})
     first, second = load_corpora([tmp_path / "a", tmp_path / "b"])
     assert (first.documents, second.documents) == (("one", "two"), ("three",))
-    assert first.skipped == () and second.told() == "1 documents that an earlier corpus has"
+    assert first.skipped == () and second.told() == "1 document that an earlier corpus has"
     with pytest.raises(ValueError, match="no text; skipped: 2 documents that an earlier"):
         load_corpora([tmp_path / "a", tmp_path / "a"])
 
@@ -662,7 +674,7 @@ def test_the_draw_of_a_seed_never_changes():
 @pytest.mark.parametrize(
     "sizes, weights, batch, length, message",
     [
-        ([20, 8], [1, 1], 2, 8, "stream 1 is too short: it has 8 tokens, 9 are needed"),
+        ([20, 8], [1, 1], 2, 8, "stream 1 is too short: 9 tokens are needed, it has 8"),
         ([20], [1, 1], 2, 8, "expected 1 weights"),
         ([20, 20], [1, -1], 2, 8, "negative"),
         ([20, 20], [0, 0], 2, 8, "zero"),
@@ -699,7 +711,7 @@ def test_rows_cover_the_stream_once(size, length):
 
 
 def test_rows_refuse_nonsense():
-    with pytest.raises(ValueError, match="the stream is too short: it has 1 tokens, 2 are needed"):
+    with pytest.raises(ValueError, match="the stream is too short: 2 tokens are needed, it has 1"):
         cut(np.array([1]), 4)
     with pytest.raises(ValueError, match="at least 1"):
         cut(np.arange(9), 0)

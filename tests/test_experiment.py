@@ -224,6 +224,14 @@ def test_a_table_fits_and_holds_every_number(measures, arms, x, width):
         assert not arms or f"{x:,.{decimals}f}" in table(result)
 
 
+def test_a_table_has_the_slides_numbers_as_they_stand_there():
+    slide = {"tokens": {"a": 1e12, "b": 62.0}, "hours": {"b": 1_022_362}}
+    rows = ({"arm": "a", "seed": 0, "m": 1.0}, {"arm": "b", "seed": 0, "m": 2.0})
+    *_, a, b = table(Result("n", "q", "c", False, slide, {"m": 0}, rows=rows)).splitlines()
+    assert (a.split(), b.split()) == (["a", "1", "1,000,000,000,000"],
+                                      ["b", "2", "62.0", "1,022,362"])
+
+
 @pytest.mark.parametrize("x, said", [
     (1234.56, "1,234.6"), (1e15 - 1, "999,999,999,999,999.0"), (-3.4028234e38, "-3.4028e+38"),
     (1e15, "1e+15")])

@@ -599,7 +599,7 @@ def test_bad_settings_are_refused_before_a_run_is_made(tmp_path, base, change, w
 @pytest.mark.parametrize("lines, change, words", [
     (['{"instruction": "a", "output": "b"}'] * 9, {}, "comes more than 3 times"),
     (['{"instruction": "a", "output": "b"}'] * 3, {},
-     "has 3 records, but 3 are held out: give a smaller --test"),
+     "3 of the records are held out, but .* has 3: give a smaller --test"),
     (['{"instruction": "a", "output": "b", "task": "sql"}', GOOD], dict(test=1),
      r"r\.jsonl: .*must be a query"),
     (['{"instruction": "a", "output": 1}'], {}, r"r\.jsonl: line 1: output: expected str"),

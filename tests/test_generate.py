@@ -623,9 +623,9 @@ def test_the_script_keeps_weights_as_floats(tmp_path, monkeypatch, capsys):
         use_adapter(model, adapter and "default")
         ids = generate(model, [list(b"The ")], 20, seed=3)[0]
         text = printable(ByteTokenizer().decode(ids)) + "\n"
-        for megabytes, said in ((None, ""), (0, "0 weights are kept as floats, 0.00 MB\n"),
-                                (0.0005, "1 weights are kept as floats, 0.00 MB\n"),
-                                (1, "6 weights are kept as floats, 0.00 MB\n")):
+        for megabytes, said in ((None, ""), (0, "0 weights kept as floats, 0.00 MB\n"),
+                                (0.0005, "1 weight kept as floats, 0.00 MB\n"),
+                                (1, "6 weights kept as floats, 0.00 MB\n")):
             script.main(tmp_path / "4 bits", adapter=adapter, dequantized=megabytes, **settings)
             printed = capsys.readouterr()
             assert printed.out == text and printed.err.startswith(said + "20 tokens, ")

@@ -331,7 +331,7 @@ def test_pretrain_leaves_the_same_on_any_ranks(folder, plain, capsys, stage, fam
     s = of_pretrain(folder, family=family, dropout=0.1)
     expected = on(1, 0, pretrain.main, s, folder / "one")
     said = capsys.readouterr().out
-    assert "1 ranks in stage 0, from step 0" in said and "held out: loss" in said
+    assert "1 rank in stage 0, from step 0" in said and "held out: loss" in said
     assert on(2, stage, pretrain.main, s, folder / "two") == expected
     assert f"2 ranks in stage {stage}, from step 0" in capsys.readouterr().out
     assert {"model/model.safetensors", "samples.txt", "run.json"} <= expected[0].keys()
@@ -481,8 +481,8 @@ def test_a_rank_on_a_gpu_trains_as_on_a_cpu(cupy, folder, plain, capsys, monkeyp
         (run,) = (folder / device).iterdir()
         found[device] = kept(run)
     said = capsys.readouterr().out
-    assert f"1 ranks in stage {stage}, from" in said
-    assert f"1 ranks in stage {stage} on GPUs, from" in said
+    assert f"1 rank in stage {stage}, from" in said
+    assert f"1 rank in stage {stage} on GPUs, from" in said
     assert found["cpu"][0].keys() == found["cuda"][0].keys()
     for mine, other in zip(found["cpu"][1], found["cuda"][1], strict=True):
         assert mine["step"] == other["step"]

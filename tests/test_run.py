@@ -104,9 +104,19 @@ def test_a_run_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_what_is_no_run_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"run\.json") as caught:
-        RunDirectory(tmp_path).describe()
-    assert caught.value.strerror == "is missing, so there is no run to go on with"
+    run = new_run(tmp_path / "runs")
+    for folder, more in [(tmp_path, ""), (run.path / "model", f": give {run.path}"),
+                         (run.path / "checkpoints" / "step-1", f": give {run.path}")]:
+        with pytest.raises(FileNotFoundError, match=r"run\.json") as caught:
+            RunDirectory(folder).describe()
+        assert caught.value.strerror == f"is missing, so there is no run to go on with{more}"
+
+
+def test_a_run_inside_a_run_is_there_again_when_it_goes_on(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.inside("arm").log(step=1, loss=2.0)
+    assert run.inside("arm").path == tmp_path / "arm"
+    assert run.inside("arm").records() == [{"step": 1, "loss": 2.0}] and run.records() == []
 
 
 # Going on

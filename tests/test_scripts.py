@@ -267,9 +267,9 @@ WRONG = [
     ("pretrain --family bert --sample 9", "sample is given, but bert fills in tokens"),
     ("pretrain --family gpt2 --bias", "bias is given, but a gpt2 has biases in any case"),
     ("pretrain --weights 2", "weights is given, but there is one corpus to draw from"),
-    ("pretrain --corpus file --context 64", "file: the text to train on is too short: it has"),
-    ("distill --corpus file --context 64", "file: the text to train on is too short: it has"),
-    ("tokens --corpus file --context 64", "file: the text to train on is too short: it has"),
+    ("pretrain --corpus file --context 64", "file: the text to train on is too short: 65 tokens"),
+    ("distill --corpus file --context 64", "file: the text to train on is too short: 65 tokens"),
+    ("tokens --corpus file --context 64", "file: the text to train on is too short: 65 tokens"),
     ("distill --masked-only", "masked_only is given, but the objective is causal"),
     ("distill --sweep 2 2.0000000001", "sweep must be different temperatures"),
     ("generate --model MODEL --temperature 0 --top-k 40", "top_k is given, but temperature 0"),
@@ -324,4 +324,4 @@ def test_the_model_that_was_chosen_is_said(model, monkeypatch, capsys):
     model.rename(model.parent / "runs" / "pretrain-1" / "model")
     monkeypatch.chdir(model.parent)
     generate.main(tokens=1)
-    assert capsys.readouterr().err.startswith("runs/pretrain-1/model:\n1 tokens, ")
+    assert capsys.readouterr().err.startswith("runs/pretrain-1/model:\n1 token, ")

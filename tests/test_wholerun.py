@@ -87,6 +87,10 @@ def test_jobs_are_read(tmp_path):
     assert quickly([command("b")]) == []
     (tmp_path / "times.json").write_text('{"x": 7.5}')
     assert [job.minutes for job in read_jobs(tmp_path).values()] == [3, 7.5, 1]
+    for wrong in ('["x"]', '{"x": "7"}'):
+        (tmp_path / "times.json").write_text(wrong)
+        with pytest.raises(FormatError, match=r"times\.json: is .* expected minutes by job"):
+            read_jobs(tmp_path)
 
 
 @pytest.mark.parametrize("old, new, complaint", [
@@ -116,7 +120,8 @@ if name.startswith("long"):
         raise
 if name.startswith("bad"):
     sys.exit("wrong")
-while name == "slow" and "-b" not in open("order").read():
+waits = {"slow": "-swift", "swift": "+slow"}.get(name, "")
+while waits not in open("order").read():
     time.sleep(0.02)
 time.sleep(0.5 if name in ("slow", "late") else 0.05)
 print(name, *sys.argv[2:], os.getcwd())
@@ -152,12 +157,12 @@ def test_one_after_another_then_nothing_is_left(whole):
 
 
 def test_two_at_once_but_who_is_alone(whole):
-    jobs = [command("slow"), command("b"), command("c", alone=True), command("late"),
+    jobs = [command("slow"), command("swift"), command("c", alone=True), command("late"),
             command("e", ["late"])]
     assert whole.run(jobs, 2, tell=lambda line: None) == []
-    said = order(whole)  # slow does not end before b has
-    assert {*said[:2]} == {"+slow", "+b"}
-    assert said[2:] == ["-b", "-slow", "+c", "-c", "+late", "-late", "+e", "-e"]
+    said = order(whole)  # slow ends after swift, which ends after slow has begun
+    assert {*said[:2]} == {"+slow", "+swift"}
+    assert said[2:] == ["-swift", "-slow", "+c", "-c", "+late", "-late", "+e", "-e"]
 
 
 def test_what_fails_stops_only_what_needs_it(whole):

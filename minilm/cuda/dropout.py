@@ -44,7 +44,7 @@ def philox(counter, seed: int):
     k0, k1 = seed % 2**32, seed >> 32
     for _ in range(10):
         p, q = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (q >> word) ^ c1 ^ np.uint64(k0), q & low, (p >> word) ^ c3 ^ np.uint64(
-            k1), p & low
+        c0, c1, c2, c3 = ((q >> word) ^ c1 ^ np.uint64(k0), q & low,
+                          (p >> word) ^ c3 ^ np.uint64(k1), p & low)
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
     return np.stack([c0, c1, c2, c3])

@@ -143,8 +143,8 @@ def batches_of(
 
     weights: how often each part is drawn from, by default in proportion to its tokens.
     masked: the model fills in tokens rather than going on. The rows are then tokens, targets and a
-    mask, which is 0 for the padding of the last row: padding is neither seen nor counted.
-    Otherwise they are what `cut` returns.
+    mask, which is 0 for the padding of the last row: padding is neither seen nor counted. Otherwise
+    they are what `cut` returns.
     names: of the parts, for errors. ValueError if a part has fewer tokens to train on than a row.
     """
     streams = [pack(training, tokenizer) for training, _ in parts]
@@ -193,7 +193,7 @@ def _stream(stream, least, name="the stream"):
     if stream.ndim != 1 or stream.dtype.kind not in "iu":
         raise TypeError(f"a stream is (N,) of integers, got {stream.dtype} {stream.shape}")
     if len(stream) < least:
-        raise ValueError(f"{name} is too short: it has {len(stream)} tokens, {least} are needed")
+        raise ValueError(f"{name} is too short: {least} tokens are needed, it has {len(stream)}")
     return stream.astype(np.int32, copy=False)
 
 

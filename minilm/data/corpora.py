@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from minilm.files import FormatError, read_bytes, read_json_lines
+from minilm.data.lines import load_lines
+from minilm.files import FormatError, read_bytes
+from minilm.strict import parse
 
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
 
@@ -76,7 +78,8 @@ def load_corpus(name_or_path: str | os.PathLike) -> Corpus:
     hold a run or a model. So a run does not learn from what it wrote itself.
 
     If a name is also a path, the name counts. ValueError for an unknown name or if no text is left;
-    FormatError for a single file that is no file, cannot be read or is not UTF-8.
+    FormatError for a single file that is no file, cannot be read or is not UTF-8, and for JSON
+    lines one of which is no object with a text.
     """
     name, skipped = os.fspath(name_or_path), ()
     if name in PYTHON_CORPORA:
@@ -84,7 +87,7 @@ def load_corpus(name_or_path: str | os.PathLike) -> Corpus:
     elif os.path.isdir(name):
         documents, skipped = _texts(Path(name), TEXT_SUFFIXES)
     elif name.endswith(".jsonl"):
-        documents = _lines(name)
+        documents = load_lines(name, _text_of_line, "text")
     elif os.path.lexists(name):
         documents = [_text(name)]
     else:
@@ -102,7 +105,7 @@ def load_corpora(names: Iterable[str | os.PathLike]) -> list[Corpus]:
         corpus = load_corpus(name)
         new = tuple(document for document in corpus.documents if document not in seen)
         if again := len(corpus.documents) - len(new):
-            said = f"{again} documents that an earlier corpus has"
+            said = f"{again} document{'s' * (again > 1)} that an earlier corpus has"
             corpus = replace(corpus, documents=new, skipped=(*corpus.skipped, said))
         seen.update(new)
         corpora.append(corpus)
@@ -209,12 +212,11 @@ def _lies_in(path: str | os.PathLike, root: Path) -> str | None:
     return None
 
 
-def _lines(path: str) -> list[str]:
-    records = read_json_lines(path)
-    for i, record in enumerate(records, 1):
-        if not (isinstance(record, dict) and isinstance(record.get("text"), str)):
-            raise FormatError(path, f'line {i}: expected an object with a text in the field "text"')
-    return [record["text"] for record in records]
+def _text_of_line(line: bytes) -> str:
+    record = parse(line)
+    if not (isinstance(record, dict) and isinstance(record.get("text"), str)):
+        raise ValueError('expected an object with a text in the field "text"')
+    return record["text"]
 
 
 def _text(path: str | os.PathLike) -> str:

@@ -6,9 +6,9 @@
 
 A model can know such a fact only from its text, for names, cities and dogs are drawn from
 syllables. A name has two words, of which many people share either, but no two share both. A text
-takes at most 63 bytes, and together with a question and its answer at most 128. The words
-have few letters, and stand behind "to" and "dog" in every wording, so that a small model may learn
-to copy them.
+takes at most 63 bytes, and together with a question and its answer at most 128. The words have few
+letters, and stand behind "to" and "dog" in every wording, so that a small model may learn to copy
+them.
 """
 
 import json

@@ -93,8 +93,8 @@ class RowBatches:
 
     Rows share batches with their like, so that a long one does not fill up all others: those of
     up to twice the median length, of up to twice that, and so on. T is `length`, or else what the
-    longest row of the batch's longest group takes. A batch comes when that one of its
-    rows is drawn which stands first in `rows`: at any time of the epoch with equal chance.
+    longest row of the batch's longest group takes. A batch comes when that one of its rows is drawn
+    which stands first in `rows`: at any time of the epoch with equal chance.
     """
 
     def __init__(self, rows, batch: int, length: int | None, seed: int):

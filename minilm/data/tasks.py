@@ -9,8 +9,7 @@
     similarity              two words: how many of their letters are the same, from 0.0 to 5.0
 
 The first five and the last take at most 40 bytes, prompt and end included, if `Words` do not make
-words longer.
-Queries can be written in many ways, so sql is scored by running them, see queries.py.
+words longer. Queries can be written in many ways, so sql is scored by running them, see queries.py.
 """
 
 from collections.abc import Iterable

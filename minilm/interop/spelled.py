@@ -56,6 +56,8 @@ def _scalar(c):
 
 
 SCALE = Spelled(("query_pre_attn_scalar",), _scale, _scalar)  # scores are divided by its root
+
+
 def padding(raw, field, vocab_size: int) -> int | None:
     """The id that fills up a text; None if the vocabulary has no such id. Older files have -1 for
     none, which transformers would take for the last id."""

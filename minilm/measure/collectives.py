@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minilm.ranges import check, one_of
+
 ALGORITHMS = "ring", "tree"
 
 
@@ -35,9 +37,12 @@ class Link(NamedTuple):
 def reduce_scatter(n: int, S: float, link: Link, algorithm: str = "ring") -> float:
     """Seconds until each of n ranks has its part of the sum of arrays of S bytes.
 
+    algorithm: one of ALGORITHMS, or it is a ValueError.
+
     >>> reduce_scatter(4, 8e9, Link(1e-6, 2e9))
     3.000003
     """
+    check({"algorithm": one_of(*ALGORITHMS)}, algorithm=algorithm)
     messages = n - 1 if algorithm == "ring" else _doublings(n)
     return messages * link.a + (n - 1) / n * S / link.B  # eqs. (1), (2)
 
@@ -47,8 +52,8 @@ all_gather = reduce_scatter  # the same messages, backwards
 
 def all_reduce(n: int, S: float, link: Link, algorithm: str = "ring") -> float:
     """Seconds until each of n ranks has the sum of arrays of S bytes."""
-    if algorithm == "ring" or n == 1:
-        return 2 * reduce_scatter(n, S, link)  # eq. (3)
+    if algorithm != "tree" or n == 1:
+        return 2 * reduce_scatter(n, S, link, algorithm)  # eq. (3)
     return 2 * _doublings(n) * link.a + 2 * S / link.B  # eq. (4)
 
 

@@ -127,12 +127,3 @@ def without_bonus(r_1: float, r_2: float) -> float:
     0.431
     """
     return r_1 * (1 + r_2) / (1 + r_1)  # eq. (3)
-
-
-def bonus_of(r_1: float, r_2: float) -> float:
-    """beta of eq. (4): the bonus in points of the reference a prompt, from both orders' shares.
-
-    >>> round(bonus_of(0.370, 0.596), 3)
-    0.165
-    """
-    return (r_2 - r_1) / (1 + r_1)

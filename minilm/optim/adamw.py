@@ -116,25 +116,7 @@ class AdamW:
     def _make_states(self):
         self.m, self.v = self.flat.zeros(), self.flat.zeros()
 
-    def step(self, scale: float = 1.0, everywhere=None):
-        """Update all parameters by their gradients times scale. Those without one stay as they are.
-
-        everywhere(t, lr, scale): calls `update` on parts that together cover everything, so that
-        workers can share the step; by default there is one part. ValueError if a parameter no
-        longer trains (see FlatParameters.complete), or if lr is out of its range.
-        """
-        check(STEP, lr=self.lr, scale=scale)
-        self.flat.complete()
-        self.steps += 1
-        (everywhere or self.update_all)(self.steps, self.lr, scale)
-
-    def update_all(self, t: int, lr: float, scale: float = 1.0):
-        """Step t of all parameters, as one part."""
-        self.update(slice(0, self.flat.size), t, lr, scale)
-
-    def zero_grad(self):
-        """Forget the gradients."""
-        self.flat.zero_grad()
+    step, update_all, zero_grad = SGD.step, SGD.update_all, SGD.zero_grad  # as for any rule
 
     def states(self) -> dict:
         """What the optimizer remembers of the gradients, by name: flat arrays."""

@@ -29,9 +29,9 @@ update below half a unit is lost. A float32 master would restore it, but takes t
 the weights, which is what MeZO saves; so there is none.
 
 z comes from a counter. Number k of a stream is splitmix64 (Steele, Lea & Flood 2014, "Fast
-splittable pseudorandom number generators") of the seed at place k, and two normal
-numbers are made of its 64 bits (Box & Muller 1958). So z_j at any place can be drawn alone, and
-does not depend on the blocks that it is drawn in. Left out: the weight decay of the authors' code.
+splittable pseudorandom number generators") of the seed at place k, and two normal numbers are made
+of its 64 bits (Box & Muller 1958). So z_j at any place can be drawn alone, and does not depend on
+the blocks that it is drawn in. Left out: the weight decay of the authors' code.
 """
 
 import math

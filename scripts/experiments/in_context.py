@@ -54,8 +54,7 @@ from minilm.measure.losses import loss_of
 from minilm.measure.verdict import compared, single, verdict
 from minilm.picture import COLORS
 from minilm.ranges import BELOW_1
-from minilm.run import RunDirectory, share_held_out
-from minilm.trial import Trial, base, old_text, prepared, program, taught
+from minilm.trial import Trial, base, old_text, prepared, program, share_of, taught
 
 QUESTION = "Can a model learn a task from its prompt alone, and what is left of that afterwards?"
 SLIDE = {}  # the slides give no numbers
@@ -175,24 +174,18 @@ def learned(s: InContext, run, title: str, one: list[Question]):
         for kind in KINDS:
             task = of(kind, one)[0].task
             batches = ShotBatches(lambda rng, task=task: task, tokenizer, s.batch, s.seed, shots=0)
-            (folder := run.path / kind).mkdir(exist_ok=True)
-            models[kind] = taught(prepared(base(s.model)[0], s), batches, s, RunDirectory(folder),
+            models[kind] = taught(prepared(base(s.model)[0], s), batches, s, run.inside(kind),
                                   f"{title}, {kind}")[0]
         return models, tokenizer
     if s.steps:
         batches = ShotBatches(draw_task, tokenizer, s.batch, s.seed)
         if s.replay:
-            stream = data.pack(texts(share(s))[: s.documents], tokenizer)
+            stream = data.pack(texts(share_of(s))[: s.documents], tokenizer)
             old = data.Batches([stream], [1], most_old(s.batch, s.replay, beside=True),
                                batches[0][0].shape[1], s.seed)
             batches = data.Replay(batches, old, s.replay, s.seed, beside=True)
         model = taught(prepared(model, s), batches, s, run, title)[0]
     return dict.fromkeys(KINDS, model), tokenizer
-
-
-def share(s: Trial) -> float:
-    """How much of the text pretrain.py has held out."""
-    return (share_held_out(s.model) if s.model else None) or 0.1
 
 
 @cache

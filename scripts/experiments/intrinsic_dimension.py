@@ -39,9 +39,8 @@ from minilm.measure.verdict import by_seed, single, verdict
 from minilm.optim import AdamW
 from minilm.picture import COLORS, curve
 from minilm.ranges import each, optional, whole
-from minilm.run import RunDirectory, share_held_out
 from minilm.transformer import Transformer
-from minilm.trial import Trial, base, learned, program, records_of
+from minilm.trial import Trial, base, learned, program, records_of, share_of
 
 QUESTION = ("How many random directions are enough to learn a task, and does pre-training make "
             "them fewer?")
@@ -132,7 +131,7 @@ def d90(scores: dict[int, float], target: float) -> float:
 
 def full_scores(s: Inside, run, title: str) -> dict:
     """Right tokens of full fine-tuning of the model."""
-    return scores_of(*base(s.model), replace(s, method="full", lr=1e-3), folder(run, "full"),
+    return scores_of(*base(s.model), replace(s, method="full", lr=1e-3), run.inside("full"),
                      f"{title}, full")
 
 
@@ -141,7 +140,7 @@ def in_subspace(s: Inside, weights: dict, run, title: str) -> dict:
     model, tokenizer = base(s.model)
     model.load_state_dict(weights)
     s = replace(s, lr=s.lr * math.sqrt(1000 / s.d))
-    return scores_of(model, tokenizer, s, folder(run, f"d-{s.d}"), title)
+    return scores_of(model, tokenizer, s, run.inside(f"d-{s.d}"), title)
 
 
 def scores_of(model, tokenizer, s: Inside, run, title: str) -> dict:
@@ -168,14 +167,14 @@ def started(s: Inside, run, title: str) -> dict:
     steps = s.pretrained if s.model else min(s.pretrained, s.steps)
     if steps:
         pretrain(model, tokenizer, replace(s, steps=steps, warmup=steps // 20, batch=8, lr=5e-3),
-                 folder(run, "pretrain"), f"{title}, pre-training")
+                 run.inside("pretrain"), f"{title}, pre-training")
     return model.state_dict()
 
 
 def pretrain(model, tokenizer, s: Inside, run, title: str):
     """As pretrain.py does it, with a schedule that ends after these steps."""
     corpus = data.load_corpus("python-reference")
-    parts = data.split(corpus, (share_held_out(s.model) if s.model else None) or 0.1)
+    parts = data.split(corpus, share_of(s))
     batches, _ = data.batches_of([parts], tokenizer, s.batch, model.config.context, s.seed)
     params = model.parameters()
     optimizer = AdamW(params, s.lr, (0.9, 0.95), weight_decay=0.1,
@@ -183,12 +182,6 @@ def pretrain(model, tokenizer, s: Inside, run, title: str):
     *_, (_, done) = fit(run, model, batches, s, optimizer=optimizer, min_lr=s.lr / 20, title=title)
     if done.step < s.steps:  # by Ctrl-C
         raise KeyboardInterrupt
-
-
-def folder(run, name: str) -> RunDirectory:
-    """A folder for the checkpoints of one training of an arm."""
-    (run.path / name).mkdir(exist_ok=True)
-    return RunDirectory(run.path / name)
 
 
 def draw(figure, rows):

@@ -37,7 +37,6 @@ from minilm.measure.losses import loss_of
 from minilm.measure.verdict import by_arm, by_seed, compared, single, verdict
 from minilm.peft.adapted import adapted_layers, chosen
 from minilm.picture import COLORS
-from minilm.run import share_held_out
 from minilm.trial import (
     RIGHT,
     TRAINED,
@@ -50,6 +49,7 @@ from minilm.trial import (
     program,
     records_of,
     right,
+    share_of,
     taught,
 )
 
@@ -135,7 +135,7 @@ def moved(model, start) -> float:
 
 def looked_at(model, tokenizer, s: Learning, test) -> dict:
     """What the model has learned, and what it still knows."""
-    old = held_out((share_held_out(s.model) if s.model else None) or 0.1)
+    old = held_out(share_of(s))
     rows = (some_rows(corpus()[1], tokenizer, model.room, s.test) if s.text
             else data.encode(test, tokenizer, context=model.room))
     known = some_rows(old, tokenizer, model.room, s.test)

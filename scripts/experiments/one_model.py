@@ -37,8 +37,18 @@ from minilm.measure.answers import answers
 from minilm.measure.text.agreement import matthews, pearson
 from minilm.measure.verdict import by_arm, by_seed, compared, verdict
 from minilm.picture import COLORS
-from minilm.run import RunDirectory, share_held_out
-from minilm.trial import KEPT, KNOWN, Trial, base, kept, old_text, prepared, program, taught
+from minilm.trial import (
+    KEPT,
+    KNOWN,
+    Trial,
+    base,
+    kept,
+    old_text,
+    prepared,
+    program,
+    share_of,
+    taught,
+)
 
 QUESTION = "Can one model do what needed a model a task, if all tasks are text to text?"
 
@@ -73,12 +83,11 @@ ARMS = {BASE: {"steps": 0}, ONE: FULL, EACH: FULL | {"apart": True}}
 
 def records_of(s: Together) -> dict[str, tuple[list, list]]:
     """task -> (to learn from, to be asked)."""
-    share = (share_held_out(s.model) if s.model else None) or 0.1
     def pieces(part, count): return data.classified(
         data.make_examples("corpus", part, count, s.size, s.seed), [*CORPORA], "Kind")
     made = {task: data.make_tasks([task], s.train, s.test, s.seed, s.words)
             for task in s.tasks if task != KIND}
-    learn, ask = texts(share)
+    learn, ask = texts(share_of(s))
     made[KIND] = pieces(learn, s.train), pieces(ask, s.test)
     return {task: made[task] for task in s.tasks}
 
@@ -96,13 +105,12 @@ def measured(s: Together, run, title: str) -> dict:
     groups = [(task,) for task in s.tasks] if s.apart else [s.tasks]
     for group in groups:
         own = replace(s, steps=s.steps // len(groups) or min(1, s.steps))
-        (folder := run.path / "-".join(group)).mkdir(exist_ok=True)
         model, tokenizer = base(s.model)
         if s.steps:
             model = prepared(model, s)
             learned = [record for task in group for record in records[task][0]]
             batches = data.InstructionBatches(learned, tokenizer, s.batch, None, s.seed, model.room)
-            taught(model, batches, own, RunDirectory(folder), f"{title}, {', '.join(group)}")
+            taught(model, batches, own, run.inside("-".join(group)), f"{title}, {', '.join(group)}")
         asked = [record for task in group for record in records[task][1]]
         said |= dict(zip(asked, answers(model, asked, tokenizer)))
         known.append(old_text(model, tokenizer, s))

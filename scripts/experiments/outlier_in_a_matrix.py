@@ -4,7 +4,7 @@
     python scripts/experiments/outlier_in_a_matrix.py --quick
 
 Lecture 001 puts a matrix in 8 bits with one constant, round(127 / absmax(W) W), and asks: do you
-see a problem? The largest weight is unbounded, an outlier. Its answer are blocks with a constant
+see a problem? The largest weight is unbounded, an outlier. Its answer is blocks with a constant
 each. Here a weight that the seed draws becomes 10 or 100 times as large as the largest one, and a
 block is a row.
 

@@ -12,8 +12,8 @@ every rank on 256 tokens of its own. Bytes are counted, and compared with the fo
 minilm/parallel/bucket.py: they are exact. In stage 3 the root is gathered once a step.
 
 Ranks are processes that mpiexec starts (extra `mpi`), each on one core. Where there is none, and in
-a quick run, they are threads of one process: bytes are the same, but times mean nothing.
-A machine with 2 cores runs 4 ranks by turns, so 4 ranks then show bytes, not speed.
+a quick run, they are threads of one process: bytes are the same, but times mean nothing. A machine
+with 2 cores runs 4 ranks by turns, so 4 ranks then show bytes, not speed.
 
 Seconds are medians of steps. The communication of a stage is what a rank waits in its calls if each
 is waited for at once. What overlap hides of it is told in two ways, by handles and by waiting less:

@@ -39,7 +39,6 @@ from minilm.measure.verdict import compared, each_seed, single, verdict
 from minilm.peft import use_adapter
 from minilm.picture import COLORS
 from minilm.quantize import quantize_model
-from minilm.run import RunDirectory, share_held_out
 from minilm.trial import (
     KEPT,
     KNOWN,
@@ -54,6 +53,7 @@ from minilm.trial import (
     old_text,
     program,
     records_of,
+    share_of,
 )
 
 QUESTION = "Can a model learn how somebody talks, and what comes with it?"
@@ -223,11 +223,10 @@ def served(s: Talk, run):
         model, tokenizer = base(s.model)
         model, sizes = quantize_model(model, "nf4"), {}
         for name, arm in TWO.items():
-            (folder := run.path / name).mkdir(exist_ok=True)  # it is there if the run goes on
-            one, _, sizes[name] = alone(replace(s, persona=name), RunDirectory(folder),
-                                        f"{arm}, seed {s.seed}")
-            save_adapter(one, folder / "adapter")
-            load_adapter(model, folder / "adapter", name)
+            own = run.inside(name)
+            one, _, sizes[name] = alone(replace(s, persona=name), own, f"{arm}, seed {s.seed}")
+            save_adapter(one, own.path / "adapter")
+            load_adapter(model, own.path / "adapter", name)
         SERVED[key] = model, tokenizer, sizes
     model, tokenizer, sizes = SERVED[key]
     return model, tokenizer, sizes[s.persona]
@@ -235,7 +234,7 @@ def served(s: Talk, run):
 
 def written(model, tokenizer, s: Talk) -> list[str]:
     """How the model goes on with pieces of the held-out text."""
-    text = "".join(held_out((share_held_out(s.model) if s.model else None) or 0.1))
+    text = "".join(held_out(share_of(s)))
     places = np.linspace(0, len(text) - SEEN, TEXTS if s.model else 2).astype(int)
     rows = [tokenizer.prompt(text[i : i + SEEN]) for i in places]
     width = min(map(len, rows))

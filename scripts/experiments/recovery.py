@@ -32,14 +32,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from minilm import data
-from minilm.adapting import few_bits, optimizer_and_loss
+from minilm.adapting import few_bits
 from minilm.command import command
 from minilm.experiment import Experiment
-from minilm.loop import fit
 from minilm.measure.verdict import by_arm, compared, single
 from minilm.picture import COLORS
 from minilm.ranges import POSITIVE, whole
-from minilm.run import RunDirectory, share_held_out
 from minilm.trial import (
     LOSS,
     RIGHT,
@@ -53,6 +51,8 @@ from minilm.trial import (
     program,
     records_of,
     right,
+    share_of,
+    taught,
 )
 
 QUESTION = "Does tuning recover what quantization lost?"
@@ -130,7 +130,7 @@ TUNED = {}  # settings -> what `tuned` gave, for the arms of one model and seed
 def measured(s: Recovery, run, title: str) -> dict:
     """The numbers of MEASURES, on this base before and after it was tuned."""
     control = replace(s, **LORA, reading_lr=Recovery.reading_lr)
-    best, adapter = tuned(control, inside(run, "control"), f"LoRA, seed {s.seed}")
+    best, adapter = tuned(control, run.inside("control"), f"LoRA, seed {s.seed}")
     own, _ = tuned(s, run, title)
     model, tokenizer = base_of(s)
     model = prepared(model, replace(control, kind=s.kind))
@@ -165,34 +165,23 @@ def tuned(s: Recovery, run, title: str) -> tuple[dict, dict]:
     model, tokenizer = base_of(s)
     before = old_text(few_bits(model, s), tokenizer, s)
     model, _ = base_of(s)
-    after = old_text(reads(model, tokenizer, s, inside(run, "text"), f"{title}, text"), tokenizer,
+    after = old_text(reads(model, tokenizer, s, run.inside("text"), f"{title}, text"), tokenizer,
                      s)
     model, _ = base_of(s)
-    model, *_ = learned(model, tokenizer, train, s, inside(run, "tasks"), f"{title}, tasks")
+    model, *_ = learned(model, tokenizer, train, s, run.inside("tasks"), f"{title}, tasks")
     numbers = {BEFORE: before, AFTER: after, **right(model, tokenizer, test),
                LOSS: loss_of_answers(model, tokenizer, test)}
     TUNED[s] = numbers, {path: t.data.copy() for path, t in model.named_parameters()}
     return TUNED[s]
 
 
-def inside(run, name: str) -> RunDirectory:
-    """A run in a folder of this one."""
-    (folder := run.path / name).mkdir(exist_ok=True)
-    return RunDirectory(folder)
-
-
 def reads(model, tokenizer, s: Recovery, run, title: str):
     """The model after it has read the text that it was pre-trained on."""
     s = replace(s, steps=s.reads if s.model else 2, lr=s.reading_lr, warmup=s.reads // 10)
-    share = (share_held_out(s.model) if s.model else None) or 0.1
-    training, _ = data.split(data.load_corpus("python-reference"), share)
+    training, _ = data.split(data.load_corpus("python-reference"), share_of(s))
     model = prepared(model, s)
     batches = data.Batches([data.pack(training, tokenizer)], [1], s.batch, model.room, s.seed)
-    optimizer, loss = optimizer_and_loss(model, s)
-    *_, (_, done) = fit(run, model, batches, s, loss, optimizer=optimizer, title=title)
-    if done.step < s.steps:  # by Ctrl-C
-        raise KeyboardInterrupt
-    return model
+    return taught(model, batches, s, run, title)[0]
 
 
 def draw(figure, rows):

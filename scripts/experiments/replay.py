@@ -33,7 +33,6 @@ from minilm.experiment import Experiment
 from minilm.measure.verdict import by_arm, by_seed, compared, verdict
 from minilm.picture import COLORS, curve
 from minilm.ranges import BELOW_1
-from minilm.run import share_held_out
 from minilm.trial import (
     KNOWN,
     LOSS,
@@ -47,6 +46,7 @@ from minilm.trial import (
     program,
     records_of,
     right,
+    share_of,
     taught,
 )
 
@@ -90,7 +90,7 @@ def measured(s: Replaying, run, title: str) -> dict:
         model = prepared(model, s)
         batches = data.InstructionBatches(train, tokenizer, s.batch, None, s.seed, model.room)
         if s.share:
-            texts = known((share_held_out(s.model) if s.model else None) or 0.1)
+            texts = known(share_of(s))
             batches = data.replay_text(batches, texts, tokenizer, s.share, s.added)
             old = floor(old_a_step(s.batch, s.share, s.added) * s.steps)
         rows = s.steps * s.batch - old * (not s.added)

@@ -43,10 +43,9 @@ from minilm.stages import (
     policy,
     questions,
     sample,
-    share_of,
     text_reward,
 )
-from minilm.trial import KNOWN, base, held_out, old_text, program
+from minilm.trial import KNOWN, base, held_out, old_text, program, share_of
 
 QUESTION = "Does a reward make a model safe, and what does it lose with the words it must not say?"
 SLIDE = {}  # the lecture gives no numbers

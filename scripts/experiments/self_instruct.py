@@ -20,8 +20,8 @@ texts about the words of the questions are left out before. Each arm is the same
     gold              as many records as were kept, with right answers: the gap to them is what
                       imitation loses
 
-and is asked the same held-out records. The texts stay in the run's folder, written-SEED.json.
-A seed takes about 7 minutes of one core.
+and is asked the same held-out records. The texts stay in the run's folder, written-SEED.json. A
+seed takes about 7 minutes of one core.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,6 @@ from minilm.measure.answers import ROWS, answers
 from minilm.measure.verdict import by_arm, compared, single
 from minilm.picture import COLORS, bars
 from minilm.ranges import one_of, whole
-from minilm.run import RunDirectory
 from minilm.trial import (
     RIGHT,
     Trial,
@@ -150,8 +149,7 @@ def texts_and_answers(seeds: list, s: Imitation, run, title: str, model=None) ->
     if file.exists():
         return read_json(file)
     def own(name):
-        (folder := run.path / name).mkdir(exist_ok=True)
-        return RunDirectory(folder), f"{title}, {name}"
+        return run.inside(name), f"{title}, {name}"
 
     start, tokenizer = base(s.model)
     model = model or learned(start, tokenizer, seeds, s, *own("teacher"))[0]

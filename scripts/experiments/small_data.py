@@ -6,7 +6,7 @@
 
 Lecture 003 says that a pre-trained network is mostly tuned, and that PEFT is better at small data
 and out of domain. Lecture 004 says that fine-tuning needs fewer labelled examples, and that tuning
-all parameters is prone to overfitting. None of them has a number for that.
+all parameters is prone to overfitting. Neither has a number for that.
 
 Here a model learns three tasks from n records in all: put a word in upper case, sort its letters,
 find the last word. It is the whole pre-trained model (full), an adapter on it (LoRA), or the same

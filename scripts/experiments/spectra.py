@@ -31,10 +31,8 @@ from pathlib import Path
 import numpy as np
 
 from minilm import data
-from minilm.adapting import optimizer_and_loss
 from minilm.command import command
 from minilm.experiment import Experiment
-from minilm.loop import fit
 from minilm.measure.losses import loss_of
 from minilm.measure.spectra import apart, likeness, rank_of, spectrum
 from minilm.measure.verdict import compared, single, verdict
@@ -50,6 +48,7 @@ from minilm.trial import (
     prepared,
     program,
     records_of,
+    taught,
 )
 
 QUESTION = "How many directions does an update of a weight need, and do they become more?"
@@ -173,7 +172,7 @@ def tuned(s: Tuned) -> tuple[dict[str, np.ndarray], dict[int, dict[str, int]], f
         run = RunDirectory(Path(folder))
         if s.corpus:
             batches, held_out = text(s, tokenizer)
-            model = read(model, batches, s, run, title, watch)
+            model = taught(prepared(model, s), batches, s, run, title, watch)[0]
             loss = loss_of(model, *held_out)
         else:
             records, test = records_of(s)
@@ -187,17 +186,6 @@ def text(s: Tuned, tokenizer):
     corpus = data.load_corpus(s.corpus) if s.model else data.Corpus("quick", ("a few words " * 99,))
     batches, held_out = data.batches_of([data.split(corpus)], tokenizer, s.batch, ROOM, s.seed)
     return batches, [rows[::8] for rows in held_out]
-
-
-def read(model, batches, s: Tuned, run, title: str, watch):
-    """The model after it has read the text."""
-    model = prepared(model, s)
-    optimizer, loss = optimizer_and_loss(model, s)
-    for trainer, done in fit(run, model, batches, s, loss, optimizer=optimizer, title=title):
-        watch(trainer, done)
-    if done.step < s.steps:  # by Ctrl-C
-        raise KeyboardInterrupt
-    return model
 
 
 def weights(model) -> dict[str, np.ndarray]:

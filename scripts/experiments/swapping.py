@@ -24,7 +24,6 @@ from minilm.interop import load_adapter, load_model, save_adapter
 from minilm.measure.verdict import compared, each_seed, verdict
 from minilm.peft import use_adapter
 from minilm.picture import COLORS
-from minilm.run import RunDirectory
 from minilm.tensor import no_grad
 from minilm.trial import (
     KEPT,
@@ -104,13 +103,12 @@ def served(s: Trial, run):
         for task in ADAPTERS:
             steps = s.steps or (ARMS[task]["steps"] if s.model else QUICK["steps"])
             arm = replace(s, **ARMS[task] | {"steps": steps, "lr": lr})
-            alone, folder = base(s.model)[0], run.path / task
-            folder.mkdir(exist_ok=True)  # it is there if the run goes on
-            alone, *_ = learned(alone, tokenizer, records_of(arm)[0], arm, RunDirectory(folder),
+            alone, own = base(s.model)[0], run.inside(task)
+            alone, *_ = learned(alone, tokenizer, records_of(arm)[0], arm, own,
                                 f"{task}, seed {s.seed}")
-            sizes[task] = kept(alone, tokenizer, arm, folder / "kept")
-            save_adapter(alone, folder / "adapter")
-            load_adapter(model, folder / "adapter", task)
+            sizes[task] = kept(alone, tokenizer, arm, own.path / "kept")
+            save_adapter(alone, own.path / "adapter")
+            load_adapter(model, own.path / "adapter", task)
         SERVED[key] = model, tokenizer, sizes
     return SERVED[key]
 

@@ -29,7 +29,6 @@ from minilm.experiment import Experiment
 from minilm.measure.forgetting import average, backward_transfer, forgetting
 from minilm.measure.verdict import by_seed, compared, single, verdict
 from minilm.ranges import BELOW_1
-from minilm.run import RunDirectory
 from minilm.trial import KNOWN, Trial, base, low_rank, old_text, prepared, program, taught
 from minilm.trial import right as scores_of
 
@@ -98,8 +97,7 @@ def one_by_one(model, order, batches, asked, s: Ordered, run, title: str) -> lis
         if s.earlier and n:
             old = batches(order[:n], most_old(s.batch, s.earlier))
             new = data.Replay(new, old, s.earlier, s.seed)
-        (folder := run.path / task).mkdir(exist_ok=True)
-        taught(model, new, stage, RunDirectory(folder), f"{title}, {task}")
+        taught(model, new, stage, run.inside(task), f"{title}, {task}")
         R.append(asked(model))
     return R
 

@@ -47,7 +47,6 @@ from minilm.measure.answers import answers
 from minilm.measure.judge import points, shares, tournament, without_bonus
 from minilm.measure.verdict import by_seed, compared, each_seed, single, verdict
 from minilm.picture import COLORS
-from minilm.run import RunDirectory
 from minilm.trial import RIGHT, Trial, base, learned, low_rank, program, records_of, trial_of
 
 QUESTION = "Who is best, if a judge compares two answers and likes the first one better?"
@@ -154,11 +153,10 @@ def answered(s: Player, run) -> tuple[float, list[float]]:
         return ANSWERED[s]
     for other in [t for t in ANSWERED if (t.model, t.seed) != (s.model, s.seed)]:
         del ANSWERED[other]
-    (folder := run.path / s.player).mkdir(exist_ok=True)
     train, test = records_of(s)
     model, tokenizer = base(s.model)
     title = f"{s.player}, seed {s.seed}"
-    model, *_ = learned(model, tokenizer, train, s, RunDirectory(folder), title)
+    model, *_ = learned(model, tokenizer, train, s, run.inside(s.player), title)
     said = answers(model, test, tokenizer)
     right = [score(record, text) for record, text in zip(test, said)]
     ANSWERED[s] = (100 * float(np.mean(right)),

@@ -23,9 +23,9 @@ model without its head, which is new; of the policy without its adapters, which 
 "own loss" is the stage's own, held out: nats a token of text, nats a token of demonstrations, the
 share of comparisons that the reward model orders wrongly (what it minimizes is their
 log-likelihood, which grows again on new ones as it becomes sure), and minus the reward, which is in
-standard deviations and less the price of KL.
-Pretraining begins as a model with the same shape and new weights. "gold" is what the answers of the
-model are worth; of the reward model, the one of four answers by SFT that it likes best.
+standard deviations and less the price of KL. Pretraining begins as a model with the same shape and
+new weights. "gold" is what the answers of the model are worth; of the reward model, the one of four
+answers by SFT that it likes best.
 
 A seed takes about three minutes of one core.
 """
@@ -52,12 +52,11 @@ from minilm.stages import (
     look,
     policy,
     questions,
-    share_of,
     supervised,
     text_reward,
 )
 from minilm.transformer import Transformer
-from minilm.trial import KNOWN, base, held_out, old_text, program
+from minilm.trial import KNOWN, base, held_out, old_text, program, share_of
 
 QUESTION = "What is done to a language model, stage by stage, and what does each stage begin as?"
 

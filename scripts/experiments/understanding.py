@@ -47,10 +47,9 @@ from minilm.peft.adapted import insert_adapters, unadapted
 from minilm.peft.retrained import retrained
 from minilm.picture import COLORS
 from minilm.ranges import whole
-from minilm.run import RunDirectory, share_held_out
 from minilm.tensor import no_grad
 from minilm.transformer import Config, Transformer, with_classes
-from minilm.trial import Trial, base, low_rank, program
+from minilm.trial import Trial, base, low_rank, program, share_of
 
 QUESTION = "Which small change is enough to understand texts, beside a new head?"
 
@@ -133,18 +132,17 @@ CLAIMS = {
 
 def measured(s: Understanding, run, title: str) -> dict:
     """The numbers of MEASURES."""
-    found, (learn, ask) = {}, texts((share_held_out(s.model) if s.model else None) or 0.1)
+    found, (learn, ask) = {}, texts(share_of(s))
     for task in s.tasks:
         model, tokenizer = encoder(s.model)
         model = prepared(with_classes(model, data.classes_of(task, learn), s.seed), s)
         rows, asked = (data.rows_of_examples(
             data.make_examples(task, part, count, s.size, s.seed), tokenizer, model.room)
             for part, count in ((learn, s.train), (ask, s.test)))
-        (folder := run.path / task).mkdir(exist_ok=True)
         optimizer, loss = optimizer_and_loss(model, s)
         loss = GradeLoss() if asked[1].dtype.kind == "f" else loss
         batches = data.EpochBatches(rows, s.batch, s.seed)
-        *_, (_, done) = fit(RunDirectory(folder), model, batches, s, loss, optimizer=optimizer,
+        *_, (_, done) = fit(run.inside(task), model, batches, s, loss, optimizer=optimizer,
                             title=f"{title}, {task}")
         if done.step < s.steps:  # by Ctrl-C
             raise KeyboardInterrupt

@@ -21,11 +21,10 @@ records are compositions of two kinds ("turn around and sort"). It is asked abou
                             never together
     unseen kind             "drop the first letter", in any phrase; no record has it
 
-Asked are words without a letter that comes twice, so that no learned kind gives the answer of an
+No letter comes twice in a word that is asked about, so no learned kind gives the answer of an
 unseen one. The model of k = 1 need not read its instructions, so new wordings cannot trouble it. Of
 the unseen, the loss of the right answers is measured, too, which shows what is not enough for a
-whole answer.
-A seed takes about 10 minutes of one core.
+whole answer. A seed takes about 10 minutes of one core.
 """
 
 from dataclasses import dataclass

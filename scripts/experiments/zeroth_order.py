@@ -46,9 +46,8 @@ from minilm.optim import AdamW, MeZO, cosine_schedule
 from minilm.peft import trainable_parameters
 from minilm.picture import COLORS
 from minilm.ranges import POSITIVE, whole
-from minilm.run import share_held_out
 from minilm.tensor import no_grad
-from minilm.trial import KEPT, RIGHT, TRAINED, Trial, base, program
+from minilm.trial import KEPT, RIGHT, TRAINED, Trial, base, program, share_of
 
 QUESTION = "Can forward passes alone train a model, in what memory, and how fast?"
 
@@ -248,10 +247,9 @@ def memory(model, optimizer, batch) -> int:
 
 def drawn(s: Zeroth, tokenizer, part: int, count: int):
     """(prompts, labels, both answers) of the documents to learn from (0) or those held out (1)."""
-    share = (share_held_out(s.model) if s.model else None) or 0.1
     rng = np.random.default_rng([s.seed, part])
     labels = rng.permutation(np.arange(count) % 2)
-    pieces = [Pieces(texts(share)[part][name], 4 * s.size) for name in CORPORA]
+    pieces = [Pieces(texts(share_of(s))[part][name], 4 * s.size) for name in CORPORA]
     rows = np.array([tokenizer.encode(pieces[y].draw(rng))[: s.size] for y in labels], np.int32)
     prompt, pair = tokenizer.encode("\nKind: "), [tokenizer.encode(a)[0] for a in ANSWERS]
     tokens = np.concatenate([rows, np.tile(np.array(prompt, np.int32), (count, 1))], 1)

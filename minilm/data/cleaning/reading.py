@@ -58,15 +58,25 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 def lines_of(file: Path, largest: int) -> Iterator[Document]:
     """The documents of JSON lines: the field "text" of each."""
-    with open(file, "rb") as opened:
+    try:
+        opened = open(file, "rb")
+    except OSError as error:
+        yield Document(str(file), unread(error))
+        return
+    with opened:
         number = 0
-        while line := opened.readline(largest):
+        while line := opened.readline(largest + 1):
             number += 1
-            cut = not line.endswith(b"\n") and len(line) == largest
+            cut = not line.endswith(b"\n") and len(line) > largest
             while cut and (rest := opened.readline(largest)) and not rest.endswith(b"\n"):
                 pass
             yield Document(f"{file}:{number}", Dropped(f"too long: over {largest:,} bytes")
                            if cut else text_of_line(line))
+
+
+def unread(error: OSError) -> Dropped:
+    """What is said of a file that cannot be read."""
+    return Dropped(f"cannot be read: {error.strerror}")
 
 
 def text_of_line(line: bytes) -> str | Dropped:
@@ -88,7 +98,7 @@ def text_of(file: Path, largest: int) -> str | Dropped:
             return Dropped(f"too long: {size:,} bytes, expected at most {largest:,}")
         data = file.read_bytes()
     except OSError as error:
-        return Dropped(f"cannot be read: {error.strerror}")
+        return unread(error)
     if file.suffix.lower() in MAILS:
         return mail_text(data)
     try:

@@ -19,9 +19,9 @@ for a repeated word it takes the last one that is free, which may cross more tha
 
     h = the cat      r = the cat sat on the mat      nltk: two chunks; here, as in the paper: one
 
-The score of a corpus is the mean of its examples, `meteor`. The paper's program instead adds up m,
-chunks and lengths of each example's best reference, and scores that once: `of_sums_pooled`.
-Words are in lower case, as tokens.words gives them.
+The score of a corpus is the mean of its examples. (The paper's program instead adds up m, chunks
+and lengths of each example's best reference, and scores that once.) Words are in lower case, as
+tokens.words gives them.
 """
 
 from collections import Counter, defaultdict
@@ -48,17 +48,9 @@ def meteor(answers: Sequence[Sequence[str]], references: Sequence[Sequence[Seque
 
 
 def per_example(answers, references) -> np.ndarray:
-    """(METEOR, 1, m, chunks, |h|, |r|) with each example's best reference: (S, 6)."""
-    rows = []
-    for answer, right in checked(answers, references):
-        counts = [(*matched(answer, text), len(answer), len(text)) for text in right]
-        rows.append(max((score(*count), 1, *count) for count in counts))
-    return np.array(rows, float)
-
-
-def of_sums_pooled(sums: np.ndarray) -> float:
-    """METEOR of a corpus as the paper's program has it, from the sums of rows (6,)."""
-    return score(*sums[2:])
+    """(METEOR with the example's best reference, 1): (S, 2)."""
+    return np.array([(max(score(*matched(answer, text), len(answer), len(text)) for text in right),
+                      1) for answer, right in checked(answers, references)], float)
 
 
 def score(m: float, chunks: float, h: float, r: float) -> float:
