@@ -16,7 +16,8 @@ import threading
 import time
 
 SERVER = multiprocessing.get_context("forkserver")
-OPTIONS = ["-q", "-o", "addopts=", "-m", "not kernels and not ranks"]
+OPTIONS = ["-q", "-o", "addopts=", "-m", "not kernels and not ranks",
+           "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is imported before
 for plugin in "cacheprovider", "anyio", "xdist", "typeguard":  # to begin sooner
     OPTIONS += ["-p", f"no:{plugin}"]
 

@@ -35,7 +35,7 @@ WAIT = 15.0  # seconds that a process may take to begin
 PASSED = 0, 5  # pytest's exit status if all tests pass, or if there are none
 NO_TEST = "no test: it cannot begin, or does not end"
 ALWAYS = "__main__", "pytest", "hypothesis"  # imported once, before any fork
-LOADED = "numpy", "ml_dtypes", "torch", "transformers", "peft"  # the same, if a test names it
+LOADED = "numpy", "ml_dtypes", "torch", "transformers"  # the same, if a test names it
 
 
 def main(packages: tuple[str, ...], count: int = 100, seed: int = 0, only: tuple[str, ...] = (),
@@ -125,10 +125,12 @@ class Tests:
         """Run the test files of some modules, and note what they run of all."""
         new = {file for path in paths for file in self.files.get(path, [])} - self.watched
         for file in sorted(new):
-            for test, outcome, seconds, lines in run(self.tree, [file], WATCHED, None,
-                                                     self.paths)[1]:
-                if outcome == "passed":
-                    self.found[test] = seconds, set(map(tuple, lines))
+            _, ended = run(self.tree, [file], WATCHED, None, self.paths)
+            passed = {test: (seconds, set(map(tuple, lines)))
+                      for test, outcome, seconds, lines in ended if outcome == "passed"}
+            self.found |= passed
+            if not passed:
+                print(f"{file}: no test passes", flush=True)
         self.watched |= new
 
     def killed(self, mutant) -> bool:
