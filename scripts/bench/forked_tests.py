@@ -6,6 +6,7 @@ The process is multiprocessing's server of forks. What a fork starts ends with i
 """
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -13,26 +14,24 @@ import resource
 import signal
 import sys
 import threading
-import time
 
 SERVER = multiprocessing.get_context("forkserver")
-OPTIONS = ["-q", "-o", "addopts=", "-m", "not kernels and not ranks",
-           "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is imported before
-for plugin in "cacheprovider", "anyio", "xdist", "typeguard":  # to begin sooner
-    OPTIONS += ["-p", f"no:{plugin}"]
+OPTIONS = ["-q", "-o", "addopts=", "-m", "not kernels and not ranks", "-p", "no:cacheprovider",
+           "-p", "_hypothesis_pytestplugin"]
 
 
 def run(tree, files, seconds, chosen=None, paths=()):
     """(exit status, [test, outcome, seconds, [module, line] of paths]) of chosen tests of files.
 
-    Without `chosen` all tests run, also after one that fails.
+    seconds are of a CPU, both given and returned; ten times as many may pass. Chosen tests run in
+    their order, up to the first that fails; without `chosen` all run.
     """
     record = tree.parent / "ended.jsonl"
     record.unlink(missing_ok=True)
     process = SERVER.Process(target=tested, args=(tree, files, seconds, chosen, paths, record))
     process.start()
     try:
-        process.join(2 * seconds)
+        process.join(10 * seconds)
     finally:  # with what the tests have started
         process.kill()
         with contextlib.suppress(ProcessLookupError):
@@ -51,7 +50,10 @@ def tested(tree, files, seconds, chosen, paths, record):
     resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
     scratch = tree.parent / "scratch"
     scratch.mkdir(exist_ok=True)
-    os.environ |= {"PYTHONPATH": str(tree), "TMPDIR": str(scratch)}
+    os.environ |= {"PYTHONPATH": str(tree), "TMPDIR": str(scratch),
+                   "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # to begin sooner
+    gc.freeze()  # pytest collects garbage, but not what was imported before
+    sys.dont_write_bytecode = False  # or each fork compiles all modules
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     import pytest
@@ -70,10 +72,12 @@ class Watch:
         self.files = {str(tree / path): path.as_posix() for path in paths}  # whose lines are noted
 
     def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if not self.chosen or item.nodeid in self.chosen]
+        if self.chosen:
+            found = {item.nodeid: item for item in items}
+            items[:] = [found[test] for test in self.chosen if test in found]
 
     def pytest_runtest_logstart(self):
-        self.start, self.outcome, self.lines = time.perf_counter(), "passed", set()
+        self.start, self.outcome, self.lines = cpu(), "passed", set()
         if self.files:
             threading.settrace(self.trace)
             sys.settrace(self.trace)
@@ -84,11 +88,15 @@ class Watch:
 
     def pytest_runtest_logfinish(self, nodeid):
         sys.settrace(None)
-        seconds = time.perf_counter() - self.start
-        print(json.dumps([nodeid, self.outcome, seconds, sorted(self.lines)]), file=self.out,
-              flush=True)
+        ended = nodeid, self.outcome, cpu() - self.start, sorted(self.lines)
+        print(json.dumps(ended), file=self.out, flush=True)
 
     def trace(self, frame, event, _):
         if name := self.files.get(frame.f_code.co_filename):
             self.lines.add((name, frame.f_lineno))
             return self.trace
+
+
+def cpu() -> float:
+    """Seconds of a CPU that this process and those that it waited for have taken."""
+    return sum(os.times()[:4])

@@ -28,10 +28,10 @@ from mutations import Mutant, mutants, planted
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = ".git", ".venv*", "runs", "__pycache__"  # of the copy
-FILES = 6  # test files of a module
-SECONDS = 8.0  # of tests that ran the line, and then of others: as long as they took when noted
-WATCHED = 40.0  # seconds of a test file in which lines are noted; later tests are not used
-WAIT = 15.0  # seconds that a process may take to begin
+FILES = 4  # test files of a module
+SECONDS = 5.0  # of a CPU, when noted: of tests that ran the line, and then of others
+WATCHED = 25.0  # seconds of a test file in which lines are noted; later tests are not used
+WAIT = 10.0  # seconds of a CPU that a process may take to begin
 PASSED = 0, 5  # pytest's exit status if all tests pass, or if there are none
 NO_TEST = "no test: it cannot begin, or does not end"
 ALWAYS = "__main__", "pytest", "hypothesis"  # imported once, before any fork
@@ -163,14 +163,14 @@ class Tests:
             return None
         seconds = WAIT + 3 * sum(self.found[test][0] for test in tests)
         files = list(dict.fromkeys(map(file_of, tests)))
-        status, ended = run(self.tree, files, seconds, set(tests))
+        status, ended = run(self.tree, files, seconds, tests)
         failed = [test for test, outcome, *_ in ended if outcome == "failed"]
         return None if status in PASSED else failed[-1] if failed else NO_TEST
 
     def trust(self, test) -> bool:
         """Whether a test passes alone without a mutant."""
         if test not in self.trusted:
-            status, _ = run(self.tree, [file_of(test)], WATCHED, {test})
+            status, _ = run(self.tree, [file_of(test)], WATCHED, [test])
             self.trusted |= {test} if status in PASSED else set()
         return test in self.trusted
 
