@@ -10,10 +10,11 @@ package. A mutant that means the same counts as survived: a reader has to find t
 "." is minilm/*.py.
 
 First the test files of each module run in a copy of the tree, and the lines that each test runs
-are noted. Those are the files that have its name, or import it in the fewest steps. Then each
-mutant is written into the copy, and the tests that ran its line run, then the others of its
-module's files. Each run is a fork of one process that has imported NumPy, pytest and PyTorch, but
-not the project. A test that fails alone without the mutant kills nothing.
+are noted. Those are the files that have its name, or import it in the fewest steps, and the
+examples of docstrings. Then each mutant is written into the copy, and the tests that ran its line
+run, then the others of its module's files. Each run is a fork of one process that has imported
+NumPy, pytest and PyTorch, but not the project. A test that fails alone without the mutant kills
+nothing.
 """
 
 import ast
@@ -28,9 +29,9 @@ from mutations import Mutant, mutants, planted
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = ".git", ".venv*", "runs", "__pycache__"  # of the copy
-FILES = 4  # test files of a module
-SECONDS = 5.0  # of a CPU, when noted: of tests that ran the line, and then of others
-WATCHED = 25.0  # seconds of a test file in which lines are noted; later tests are not used
+EXAMPLES = Path("tests/test_doctests.py")  # of docstrings: it imports each module by its name
+SECONDS = 4.0  # of a CPU, when noted: of tests that ran the line, and then of others
+WATCHED = 20.0  # seconds of a test file in which lines are noted; later tests are not used
 WAIT = 10.0  # seconds of a CPU that a process may take to begin
 PASSED = 0, 5  # pytest's exit status if all tests pass, or if there are none
 NO_TEST = "no test: it cannot begin, or does not end"
@@ -39,7 +40,7 @@ LOADED = "numpy", "ml_dtypes", "torch", "transformers"  # the same, if a test na
 
 
 def main(packages: tuple[str, ...], count: int = 100, seed: int = 0, only: tuple[str, ...] = (),
-         tree: Path = ROOT):
+         files: int = 4, tree: Path = ROOT):
     """Print which mutants of a package its tests kill.
 
     Args:
@@ -47,6 +48,7 @@ def main(packages: tuple[str, ...], count: int = 100, seed: int = 0, only: tuple
         count: how many mutants of each package.
         seed: of the sample.
         only: FILE:LINE of those of the sample that are to run.
+        files: of each module how many test files, those that have its name or import it first.
         tree: the project, with minilm/ and tests/; it is copied.
     """
     samples = {package: sample(tree, package, count, seed, only) for package in packages}
@@ -58,7 +60,7 @@ def main(packages: tuple[str, ...], count: int = 100, seed: int = 0, only: tuple
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tree"
         shutil.copytree(tree, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        tests = Tests(copy, {mutant.path for some in samples.values() for mutant in some})
+        tests = Tests(copy, files, {mutant.path for some in samples.values() for mutant in some})
         for package, some in samples.items():
             tests.watch({mutant.path for mutant in some})
             ended = [tests.killed(mutant) for mutant in some]
@@ -96,7 +98,7 @@ def test_files(tree) -> dict[Path, list[Path]]:
                 found.setdefault(path, []).append(rank)
             seen |= edge
             edge, steps = set().union(*map(arrows.get, edge)) - seen, steps + 1
-    return {path: [test for *_, test in sorted(ranks)[:FILES]] for path, ranks in found.items()}
+    return {path: [test for *_, test in sorted(ranks)] for path, ranks in found.items()}
 
 
 def imports(path, names) -> set[Path]:
@@ -117,8 +119,11 @@ class Tests:
     pass alone as well.
     """
 
-    def __init__(self, tree, paths):
-        self.tree, self.paths, self.files = tree, paths, test_files(tree)
+    def __init__(self, tree, count, paths):
+        self.tree, self.paths = tree, paths
+        examples = [EXAMPLES] if (tree / EXAMPLES).exists() else []
+        self.files = {path: [*files[:count], *examples]
+                      for path, files in test_files(tree).items()}
         self.found, self.watched, self.trusted = {}, set(), {NO_TEST}
 
     def watch(self, paths):
@@ -150,7 +155,7 @@ class Tests:
         near = {test for test, (_, lines) in self.found.items() if lines & places}
         for some in near, {test for test in self.found if file_of(test) in rank} - near:
             left, tests = SECONDS, []
-            for test in sorted(some, key=lambda test: (rank.get(file_of(test), FILES),
+            for test in sorted(some, key=lambda test: (rank.get(file_of(test), len(rank)),
                                                        self.found[test][0])):
                 if (seconds := self.found[test][0]) <= left:
                     left -= seconds
