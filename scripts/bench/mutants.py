@@ -30,7 +30,7 @@ from mutations import Mutant, mutants, planted
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = ".git", ".venv*", "runs", "__pycache__"  # of the copy
 EXAMPLES = Path("tests/test_doctests.py")  # of docstrings: it imports each module by its name
-SECONDS = 4.0  # of a CPU, when noted: of tests that ran the line, and then of others
+SECONDS = 3.0  # of a CPU, when noted: of tests that ran the line, and then of others
 WATCHED = 20.0  # seconds of a test file in which lines are noted; later tests are not used
 WAIT = 10.0  # seconds of a CPU that a process may take to begin
 PASSED = 0, 5  # pytest's exit status if all tests pass, or if there are none
@@ -121,14 +121,13 @@ class Tests:
 
     def __init__(self, tree, count, paths):
         self.tree, self.paths = tree, paths
-        examples = [EXAMPLES] if (tree / EXAMPLES).exists() else []
-        self.files = {path: [*files[:count], *examples]
-                      for path, files in test_files(tree).items()}
+        self.files = {path: files[:count] for path, files in test_files(tree).items()}
         self.found, self.watched, self.trusted = {}, set(), {NO_TEST}
 
     def watch(self, paths):
         """Run the test files of some modules, and note what they run of all."""
         new = {file for path in paths for file in self.files.get(path, [])} - self.watched
+        new |= {EXAMPLES} - self.watched if (self.tree / EXAMPLES).exists() else set()
         for file in sorted(new):
             _, ended = run(self.tree, [file], WATCHED, None, self.paths)
             passed = {test: (seconds, set(map(tuple, lines)))
