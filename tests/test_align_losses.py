@@ -141,8 +141,8 @@ def test_where_kl_is_very_dear_no_score_counts(episode, seed):
     log_probs, reference, counted = episode
     scores = np.random.default_rng(seed).uniform(-9, 9, len(counted))
     found, alone = (
-        whitened(gae(token_rewards(s, log_probs, reference, counted, 1e9), 0 * reference, counted),
-                 counted) for s in (scores, 0 * scores))
+        whitened(gae(token_rewards(s, log_probs, reference, counted, 1e9), 0 * reference, counted,
+                     1.0, 0.95), counted) for s in (scores, 0 * scores))
     assert np.allclose(found, alone, atol=1e-4)
 
 

@@ -10,11 +10,11 @@ package. A mutant that means the same counts as survived: a reader has to find t
 "." is minilm/*.py.
 
 First the test files of each module run in a copy of the tree, and the lines that each test runs
-are noted. Those are the files that have its name, or import it in the fewest steps, and the
-examples of docstrings. Then each mutant is written into the copy, and the tests that ran its line
-run, then the others of its module's files. Each run is a fork of one process that has imported
-NumPy, pytest and PyTorch, but not the project. A test that fails alone without the mutant kills
-nothing.
+are noted. Those are the files that have its name, or import it in the fewest steps and most of it,
+and the examples of docstrings. Then each mutant is written into the copy, and the tests that ran
+its line run, then the others of its module's files. Each run is a fork of one process that has
+imported NumPy, pytest and PyTorch, but not the project. A test that fails alone without the mutant
+kills nothing.
 """
 
 import ast
@@ -22,6 +22,7 @@ import os
 import random
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from forked_tests import SERVER, run
@@ -94,22 +95,23 @@ def test_files(tree) -> dict[Path, list[Path]]:
         while edge:
             for path in edge:
                 named = test.stem == f"test_{path.stem.strip('_')}"
-                rank = 0 if named else steps, len(arrows[test]), test
+                rank = 0 if named else steps, -arrows[test][path], test
                 found.setdefault(path, []).append(rank)
             seen |= edge
             edge, steps = set().union(*map(arrows.get, edge)) - seen, steps + 1
     return {path: [test for *_, test in sorted(ranks)] for path, ranks in found.items()}
 
 
-def imports(path, names) -> set[Path]:
-    """The files of the project that a file imports, early or late."""
-    said = set()
+def imports(path, names) -> Counter:
+    """The files of the project that a file imports, early or late: how many names of each."""
+    said = []
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
-            said |= {alias.name for alias in node.names}
+            said += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            said |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {names[name] for name in said & names.keys()}
+            for alias in node.names:
+                said += [node.module, f"{node.module}.{alias.name}"]
+    return Counter(names[name] for name in said if name in names)
 
 
 class Tests:
