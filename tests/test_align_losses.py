@@ -33,7 +33,7 @@ from minilm.align.ppo import (
     whitened,
 )
 from minilm.align.reward import Reward, plain_ranking_loss, raw_rewards
-from minilm.align.rollouts import Rollouts, rollouts
+from minilm.align.rollouts import Rollouts, draw_answers, rollouts
 from minilm.peft import add_lora
 from minilm.tensor import Tensor
 from minilm.transformer import Config, Transformer
@@ -141,8 +141,8 @@ def test_where_kl_is_very_dear_no_score_counts(episode, seed):
     log_probs, reference, counted = episode
     scores = np.random.default_rng(seed).uniform(-9, 9, len(counted))
     found, alone = (
-        whitened(gae(token_rewards(s, log_probs, reference, counted, 1e9), 0 * reference, counted),
-                 counted) for s in (scores, 0 * scores))
+        whitened(gae(token_rewards(s, log_probs, reference, counted, 1e9), 0 * reference, counted,
+                     1.0, 0.95), counted) for s in (scores, 0 * scores))
     assert np.allclose(found, alone, atol=1e-4)
 
 
@@ -263,8 +263,19 @@ def test_a_reward_is_of_the_last_real_token_and_is_shifted(seed=0):
         assert reward == pytest.approx(alone.item())
     shifted = Reward.of_reference(model, tokens, counted)(tokens, counted)
     assert shifted.mean() == pytest.approx(0, abs=1e-9) and shifted.std() == pytest.approx(1)
+    assert Reward.of_reference(model, tokens[:1], counted[:1]).sd == 1  # one text has no variance
     with pytest.raises(ValueError, match="no reward model: its classes are"):
         raw_rewards(model_of(), tokens, counted)
+
+
+def test_many_texts_are_looked_at_in_parts(monkeypatch):
+    policy, rewarding = model_of(), reward_model(model_of(adapted=False))
+    ranked = ragged(np.random.default_rng(0))
+    sums, rewards = answer_sums(policy, *ranked), raw_rewards(rewarding, *ranked.texts())
+    monkeypatch.setattr("minilm.align.dpo.ROWS", 3)
+    monkeypatch.setattr("minilm.align.reward.ROWS", 3)
+    close(answer_sums(policy, *ranked), sums, "float32")
+    close(raw_rewards(rewarding, *ranked.texts()), rewards, "float64")
 
 
 # All of them
@@ -333,11 +344,17 @@ def test_means_over_rollouts():
 @pytest.mark.parametrize("call, said", [
     (lambda: DPO(0.0), "beta must be positive"), (lambda: GRPO(1), "group must be at least 2"),
     (lambda: PPO(None, lam=1.5), "lam must be from 0 to 1"),
+    (lambda: Reward(None, math.inf), "mean must be finite"),
+    (lambda: Reward(None, sd=0.0), "sd must be positive"),
+    (lambda: draw_answers(None, [], 1, None), "there must be prompts"),
+    (lambda: draw_answers(None, [[1], []], 1, None), "there must be prompts, each of one token"),
+    (lambda: draw_answers(None, [[1]], 0, None), "most must be at least 1"),
     (lambda: ranking_loss(np.zeros((2, 1))), r"must be \(B, K >= 2\), got \(2, 1\)"),
     (lambda: laid_out([[1]], [[[2], []]]), "is empty"),
     (lambda: laid_out([[1], [1]], [[[2], [3]], [[2]]]), r"there are \[1, 2\]"),
     (lambda: summed(np.zeros(2), np.ones((1, 3), bool)), "does not go with 3"),
-    (lambda: policy_loss(np.zeros(2), np.zeros(3), np.zeros(2)), "needs one shape")])
+    (lambda: policy_loss(np.zeros(2), np.zeros(3), np.zeros(2)), "needs one shape"),
+    (lambda: policy_loss(np.zeros(3), np.zeros(2), np.zeros(2)), "needs one shape")])
 def test_bad_settings_are_named(call, said):
     with pytest.raises(ValueError, match=said):
         call()

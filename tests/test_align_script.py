@@ -1,6 +1,7 @@
 """Rollouts with the cache, rounds, rewards in folders, and scripts/align.py for its user."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from minilm import data, ops
 from minilm.align import PPO, Reward, Rounds, draw_answers, reference_of, reward_model, value_head
 from minilm.align.rollouts import answers_of, rollouts
-from minilm.asking import judged
+from minilm.asking import compared, judged
 from minilm.data.preferences import Comparison, holds_comparisons, load_comparisons, ranked
 from minilm.files import FormatError
 from minilm.interop import bitsandbytes, load_adapter, load_model, save_model
@@ -122,6 +123,20 @@ def test_made_labels_are_bradley_terrys(seed, sharpness):
     p = 1 / (1 + np.exp(-sharpness * 0.7))
     assert abs(wins - n * p) < 6 * np.sqrt(n * p * (1 - p))
     assert ranked([0.1, 0.3, 0.2], np.inf, rng).tolist() == [1, 2, 0]
+
+
+def test_comparisons_are_ranked_and_drawn_in_parts(monkeypatch):
+    """Each prompt has its own answers, the best first, however many are drawn at a time."""
+    monkeypatch.setattr("minilm.asking.DRAWN", 4)
+    settings = SimpleNamespace(answers=3, tokens=3, sharpness=np.inf)
+    prompts = [np.array(prompt) for prompt in ([1, 2], [3], [4, 5])]
+    def score(tokens, counted): return (tokens[:, 1:] * counted).sum(-1)
+    found = compared(model_of(), prompts, score, settings, None, [0])
+    assert found.tokens.shape == (3, 3, 5) and (found.counted.sum(-1) == 3).all()
+    for prompt, texts, counted in zip(prompts, *found):
+        assert (texts[:, : len(prompt)] == prompt).all()
+        scores = score(texts, counted)
+        assert (np.diff(scores) <= 0).all() and np.ptp(scores)
 
 
 def test_equal_rewards_are_half_right():

@@ -109,6 +109,13 @@ def test_a_loss_is_that_of_the_ending_alone(seed):
         close(np.array(loss * len(ending.encode())), np.array(whole - part), "float64")
 
 
+def test_batches_of_any_size_give_the_same_losses(monkeypatch):
+    asked = questions(DOCUMENTS, 3, 0, 20, 9)
+    whole = ending_losses(make(), BYTES, asked)
+    monkeypatch.setattr("minilm.measure.choices.ROWS", 5)
+    close(np.array(ending_losses(make(), BYTES, asked)), np.array(whole), "float64")
+
+
 @pytest.mark.parametrize("documents, given, said", [
     (["short"], {}, "no document has the 96 bytes"),
     (["a" * 200], {}, "no 4 different endings of 32 bytes"),

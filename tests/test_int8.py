@@ -43,6 +43,12 @@ def test_the_lectures_ten_numbers():
     assert q.absmax == np.float32(10.2) and q.codes.dtype == np.int8 and q.nbytes == 10 + 4
 
 
+def test_a_matrix_is_dequantized_in_blocks(monkeypatch):
+    q = quantize_int8(normal(7, 5), axis=-1)
+    monkeypatch.setattr("minilm.quantize.int8.BLOCK", 10)  # two rows at a time
+    assert np.array_equal(q.dequantize(), q.codes * (q.absmax * np.float32(1 / 127)))
+
+
 def differing(codes, slide):
     """{(row, column): code} where the slide prints another number."""
     return {(int(i), int(j)): int(codes[i, j]) for i, j in np.argwhere(codes != slide)}

@@ -50,6 +50,16 @@ class Holder(Module):
 PATHS = ["first", "listed.0", "listed.2", "named.left", "named.right", "deep.inner"]
 
 
+def test_numbers_that_are_not_finite_are_counted_in_pieces(monkeypatch):
+    model = Holder([Leaf(1)])
+    model.inside[0].w = Tensor(np.full(11, 2, np.float32), requires_grad=True)
+    monkeypatch.setattr("minilm.nn.PIECE", 4)
+    model.require_finite()
+    model.inside[0].w.data[[0, 3, 4, 10]] = np.nan
+    with pytest.raises(ValueError, match=r"inside\.0\.w: 4 of its 11 numbers are not finite"):
+        model.require_finite()
+
+
 def test_children_are_right_below():
     tree = Tree()
     assert [name for name, _ in tree.children()] == PATHS

@@ -124,6 +124,15 @@ def test_pages_are_cut_where_decay_ends_and_there_only():
     assert [page.nbytes for page in opt.table.pages] == [256, 256, 160, 96]
 
 
+def test_an_update_in_blocks_has_the_same_bits(monkeypatch):
+    monkeypatch.setattr(paged, "BLOCK", 5)
+    expected, actual = plain(), make_paged(page_size=32)
+    for t in range(2):
+        step(expected, t)
+        step(actual, t)
+    same(actual, expected)
+
+
 def test_one_parameter():
     expected, actual = plain([(1,)], ()), make_paged([(1,)], ())
     for t in range(3):

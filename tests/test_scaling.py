@@ -109,11 +109,15 @@ def test_between_two_points_a_curve_is_a_line_in_ln_c():
 @pytest.mark.parametrize("call, said", [
     (lambda: power([1, 1], [2, 3]), "two different x"),
     (lambda: power([1, 2], [0, 3]), "must be positive and finite"),
+    (lambda: power([0, 2], [1, 3]), "must be positive and finite"),
+    (lambda: power([1, np.inf], [1, 3]), "must be positive and finite"),
     (lambda: power([1, 2], [np.inf, 3]), "must be positive and finite"),
     (lambda: power([1, 2], [1, 2, 3]), r"as many x as y, got \(2,\) and \(3,\)"),
     (lambda: isoflop([1, 2, 2], [1, 2, 3]), "three different N"),
     (lambda: law.fit([1] * 4, [1] * 4, [1] * 4), "five or more"),
     (lambda: law.fit([1] * 5, [1] * 5, [1] * 4 + [-1]), "must be positive and finite"),
+    (lambda: law.fit([1] * 5, [1] * 4 + [0], [1] * 5), "must be positive and finite"),
+    (lambda: law.fit([1] * 4 + [np.inf], [1] * 5, [1] * 5), "must be positive and finite"),
     (lambda: law.bootstrap([1, 2], [1, 2], sum, 2), "2 values leave no residuals if 2"),
 ])
 def test_bad_input_is_one_line(call, said):

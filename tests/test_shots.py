@@ -100,6 +100,12 @@ def test_the_first_demonstrations_of_more_are_the_same():
                           prompt_of(q, SHOTS, TOKENIZER))
 
 
+def test_the_last_answer_counts_alone_whatever_its_length():
+    tokens, targets = row([("ab", "x"), ("c", "yz")], TOKENIZER, last=True)
+    assert TOKENIZER.decode(tokens) == "ab>x\nc>yz"
+    assert TOKENIZER.decode(targets[targets != IGNORED]) == "yz\n"
+
+
 @pytest.mark.parametrize("call, said", [
     (lambda: draw_task(np.random.default_rng(0), ["maps"]), "'maps' is none of the kinds upper"),
     (lambda: draw_task(np.random.default_rng(0), []), "no kind of task is named"),

@@ -392,3 +392,12 @@ def test_the_norm_does_not_depend_on_the_split(numbers, data):
 
 def test_a_norm_of_what_is_not_finite_is_none():
     assert np.isnan(norm_of(exact_squares(np.array([1, np.inf], np.float32))))
+
+
+def test_a_norm_in_blocks_is_that_of_the_whole(monkeypatch):
+    x = np.random.default_rng(0).standard_normal(11, np.float32)
+    bad = np.where(np.arange(11) % 4 == 3, np.inf, x).astype(np.float32)
+    whole = exact_squares(x)
+    monkeypatch.setattr("minilm.parallel.norm.BLOCK", 4)
+    assert np.array_equal(exact_squares(x), whole)
+    assert exact_squares(bad)[-1] == 2

@@ -47,10 +47,10 @@ def token_rewards(scores, log_probs, reference, counted, beta: float):  # (B,) .
     return rewards
 
 
-def gae(rewards, values, counted, gamma: float = 1.0, lam: float = 0.95):  # (B, T - 1) each
+def gae(rewards, values, counted, gamma: float, lam: float):  # (B, T - 1) each
     """Advantages A_t of the counted tokens, which lie next to each other in each row; 0 elsewhere.
 
-    >>> gae(np.array([[0.0, 1.0]]), np.array([[0.5, 0.5]]), np.array([[True, True]]), lam=1.0)
+    >>> gae(np.array([[0.0, 1.0]]), np.array([[0.5, 0.5]]), np.array([[True, True]]), 1.0, 1.0)
     array([[0.5, 0.5]])
     """
     advantages, after = np.zeros(rewards.shape), np.zeros(len(rewards))
