@@ -139,6 +139,7 @@ def test_bits_of_a_model_that_knows_nothing_are_its_vocabularys():
         p.data[:] = 0
     text = "some text of 25 bytes ..."
     assert bits_of(model, data.ByteTokenizer(), text) == pytest.approx(26 / 25 * np.log2(258))
+    assert bits_of(model, data.ByteTokenizer(), "") == pytest.approx(np.log2(258))  # its end
 
 
 # The program

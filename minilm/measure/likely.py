@@ -16,12 +16,13 @@ BUCKETS = ("head", "middle", "tail")
 
 
 def bits_of(model, tokenizer, text: str) -> float:
-    """Bits a byte of a text, which stands after an end and ends with one."""
+    """Bits a byte of a text, which stands after an end and ends with one. An empty text, which is
+    this end alone, counts as a byte."""
     ids = tokenizer.encode(text)
     stream = np.concatenate([[tokenizer.end], ids, [tokenizer.end]])
     tokens, targets = data.cut(stream, min(model.room, data.LONGEST))
     counted = int((targets != data.IGNORED).sum())
-    return bits_per_byte(loss_of(model, tokens, targets), counted, len(text.encode()))
+    return bits_per_byte(loss_of(model, tokens, targets), counted, max(1, len(text.encode())))
 
 
 def buckets(bits: Sequence[float]) -> list[str]:
