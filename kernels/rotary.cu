@@ -1,4 +1,4 @@
-// Rotary positions; `rotary` of minilm/attention.py. The same pass moves the heads in front of the
+// Rotary positions; `rotary` of minilm/heads.py. The same pass moves the heads in front of the
 // tokens.
 //
 //     a, b = x[..., :half], x[..., half:]                x (B, T, H, D), half = D / 2

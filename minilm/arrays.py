@@ -12,7 +12,8 @@ import numpy as np
 from minilm.backend import array_module
 
 BLOCK = 1 << 16  # elements of a block: a few float32 temporaries of 256 KiB, for the L2 cache
-WHOLE = 8 * BLOCK  # up to so many elements, to copy blocks together costs what they save
+# Up to so many elements `by_rows` takes all at once: to copy blocks together costs what they save.
+WHOLE = 8 * BLOCK
 
 
 def described(x) -> str:

@@ -48,13 +48,15 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, c
 
 
 # The fast version goes by tiles of 64 queries, so that a tile's scores may stay in the cache. A
-# causal tile leaves out the keys that none of its rows sees, with a window those in front of it
-# too. The factor 1 / sqrt(D) goes to q and the division to P v, because both are smaller than the
-# scores. Each row's largest score is subtracted, or exp would overflow. The query heads of a group
-# lie beside their key/value head, which is not repeated. A tile's scores lie as (s, t), keys by
-# queries: BLAS multiplies fastest if its second operand lies as it is written, and NumPy finds the
-# largest score of each query fastest if queries lie side by side. The backward pass makes P again,
-# as the kernel does: the P of all tiles would be B H T S numbers.
+# causal tile leaves out the keys that none of its queries sees, with a window those in front of
+# them too. The factor 1 / sqrt(D) goes to q and the division to P v, because both are smaller than
+# the scores. Each query's largest score is subtracted, or exp would overflow. The query heads of a
+# group lie beside their key/value head, which is not repeated. The backward pass makes P again, as
+# the kernel does: the P of all tiles would be B H T S numbers.
+#
+# P and dS lie as (s, t), keys by queries, so what is P^T in a formula is P here. BLAS is fastest if
+# its second operand is no turned view: so only a tile's q and dy are copied turned, never k and v.
+# P lacks the factor l, which g = l dy brings. A cap's slope multiplies dS last.
 @op
 def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=None, cap=None,
               drop=None):
@@ -92,7 +94,7 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
     mask, added, drop = (_added(a, (B, H, T, S), grouped, qg.dtype) for a in (mask, bias, drop))
 
     def weights(qg, kg, b, t, s):
-        """_weights of a tile. Each pass gives its own qg and kg, which it lets go of at its end."""
+        """_weights of a tile. Closed over, qg and kg would stay, float32 copies of 16 bits too."""
         scores = kg[b, :, :, s] @ xp.ascontiguousarray(_turned(qg[b, :, :, t]))
         old = window and t.start + S - T - window - s.start  # the last key too old for query 0
         parts = (None if a is None else _turned(a[b, :, :, t, s]) for a in (added, mask, drop))
@@ -108,11 +110,11 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
         """dV = P^T dy;  dS = P (dy V^T - <dy, y>);  dK = dS^T Q / sqrt(D);  dQ = dS K / sqrt(D).
         With drop M: dV = (P M)^T dy;  dS = P (M dy V^T - <dy, y>)."""
         qg, kg, vg = _operands(*held, scale, grouped)
-        fresh = xp.zeros_like if window else xp.empty_like  # for tiles that lack keys
+        fresh = xp.zeros_like if window else xp.empty_like  # where the last tile lacks keys
         dq, dk, dv = (fresh(x, dtype=qg.dtype) for x in held)
         dbias = None if bias is None else xp.zeros((len(bias), *grouped[1:4], S), qg.dtype)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
-        for b, t, s in reversed(tiles):  # the last has all keys, or else adds to zeros
+        for b, t, s in reversed(tiles):  # a text's last tile writes dk and dv, the others add
             P, kept, l, slope = weights(qg, kg, b, t, s)
             g = dyg[b, :, :, t] * _turned(l)
             dS = vg[b, :, :, s] @ xp.ascontiguousarray(_turned(g))  # (b, K, H/K, s, t)
@@ -219,7 +221,8 @@ def _weights(scores, cap, causal, old, bias, mask, drop, xp):
 
 
 def _tiles(q, S):
-    """Slices over batch and queries whose scores fit the cache. On a GPU one tile holds all."""
+    """Slices over batch and queries whose scores fit the cache, or of one text. On a GPU one tile
+    holds all."""
     B, H, T, _ = q.shape
     if array_module(q) is not np:
         return [(slice(0, B), slice(0, T))]
@@ -244,13 +247,13 @@ def _past(s, t, old, dtype, xp):
 
 @functools.lru_cache(64)
 def _future(t, dtype, xp):
-    """-inf for the keys behind a query: (t, t), keys by queries."""
+    """-inf for the keys after a query: (t, t), keys by queries."""
     return xp.tril(xp.full((t, t), -xp.inf, dtype), -1)
 
 
 def _added(mask, shape, grouped, dtype):
-    """The mask, or a bias, as numbers to add: broadcast to the scores' shape without a copy, heads
-    by groups. None stays None."""
+    """A mask, bias or drop as numbers of dtype, broadcast to the scores' shape without a copy, with
+    heads by groups. None stays None."""
     if mask is None:
         return None
     xp = array_module(mask)
@@ -263,7 +266,7 @@ def _added(mask, shape, grouped, dtype):
 
 
 def _add(out, dS):
-    """Add dS (b, K, H/K, t, s) to out, or its sum over b to the one that all rows share."""
+    """Add dS (b, K, H/K, t, s) to out, or its sum over b to the one that all texts share."""
     out += dS if len(out) == len(dS) else dS.sum(0, keepdims=True)
 
 

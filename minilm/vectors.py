@@ -49,7 +49,7 @@ def product(x, W):  # (..., I), (O, I) -> (..., O)
     if x.dtype == W.dtype and W.itemsize > 2:  # nothing to widen
         if x.ndim == 1:
             return W @ x if W.size <= SMALL else np.vecdot(W, x)
-        if x.ndim == 2 and 1 < len(x) <= FEW and len(W) <= _at_once(*x.shape):  # one part
+        if x.ndim == 2 and 1 < len(x) <= FEW and len(W) <= _at_once(*x.shape):  # one part, at once
             return x @ W.T
     one_dtype("linear", x=x, W=W)
     X, O = wide(rows(x)), len(W)
@@ -70,8 +70,8 @@ def product(x, W):  # (..., I), (O, I) -> (..., O)
 def _at_once(B, I) -> int:
     """How many rows of W a part has.
 
-    Up to 10^6 products of two numbers, for up to 1200 results, OpenBLAS copies no part of W and
-    wakes no thread.
+    At most PART weights, which the L2 cache holds. Up to 10^6 products of two numbers, for up to
+    1200 results, OpenBLAS copies no part of W and wakes no thread.
     """
     return max(1, min(PART // I, 10**6 // (B * I), 1200 // B))
 

@@ -162,7 +162,7 @@ def torch_block(block: Block, c: Config, device: str):
 
 
 def turn(x, cos, sin):
-    """Rotary positions, as in minilm/attention.py."""
+    """Rotary positions, as in minilm/heads.py."""
     import torch
 
     a, b = x.chunk(2, -1)
