@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import mutants
@@ -99,15 +100,15 @@ def toy(tmp_path):
     for name, text in TOY.items():
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tree" / name).write_text(text)
-    (tmp_path / "temporary").mkdir()
+    temporary = Path(tempfile.mkdtemp())  # not in tmp_path: a socket's name has at most 107 bytes
     def start(*words):
         return subprocess.Popen(
             [sys.executable, ROOT / "scripts/bench/mutants.py", "--packages", "toy", "--tree",
              tmp_path / "tree", *words], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     yield start
-    assert not list((tmp_path / "temporary").iterdir())
+    temporary.rmdir()  # nothing is left in it
     files = [path for path in (tmp_path / "tree").rglob("*") if path.is_file()]
     assert {path.relative_to(tmp_path / "tree").as_posix(): path.read_text()
             for path in files} == TOY
