@@ -23,7 +23,14 @@ from minilm.align import (
 )
 from minilm.align.dpo import answer_sums, plain_dpo_loss, reference_sums
 from minilm.align.grpo import group_advantages, kl_penalty
-from minilm.align.likelihood import answer_log_probs, looked_at, plain_log_prob, real, summed
+from minilm.align.likelihood import (
+    answer_log_probs,
+    log_prob,
+    looked_at,
+    plain_log_prob,
+    real,
+    summed,
+)
 from minilm.align.ppo import (
     gae,
     plain_policy_loss,
@@ -266,6 +273,22 @@ def test_a_reward_is_of_the_last_real_token_and_is_shifted(seed=0):
     assert Reward.of_reference(model, tokens[:1], counted[:1]).sd == 1  # one text has no variance
     with pytest.raises(ValueError, match="no reward model: its classes are"):
         raw_rewards(model_of(), tokens, counted)
+
+
+FLOATS = {
+    "log_prob": lambda x: log_prob(x, np.zeros(2, int)),
+    "summed": lambda x: summed(x[0], np.ones((1, 3), bool)),
+    "ranking_loss": ranking_loss,
+    "policy_loss": lambda x: policy_loss(x, x, x),
+    "value_loss": lambda x: value_loss(x, x, x),
+    "kl_penalty": lambda x: kl_penalty(x, x),
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_numbers_that_would_be_rounded_are_refused(name):
+    with pytest.raises(TypeError, match=f"{name} needs floating-point numbers, got .*int64"):
+        FLOATS[name](np.zeros((2, 3), int))
 
 
 def test_many_texts_are_looked_at_in_parts(monkeypatch):

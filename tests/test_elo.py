@@ -176,6 +176,11 @@ def test_players_of_known_strength_lie_in_their_intervals():
     assert np.mean(orders) == 1
 
 
+def test_an_interval_of_one_draw_has_no_width():
+    low, high = bradley_terry.bootstrap(np.full((3, 2, 2), 2.0), draws=1)
+    assert np.array_equal(low, high) and np.allclose(low, 1000)
+
+
 def test_more_prompts_narrow_the_bootstrap_and_not_the_orders():
     rng, p = np.random.default_rng(1), np.array([1.0, 1.5, 2.0])
     by_prompts, by_orders = [], []
@@ -293,6 +298,7 @@ TRUE = np.clip(0.7 * Y + np.random.default_rng(2).normal(0, 1.5, len(Y)), 0, Non
     (lambda: bradley_terry.strengths([1, 2]), r"w must be \(..., N, N\).*got shape \(2,\)"),
     (lambda: bradley_terry.strengths(np.eye(2), -1), "drawn must be finite and at least 0, got -1"),
     (lambda: bradley_terry.bootstrap(np.ones((2, 2))), r"prompt or more, got shape \(2, 2\)"),
+    (lambda: bradley_terry.bootstrap(np.ones((1, 2, 2)), draws=0), "draws must be at least 1"),
     (lambda: judge.tournament([[1, 2]]), r"two players or more, got shape \(1, 2\)"),
     (lambda: judge.shares([1, 2], [0, 0]), "the reference has no point"),
     (lambda: judge.shares([1], [1]), r"two prompts or more, got shapes \(1,\) and \(1,\)"),

@@ -144,6 +144,9 @@ BAD = {
     "rotary: odd width": (lambda: ops.rotary(f(4, 3), f(4, 1), f(4, 1)), ValueError, "rotary"),
     "rotary: short table": (lambda: ops.rotary(f(4, 6), f(3, 3), f(3, 3)), ValueError, r"\(4, 3\)"),
     "rotary: sin": (lambda: ops.rotary(f(4, 6), f(4, 3), f(4, 2)), ValueError, "rotary"),
+    "rotary: x's dtype": (lambda: ops.rotary(i(4, 6), f(4, 3), f(4, 3)), TypeError, "x int64"),
+    "rotary: cos's": (lambda: ops.rotary(f(4, 6), i(4, 3), f(4, 3)), TypeError, "cos int64"),
+    "rotary: sin's": (lambda: ops.rotary(f(4, 6), f(4, 3), i(4, 3)), TypeError, "sin int64"),
     "attention: v": (lambda: attend(v=f(2, 4, 5, 7)), ValueError, r"v \(2, 4, 5, 7\)"),
     "attention: batch": (lambda: attend(q=f(3, 4, 5, 6)), ValueError, r"q \(3, 4, 5, 6\)"),
     "attention: heads": (lambda: attend(q=f(2, 6, 5, 6)), ValueError, r"q \(2, 6, 5, 6\)"),
@@ -240,6 +243,7 @@ FLOATS = {
     "kl_divergence": lambda x: ops.kl_divergence(x, x),
     "cosine_embedding": lambda x: ops.cosine_embedding(x, x),
     "cross_entropy": lambda x: ops.cross_entropy(x, i(2)),
+    "attention": lambda x: ops.attention(x, x, x), "rotary": lambda x: ops.rotary(x, x, x),
 }
 
 
