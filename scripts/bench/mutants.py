@@ -94,7 +94,7 @@ def test_files(tree) -> dict[Path, list[Path]]:
         edge, seen, steps = {test}, set(), 0
         while edge:
             for path in edge:
-                named = test.stem == f"test_{path.stem.strip('_')}"
+                named = steps == 1 and test.stem == f"test_{path.stem.strip('_')}"
                 rank = 0 if named else steps, -arrows[test][path], test
                 found.setdefault(path, []).append(rank)
             seen |= edge
