@@ -64,6 +64,19 @@ def test_answers_with_the_cache_are_those_without(family, sizes, seed, end, most
         assert (row[len(prompt) + len(answer) :] == (end or 0)).all()
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_answers_are_drawn_as_the_policy_finds_them_likely(cached, monkeypatch):
+    """Of 4000 answers of one token, the share of each is its probability: temperature 1."""
+    monkeypatch.setattr(sys.modules["minilm.align.rollouts"], "caches", lambda model: cached)
+    model = model_of()
+    for p in model.parameters():
+        p.data *= 2  # so that the tokens are not equally likely
+    tokens, _ = draw_answers(model, [[1]] * 4000, 1, None)
+    p = ops.softmax(model(np.array([[1]]))).data[0, -1]
+    found = np.bincount(tokens[:, 1], minlength=11) / 4000
+    assert np.abs(found - p).max() < 0.03 < np.ptp(p) / 3
+
+
 def test_rollouts_know_both_models():
     model = add_lora(model_of(), r=2, alpha=4)
     base = model_of()

@@ -291,6 +291,10 @@ def test_qlora_launches_the_kernels_and_nothing_in_their_place(cupy, launched):
         gpu(TOKENS[:2])
     assert launched == {"nf4_matmul": 14, "attention_forward": 2, "swiglu": 2, "rms_norm": 5,
                         "rotary": 2 * 2}
+    launched.clear()
+    with no_grad():
+        gpu(TOKENS[:1, :1])  # one row, as where a token is written
+    assert launched["nf4_matmul"] == 14 and "nf4_dequantize" not in launched
 
 
 @pytest.mark.parametrize("settings, fused", [({}, 1), (dict(scale=0.5), 1), (dict(cap=2.0), 0),

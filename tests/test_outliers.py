@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minilm.decode import decodes
 from minilm.quantize import quantize_model
 from minilm.quantize.outliers import (
     Watched,
@@ -139,6 +140,7 @@ def test_what_is_watched_is_what_is_in_O():
             layer.threshold = 100.0  # none of its own is as large
     before = dict(model.named_modules())
     with no_grad(), watched(model) as seen:
+        assert decodes(model)  # who watches does not make it slow
         model(TOKENS)
     assert dict(model.named_modules()) == before
     columns = sum(x.shape[1] for x in inputs.values())

@@ -77,7 +77,8 @@ def test_a_round_that_was_put_back_is_not_drawn_again(monkeypatch):
     into = Remembering(other, other.model.parameters(), 1e-3)
     for name, array in into.states().items():
         array[...] = states[name]
-    into.put_back(into.states())
+    into.put_back(into.states() | {"m": into.m + 1})
+    assert (into.m == states["m"] + 1).all()
     monkeypatch.setattr(Rounds, "draw", lambda *_: pytest.fail("drawn again"))
     for mine, theirs in zip(rounds[2], other[2], strict=True):
         assert np.array_equal(mine, theirs)

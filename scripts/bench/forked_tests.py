@@ -16,7 +16,7 @@ import sys
 import threading
 
 SERVER = multiprocessing.get_context("forkserver")
-OPTIONS = ["-q", "-o", "addopts=", "-m", "not kernels and not ranks", "-p", "no:cacheprovider",
+OPTIONS = ["-q", "-o", "addopts=", "-m", "not ranks", "-p", "no:cacheprovider",
            "-p", "_hypothesis_pytestplugin"]
 
 

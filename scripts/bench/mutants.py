@@ -94,8 +94,8 @@ def test_files(tree) -> dict[Path, list[Path]]:
         edge, seen, steps = {test}, set(), 0
         while edge:
             for path in edge:
-                named = test.stem == f"test_{path.stem.strip('_')}"
-                rank = 0 if named else steps, -arrows[test][path], test
+                named = test.stem == f"test_{path.stem.strip('_')}"  # as good as a step less
+                rank = steps - named, -arrows[test][path], test
                 found.setdefault(path, []).append(rank)
             seen |= edge
             edge, steps = set().union(*map(arrows.get, edge)) - seen, steps + 1
