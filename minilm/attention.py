@@ -15,7 +15,7 @@ import math
 import numpy as np
 
 from minilm import cuda
-from minilm.arrays import BLOCK, floating, one_dtype, ones, row_dot, wide
+from minilm.arrays import BLOCK, floating, one_dtype, row_dot, row_sum, wide
 from minilm.backend import array_module
 from minilm.graph import once
 from minilm.tensor import op
@@ -54,8 +54,6 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, c
 # group lie beside their key/value head, which is not repeated. The backward pass makes P again, as
 # the kernel does: the P of all tiles would be B H T S numbers.
 #
-# P and dS lie as (s, t), keys by queries, so what is P^T in a formula is P here. BLAS is fastest if
-# its second operand is no turned view: so only a tile's q and dy are copied turned, never k and v.
 # P lacks the factor l, which g = l dy brings. A cap's slope multiplies dS last.
 @op
 def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=None, cap=None,
@@ -95,15 +93,15 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
 
     def weights(qg, kg, b, t, s):
         """_weights of a tile. Closed over, qg and kg would stay, float32 copies of 16 bits too."""
-        scores = kg[b, :, :, s] @ xp.ascontiguousarray(_turned(qg[b, :, :, t]))
-        old = window and t.start + S - T - window - s.start  # the last key too old for query 0
-        parts = (None if a is None else _turned(a[b, :, :, t, s]) for a in (added, mask, drop))
+        scores = qg[b, :, :, t] @ kg[b, :, :, s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
+        old = window and t.start + S - T - window - s.start  # the last key too old for row 0
+        parts = (None if a is None else a[b, :, :, t, s] for a in (added, mask, drop))
         return _weights(scores, cap, causal, old, *parts, xp)
 
     tiles = [(b, t, _keys(t, S - T, S, causal, window)) for b, t in _tiles(q, S)]
     for b, t, s in tiles:
         _, kept, l, _ = weights(qg, kg, b, t, s)
-        yg[b, :, :, t] = _turned(kept) @ vg[b, :, :, s] * _turned(l)  # eq. (1)
+        yg[b, :, :, t] = kept @ vg[b, :, :, s] * l  # eq. (1)
 
     @once
     def gradients(dy):
@@ -116,19 +114,19 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
         for b, t, s in reversed(tiles):  # a text's last tile writes dk and dv, the others add
             P, kept, l, slope = weights(qg, kg, b, t, s)
-            g = dyg[b, :, :, t] * _turned(l)
-            dS = vg[b, :, :, s] @ xp.ascontiguousarray(_turned(g))  # (b, K, H/K, s, t)
+            g = dyg[b, :, :, t] * l
+            dS = g @ vg[b, :, :, s].swapaxes(-1, -2)
             if drop is not None:
-                dS *= _turned(drop[b, :, :, t, s])
-            dS -= _turned(row_dot(g, yg[b, :, :, t]))
+                dS *= drop[b, :, :, t, s]
+            dS -= row_dot(g, yg[b, :, :, t])
             dS *= P
             if bias is not None:
-                _add(dbias[b if len(bias) == B else slice(1), :, :, t, s], _turned(dS))
+                _add(dbias[b if len(bias) == B else slice(1), :, :, t, s], dS)
             if cap:
                 dS *= slope
-            _into(dv[b, :, s], kept @ g, t.stop == T)
-            _into(dk[b, :, s], dS @ qg[b, :, :, t], t.stop == T)
-            dqg[b, :, :, t] = _turned(dS) @ kg[b, :, :, s]
+            _into(dv[b, :, s], kept.swapaxes(-1, -2) @ g, t.stop == T)
+            _into(dk[b, :, s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
+            dqg[b, :, :, t] = dS @ kg[b, :, :, s]
             del P, kept, dS, slope  # or they would stay beside the next tile's
         dq *= scale  # dk needs no factor: qg has it
         return dq, dk, dv, None, None if bias is None else dbias.reshape(bias.shape)
@@ -158,11 +156,6 @@ def _check(q, k, v, bias, drop, causal, window, **positive):
     for name, x in positive.items():
         if x is not None and not 0 < x < math.inf:
             raise ValueError(f"attention: {name} {x} must be None or a positive number")
-
-
-def _turned(x):
-    """Rows as columns, as a view."""
-    return x.swapaxes(-1, -2)
 
 
 def _operands(q, k, v, scale, grouped):
@@ -197,25 +190,25 @@ def _capped(scores, cap, xp):
 
 
 def _weights(scores, cap, causal, old, bias, mask, drop, xp):
-    """(P, P times drop, l, the cap's slope): softmax(scores) = P l, for scores (..., s, t).
+    """(P, P times drop, l, the cap's slope): softmax(scores) = P l, for scores (..., t, s).
 
-    The scores' own array becomes P. l is (..., 1, t); the caller multiplies P v by it, as P v is
-    smaller. old: query i may not see the keys up to old + i; None: there is no window.
+    The scores' own array becomes P. l is (..., t, 1); the caller multiplies P v by it, as P v is
+    smaller. old: row i may not see the keys up to old + i; None: there is no window.
     """
-    P, (s, t) = scores, scores.shape[-2:]
+    P, (t, s) = scores, scores.shape[-2:]
     slope = _capped(P, cap, xp) if cap else None
     if bias is not None:
         P += bias
     if old is not None:
-        P += _past(s, t, old, P.dtype, xp)
+        P += _past(t, s, old, P.dtype, xp)
     if causal and t > 1:
-        P[..., s - t :, :] += _future(t, P.dtype, xp)
+        P[..., s - t :] += _future(t, P.dtype, xp)
     if mask is not None:
         P += mask
-    top = P.max(-2, keepdims=True)  # -inf if a query may see no key
+    top = P.max(-1, keepdims=True)  # -inf if a row may see no key
     P -= top if mask is None else xp.maximum(top, xp.finfo(P.dtype).min)
     xp.exp(P, out=P)
-    total = (ones(s, P.dtype, xp) @ P)[..., None, :]  # at least 1, but 0 if it may see no key
+    total = row_sum(P)  # at least 1, but 0 if a row may see no key
     l = 1 / (total if mask is None else xp.maximum(total, 1))
     return P, P if drop is None else P * drop, l, slope
 
@@ -239,16 +232,15 @@ def _keys(t, before, S, causal, window):
 
 
 @functools.lru_cache(64)
-def _past(s, t, old, dtype, xp):
-    """-inf for the keys up to old + i of query i, which are in front of its window: (s, t)."""
-    seen = xp.tri(s, t, -old - 1, dtype=bool)
-    return xp.where(seen, xp.asarray(0, dtype), xp.asarray(-xp.inf, dtype))
+def _past(t, s, k, dtype, xp):
+    """-inf on and below the k-th diagonal, for keys in front of the window: (t, s)."""
+    return xp.where(xp.tri(t, s, k, dtype=bool), xp.asarray(-xp.inf, dtype), xp.asarray(0, dtype))
 
 
 @functools.lru_cache(64)
 def _future(t, dtype, xp):
-    """-inf for the keys after a query: (t, t), keys by queries."""
-    return xp.tril(xp.full((t, t), -xp.inf, dtype), -1)
+    """-inf above the diagonal: (t, t)."""
+    return xp.triu(xp.full((t, t), -xp.inf, dtype), 1)
 
 
 def _added(mask, shape, grouped, dtype):
