@@ -25,7 +25,7 @@ from minilm.data.cleaning.duplicates import (
     normal,
     shingles,
 )
-from minilm.data.cleaning.funnel import Dropped, Funnel
+from minilm.data.cleaning.funnel import Dropped, Funnel, Passed
 from minilm.data.cleaning.private import hidden
 from minilm.data.cleaning.quality import C4, GOPHER, REPETITION, Page, broken, c4_lines, top_letters
 from minilm.data.cleaning.stages import by_language, make_stages
@@ -173,6 +173,11 @@ def test_signatures_are_those_of_datasketch():
     np.testing.assert_array_equal(MinHash(64, seed=5)(members), theirs.hashvalues)
 
 
+def test_shingles_are_words_in_a_row():
+    assert shingles("a b c d", 3) == {"a b c", "b c d"}
+    assert shingles("a b", 3) == {"a b"}
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(0, 60), st.integers(1, 60), st.integers(0, 60))
 def test_equal_minima_estimate_the_likeness(seed, left, both, right):
     """Within 4 standard deviations of k coins: eq. (1)."""
@@ -311,6 +316,18 @@ def test_languages_are_told_apart():
 def test_stages_refuse(options, error):
     with pytest.raises(ValueError, match=error):
         make_stages(**options)
+
+
+def test_a_stage_counts_documents_bytes_and_reasons():
+    """And keeps examples of each kind, of one kind not too many."""
+    passed = Passed()
+    for before, after in [("ä", "ä"), ("abc", "ab"), *((text, Dropped(f"short: {text}"))
+                                                       for text in ("x", "yz", "w"))]:
+        passed.count("here", before, after, show=9)
+    assert (passed.documents, passed.bytes, passed.kept, passed.kept_bytes) == (5, 9, 2, 4)
+    assert passed.reasons == {"changed": 1, "short": 3}
+    assert passed.examples == [["here", "changed", "abc -> ab"], ["here", "short: x", "x"],
+                               ["here", "short: yz", "yz"]]
 
 
 def test_each_stage_drops_what_was_planted_and_keeps_the_rest():

@@ -106,6 +106,18 @@ def test_the_last_answer_counts_alone_whatever_its_length():
     assert TOKENIZER.decode(targets[targets != IGNORED]) == "yz\n"
 
 
+class Begins(ByteTokenizer):
+    """A tokenizer with a token of its own in front of a prompt."""
+
+    def prompt(self, text):
+        return np.append(self.mask, self.encode(text))
+
+
+def test_the_first_question_alone_begins_the_text():
+    tokens, _ = row([("ab", "x"), ("c", "y")], Begins())
+    assert np.array_equal(tokens, [Begins().mask, *Begins().encode("ab>x\nc>y")])
+
+
 @pytest.mark.parametrize("call, said", [
     (lambda: draw_task(np.random.default_rng(0), ["maps"]), "'maps' is none of the kinds upper"),
     (lambda: draw_task(np.random.default_rng(0), []), "no kind of task is named"),
