@@ -89,7 +89,12 @@ def test_files(tree) -> dict[Path, list[Path]]:
             parts = path.relative_to(tree).with_suffix("").parts
             parts = parts[:-1] if parts[-1] == "__init__" else parts
             names[".".join(parts if folder == "minilm" else parts[-1:])] = path.relative_to(tree)
-    arrows, found = {path: imports(tree / path, names) for path in names.values()}, {}
+    for path in [path for path in names.values() if path.name == "__init__.py"]:
+        for node in ast.walk(ast.parse((tree / path).read_bytes())):
+            if isinstance(node, ast.ImportFrom) and node.module in names:  # a package's own names
+                for alias in node.names:
+                    names.setdefault(".".join([*path.parent.parts, alias.name]), names[node.module])
+    arrows, found = {path: imports(tree / path, names) for path in {*names.values()}}, {}
     for test in (path for path in arrows if path.name.startswith("test_")):
         edge, seen, steps = {test}, set(), 0
         while edge:
