@@ -135,4 +135,7 @@ def draw(figure, found: dict[str, list[Point]]):
             memory.plot(x, [p.memory[side] for p in some], **style)
         for axes, what in ((time, "seconds a step"), (memory, "MiB of a step")):
             axes.set(xscale="log", yscale="log", xlabel=title, ylabel=what)
+            low, high = axes.get_ylim()
+            room = math.sqrt(max(1, 10 * low / high))
+            axes.set_ylim(low / room, high * room)  # so that two percent do not look steep
     rows[0][0].legend(frameon=False)
