@@ -1,6 +1,6 @@
 """The GPT-2 of contenders.py and its AdamW in JAX: a training step as one compiled function.
 
-It starts from our weights, so that its losses are ours (tests/test_contenders.py). It is written
+It starts from our weights, so that its losses are ours (tests/test_benchmark.py). It is written
 for speed as torch_step of contenders.py is: one product for q, k and v, JAX's own attention, and
 the old weights' memory for the new ones. Needs the extra `contenders`.
 """
