@@ -12,7 +12,8 @@ import numpy as np
 from minilm.backend import array_module
 
 BLOCK = 1 << 16  # elements of a block: a few float32 temporaries of 256 KiB, for the L2 cache
-# Up to so many elements `by_rows` takes all at once: to copy blocks together costs what they save.
+# `by_rows` does not cut an array of so many elements: there, to copy the blocks' results into one
+# array costs as much as the cache saves.
 WHOLE = 8 * BLOCK
 
 
@@ -69,7 +70,7 @@ def by_rows(formula, *arrays):
     """formula(*arrays), an array or a tuple of arrays, computed in blocks of rows on the CPU.
 
     The arrays are (..., C) with equal leading axes. The formula must treat rows independently, and
-    each result has one row per input row: (n, C) -> (n, ...).
+    each result has one row per input row: (n, C) -> (n, ...). Up to WHOLE elements are one block.
 
     >>> x = np.array([[1.0, 2.0], [3.0, 5.0]])
     >>> by_rows(lambda x: (x - x.max(-1, keepdims=True), x.sum(-1)), x)

@@ -21,6 +21,7 @@ from minilm.graph import once
 from minilm.tensor import op
 
 FUSED = range(16, 129, 16)  # head widths that kernels/attention.cu takes
+TILE = 64  # queries of a tile on a CPU; a GPU has them all in one
 
 
 def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, cap=None, bias=None,
@@ -49,12 +50,14 @@ def plain_attention(q, k, v, mask=None, causal=False, window=None, scale=None, c
 
 # The fast version goes by tiles of 64 queries, so that a tile's scores may stay in the cache. A
 # causal tile leaves out the keys that none of its queries sees, with a window those in front of
-# them too. The factor 1 / sqrt(D) goes to q and the division to P v, because both are smaller than
-# the scores. Each query's largest score is subtracted, or exp would overflow. The query heads of a
-# group lie beside their key/value head, which is not repeated. The backward pass makes P again, as
-# the kernel does: the P of all tiles would be B H T S numbers.
+# them too. It has all other keys at once, so that its maxima and sums are final; FlashAttention's
+# are not. Each query's largest score is subtracted, or exp would overflow. The query heads of a
+# group lie beside their key/value head, which is not repeated.
 #
-# P lacks the factor l, which g = l dy brings. A cap's slope multiplies dS last.
+# The factor 1 / sqrt(D) goes to q and the division of the softmax to P v, because both are smaller
+# than the scores. So P is exp(scores) alone, and the softmax is P rsum, with rsum = 1 / P.sum(-1).
+# The backward pass makes P again, as kernels/attention.cu does: the P of all tiles would be B H T S
+# numbers.
 @op
 def attention(q, k, v, mask=None, bias=None, causal=False, window=None, scale=None, cap=None,
               drop=None):
@@ -86,48 +89,48 @@ def _tiled(q, k, v, mask, bias, drop, causal, window, scale, cap):
     """The same by tiles."""
     xp, (B, H, T, D), (K, S) = array_module(q), q.shape, k.shape[1:3]
     y = xp.empty_like(q)
-    held = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)
+    held = (q, k, v) if q.dtype.itemsize == 2 else (q * scale, k, v)  # until the backward pass
     grouped = (B, K, H // K, T, D)  # query heads beside the key/value head that serves them
     qg, kg, vg, yg = *_operands(*held, scale, grouped), y.reshape(grouped)
-    mask, added, drop = (_added(a, (B, H, T, S), grouped, qg.dtype) for a in (mask, bias, drop))
+    maskg, biasg, dropg = (_spread(a, (B, H, T, S), grouped, qg.dtype) for a in (mask, bias, drop))
 
     def weights(qg, kg, b, t, s):
-        """_weights of a tile. Closed over, qg and kg would stay, float32 copies of 16 bits too."""
+        """_weights of a tile. A closure over qg and kg would keep float32 copies of 16 bits."""
         scores = qg[b, :, :, t] @ kg[b, :, :, s].swapaxes(-1, -2)  # (b, K, H/K, t, s)
         old = window and t.start + S - T - window - s.start  # the last key too old for row 0
-        parts = (None if a is None else a[b, :, :, t, s] for a in (added, mask, drop))
+        parts = (None if a is None else a[b, :, :, t, s] for a in (biasg, maskg, dropg))
         return _weights(scores, cap, causal, old, *parts, xp)
 
     tiles = [(b, t, _keys(t, S - T, S, causal, window)) for b, t in _tiles(q, S)]
     for b, t, s in tiles:
-        _, kept, l, _ = weights(qg, kg, b, t, s)
-        yg[b, :, :, t] = kept @ vg[b, :, :, s] * l  # eq. (1)
+        _, PM, rsum, _ = weights(qg, kg, b, t, s)
+        yg[b, :, :, t] = PM @ vg[b, :, :, s] * rsum  # eq. (1)
 
     @once
     def gradients(dy):
         """dV = P^T dy;  dS = P (dy V^T - <dy, y>);  dK = dS^T Q / sqrt(D);  dQ = dS K / sqrt(D).
         With drop M: dV = (P M)^T dy;  dS = P (M dy V^T - <dy, y>)."""
         qg, kg, vg = _operands(*held, scale, grouped)
-        fresh = xp.zeros_like if window else xp.empty_like  # where the last tile lacks keys
+        fresh = xp.zeros_like if window else xp.empty_like  # if windowed, the last tile lacks keys
         dq, dk, dv = (fresh(x, dtype=qg.dtype) for x in held)
         dbias = None if bias is None else xp.zeros((len(bias), *grouped[1:4], S), qg.dtype)
         dqg, dyg = dq.reshape(grouped), wide(dy).reshape(grouped)
         for b, t, s in reversed(tiles):  # a text's last tile writes dk and dv, the others add
-            P, kept, l, slope = weights(qg, kg, b, t, s)
-            g = dyg[b, :, :, t] * l
+            P, PM, rsum, slope = weights(qg, kg, b, t, s)
+            g = dyg[b, :, :, t] * rsum  # in dy's place, as the softmax is P rsum
             dS = g @ vg[b, :, :, s].swapaxes(-1, -2)
-            if drop is not None:
-                dS *= drop[b, :, :, t, s]
+            if dropg is not None:
+                dS *= dropg[b, :, :, t, s]
             dS -= row_dot(g, yg[b, :, :, t])
             dS *= P
             if bias is not None:
                 _add(dbias[b if len(bias) == B else slice(1), :, :, t, s], dS)
-            if cap:
+            if cap:  # after the bias, which is added to capped scores
                 dS *= slope
-            _into(dv[b, :, s], kept.swapaxes(-1, -2) @ g, t.stop == T)
+            _into(dv[b, :, s], PM.swapaxes(-1, -2) @ g, t.stop == T)
             _into(dk[b, :, s], dS.swapaxes(-1, -2) @ qg[b, :, :, t], t.stop == T)
             dqg[b, :, :, t] = dS @ kg[b, :, :, s]
-            del P, kept, dS, slope  # or they would stay beside the next tile's
+            del P, PM, dS, slope  # or they would stay beside the next tile's
         dq *= scale  # dk needs no factor: qg has it
         return dq, dk, dv, None, None if bias is None else dbias.reshape(bias.shape)
 
@@ -158,17 +161,6 @@ def _check(q, k, v, bias, drop, causal, window, **positive):
             raise ValueError(f"attention: {name} {x} must be None or a positive number")
 
 
-def _operands(q, k, v, scale, grouped):
-    """q / sqrt(D), k and v by groups of heads, in at least float32.
-
-    16-bit inputs are widened here in the forward pass and again in the backward pass, so that only
-    16 bits are kept between them. For wider inputs q is already divided by sqrt(D).
-    """
-    if q.dtype.itemsize == 2:
-        q, k, v = wide(q) * scale, wide(k), wide(v)
-    return q.reshape(grouped), k[:, :, None], v[:, :, None]
-
-
 def _fused(q, k, v, causal, scale):
     """The same in kernels that never write the scores to memory, forward or backward."""
     q, k, v = cuda.aligned(q), cuda.aligned(k), cuda.aligned(v)
@@ -178,6 +170,17 @@ def _fused(q, k, v, causal, scale):
     def gradients(dy):
         return cuda.attention_backward(cuda.aligned(dy), q, k, v, y, lse, causal, scale)
     return y, *(lambda dy, i=i: gradients(dy)[i] for i in range(3))  # dq, dk, dv
+
+
+def _operands(q, k, v, scale, grouped):
+    """q / sqrt(D), k and v by groups of heads, in at least float32.
+
+    16-bit inputs are widened here in the forward pass and again in the backward pass, so that only
+    16 bits are kept between them. For wider inputs q is already divided by sqrt(D).
+    """
+    if q.dtype.itemsize == 2:
+        q, k, v = wide(q) * scale, wide(k), wide(v)
+    return q.reshape(grouped), k[:, :, None], v[:, :, None]
 
 
 def _capped(scores, cap, xp):
@@ -190,36 +193,38 @@ def _capped(scores, cap, xp):
 
 
 def _weights(scores, cap, causal, old, bias, mask, drop, xp):
-    """(P, P times drop, l, the cap's slope): softmax(scores) = P l, for scores (..., t, s).
+    """(P, P times drop, rsum, the cap's slope): softmax(scores) = P rsum, for scores (..., t, s).
 
-    The scores' own array becomes P. l is (..., t, 1); the caller multiplies P v by it, as P v is
-    smaller. old: row i may not see the keys up to old + i; None: there is no window.
+    rsum (..., t, 1) is 1 / P.sum(-1). The scores' own array becomes P. old: row i may not see the
+    keys up to old + i; None: there is no window.
     """
-    P, (t, s) = scores, scores.shape[-2:]
-    slope = _capped(P, cap, xp) if cap else None
+    (t, s), dtype = scores.shape[-2:], scores.dtype
+    slope = _capped(scores, cap, xp) if cap else None
     if bias is not None:
-        P += bias
+        scores += bias
     if old is not None:
-        P += _past(t, s, old, P.dtype, xp)
-    if causal and t > 1:
-        P[..., s - t :] += _future(t, P.dtype, xp)
+        scores += _past(t, s, old, dtype, xp)
+    if causal and t > 1:  # the last t keys are the queries' own
+        scores[..., s - t :] += _future(t, dtype, xp)
     if mask is not None:
-        P += mask
-    top = P.max(-1, keepdims=True)  # -inf if a row may see no key
-    P -= top if mask is None else xp.maximum(top, xp.finfo(P.dtype).min)
-    xp.exp(P, out=P)
+        scores += mask
+    top = scores.max(-1, keepdims=True)  # -inf if a mask hides all of a row's keys
+    scores -= top if mask is None else xp.maximum(top, xp.finfo(dtype).min)
+    P = xp.exp(scores, out=scores)
     total = row_sum(P)  # at least 1, but 0 if a row may see no key
-    l = 1 / (total if mask is None else xp.maximum(total, 1))
-    return P, P if drop is None else P * drop, l, slope
+    rsum = 1 / (total if mask is None else xp.maximum(total, 1))
+    return P, P if drop is None else P * drop, rsum, slope
 
 
 def _tiles(q, S):
-    """Slices over batch and queries whose scores fit the cache, or of one text. On a GPU one tile
-    holds all."""
+    """(Slice over the batch, slice over the queries) of each tile, text after text.
+
+    A tile has as many texts as have up to BLOCK scores together, but at least one; on a GPU all.
+    """
     B, H, T, _ = q.shape
     if array_module(q) is not np:
         return [(slice(0, B), slice(0, T))]
-    t = min(T, 64)
+    t = min(T, TILE)
     b = max(1, BLOCK // (H * t * S))
     return [(slice(i, min(i + b, B)), slice(j, min(j + t, T)))
             for i in range(0, B, b) for j in range(0, T, t)]
@@ -232,20 +237,20 @@ def _keys(t, before, S, causal, window):
 
 
 @functools.lru_cache(64)
-def _past(t, s, k, dtype, xp):
-    """-inf on and below the k-th diagonal, for keys in front of the window: (t, s)."""
-    return xp.where(xp.tri(t, s, k, dtype=bool), xp.asarray(-xp.inf, dtype), xp.asarray(0, dtype))
+def _past(t, s, old, dtype, xp):
+    """-inf for row i's keys up to old + i, which are in front of its window: (t, s)."""
+    return xp.where(xp.tri(t, s, old, dtype=bool), xp.asarray(-xp.inf, dtype), xp.asarray(0, dtype))
 
 
 @functools.lru_cache(64)
 def _future(t, dtype, xp):
-    """-inf above the diagonal: (t, t)."""
+    """-inf above the diagonal, for keys behind a row's own: (t, t)."""
     return xp.triu(xp.full((t, t), -xp.inf, dtype), 1)
 
 
-def _added(mask, shape, grouped, dtype):
+def _spread(mask, shape, grouped, dtype):
     """A mask, bias or drop as numbers of dtype, broadcast to the scores' shape without a copy, with
-    heads by groups. None stays None."""
+    heads by groups. None stays None. The shape of bias and drop is known to fit, see _check."""
     if mask is None:
         return None
     xp = array_module(mask)

@@ -139,6 +139,8 @@ class Tensor:
 def op(fn):
     """Lift fn(*arrays, **settings) -> (y, *vjps) to Tensors; vjp i maps dL/dy to dL/d(input i).
 
+    Tensors are given by position. What is given by name reaches fn as it is.
+
     >>> @op
     ... def square(x):
     ...     def dx(dy): return dy * 2 * x

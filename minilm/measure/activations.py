@@ -17,6 +17,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from minilm.arrays import BLOCK
+from minilm.attention import TILE
 from minilm.measure.step import Step, parameters, trainable
 from minilm.peft.subspace import power_of_2
 
@@ -144,7 +145,7 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
     graph = flows or s.trains(*names)
     entry = s.keeps(*names) * x
     P, gradients = tile(s)
-    made = P * (2 if c.attention_cap else 1)
+    made = P * (2 if c.attention_cap else 1)  # P, and a cap's slope
     own = s.array(qkv) + s.prefix
     if c.qk_norm:  # xhat and rstd
         rows = c.heads + c.kv_heads if c.qk_norm == "head" else 2
@@ -159,11 +160,14 @@ def attention(s: Step, alive: int, flows: bool) -> Op:
 
 
 def tile(s: Step) -> tuple[int, int]:
-    """Bytes of a tile: (P (b, H, t, S); dS, which is like P, with g (b, H, t, D) and P^T g)."""
+    """Bytes of a tile with all keys: (P; dS, g and P^T g of the backward pass).
+
+    P and dS are (b, H, t, S), g is (b, H, t, D), P^T g is (b, H, S, D), all float32.
+    """
     B, T, S, H, D = s.batch, s.rows, s.keys, s.config.heads, s.config.D
     b, t = B, T
     if s.device == "cpu":
-        t = min(T, 64)
+        t = min(T, TILE)
         b = min(B, max(1, BLOCK // (H * t * S)))
     return 4 * b * H * t * S, 4 * b * H * (t * S + t * D + S * D)
 

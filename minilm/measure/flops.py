@@ -21,10 +21,10 @@ forward pass of checkpoints.
 
 from typing import NamedTuple
 
+from minilm.attention import TILE
 from minilm.measure.step import Step
 from minilm.shapes import linear_layers
 
-TILE = 64  # queries of a tile of attention.py on a CPU
 ORDER = (("attention.q", "attention.k", "attention.v"), ("attention.o",), ("mlp.gate", "mlp.up"),
          ("mlp.down",))  # the layers of a block that have one input, in the order of forward
 

@@ -165,7 +165,10 @@ class Step:
         return kept
 
     def temporaries(self, size: int, whole: int, blocks: int) -> int:
-        """Temporaries of a formula in by_rows: `whole` arrays, or `blocks` blocks on a CPU."""
+        """Temporaries of a formula in by_rows: `whole` arrays, or `blocks` blocks on a CPU.
+
+        size: bytes of an array in float32.
+        """
         if self.device == "cuda" or size <= 4 * WHOLE:
             return whole * size
         return blocks * 4 * BLOCK

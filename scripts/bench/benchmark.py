@@ -10,12 +10,16 @@ stand beside it. Both sides use two cores; in the row `codes` both use one.
 
 The row `train` has torch.compile and JAX as well, and the floor: what the products of the step
 would take at the rate of large products, measured in the same turns (floor.py). Its ratio is the
-share of the floor that we reach. Four rows compare our own times: `qlora` LoRA's over QLoRA's,
-`paged` AdamW's over PagedAdamW's on threads, if everything fits in memory, `bfloat16` a step's in
-float32 over one in bfloat16, `batch` a text's when it is written alone over one's among eight.
-The row `llama` is generation and a LoRA step at a real size, see llama.py; `methods` is a step of
-the methods that PEFT has beside LoRA, see methods.py; `growth` has larger models and longer texts,
-see growth.py.
+floor's time over ours. The row `llama` is generation and a LoRA step at a real size, see llama.py;
+`methods` is a step of the methods that PEFT has beside LoRA, see methods.py; `growth` has larger
+models and longer texts, see growth.py.
+
+Four rows divide one time of ours by another:
+
+    qlora     a step of LoRA / a step of QLoRA
+    paged     a step of AdamW / one of PagedAdamW, on threads, if everything fits in memory
+    bfloat16  a training step in float32 / one in bfloat16
+    batch     a text that is written alone / one of eight that are written together
 
 Needs the extra `test`, for JAX `contenders` and, for `lora`, `methods`, `codes` and `llama`, the
 extra `peers`. gpu_table.py says how things are measured on a GPU; kernels/RESULTS.md has the
@@ -52,6 +56,10 @@ OTHERS = {"torch": ("test", ("train", "lora", "methods", "generate", "memory", "
           "transformers": ("peers", ("methods", "llama")),
           "bitsandbytes": ("peers", ("codes",))}
 COMPILERS = {"torch.compile": torch_compiled, "JAX": jax_gpt}  # further contenders of `train`
+OURS = {  # rows that compare two jobs of ours: the title, and the job whose time is divided
+    "qlora": ("QLoRA after LoRA", "lora"),
+    "bfloat16": ("training step, bfloat16 after float32", "train"),
+    "batch": (f"63 tokens of a text: alone, and among {TEXTS}", "generate")}
 
 
 def main(rows: tuple[Literal[OnCPU, OnGPU], ...] = (),
@@ -103,17 +111,12 @@ def on_cpu(rows, configs, rounds, threads, picture):
                 for method in METHODS:
                     turns(f"{method} step, {name}", (their_step, method, shape),
                           (our_step, method, shape, threads))
-            elif row == "qlora":
-                turns(f"QLoRA after LoRA, {name}", (our_side, "lora", shape, threads), ours)
-            elif row == "bfloat16":
-                turns(f"training step, bfloat16 after float32, {name}",
-                      (our_side, "train", shape, threads), ours)
-            elif row == "paged":
+            elif row in OURS:
+                title, job = OURS[row]
+                turns(f"{title}, {name}", (our_side, job, shape, threads), ours)
+            elif row == "paged":  # on threads, whatever `threads` is
                 turns(f"PagedAdamW after AdamW, {name}", (our_side, "train", shape, True),
                       (our_side, "paged", shape, True))
-            elif row == "batch":
-                turns(f"63 tokens of a text: alone, and among {TEXTS}, {name}",
-                      (our_side, "generate", shape, threads), ours)
             else:
                 title = {"lora": "LoRA step", "generate": "63 tokens"}
                 turns(f"{title[row]}, {name}", theirs, ours)
@@ -197,9 +200,9 @@ def compare_memory(title, shape, threads):
     with (Contender(torch_side, "memory", shape) as theirs,
           Contender(our_side, "parts", shape, threads) as ours):
         a, parts = theirs.run(), ours.run()
-    b = sum(parts)
-    print(f"| {title} | {a:.0f} MiB | {b:.0f} MiB: gradients {parts[0]:.0f}, other processes at "
-          f"rest {parts[1]:.0f}, activations {parts[2]:.0f} | {b / a:.2f} of PyTorch's | |",
+    b, (gradients, others, activations) = sum(parts), parts
+    print(f"| {title} | {a:.0f} MiB | {b:.0f} MiB: gradients {gradients:.0f}, other processes at "
+          f"rest {others:.0f}, activations {activations:.0f} | {b / a:.2f} of PyTorch's | |",
           flush=True)
 
 

@@ -1,7 +1,10 @@
-"""The two sides of benchmark.py: generators that give a number each time they are asked.
+"""The two sides of benchmark.py: generators that give an answer each time they are asked.
+
+Answers are seconds: of a step, or of a text for the jobs that generate. But the first answer of
+`memory` is the MiB that a step takes, and that of `parts` is the three numbers of `our_memory`.
 
 PyTorch's side is written for speed: fused AdamW, scaled_dot_product_attention, and one product for
-q, k and v unless adapters need them apart. `memory` is first asked for MiB, then for seconds.
+q, k and v unless adapters need them apart.
 """
 
 import ctypes
@@ -15,7 +18,7 @@ import numpy as np
 
 CORES = 2
 RANK = 8  # of LoRA, on q and v
-TEXTS = 8  # of the row `batch`
+TEXTS = 8  # that the job `batch` writes together
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,14 @@ def our_side(job, shape, threads):
     if job in ("generate", "batch"):
         tune_allocator()
         prompts = [[0]] * (TEXTS if job == "batch" else 1)
-        whole = timed(lambda: draw(stream(model.eval(), prompts, temperature=0)))
-        yield from (seconds / len(prompts) for seconds in whole)
+        for seconds in timed(lambda: draw(stream(model.eval(), prompts, temperature=0))):
+            yield seconds / len(prompts)
     with our_trainer(model, shape, threads, job == "paged") as trainer:
         tokens = shape.tokens()
         def step(): return trainer.step(0, tokens)
         if job == "memory":
             yield sum(our_memory(trainer, step))
-        if job == "parts":  # of the memory
+        if job == "parts":
             yield our_memory(trainer, step)
         yield from timed(step)
 
@@ -115,16 +118,16 @@ def our_trainer(model, shape, threads, paged=False, workers=CORES):
 
 
 def our_memory(trainer, step) -> tuple[float, float, float]:
-    """MiB that a step takes beyond weights and Adam's states: the gradients, which stay in memory
-    between steps, other worker processes at rest, and all that comes and goes."""
+    """MiB that a step takes beyond weights and Adam's states, in three parts: the gradients, which
+    stay in memory between steps; the other worker processes at rest; all that comes and goes."""
     step()
     step()
     trainer.workers.run(trim, [()] * CORES)
     children = [child.pid for child in trainer.workers.children]
     gradients = trainer.optimizer.flat.grad.nbytes / 2**20
-    # Without a worker's share of Adam's m and v.
-    extra = sum(unshared(pid) - 2 * gradients / CORES for pid in children)
-    return gradients, extra, growth_of_memory(["self", *children], step)
+    # A worker holds its share of Adam's m and v, which are as large as the gradients.
+    others = sum(unshared(pid) - 2 * gradients / CORES for pid in children)
+    return gradients, others, growth_of_memory(["self", *children], step)
 
 
 def torch_side(job, shape):

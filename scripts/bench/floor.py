@@ -4,8 +4,9 @@
 
 measure/flops.py counts the operations: 6 for each weight of a linear layer and each token, and
 attention's tiles. The rate is that of square products, all workers at once, each a process (or a
-thread) of its own with one thread of BLAS, as when we train. A step can hardly be faster, so the
-floor's time over ours is the share of the machine's speed that we use.
+thread) of its own with one thread of BLAS, as when we train. A step can hardly be faster: its
+products are smaller, and there is more to it. So the floor's time over ours is the share of the
+machine's speed that we use.
 """
 
 import time
@@ -48,9 +49,9 @@ def rates(threads, workers=CORES, size=SIZE):
     from minilm.parallel.cores import Workers
     from minilm.tensor import Tensor
 
-    # Workers are there for parameters; there is nothing to train here.
-    none = FlatParameters([Tensor(np.zeros(1, np.float32), requires_grad=True)])
-    with Workers(none, Products(size), workers, workers > 1 and not threads) as team:
+    # Workers share a model's parameters. Nothing is trained here, so they get one that is not used.
+    unused = FlatParameters([Tensor(np.zeros(1, np.float32), requires_grad=True)])
+    with Workers(unused, Products(size), workers, workers > 1 and not threads) as team:
         while True:
             yield sum(team.run(Products.rate, [(SECONDS,)] * workers))
 

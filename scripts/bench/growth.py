@@ -60,7 +60,7 @@ def measure(rounds: int, threads: bool, picture: Path):
 
 
 def points(x, shapes, rounds, threads):
-    """A Point for each shape that fits in memory; prints its line.
+    """A Point for each shape that fits in memory; prints its line. x: shape -> the Point's x.
 
     The first answer of a side is MiB, the others are seconds.
     """
@@ -118,8 +118,8 @@ def exponent(x, y) -> tuple[float, float]:
 
     law, u = power(x, y), np.log(x)
     gaps = np.log(y) - np.log(law.at(np.asarray(x, float)))
-    scatter = math.sqrt((gaps @ gaps) / (len(gaps) - 2) / ((u - u.mean()) @ (u - u.mean())))
-    return law.a, round(scatter, 12)  # so that a law without noise has none by rounding
+    error = math.sqrt((gaps @ gaps) / (len(gaps) - 2) / ((u - u.mean()) @ (u - u.mean())))
+    return law.a, round(error, 12)  # without noise it is 0, not what rounding leaves
 
 
 def draw(figure, found: dict[str, list[Point]]):
@@ -136,6 +136,6 @@ def draw(figure, found: dict[str, list[Point]]):
         for axes, what in ((time, "seconds a step"), (memory, "MiB of a step")):
             axes.set(xscale="log", yscale="log", xlabel=title, ylabel=what)
             low, high = axes.get_ylim()
-            room = math.sqrt(max(1, 10 * low / high))
+            room = math.sqrt(max(1, 10 * low / high))  # on each side, up to a factor of ten in all
             axes.set_ylim(low / room, high * room)  # so that two percent do not look steep
     rows[0][0].legend(frameon=False)

@@ -75,8 +75,9 @@ class Profile:
         """Kind -> mean seconds of a step; they add up to the step."""
         sums = dict.fromkeys(KINDS, 0.0)
         for kind, seconds in self.spent[worker].items():
-            sums[kind if isinstance(kind, str) else PRODUCT] += seconds / len(self.watched)
-        if worker:  # what no function of its has spent, it has waited for something to do
+            is_shape = not isinstance(kind, str)  # a product's kind, see stopwatch.py
+            sums[PRODUCT if is_shape else kind] += seconds / len(self.watched)
+        if worker:  # the second one: while no function of the package ran, it waited for work
             sums[WAITING] += self.step - sum(sums.values())
         return sums
 
@@ -88,7 +89,7 @@ def profiled(shape, workers: int, steps: int, threads: bool) -> Profile:
     from minilm.transformer import Transformer
 
     with threadpool_limits(1, "blas"):  # as each of several workers has
-        with contextlib.closing(rates(threads, workers)) as measured:
+        with contextlib.closing(rates(threads, workers)) as measured:  # its workers end here
             found = Profile(next(measured), shape)
         model, batch = Transformer(our_config(shape)), shape.tokens()
         with our_trainer(model, shape, threads, workers=workers) as trainer:

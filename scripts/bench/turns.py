@@ -17,7 +17,7 @@ WARM_UP = 2  # turns that do not count
 
 
 class Contender:
-    """A process that waits, runs a job once when asked to, and answers with a number."""
+    """A process that waits, and sends its side's next answer when asked to."""
 
     def __init__(self, side, *args):
         from minilm.loop import finish_on_interrupt
