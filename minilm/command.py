@@ -13,7 +13,6 @@ import inspect
 import io
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -27,6 +26,7 @@ import tyro
 
 from minilm.launch import end, require_stage, silence_all_but_one
 from minilm.parallel.comm import launched
+from minilm.shell import near, python, quoted
 from minilm.train import Diverged
 
 WRONG = (ValueError, OSError, ImportError, MemoryError, RuntimeError, Diverged)  # can be mended
@@ -217,30 +217,8 @@ def typed(program: str | Path, *words, **options) -> str:
 
     It is for a shell: every word is quoted if it needs to be.
     """
-    python = near(sys.executable)
-    if shutil.which("python") == sys.executable:
-        python = "python"
-    words = [python, near(program), *map(str, words)]
+    words = [python(), near(program), *map(str, words)]
     for option, value in options.items():
         option, value = "--" + option.replace("_", "-"), str(value)
         words += [f"{option}={value}"] if value.startswith("-") else [option, value]
     return " ".join(map(quoted, words))
-
-
-def near(path: str | Path) -> str:
-    """A path from the current folder if it lies there, else from the root."""
-    path = Path(os.path.abspath(path))  # not resolved: a virtual environment's python is a link
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def quoted(word: str) -> str:
-    r"""A word as a shell reads it. Bytes that a terminal would obey or cannot show are escaped.
-
-    >>> print(quoted("it's $HOME"), quoted("a\tb"))
-    'it'"'"'s $HOME' $'a\011b'
-    """
-    if word.replace("\n", "").isprintable():
-        return shlex.quote(word)
-    safe = set(range(32, 127)) - set(b"'\\")
-    return "$'" + "".join(chr(byte) if byte in safe else f"\\{byte:03o}"
-                          for byte in word.encode("utf-8", "surrogateescape")) + "'"

@@ -20,9 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import data
-from minilm.command import command, near, quoted, typed, utf8
+from minilm.command import command, typed, utf8
+from minilm.extras import install
 from minilm.interop import huggingface
 from minilm.run import RunDirectory
+from minilm.shell import near, quoted
 from minilm.transformer import Config, Transformer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,8 +225,10 @@ def test_a_program_is_named_from_where_the_user_is(tmp_path, monkeypatch):
     python.touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert typed("a.py") == ".venv/bin/python a.py"  # the python of this name is another
+    assert install("hf") == '.venv/bin/python -m pip install "minilm[hf]"'
     monkeypatch.setattr(sys, "executable", str(python))
     assert typed("a.py") == "python a.py"
+    assert install("hf") == 'python -m pip install "minilm[hf]"'
 
 
 # What a terminal gives

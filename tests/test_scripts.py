@@ -23,7 +23,7 @@ import turns
 
 from minilm import data
 from minilm.command import command
-from minilm.extras import told
+from minilm.extras import install, told
 from minilm.interop import huggingface
 from minilm.run import RunDirectory
 from minilm.transformer import Config, Transformer
@@ -141,13 +141,13 @@ def test_without_matplotlib_each_says_how_to_get_pictures(tmp_path, model, monke
     pretrain.finish(run, huggingface.load_model(model), data.ByteTokenizer(),
                     pretrain.Settings(steps=3), 3)
     said = capsys.readouterr().out
-    assert 'for curves: pip install "minilm[plots]"' in said
+    assert f"for curves: {install('plots')}" in said
     assert f"--model {run.path / 'model'}" in said and not list(tmp_path.rglob("*.png"))
 
 
 def test_a_picture_is_where_it_is_or_how_to_get_it():
     assert told("curves", Path("a.png")) == "curves: a.png"
-    assert told("curves", None) == 'for curves: pip install "minilm[plots]"'
+    assert told("curves", None) == f"for curves: {install('plots')}"
 
 
 def test_only_one_file_says_how_to_install_and_each_extra_exists():
