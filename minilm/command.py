@@ -22,6 +22,7 @@ import traceback
 import typing
 from pathlib import Path
 
+import docstring_parser
 import tyro
 
 from minilm.launch import end, require_stage, silence_all_but_one
@@ -88,6 +89,22 @@ def or_none(option: tyro.constructors.PrimitiveTypeInfo):
         str_from_instance=lambda value: ["not", "given"] if value is None else [str(value)])
 
 
+@SHOWN.primitive_rule
+def several(option: tyro.constructors.PrimitiveTypeInfo):
+    """How an option of any number of words reads: help says [INT ...], and not that none is the
+    default, but that it is not given."""
+    kinds = typing.get_args(option.type)
+    if kinds[1:] != (...,) or kinds[0] not in (int, float, str, Path):
+        return None
+    kind = kinds[0]
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*", metavar=f"[{kind.__name__.upper()} ...]",
+        instance_from_str=lambda words: tuple(map(kind, words)),
+        is_instance=lambda value: (isinstance(value, tuple)
+                                   and all(isinstance(one, kind) for one in value)),
+        str_from_instance=lambda value: [*map(str, value)] or ["not", "given"])
+
+
 class Folding:
     """A stream that folds lines of words which are wider than the terminal, when they come alone.
     """
@@ -106,11 +123,30 @@ class Folding:
         return getattr(self.stream, name)
 
 
+@contextlib.contextmanager
 def narrow_help():
-    """Inside, help fits the terminal: tyro leaves the usage and the first line as wide as they are.
-    """
-    asked = {"-h", "--help"} & {*sys.argv[1:]}
-    return contextlib.redirect_stdout(Folding(sys.stdout)) if asked else contextlib.nullcontext()
+    """Inside, help fits the terminal: tyro leaves the usage and the first line as wide as they are,
+    and what is said of an option in the source's lines."""
+    if not {"-h", "--help"} & {*sys.argv[1:]}:
+        yield
+        return
+    readers = {name: getattr(docstring_parser, name) for name in ("parse", "parse_from_object")}
+    for name, read in readers.items():
+        setattr(docstring_parser, name, functools.partial(in_one_line, read))
+    try:
+        with contextlib.redirect_stdout(Folding(sys.stdout)):
+            yield
+    finally:
+        for name, read in readers.items():
+            setattr(docstring_parser, name, read)
+
+
+def in_one_line(read, source):
+    """What `read` finds in a docstring, with each option's text in one line."""
+    found = read(source)
+    for param in found.params:
+        param.description = " ".join((param.description or "").split())
+    return found
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ The programs run as their user would run them, on a small text and for two steps
 their own only if the interpreter's start or end is what is looked at.
 """
 
+import dataclasses
 import io
 import os
 import re
@@ -15,7 +16,9 @@ import sys
 import termios
 from pathlib import Path
 
+import docstring_parser
 import pytest
+import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -320,6 +323,53 @@ def test_help_says_what_is_not_given(monkeypatch, capsys):
     command(main)
     said = " ".join(capsys.readouterr().out.split())
     assert "(default: not given)" in said and "(default: 40)" in said and "None" not in said
+
+
+def test_an_option_may_have_many_words_or_none(monkeypatch, capsys):
+    def main(sizes: tuple[int, ...] = (), of: tuple[Path, ...] = (Path("a"),),
+             rates: tuple[float, ...] = (0.5, 2)):
+        """A program."""
+        found.append((sizes, of, rates))
+    found = []
+    for words in ("", "--sizes 3 4 --of b c --rates 1", "--sizes --of --rates", "--help"):
+        monkeypatch.setattr(sys, "argv", ["x.py", *words.split()])
+        command(main)
+    assert found == [((), (Path("a"),), (0.5, 2)), ((3, 4), (Path("b"), Path("c")), (1.0,)),
+                     ((), (), ())]
+    said = [" ".join(line.strip("│ ").split()) for line in capsys.readouterr().out.splitlines()]
+    assert {"--sizes [INT ...] (default: not given)", "--of [PATH ...] (default: a)",
+            "--rates [FLOAT ...] (default: 0.5 2)"} <= {*said}
+    monkeypatch.setattr(sys, "argv", ["x.py", "--sizes", "3", "a"])
+    with pytest.raises(SystemExit):
+        command(main)
+    assert len(found) == 3 and "--sizes" in capsys.readouterr().err
+
+
+@dataclasses.dataclass
+class Split:
+    size: int = 1
+    """of what is
+    cut
+    into"""
+
+
+def test_help_has_lines_of_its_own(monkeypatch, capsys):
+    """Not those of the source, of a function's docstring or of an option of a dataclass."""
+    def main(s: tyro.conf.OmitArgPrefixes[Split], top: int = 2):
+        """A program.
+
+        Args:
+            top: of what has
+                (two) or
+                three lines
+        """
+    parsers = docstring_parser.parse, docstring_parser.parse_from_object
+    monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
+    command(main)
+    said = capsys.readouterr().out
+    assert "of what has (two) or three lines (default: 2)" in said
+    assert "of what is cut into (default: 1)" in said
+    assert parsers == (docstring_parser.parse, docstring_parser.parse_from_object)
 
 
 def test_help_fits_a_terminal(monkeypatch, capsys):

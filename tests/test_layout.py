@@ -163,7 +163,8 @@ PEFT = {  # methods of peft/ that know another one; all others know adapted.py a
     "requantize": {"adapted", "lora"},  # merged LoRA in codes again
 }
 
-REQUIRED = {"numpy", "ml_dtypes", "safetensors", "threadpoolctl", "tqdm", "tyro"}
+REQUIRED = {"numpy", "ml_dtypes", "safetensors", "threadpoolctl", "tqdm", "tyro",
+            "docstring_parser"}
 LATE = {
     "bitsandbytes", "cupy", "cupy_backends", "cupyx", "jax", "jinja2", "markupsafe", "matplotlib",
     "mpi4py", "peft", "py3langid", "scipy", "tokenizers", "torch", "transformers",
