@@ -68,7 +68,8 @@ class Settings:
     near: float = NEAR
     """share of words in a row that two documents have in common if one is a copy"""
     passages: int | None = None
-    """characters of a passage that may stand only once; None: any. Takes 80 bytes a character"""
+    """characters of a passage that may stand only once; by default any may come again. Takes 80
+    bytes a character"""
     model: str | None = None
     """a model's folder, with a tokenizer.json, which sorts the texts into buckets"""
     buckets: tuple[str, ...] = BUCKETS
