@@ -304,7 +304,7 @@ GERMAN = "Der Hund und die Katze liegen am Ofen, während draußen der Schnee au
 
 def test_without_py3langid_the_stage_can_be_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
-    with pytest.raises(ImportError, match="^the stage language, which can be left out, needs "):
+    with pytest.raises(ImportError, match=r"^the stage language, which can be left out, needs "):
         identifier.__wrapped__()
 
 
