@@ -7,6 +7,7 @@ A program with a parameter `given` gets the names of the options that stand on t
 `--steps 2400` is not the same as no word about steps, even if 2400 is the default.
 """
 
+import _thread
 import contextlib
 import functools
 import inspect
@@ -18,6 +19,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 import traceback
 import typing
 from pathlib import Path
@@ -158,9 +160,13 @@ def no_ctrl_c_lost():
     """
     before, main = sys.unraisablehook, threading.main_thread().ident
 
+    def again():
+        time.sleep(0.2)  # the hook ends first, on a busy machine, too: it would be lost in there
+        signal.pthread_kill(main, signal.SIGINT)
+
     def hook(lost):
         if issubclass(lost.exc_type, KeyboardInterrupt):
-            threading.Timer(0.01, signal.pthread_kill, [main, signal.SIGINT]).start()
+            _thread.start_new_thread(again, ())  # Thread.start waits until the thread runs
         else:
             before(lost)
 

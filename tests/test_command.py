@@ -279,6 +279,34 @@ command(main)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"\nstopped\n")
 
 
+def test_ctrl_c_is_not_lost_where_threads_are_slow_to_start(tmp_path):
+    """It must not come again before the hook that was told of it has ended."""
+    (tmp_path / "waits.py").write_text("""
+import signal, sys, threading, time
+from minilm.command import command
+
+class Dropped:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def spin(end):
+    while time.monotonic() < end:
+        pass
+
+def main():
+    sys.setswitchinterval(0.03)
+    threading.Thread(target=spin, args=[time.monotonic() + 2], daemon=True).start()
+    time.sleep(0.1)
+    Dropped()
+    time.sleep(3)
+
+command(main)
+""")
+    started = [subprocess.Popen([sys.executable, tmp_path / "waits.py"], env=ENV,
+                                stderr=subprocess.PIPE) for _ in range(4)]
+    assert [process.communicate()[1] for process in started] == 4 * [b"\nstopped\n"]
+
+
 def test_what_else_cannot_be_raised_is_still_told(tmp_path):
     (tmp_path / "tells.py").write_text("""
 from minilm.command import command
