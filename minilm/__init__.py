@@ -3,7 +3,8 @@
 Importing it loads nothing: import its modules. `python -m minilm` prints what this machine has.
 The floors, in reading order. A module imports only from its own line and the lines before it:
 
-  extras backend arrays blas vectors cuda locks strict files tensorfiles stored together ranges
+  shell extras backend arrays blas vectors cuda locks strict files tensorfiles stored together
+    ranges
   graph tensor activations heads attention losses ops         functions, each with its gradient
   rope config inputs nn block transformer seq2seq shapes cache decode generate dialogue
   quantize peft optim parallel distill align            the methods

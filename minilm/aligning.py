@@ -205,7 +205,7 @@ def answered(model, s, asked: Asked, tokenizer, score) -> tuple[dict, str]:
     if score is None:
         del told["reward"]
     answer = text_of(answers_of(found.tokens, found.counted)[0], tokenizer)
-    numbers = "".join(f"{name} {value:.3f}, " for name, value in told.items())
+    numbers = "".join(f"{name} {value:z.3f}, " for name, value in told.items())
     text = f"{tokenizer.decode(asked.held_out[0])} -> {answer}"
     return {"answers": told}, f"{numbers}{data.printable(text)[:80]!r}"
 

@@ -7,26 +7,29 @@ A program with a parameter `given` gets the names of the options that stand on t
 `--steps 2400` is not the same as no word about steps, even if 2400 is the default.
 """
 
+import _thread
 import contextlib
 import functools
 import inspect
 import io
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
 import textwrap
 import threading
+import time
 import traceback
 import typing
 from pathlib import Path
 
+import docstring_parser
 import tyro
 
 from minilm.launch import end, require_stage, silence_all_but_one
 from minilm.parallel.comm import launched
+from minilm.shell import near, python, quoted
 from minilm.train import Diverged
 
 WRONG = (ValueError, OSError, ImportError, MemoryError, RuntimeError, Diverged)  # can be mended
@@ -88,6 +91,22 @@ def or_none(option: tyro.constructors.PrimitiveTypeInfo):
         str_from_instance=lambda value: ["not", "given"] if value is None else [str(value)])
 
 
+@SHOWN.primitive_rule
+def several(option: tyro.constructors.PrimitiveTypeInfo):
+    """How an option of any number of words reads: help says [INT ...], and not that none is the
+    default, but that it is not given."""
+    kinds = typing.get_args(option.type)
+    if kinds[1:] != (...,) or kinds[0] not in (int, float, str, Path):
+        return None
+    kind = kinds[0]
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*", metavar=f"[{kind.__name__.upper()} ...]",
+        instance_from_str=lambda words: tuple(map(kind, words)),
+        is_instance=lambda value: (isinstance(value, tuple)
+                                   and all(isinstance(one, kind) for one in value)),
+        str_from_instance=lambda value: [*map(str, value)] or ["not", "given"])
+
+
 class Folding:
     """A stream that folds lines of words which are wider than the terminal, when they come alone.
     """
@@ -106,11 +125,30 @@ class Folding:
         return getattr(self.stream, name)
 
 
+@contextlib.contextmanager
 def narrow_help():
-    """Inside, help fits the terminal: tyro leaves the usage and the first line as wide as they are.
-    """
-    asked = {"-h", "--help"} & {*sys.argv[1:]}
-    return contextlib.redirect_stdout(Folding(sys.stdout)) if asked else contextlib.nullcontext()
+    """Inside, help fits the terminal: tyro leaves the usage and the first line as wide as they are,
+    and what is said of an option in the source's lines."""
+    if not {"-h", "--help"} & {*sys.argv[1:]}:
+        yield
+        return
+    readers = {name: getattr(docstring_parser, name) for name in ("parse", "parse_from_object")}
+    for name, read in readers.items():
+        setattr(docstring_parser, name, functools.partial(in_one_line, read))
+    try:
+        with contextlib.redirect_stdout(Folding(sys.stdout)):
+            yield
+    finally:
+        for name, read in readers.items():
+            setattr(docstring_parser, name, read)
+
+
+def in_one_line(read, source):
+    """What `read` finds in a docstring, with each option's text in one line."""
+    found = read(source)
+    for param in found.params:
+        param.description = " ".join((param.description or "").split())
+    return found
 
 
 @contextlib.contextmanager
@@ -122,9 +160,13 @@ def no_ctrl_c_lost():
     """
     before, main = sys.unraisablehook, threading.main_thread().ident
 
+    def again():
+        time.sleep(0.2)  # the hook ends first, on a busy machine, too: it would be lost in there
+        signal.pthread_kill(main, signal.SIGINT)
+
     def hook(lost):
         if issubclass(lost.exc_type, KeyboardInterrupt):
-            threading.Timer(0.01, signal.pthread_kill, [main, signal.SIGINT]).start()
+            _thread.start_new_thread(again, ())  # Thread.start waits until the thread runs
         else:
             before(lost)
 
@@ -217,30 +259,8 @@ def typed(program: str | Path, *words, **options) -> str:
 
     It is for a shell: every word is quoted if it needs to be.
     """
-    python = near(sys.executable)
-    if shutil.which("python") == sys.executable:
-        python = "python"
-    words = [python, near(program), *map(str, words)]
+    words = [python(), near(program), *map(str, words)]
     for option, value in options.items():
         option, value = "--" + option.replace("_", "-"), str(value)
         words += [f"{option}={value}"] if value.startswith("-") else [option, value]
     return " ".join(map(quoted, words))
-
-
-def near(path: str | Path) -> str:
-    """A path from the current folder if it lies there, else from the root."""
-    path = Path(os.path.abspath(path))  # not resolved: a virtual environment's python is a link
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def quoted(word: str) -> str:
-    r"""A word as a shell reads it. Bytes that a terminal would obey or cannot show are escaped.
-
-    >>> print(quoted("it's $HOME"), quoted("a\tb"))
-    'it'"'"'s $HOME' $'a\011b'
-    """
-    if word.replace("\n", "").isprintable():
-        return shlex.quote(word)
-    safe = set(range(32, 127)) - set(b"'\\")
-    return "$'" + "".join(chr(byte) if byte in safe else f"\\{byte:03o}"
-                          for byte in word.encode("utf-8", "surrogateescape")) + "'"

@@ -41,8 +41,8 @@ def load_base(s, learned: Collection[str]) -> Base:
     """
     folder, method = Path(s.init), METHODS[s.method]
     settle(folder)  # so that all that is read of it is new
-    tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     model = load_model(folder, dropout=s.dropout if method.whole else 0.0)
+    tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     model.config.require_language()
     data.adopt_end(tokenizer, model.ends.eos)
     if tokenizer.vocab_size > model.config.vocab_size:

@@ -1,13 +1,15 @@
 """How to get the optional packages: an extra is a line of pyproject.toml."""
 
+from minilm.shell import python, quoted
+
 
 def install(extra: str) -> str:
-    """The command that brings an extra's packages.
+    """The command that brings an extra's packages to the Python that runs.
 
-    >>> install("plots")
+    >>> install("plots").partition(" -m ")[2]
     'pip install "minilm[plots]"'
     """
-    return f'pip install "minilm[{extra}]"'
+    return f'{quoted(python())} -m pip install "minilm[{extra}]"'
 
 
 def told(what: str, picture) -> str:

@@ -1,6 +1,7 @@
 """What a run that begins with nothing begins with: a tokenizer, and a model of random weights."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -19,6 +20,9 @@ def make_tokenizer(s, parts):
     if s.tokenizer == "bpe":
         documents = progress(training, "words for the tokenizer", "document")
         return data.BPETokenizer.train(documents, s.vocab_size)
+    if not Path(s.tokenizer).exists():
+        raise ValueError(f"tokenizer {s.tokenizer!r} is neither a path nor one of bytes, chars, "
+                         "bpe")
     return data.load_tokenizer(s.tokenizer, framed=False)
 
 

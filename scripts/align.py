@@ -204,7 +204,7 @@ def tell(run, s: Settings, step: int, use: dict[str, Path]):
         before, after = (run.require(look.get(what, {}), **{}).get(name) for look in
                          (looks[0], looks[-1]))
         if after is not None:
-            print(f"{what + ': ' + name:24}{before:>10.3f}{after:>10.3f}")
+            print(f"{what + ': ' + name:24}{before:>z10.3f}{after:>z10.3f}")
     print(told("curves", drawn))
     if s.method == "reward":
         print(f"go by it: {typed(__file__, model=s.model, **use)}")

@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from minilm.command import Given, command, many
+from minilm.command import Given, command, many, typed
 from minilm.data.cleaning.duplicates import NEAR
 from minilm.data.cleaning.funnel import Dropped, Funnel, Passed
 from minilm.data.cleaning.reading import files_in, read_documents
@@ -68,7 +68,8 @@ class Settings:
     near: float = NEAR
     """share of words in a row that two documents have in common if one is a copy"""
     passages: int | None = None
-    """characters of a passage that may stand only once; None: any. Takes 80 bytes a character"""
+    """characters of a passage that may stand only once; by default any may come again. Takes 80
+    bytes a character"""
     model: str | None = None
     """a model's folder, with a tokenizer.json, which sorts the texts into buckets"""
     buckets: tuple[str, ...] = BUCKETS
@@ -169,7 +170,8 @@ def collect(folder: Path, s: Settings, funnel: Funnel) -> Funnel | None:
             if read % EVERY == 0 or stopped():
                 save(read)
             if stopped():
-                print(f"stopped after {many(read, 'document')}; go on with --resume {folder}")
+                print(f"\nstopped after {many(read, 'document')}; go on with: "
+                      f"{typed(__file__, resume=folder)}")
                 return None
         save(read)
     seconds = time.perf_counter() - start

@@ -45,7 +45,8 @@ def main(model: Path | None = None, block_sizes: tuple[int, ...] = (32, 64, 128,
         out: file for the picture.
     """
     if not block_sizes or set(block_sizes) - set(BLOCK_SIZES):
-        raise ValueError(f"block_sizes must be among {BLOCK_SIZES}, got {block_sizes}")
+        raise ValueError(f"block_sizes must be among {', '.join(map(str, BLOCK_SIZES))}; got "
+                         + (", ".join(map(str, block_sizes)) or "none"))
     tune_allocator()
     folder = model or newest_model(Path("runs"), "pretrain-*")
     loaded = load_model(folder)
@@ -169,7 +170,7 @@ def print_perplexities(folder, rows):
     print(f"{'weights':24}{'MB':>7}{'loss':>9}{'perplexity':>12}{'rise':>8}")
     for title, size, loss in results:
         print(f"{title:24}{size / 1e6:>7.2f}{loss:>9.4f} {math.exp(loss):>11.4f}"
-              f" {math.expm1(loss - base[2]):>7.2%}")
+              f" {math.expm1(loss - base[2]):>z7.2%}")
     print(f"LLM.int8() multiplied {seen.share:.2%} of the columns in 16 bits: O, those with any "
           f"|x| >= 6 in up to 32 rows of text; the largest |x| is {seen.largest:.1f}")
 

@@ -9,7 +9,7 @@ from align import Settings, curves, draw, main
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilm import data, ops
+from minilm import aligning, data, ops
 from minilm.align import PPO, Reward, Rounds, draw_answers, reference_of, reward_model, value_head
 from minilm.align.rollouts import answers_of, rollouts
 from minilm.asking import compared, judged
@@ -75,6 +75,16 @@ def test_answers_are_drawn_as_the_policy_finds_them_likely(cached, monkeypatch):
     p = ops.softmax(model(np.array([[1]]))).data[0, -1]
     found = np.bincount(tokens[:, 1], minlength=11) / 4000
     assert np.abs(found - p).max() < 0.03 < np.ptp(p) / 3
+
+
+def test_a_number_is_not_minus_zero(monkeypatch):
+    """A KL that is estimated may be below 0, by less than is shown."""
+    found = SimpleNamespace(tokens=np.array([[1, 2]]), counted=np.array([[True]]),
+                            told=lambda: {"reward": 0.5, "kl": -1e-5, "length": -0.001})
+    monkeypatch.setattr(aligning, "rollouts", lambda *args, **settings: found)
+    _, line = aligning.answered(model_of(), SimpleNamespace(seed=0, tokens=1), SimpleNamespace(
+        held_out=[np.array([1])]), data.ByteTokenizer(), zero)
+    assert line.startswith("reward 0.500, kl 0.000, length -0.001, ")
 
 
 def test_rollouts_know_both_models():

@@ -9,6 +9,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import clean
 import numpy as np
 import pytest
 from clean import Settings, main
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import data
+from minilm.command import typed
 from minilm.data.cleaning import reading
 from minilm.data.cleaning.funnel import Dropped
 from minilm.data.cleaning.reading import mail_text, page_text, read_documents, text_of_line
@@ -218,7 +220,8 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(heap, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           env=environment)
     stopped = tmp_path / "clean-1"
-    assert f"stopped after 6 documents; go on with --resume {stopped}" in done.stdout, done.stderr
+    said = f"stopped after 6 documents; go on with: {typed(clean.__file__, resume=stopped)}"
+    assert said in done.stdout.splitlines(), done.stderr
     assert not (stopped / "clean.jsonl").exists()
     main(resume=stopped)
     for name in ("clean.jsonl", "funnel.json", "kept.index", "kept.jsonl"):

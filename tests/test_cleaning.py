@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import math
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from minilm.data.cleaning.duplicates import (
     shingles,
 )
 from minilm.data.cleaning.funnel import Dropped, Funnel, Passed
+from minilm.data.cleaning.language import identifier
 from minilm.data.cleaning.private import hidden
 from minilm.data.cleaning.quality import C4, GOPHER, REPETITION, Page, broken, c4_lines, top_letters
 from minilm.data.cleaning.stages import by_language, make_stages
@@ -298,6 +300,12 @@ def test_a_passage_must_have_a_length():
 
 
 GERMAN = "Der Hund und die Katze liegen am Ofen, während draußen der Schnee auf die Dächer fällt."
+
+
+def test_without_py3langid_the_stage_can_be_left_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    with pytest.raises(ImportError, match=r"^the stage language, which can be left out, needs "):
+        identifier.__wrapped__()
 
 
 def test_languages_are_told_apart():

@@ -5,6 +5,7 @@ The programs run as their user would run them, on a small text and for two steps
 their own only if the interpreter's start or end is what is looked at.
 """
 
+import dataclasses
 import io
 import os
 import re
@@ -15,14 +16,18 @@ import sys
 import termios
 from pathlib import Path
 
+import docstring_parser
 import pytest
+import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm import data
-from minilm.command import command, near, quoted, typed, utf8
+from minilm.command import command, typed, utf8
+from minilm.extras import install
 from minilm.interop import huggingface
 from minilm.run import RunDirectory
+from minilm.shell import near, quoted
 from minilm.transformer import Config, Transformer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,8 +228,10 @@ def test_a_program_is_named_from_where_the_user_is(tmp_path, monkeypatch):
     python.touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert typed("a.py") == ".venv/bin/python a.py"  # the python of this name is another
+    assert install("hf") == '.venv/bin/python -m pip install "minilm[hf]"'
     monkeypatch.setattr(sys, "executable", str(python))
     assert typed("a.py") == "python a.py"
+    assert install("hf") == 'python -m pip install "minilm[hf]"'
 
 
 # What a terminal gives
@@ -272,6 +279,34 @@ command(main)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"\nstopped\n")
 
 
+def test_ctrl_c_is_not_lost_where_threads_are_slow_to_start(tmp_path):
+    """It must not come again before the hook that was told of it has ended."""
+    (tmp_path / "waits.py").write_text("""
+import signal, sys, threading, time
+from minilm.command import command
+
+class Dropped:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def spin(end):
+    while time.monotonic() < end:
+        pass
+
+def main():
+    sys.setswitchinterval(0.03)
+    threading.Thread(target=spin, args=[time.monotonic() + 2], daemon=True).start()
+    time.sleep(0.1)
+    Dropped()
+    time.sleep(3)
+
+command(main)
+""")
+    started = [subprocess.Popen([sys.executable, tmp_path / "waits.py"], env=ENV,
+                                stderr=subprocess.PIPE) for _ in range(4)]
+    assert [process.communicate()[1] for process in started] == 4 * [b"\nstopped\n"]
+
+
 def test_what_else_cannot_be_raised_is_still_told(tmp_path):
     (tmp_path / "tells.py").write_text("""
 from minilm.command import command
@@ -316,6 +351,53 @@ def test_help_says_what_is_not_given(monkeypatch, capsys):
     command(main)
     said = " ".join(capsys.readouterr().out.split())
     assert "(default: not given)" in said and "(default: 40)" in said and "None" not in said
+
+
+def test_an_option_may_have_many_words_or_none(monkeypatch, capsys):
+    def main(sizes: tuple[int, ...] = (), of: tuple[Path, ...] = (Path("a"),),
+             rates: tuple[float, ...] = (0.5, 2)):
+        """A program."""
+        found.append((sizes, of, rates))
+    found = []
+    for words in ("", "--sizes 3 4 --of b c --rates 1", "--sizes --of --rates", "--help"):
+        monkeypatch.setattr(sys, "argv", ["x.py", *words.split()])
+        command(main)
+    assert found == [((), (Path("a"),), (0.5, 2)), ((3, 4), (Path("b"), Path("c")), (1.0,)),
+                     ((), (), ())]
+    said = [" ".join(line.strip("│ ").split()) for line in capsys.readouterr().out.splitlines()]
+    assert {"--sizes [INT ...] (default: not given)", "--of [PATH ...] (default: a)",
+            "--rates [FLOAT ...] (default: 0.5 2)"} <= {*said}
+    monkeypatch.setattr(sys, "argv", ["x.py", "--sizes", "3", "a"])
+    with pytest.raises(SystemExit):
+        command(main)
+    assert len(found) == 3 and "--sizes" in capsys.readouterr().err
+
+
+@dataclasses.dataclass
+class Split:
+    size: int = 1
+    """of what is
+    cut
+    into"""
+
+
+def test_help_has_lines_of_its_own(monkeypatch, capsys):
+    """Not those of the source, of a function's docstring or of an option of a dataclass."""
+    def main(s: tyro.conf.OmitArgPrefixes[Split], top: int = 2):
+        """A program.
+
+        Args:
+            top: of what has
+                (two) or
+                three lines
+        """
+    parsers = docstring_parser.parse, docstring_parser.parse_from_object
+    monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
+    command(main)
+    said = capsys.readouterr().out
+    assert "of what has (two) or three lines (default: 2)" in said
+    assert "of what is cut into (default: 1)" in said
+    assert parsers == (docstring_parser.parse, docstring_parser.parse_from_object)
 
 
 def test_help_fits_a_terminal(monkeypatch, capsys):

@@ -178,7 +178,8 @@ def test_it_goes_on_only_with_the_model_it_began_with(tmp_path, base):
     ("--r 4", "r is given, but the method is full"),
     ("--method lora --weight-decay .1", "weight_decay is given, but the method is lora, which"),
     ("--method ia3 --dropout .1", "dropout is given, but the method is ia3"),
-    ("--init none", "none"),
+    ("--init none", "none: there is no such folder"),
+    (f"--init {__file__}", "is no folder; a model is a folder with"),
 ])
 def test_what_means_nothing_beside_a_model_is_refused(tmp_path, base, monkeypatch, words, said):
     s = settings(base)

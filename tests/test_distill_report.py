@@ -12,6 +12,7 @@ from test_distill_script import ARMS, SMALL, save_teacher, settings
 
 from minilm import data
 from minilm.distill import Distillation
+from minilm.extras import install
 from minilm.files import read_json
 from minilm.interop import huggingface
 from minilm.measure import speed
@@ -193,7 +194,7 @@ def test_the_picture_shows_curves_and_prediction(tmp_path, arms, monkeypatch):
 def test_without_matplotlib_it_says_how_to_get_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run(tmp_path, save_teacher(tmp_path / "t"))
-    assert 'temperatures: pip install "minilm[plots]"' in capsys.readouterr().out
+    assert f"temperatures: {install('plots')}" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.png"))
 
 

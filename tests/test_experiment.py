@@ -20,6 +20,7 @@ from minilm import data, loop, trial
 from minilm import experiment as module
 from minilm.command import typed
 from minilm.experiment import QUICK, Experiment, conduct
+from minilm.extras import install
 from minilm.files import FormatError
 from minilm.interop import huggingface
 from minilm.measure.verdict import (
@@ -420,7 +421,7 @@ def test_a_picture_takes_the_pages_colours_and_is_the_same_every_time(tmp_path):
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     conduct(small(tmp_path, draw=lambda figure, rows: None), heights, (0,), {}, out=tmp_path)
-    assert 'for a picture: pip install "minilm[plots]"' in capsys.readouterr().out
+    assert f"for a picture: {install('plots')}" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "towers-1").iterdir()} == {"run.json", "result.json"}
 
 

@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
-    {"extras", "backend", "arrays", "blas", "cuda", "locks", "strict", "files", "together",
-     "stored", "ranges", "tensorfiles", "vectors"},
+    {"shell", "extras", "backend", "arrays", "blas", "cuda", "locks", "strict", "files",
+     "together", "stored", "ranges", "tensorfiles", "vectors"},
     {"graph", "tensor", "ops", "activations", "heads", "attention", "losses"},
     {"rope", "config", "inputs", "nn", "block", "transformer", "seq2seq", "shapes", "cache",
      "decode", "generate", "dialogue"},
@@ -39,6 +39,7 @@ WITHIN = {  # the arrows inside a floor
     ("tensorfiles", "files"),
     ("together", "files"),
     ("together", "locks"),
+    ("extras", "shell"),
     ("backend", "extras"),
     ("blas", "backend"),
     ("blas", "arrays"),
@@ -162,7 +163,8 @@ PEFT = {  # methods of peft/ that know another one; all others know adapted.py a
     "requantize": {"adapted", "lora"},  # merged LoRA in codes again
 }
 
-REQUIRED = {"numpy", "ml_dtypes", "safetensors", "threadpoolctl", "tqdm", "tyro"}
+REQUIRED = {"numpy", "ml_dtypes", "safetensors", "threadpoolctl", "tqdm", "tyro",
+            "docstring_parser"}
 LATE = {
     "bitsandbytes", "cupy", "cupy_backends", "cupyx", "jax", "jinja2", "markupsafe", "matplotlib",
     "mpi4py", "peft", "py3langid", "scipy", "tokenizers", "torch", "transformers",

@@ -16,6 +16,7 @@ import pytest
 import minilm
 from minilm import __main__ as told
 from minilm import backend
+from minilm.extras import install
 from minilm.parallel.cores import default_workers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,10 +70,10 @@ def test_workers_are_those_of_training(lines, monkeypatch, count, processes, sai
 def test_an_extra_is_there_or_how_to_get_it(lines):
     here = dict(tokenizers="1.2", torch="3", pytest="4", peft="5", jinja2="6", mpi4py="7")
     assert lines(**here)[-8:] == [
-        "hf: tokenizers 1.2", 'plots: pip install "minilm[plots]"', "report: jinja2 6",
-        'clean: pip install "minilm[clean]"', 'scaling: pip install "minilm[scaling]"',
-        'mpi: pip install "minilm[mpi]"',  # mpich is missing
-        "test: torch 3, pytest 4", 'peers: pip install "minilm[peers]"']
+        "hf: tokenizers 1.2", f"plots: {install('plots')}", "report: jinja2 6",
+        f"clean: {install('clean')}", f"scaling: {install('scaling')}",
+        f"mpi: {install('mpi')}",  # mpich is missing
+        "test: torch 3, pytest 4", f"peers: {install('peers')}"]
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def fresh():
 def test_without_cupy_it_says_how_to_get_it(fresh, lines, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     (line,) = [line for line in lines() if line.startswith("GPU")]
-    assert line.startswith('GPU: none; device "cuda" needs CuPy: pip install "minilm[gpu]" (')
+    assert line.startswith(f'GPU: none; device "cuda" needs CuPy: {install("gpu")} (')
 
 
 def test_without_a_card_it_says_so(cupy, fresh, lines, monkeypatch):

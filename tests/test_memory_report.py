@@ -5,6 +5,7 @@ import contextlib
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from threadpoolctl import threadpool_limits
 from minilm import ops
 from minilm.measure import KINDS
 from minilm.measure.memory import make_model
+from minilm.measure.plan import plan
 from minilm.measure.step import Step
 from minilm.optim import AdamW
 from minilm.optim.pages import SLOTS
@@ -79,6 +81,16 @@ def test_the_table(report):
     plain, saving = table["QLoRA"], table["+ checkpoints"]
     assert saving["activations"] < plain["activations"] / 4 and saving["total"] < plain["total"]
     assert f"states of {8 * adapted / 1e6:.2f} MB wait in the host's memory" in said
+
+
+def test_the_page_has_totals_that_the_plan_predicts():
+    page = (Path(memory_report.__file__).parent / "README.md").read_text(encoding="utf-8")
+    totals = [float(total) for total in re.findall(
+        r"^\| (?:full|LoRA,.*|QLoRA|\+ a check.*?) \|.* ([\d.]+) \|$", page, re.M)]
+    full = Step(Config.llama(1024, 256, 16, 4, 128, 341), "full", 2, 256, 16, "all-linear")
+    planned = [plan(step).total / 1e6 for step in memory_report.methods(full, PAGE)[0].values()]
+    assert totals == pytest.approx(planned[:-1], rel=0.004)  # the last pages its optimizer
+    assert "`plan_memory.py` predicts each total within 0.4 %." in page
 
 
 def test_what_checkpoints_save(report):

@@ -1,8 +1,10 @@
 """scripts/plan_memory.py: bytes counted against a model's own arrays, the peak of a training step
 against what tracemalloc sees, the lectures' numbers, and the command line."""
 
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import plan_memory
@@ -429,6 +431,14 @@ def test_a_card_that_holds_some_of_the_methods(monkeypatch, capsys):
     assert cells(table, "") == ["lora", "qlora"]
     lora, qlora = cells(table, "48 GB")
     assert qlora == "fits" and lora.startswith("short of 8") and lora.endswith("GB")
+
+
+def test_the_page_shows_what_its_command_prints(monkeypatch, capsys):
+    page = (Path(plan_memory.__file__).parent / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"scripts/(plan_memory\.py .*)\n\nprints .*\n\n```\n([^`]*)```", page)
+    monkeypatch.setattr(sys, "argv", command[1].split())
+    tyro.cli(main)
+    assert capsys.readouterr().out == command[2]
 
 
 def test_widths_that_are_not_given_are_the_usual_ones():

@@ -288,6 +288,12 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(tmp_path, text, pla
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("name", ["bpee", "byte"])
+def test_a_tokenizer_that_is_not_there_is_told_from_those_that_are(tmp_path, text, name):
+    with pytest.raises(ValueError, match=f"'{name}' is neither a path nor one of bytes, chars, "):
+        main(settings(text, tokenizer=name), tmp_path)
+
+
 @pytest.fixture
 def stopped(tmp_path, text, plain, monkeypatch):
     """A run of which two steps are done."""

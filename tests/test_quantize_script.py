@@ -97,6 +97,20 @@ def test_large_numbers_stand_apart(tmp_path, model, monkeypatch, capsys):
     assert len(table) == 12 and all(len(line[24:].split()) == 4 for line in table)
 
 
+def test_what_costs_nothing_does_not_rise_by_minus_zero(model, monkeypatch, capsys):
+    losses = iter([1.0] + 10 * [1 - 1e-6] + [1 - 1e-3])
+    monkeypatch.setattr(quantize, "loss_of", lambda *args: 0 * loss_of(*args) + next(losses))
+    quantize.print_perplexities(model, data.cut(np.arange(64) % 9, 16))
+    table = capsys.readouterr().out.splitlines()[1:-1]
+    assert [line.split()[-1] for line in table] == 11 * ["0.00%"] + ["-0.10%"]
+
+
+@pytest.mark.parametrize("sizes, got", [((), "none"), ((64, 3), "64, 3")])
+def test_a_block_of_no_such_size_is_refused(sizes, got):
+    with pytest.raises(ValueError, match=f"among 32, 64, 128, 256, .*, 4096; got {got}$"):
+        quantize.main(block_sizes=sizes)
+
+
 def test_without_a_model_it_says_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"run pretrain.py first, or give --model"):

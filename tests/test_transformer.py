@@ -407,7 +407,7 @@ def test_cuda_without_cupy_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # importing it fails, also where it is installed
     backend.cupy.cache_clear()
     model = make("gpt2")
-    with pytest.raises(RuntimeError, match=r'^device "cuda" needs CuPy: pip install .*$'):
+    with pytest.raises(RuntimeError, match=r'^device "cuda" needs CuPy: .* -m pip install .*$'):
         model.to("cuda")
     with pytest.raises(ValueError, match="'tpu'"):
         model.to("tpu")

@@ -33,7 +33,8 @@ def add_bitfit(model: Module, name: str = "default") -> Module:
     bases = unadapted(model)
     biased = {path: m for path, m in bases.items() if isinstance(getattr(m, "bias", None), Tensor)}
     if not biased:
-        kinds = sorted({type(m).__name__ for m in bases.values() if hasattr(m, "weight")})
-        raise ValueError(f"BitFit trains biases, but no layer of this model has one ({kinds}); "
+        kinds = {type(m).__name__ for m in bases.values() if hasattr(m, "weight")}
+        raise ValueError("BitFit trains biases, but no layer of this model has one "
+                         f"({', '.join(sorted(kinds))}); "
                          "GPT-2 and BERT have them, a Llama only if it was made with them")
     return insert_adapters(model, name, {p: retrained(m, "bias") for p, m in biased.items()})

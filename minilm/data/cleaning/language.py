@@ -34,5 +34,6 @@ def identifier():
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
-        raise ImportError(f"languages need the py3langid library: {install('clean')}") from error
+        raise ImportError("the stage language, which can be left out, needs the py3langid "
+                          f"library: {install('clean')}") from error
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
