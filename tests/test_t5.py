@@ -175,12 +175,13 @@ def test_saved_and_read_there(peer, pair, tmp_path):
 def test_what_a_folder_says_beside_comes_back(peer, folder, tmp_path):
     """How it samples and its dropout; what the decoder starts with also for a new model."""
     _, transformers = peer
-    asked = changed(folder, tmp_path / "asked", dropout_rate=0.25, n_positions=512)
+    asked = changed(folder, tmp_path / "asked", dropout_rate=0.25, n_positions=512, hidden_size=16)
     write_json(asked / "generation_config.json", dict(
         decoder_start_token_id=0, eos_token_id=1, pad_token_id=0, num_beams=4))
     t5.save_model(t5.load_model(asked), tmp_path / "again")
     raw = read_json(tmp_path / "again" / "config.json")
     assert raw["dropout_rate"] == 0.25 and raw["n_positions"] == 512
+    assert raw["d_model"] == 16 and "hidden_size" not in raw  # which is another name of the same
     assert read_json(tmp_path / "again" / "generation_config.json")["num_beams"] == 4
     new = EncoderDecoder(T5(9, 1, 1, 1, 4, 4, 4, start=3))
     new.ends = Ends(eos=(1,), pad=0)
