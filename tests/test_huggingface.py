@@ -17,6 +17,7 @@ from minilm.files import FormatError, read_json, write_json
 from minilm.interop.config_json import read_config
 from minilm.interop.families import FAMILIES
 from minilm.interop.huggingface import finite, load_model, save_model
+from minilm.interop.shards import some
 from minilm.nn import Linear as LinearLayer
 from minilm.nn import Module
 from minilm.rope import Dynamic, Linear, Llama3, Long, Yarn
@@ -570,6 +571,7 @@ def test_many_wrong_keys_make_a_short_message(edit):
     with pytest.raises(FormatError) as info:
         load_model(folder)
     assert len(str(info.value)) < 1000
+    assert some("edcba") == "a, b, c, d, e" and some("fedcba") == "a, b, c, d, e and 1 more"
 
 
 def test_absent_files(saved, edit, tmp_path):
