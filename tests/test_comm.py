@@ -301,6 +301,8 @@ def test_nccl_is_given_pointers_counts_and_types(cupy, pretended, ordered):
     comm = Nccl(host := Local(), ordered)
     comm.begin(7)
     assert host.step == 7
+    if pretended:
+        comm.stream.wait_event = lambda event: pretended.log.append("wait")
     x, y = cupy.asarray(np.arange(4, dtype=np.float32)), cupy.zeros(4, np.float32)
     comm.reduce_scatter(x, y).wait()
     assert y.get().tolist() == [0, 1, 2, 3]
@@ -314,6 +316,7 @@ def test_nccl_is_given_pointers_counts_and_types(cupy, pretended, ordered):
     assert comm.numbers(3, 4).tolist() == [[3, 4]]
     if pretended:
         assert ("start" in pretended.log) == ordered
+        assert pretended.log[0] == "wait" and pretended.log.count("wait") == 6  # before each call
         calls = {call[:2] for call in pretended.log if type(call) is tuple}
         assert calls == {("FLOAT32", 4), ("FLOAT64", 2)}
     with pytest.raises(TypeError, match="float32, float16"):
