@@ -130,7 +130,7 @@ def test_what_a_rank_has_printed_is_not_lost():
     code = ("from minilm.parallel import faults; print('before'); "
             "faults.end('why', 0, faults.Record())")
     done = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, text=True,
-                          capture_output=True)
+                          env=os.environ | {"PYTHONUNBUFFERED": ""}, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "before\n", "why\n")
 
 
