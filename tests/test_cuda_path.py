@@ -480,12 +480,14 @@ def test_memory_that_was_refused_does_not_count(cupy):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sums_are_not_rounded_on_the_way(cupy, dtype):
-    """Long ones of few results are what cuBLAS cuts in parts. 1 + 2^-5 ... is lost in 16 bits."""
+    """Long ones of few results are what cuBLAS cuts in parts. 1 + 2^-5 ... is lost in 16 bits, and
+    float16 cannot hold the sum before it is scaled. Nor is it rounded on a CPU."""
     from cupy_backends.cuda.libs import cublas
 
-    a = np.full((16, 1 << 15), 1 + 2**-5, dtype)
-    y = matmul(cupy.asarray(a), cupy.asarray(a.T), alpha=2.0**-10)
-    assert (on_cpu(y) == float(np.asarray((1 + 2**-5) ** 2 * 32).astype(dtype))).all()
+    a = np.full((16, 1 << 16), 1 + 2**-5, dtype)
+    for array in (cupy.asarray, np.asarray):
+        y = matmul(array(a), array(a.T), alpha=2.0**-10)
+        assert (on_cpu(y) == float(np.asarray((1 + 2**-5) ** 2 * 64).astype(dtype))).all()
     assert getattr(cublas, "math_mode", 16) == 16  # the stand-in keeps it
 
 
