@@ -190,6 +190,20 @@ def test_what_a_folder_says_beside_comes_back(peer, folder, tmp_path):
     assert there.generation_config.decoder_start_token_id == 3
 
 
+def test_fresh_weights_spread_as_there(peer):
+    torch, transformers = peer
+    torch.manual_seed(0)
+    there = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=200, d_model=64, d_kv=8, d_ff=96, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu")).state_dict()
+    c = T5(200, 2, 2, heads=4, width=64, hidden=96, head_width=8, activation="geglu_tanh")
+    names = t5.family_of(c).modules
+    for path, t in EncoderDecoder(c, seed=0).named_tensors():
+        theirs = there[f"{names[path.removesuffix('.weight')]}.weight"].numpy()
+        assert t.shape == theirs.shape
+        assert abs(t.data.std() - theirs.std()) <= 5 * theirs.std() / t.size**0.5, path
+
+
 def test_every_field_is_read_refused_or_harmless(peer):
     _, transformers = peer
     lists = {*t5.FIELDS.values()}, {*t5.SPELLED}, {*t5.ONLY}, t5.UNIMPORTANT
