@@ -104,8 +104,8 @@ def number(x: float, decimals: int) -> str:
 def slide_text(x: float) -> str:
     """A number of a slide as it stands there; a whole one from 10,000 on as `number` has it.
 
-    >>> slide_text(62.0), slide_text(1e12), slide_text(65504), slide_text(3.40282e38)
-    ('62.0', '1,000,000,000,000', '65,504', '3.40282e+38')
+    >>> slide_text(9999.0), slide_text(1e4), slide_text(65504), slide_text(3.40282e38)
+    ('9999.0', '10,000', '65,504', '3.40282e+38')
     """
     return number(x, 0) if 1e4 <= abs(x) < 1e15 and x == int(x) else str(x)
 

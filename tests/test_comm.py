@@ -160,19 +160,23 @@ def test_a_rank_that_makes_another_call_is_named(call, words):
         ranks(3, run, ordered=False)
 
 
-def test_a_rank_that_does_not_come_is_named():
-    wake, began = threading.Event(), time.monotonic()
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_does_not_come_is_named(late):
+    wake, began, left = threading.Event(), time.monotonic(), []
 
     def run(comm):
         comm.begin(7)
-        if comm.rank == 1:
+        if comm.rank == late:
+            left.append(threading.current_thread())
             wake.wait(10)
         comm.broadcast(np.zeros(4), root=2)
 
-    with pytest.raises(RuntimeError, match=r"^rank 1 has not come to call 1, for which rank [02] "
-                                           r"has waited 0.1 s: broadcast of 4 float64 in step 7$"):
+    with pytest.raises(RuntimeError, match=rf"^rank {late} has not come to call 1, for which rank "
+                                           r"[012] has waited 0.1 s: broadcast of 4 float64 in "
+                                           r"step 7$"):
         ranks(3, run, patience=0.1)
     assert time.monotonic() - began < 5
+    assert left[0].is_alive() and left[0].daemon  # so the process may end
     wake.set()
 
 
@@ -297,6 +301,8 @@ def test_nccl_is_given_pointers_counts_and_types(cupy, pretended, ordered):
     comm = Nccl(host := Local(), ordered)
     comm.begin(7)
     assert host.step == 7
+    if pretended:
+        comm.stream.wait_event = lambda event: pretended.log.append("wait")
     x, y = cupy.asarray(np.arange(4, dtype=np.float32)), cupy.zeros(4, np.float32)
     comm.reduce_scatter(x, y).wait()
     assert y.get().tolist() == [0, 1, 2, 3]
@@ -310,6 +316,7 @@ def test_nccl_is_given_pointers_counts_and_types(cupy, pretended, ordered):
     assert comm.numbers(3, 4).tolist() == [[3, 4]]
     if pretended:
         assert ("start" in pretended.log) == ordered
+        assert pretended.log[0] == "wait" and pretended.log.count("wait") == 6  # before each call
         calls = {call[:2] for call in pretended.log if type(call) is tuple}
         assert calls == {("FLOAT32", 4), ("FLOAT64", 2)}
     with pytest.raises(TypeError, match="float32, float16"):

@@ -5,6 +5,7 @@ has, and mixes no NumPy array in. Values are compared with the same work on the 
 """
 
 import cProfile
+import math
 import pstats
 from dataclasses import replace
 from pathlib import Path
@@ -480,13 +481,22 @@ def test_memory_that_was_refused_does_not_count(cupy):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sums_are_not_rounded_on_the_way(cupy, dtype):
-    """Long ones of few results are what cuBLAS cuts in parts. 1 + 2^-5 ... is lost in 16 bits."""
+    """Long ones of few results are what cuBLAS cuts in parts. 1 + 2^-5 ... is lost in 16 bits, and
+    float16 cannot hold the sum before it is scaled. Nor is it rounded on a CPU."""
     from cupy_backends.cuda.libs import cublas
 
-    a = np.full((16, 1 << 15), 1 + 2**-5, dtype)
-    y = matmul(cupy.asarray(a), cupy.asarray(a.T), alpha=2.0**-10)
-    assert (on_cpu(y) == float(np.asarray((1 + 2**-5) ** 2 * 32).astype(dtype))).all()
+    a = np.full((16, 1 << 16), 1 + 2**-5, dtype)
+    for array in (cupy.asarray, np.asarray):
+        y = matmul(array(a), array(a.T), alpha=2.0**-10)
+        assert (on_cpu(y) == float(np.asarray((1 + 2**-5) ** 2 * 64).astype(dtype))).all()
     assert getattr(cublas, "math_mode", 16) == 16  # the stand-in keeps it
+
+
+@pytest.mark.parametrize("a, b", [((3, 2, 4), (4, 5)), ((2, 4), (3, 4, 5)),
+                                  ((3, 1, 2, 4), (2, 4, 5))])
+def test_stacks_of_matrices_broadcast(cupy, a, b):
+    a, b = (np.arange(math.prod(shape)).reshape(shape).astype(np.float16) for shape in (a, b))
+    assert np.array_equal(on_cpu(matmul(cupy.asarray(a), cupy.asarray(b))), matmul(a, b))
 
 
 @pytest.mark.parametrize("activation", ["relu", "geglu_tanh"])

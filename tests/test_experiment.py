@@ -421,8 +421,10 @@ def test_a_picture_takes_the_pages_colours_and_is_the_same_every_time(tmp_path):
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     conduct(small(tmp_path, draw=lambda figure, rows: None), heights, (0,), {}, out=tmp_path)
-    assert f"for a picture: {install('plots')}" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "towers-1").iterdir()} == {"run.json", "result.json"}
+    said, folder = capsys.readouterr().out, tmp_path / "towers-1"
+    assert f"for a picture: {install('plots')}" in said
+    assert said.endswith(f"result: {folder / 'result.json'}\n")
+    assert {path.name for path in folder.iterdir()} == {"run.json", "result.json"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

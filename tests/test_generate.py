@@ -115,6 +115,7 @@ def test_checkpoints_do_not_keep_the_cache_from_filling(family):
 def test_prompts_may_be_of_any_integers(dtype):
     model, tokens = model_of("gpt2"), prompts(0, 2, 3)
     found = generate(model, tokens.astype(dtype), 2 * CONTEXT)
+    assert found.dtype == np.int64
     assert np.array_equal(found, generate(model, tokens.tolist(), 2 * CONTEXT))
 
 

@@ -211,6 +211,14 @@ def test_adapters_and_few_bits_of_a_classifier(tmp_path):
     assert np.allclose(found, model(TOKENS, MASK).data, atol=1e-5)
 
 
+@pytest.mark.parametrize("name, task", [("bert, classes", "SEQ_CLS"), ("llama, classes", "SEQ_CLS"),
+                                        ("bert", None), ("llama", "CAUSAL_LM")])
+def test_the_task_that_peft_is_told(tmp_path, name, task):
+    model = add_lora(noisy(name), 2, 4)
+    save_adapter(retrain(model, ["head"]) if model.config.labels else model, tmp_path)
+    assert read_json(tmp_path / "adapter_config.json")["task_type"] == task
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_needs_a_language_model_says_so(name):
     model = noisy(name)

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from minilm.files import FormatError, read_json, write_json
+from minilm.interop.config_json import read_config
 from minilm.interop.families import FAMILIES
 from minilm.interop.huggingface import finite, load_model, save_model
+from minilm.interop.shards import some
 from minilm.nn import Linear as LinearLayer
 from minilm.nn import Module
 from minilm.rope import Dynamic, Linear, Llama3, Long, Yarn
@@ -196,10 +198,18 @@ def test_bad_dtype(saved):
         load_model(saved["gpt2"][1], dtype="int8")
 
 
-def test_dropout_is_the_callers(saved, edit):
+def test_dropout_is_the_callers(saved, edit, tmp_path):
     assert load_model(edit("gpt2", embd_pdrop=0.1, resid_pdrop=0.1)).config.dropout == 0.0
     model = load_model(saved["gpt2"][1], dropout=0.3)
     assert model.config.dropout == model.drop.p == model.blocks[1].drop.p == 0.3
+    save_model(model, tmp_path / "again")
+    assert load_model(tmp_path / "again").config == saved["gpt2"][0].config
+
+
+def test_a_window_of_all_the_context_is_none(saved, tmp_path):
+    model, _ = saved["llama"]
+    save_model(Transformer(dataclasses.replace(model.config, window=11)), tmp_path)
+    assert load_model(tmp_path).config == model.config
 
 
 def shard(folder, names=("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")):
@@ -340,6 +350,18 @@ def test_older_spellings(saved, edit, what):
     loaded = load_model(edit(name, tensors, drop, **changes))
     assert loaded.config == model.config
     assert same(loaded, model)
+
+
+def test_phi3_as_it_was_published(saved):
+    """The context before it was stretched stands beside rope_scaling, whose type has its old name.
+    """
+    raw = read_json(saved["llama-long"][1] / "config.json")
+    del raw["rope_parameters"]
+    rope, field = raw["rope_scaling"] | {"rope_type": "su"}, "original_max_position_embeddings"
+    raw |= {"model_type": "phi3", field: rope.pop(field), "rope_scaling": rope}
+    assert read_config(raw)[1].rope == CONFIGS["llama-long"].rope
+    with pytest.raises(ValueError, match=f"{field} is 6, expected 5 as below"):
+        read_config(raw | {field: 6, "rope_scaling": rope | {field: 5}})
 
 
 REFUSED = [  # (model, field, value) that would change the logits or that is no value of the field
@@ -549,6 +571,7 @@ def test_many_wrong_keys_make_a_short_message(edit):
     with pytest.raises(FormatError) as info:
         load_model(folder)
     assert len(str(info.value)) < 1000
+    assert some("edcba") == "a, b, c, d, e" and some("fedcba") == "a, b, c, d, e and 1 more"
 
 
 def test_absent_files(saved, edit, tmp_path):

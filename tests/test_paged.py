@@ -435,6 +435,14 @@ def test_queues_that_wait_for_what_nobody_records():
         device.synchronize()
 
 
+def test_a_device_waits_for_no_work_but_its_own():
+    device, done = SimulatedDevice(seed=0, overlap=True), []
+    device.wait("main", Event())
+    device.launch("in", done.append, 1)
+    device.synchronize()
+    assert done == [1]
+
+
 # failures
 
 
@@ -684,6 +692,19 @@ def test_nothing_is_freed_while_a_step_is_made():
     step(opt, 1)
     assert freed == [0] * 13
     assert opt.evict(64) == 64
+
+
+def test_pages_come_back_once_for_all_that_update_together():
+    table, came = make_paged(page_size=8).table, []
+    table.bring_back = lambda: came.append(table.busy)
+    with table.in_use():
+        table.begin()
+        with table.in_use():
+            table.begin()
+        table.begin()
+    with table.in_use():
+        table.begin()
+    assert came == [1, 1]
 
 
 def test_an_optimizer_that_is_dropped_frees_nothing_in_use():

@@ -45,3 +45,10 @@ def test_a_long_one_is_ended(monkeypatch):
     with pytest.raises(ValueError, match=r"takes more than 0\.4 seconds"):
         match([evil], NAMES)
     assert re.compile(evil)  # it is a right one
+
+
+def test_a_process_that_dies_says_nothing_itself(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(patterns, "__file__", str(tmp_path / "absent.py"))
+    with pytest.raises(ValueError, match="needs too much memory"):
+        match(["a|b"], NAMES)
+    assert capfd.readouterr() == ("", "")

@@ -11,6 +11,7 @@ import pytest
 from minilm import ops
 from minilm.files import read_json
 from minilm.generate import generate
+from minilm.interop.config_json import read_config
 from minilm.interop.families import FAMILIES, ONLY
 from minilm.interop.huggingface import load_model, save_model
 from minilm.shapes import tensor_shapes
@@ -28,6 +29,7 @@ LONG = dict(rope_type="longrope", short_factor=[1.0, 1.5], long_factor=[2.0, 3.5
 BY_TYPE = {"full_attention": dict(rope_type="default", **THETA),
            "sliding_attention": dict(rope_type="default", rope_theta=20.0)}
 WINDOWED = dict(use_sliding_window=True, sliding_window=3)
+WINDOWED_BY_DEFAULT = dict(use_sliding_window=True, num_hidden_layers=40)  # of which some have one
 CASES = {  # name -> (family, changes of BASE)
     "llama, wide heads": ("Llama", dict(head_dim=8)),
     "llama, narrow heads": ("Llama", dict(head_dim=2)),
@@ -89,6 +91,8 @@ CASES = {  # name -> (family, changes of BASE)
             rope_type="linear", factor=8.0, **THETA)})),
     "gemma, one key head": ("Gemma", dict(head_dim=4, num_key_value_heads=1)),
 }
+FIELDS = {kind: {field for spelled in family.spelled for field in spelled.fields}
+          for kind, family in FAMILIES.items()}
 ENDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 TOKENS = np.random.default_rng(3).integers(3, 23, (3, 20))
 LENGTHS = np.array([[20], [13], [5]])
@@ -198,9 +202,33 @@ def test_saved_and_read_there(peer, pair, tmp_path):
 def test_every_field_is_read_refused_or_harmless(peer, kind):
     _, transformers = peer
     config, family = transformers.CONFIG_MAPPING[kind], FAMILIES[kind]
-    read = {*family.fields.values(), *(f for s in family.spelled for f in s.fields)}
-    lists = read, {*ONLY, *family.only}, {*family.harmless}
+    lists = {*family.fields.values(), *FIELDS[kind]}, {*ONLY, *family.only}, {*family.harmless}
     for field in dataclasses.fields(config):
         places = sum(field.name in names for names in lists)
         assert places == 1, f"{field.name} is in {places} of the lists"
     assert family.spellings == config.attribute_map
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_is_absent_is_what_transformers_takes(peer, kind):
+    """Of a config.json that says no more than the sizes, and of one that asks for the window."""
+    there, family = peer[1].CONFIG_MAPPING[kind], FAMILIES[kind]
+    sizes = {family.fields.get(ours, "max_position_embeddings") for ours in (
+        "vocab_size", "context", "layers", "heads", "width", "hidden")}
+    for asked in ({}, WINDOWED_BY_DEFAULT) if hasattr(there, "use_sliding_window") else ({},):
+        raw = there(**asked).to_dict()
+        some = {field: raw[field] for field in ("model_type", *sizes, *asked)}
+        assert read_config(some) == read_config(raw)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if "head_dim" in FIELDS[kind]])
+def test_whose_heads_must_divide_the_width(peer, kind):
+    odd = dict(BASE, hidden_size=15, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    try:
+        raw = peer[1].CONFIG_MAPPING[kind](**odd).to_dict()
+    except Exception as error:  # of huggingface_hub, no ValueError
+        assert "hidden size (15) is not a multiple" in str(error)
+        with pytest.raises(ValueError, match="hidden_size is 15, expected a multiple"):
+            read_config(odd | {"model_type": kind})
+    else:
+        assert read_config(raw)[1].D == 8

@@ -8,9 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faulty import PATIENCE
+
+from minilm.parallel import faults
+from minilm.parallel.faults import RANKS, TURN, Record
 
 pytestmark = pytest.mark.ranks
 pytest.importorskip("mpi4py", reason="the extra mpi is not installed")
@@ -120,6 +124,40 @@ def test_a_message_is_read_before_its_rank_ends():
         began = time.monotonic()
         assert rank.stderr.readline() == "why\n"
         assert float(rank.stdout.read()) > began
+
+
+def test_what_a_rank_has_printed_is_not_lost():
+    code = ("from minilm.parallel import faults; print('before'); "
+            "faults.end('why', 0, faults.Record())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, text=True,
+                          env=os.environ | {"PYTHONUNBUFFERED": ""}, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "before\n", "why\n")
+
+
+@pytest.mark.parametrize("script, ended, code, done", [
+    ("exit 0", True, 0, []), ("exit 3", True, 3, []),
+    ("exit 0", False, 1, [3 * TURN, "rank 0 left with exit code 0 in step 7"]),
+    ("exit 3", False, 3, [4 * TURN, "rank 0 left with exit code 3 in step 7"]),
+    ("kill -9 $$", False, 137,
+     [3 * TURN, "rank 0 was killed by SIGKILL (did memory run out?) in step 7"])])
+def test_a_guard_leaves_the_others_time_and_then_speaks(monkeypatch, script, ended, code, done):
+    acts, record = [], Record()
+    record.write("in step 7")
+    if ended:
+        record.end()
+    for name in (*RANKS, "PMI_FD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(faults, "time", SimpleNamespace(sleep=acts.append))
+    monkeypatch.setattr(faults, "say", acts.append)
+    child = os.posix_spawn("/bin/sh", ["sh", "-c", script], os.environ)
+    assert (faults.guard(child, record), acts) == (code, done)
+
+
+def test_a_record_holds_the_beginning_of_a_long_line():
+    record = Record()
+    for size, kept in ((5000, 1022), (1022, 1022), (3, 3)):
+        record.write("x" * size)
+        assert record.read() == "x" * kept and not record.ended
 
 
 def test_ctrl_c_ends_all():

@@ -1,13 +1,14 @@
 """The stages of alignment that experiments share."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilm import data
+from minilm import data, stages
 from minilm.data.preferences import vowels
 from minilm.experiment import RunDirectory
 from minilm.stages import (
@@ -24,6 +25,7 @@ from minilm.stages import (
     questions,
     sample,
     stage_of,
+    supervised,
     text_reward,
 )
 from minilm.trial import QUICK, base
@@ -51,6 +53,18 @@ def test_a_base_is_at_no_distance_from_itself():
     assert told[KL] == 0 and told[STRANGE] == pytest.approx(np.log(258), abs=0.1)
     assert told["b"] == pytest.approx(-2 * told["a"], abs=1e-6) and told["a"] >= 0
     assert sample(model, S, prompts, tokenizer, 2).count(" -> ") == 2
+
+
+@pytest.mark.parametrize("count, shown", [(3, [0, 3, 6]), (10, [*range(10)]), (50, [*range(10)])])
+def test_as_many_prompts_are_shown_as_are_asked_for(monkeypatch, count, shown):
+    found = []
+
+    def demonstrations(s, model, asked, tokenizer):
+        raise found.append(asked) or InterruptedError
+    monkeypatch.setattr(stages, "demonstrations", demonstrations)
+    with pytest.raises(InterruptedError):
+        supervised(replace(S, shown=count, train=10), None, [*range(10)], None, None, "")
+    assert found == [shown]
 
 
 def test_old_text_comes_in_batches_of_a_minibatch():

@@ -175,18 +175,33 @@ def test_saved_and_read_there(peer, pair, tmp_path):
 def test_what_a_folder_says_beside_comes_back(peer, folder, tmp_path):
     """How it samples and its dropout; what the decoder starts with also for a new model."""
     _, transformers = peer
-    asked = changed(folder, tmp_path / "asked", dropout_rate=0.25, n_positions=512)
+    asked = changed(folder, tmp_path / "asked", dropout_rate=0.25, n_positions=512, hidden_size=16)
     write_json(asked / "generation_config.json", dict(
         decoder_start_token_id=0, eos_token_id=1, pad_token_id=0, num_beams=4))
     t5.save_model(t5.load_model(asked), tmp_path / "again")
     raw = read_json(tmp_path / "again" / "config.json")
     assert raw["dropout_rate"] == 0.25 and raw["n_positions"] == 512
+    assert raw["d_model"] == 16 and "hidden_size" not in raw  # which is another name of the same
     assert read_json(tmp_path / "again" / "generation_config.json")["num_beams"] == 4
     new = EncoderDecoder(T5(9, 1, 1, 1, 4, 4, 4, start=3))
     new.ends = Ends(eos=(1,), pad=0)
     t5.save_model(new, tmp_path / "new")
     there = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "new")
     assert there.generation_config.decoder_start_token_id == 3
+
+
+def test_fresh_weights_spread_as_there(peer):
+    torch, transformers = peer
+    torch.manual_seed(0)
+    there = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=200, d_model=64, d_kv=8, d_ff=96, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu")).state_dict()
+    c = T5(200, 2, 2, heads=4, width=64, hidden=96, head_width=8, activation="geglu_tanh")
+    names = t5.family_of(c).modules
+    for path, t in EncoderDecoder(c, seed=0).named_tensors():
+        theirs = there[f"{names[path.removesuffix('.weight')]}.weight"].numpy()
+        assert t.shape == theirs.shape
+        assert abs(t.data.std() - theirs.std()) <= 5 * theirs.std() / t.size**0.5, path
 
 
 def test_every_field_is_read_refused_or_harmless(peer):

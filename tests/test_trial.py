@@ -48,6 +48,18 @@ def test_arms_run_at_their_own_rates_or_at_those_given(tmp_path, capsys):
     assert swept.rows[1][LOSS] != again[LOSS]
 
 
+def test_a_trial_has_its_seed_and_takes_the_bases_in_turn(tmp_path):
+    def measured(s, run, title):
+        found.append((s.seed, s.model, title))
+        return dict.fromkeys(MEASURES, 0.0)
+    found, folders, (model, tokenizer) = [], (tmp_path / "a", tmp_path / "b"), trial.base("")
+    for folder in folders:
+        save_model(model, folder, tokenizer)
+    main = program(experiment(arms={"full": ARMS["full"]}), measured)
+    main(seeds=(0, 3, 4), model=folders, out=tmp_path)
+    assert found == [(seed, str(folders[seed % 2]), f"full, seed {seed}") for seed in (0, 3, 4)]
+
+
 @pytest.mark.parametrize("options, text", [
     ({"arms": ("lora",)}, "there is no arm 'lora', only 'base', 'full', 'LoRA'"),
     ({"rates": (1e-3,), "keep": True, "given": frozenset({"keep"})}, "keep is given, but these"),
