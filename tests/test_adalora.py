@@ -229,13 +229,14 @@ def test_masks_are_pefts(every):
     model = add_adalora(make("gpt2"), 4, 8, ("blocks.0.attention.q", "blocks.0.attention.v"))
     model, optimizer, b = budget(model, lr=0.0, steps=20, warmup=2, final=5, every=every)
     rng, named = np.random.default_rng(1), dict(theirs.named_parameters())
+    scores = theirs.rankallocator
+    ours = {f"model.{end}.{part}.default": tensor for a, end in zip(acting(model), "qv")
+            for tensor, part in ((a.P, "lora_B"), (a.lam, "lora_E"), (a.Q, "lora_A"))}
     for t in range(1, 21):
-        for a, end in zip(acting(model), "qv"):
-            for ours, part in ((a.P, "lora_B"), (a.lam, "lora_E"), (a.Q, "lora_A")):
-                p = named[f"model.{end}.{part}.default"]
-                ours.data += 0.1 * rng.standard_normal(ours.shape).astype(np.float32)
-                ours.grad = rng.standard_normal(ours.shape).astype(np.float32)
-                p.data, p.grad = (torch.tensor(x.copy()) for x in (ours.data, ours.grad))
+        for name, tensor in ours.items():
+            tensor.data += 0.1 * rng.standard_normal(tensor.shape).astype(np.float32)
+            tensor.grad, p = rng.standard_normal(tensor.shape).astype(np.float32), named[name]
+            p.data, p.grad = (torch.tensor(x.copy()) for x in (tensor.data, tensor.grad))
         optimizer.step()
         theirs.update_and_allocate(t)
         b.step(t)
@@ -243,7 +244,12 @@ def test_masks_are_pefts(every):
             E = named[f"model.{end}.lora_E.default"].detach().numpy()
             assert np.array_equal(E, a.lam.data), t
         if t < 15:
-            assert theirs.rankallocator.budget_schedule(t)[0] == b.at(t)
+            assert scores.budget_schedule(t)[0] == b.at(t)
+            for flat, means in (b.Ibar, scores.exp_avg_ipt), (b.Ubar, scores.exp_avg_unc):
+                of = dict(zip(map(id, optimizer.flat.params), optimizer.flat.views(flat)))
+                for name, tensor in ours.items():
+                    expected = means[name.removeprefix("model.")].numpy()
+                    assert np.allclose(of[id(tensor)], expected, 1e-5, 1e-7), (t, name)
     assert sum(map(sum, b.kept)) == 4
 
 

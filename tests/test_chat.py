@@ -195,6 +195,7 @@ def test_the_plain_template_asks_as_records_do(tmp_path, tokenizer, frame):
     ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     ("{{ cycler.__init__.__globals__ }}", "SecurityError"),
     ("{{ namespace(__class__=1) }}", "a namespace may not have '__class__'"),
+    ("{{ namespace({'_x': 1}) }}", "a namespace may not have '_x'"),
     ("{% set n = namespace() %}{% set n._x = 1 %}", "a namespace may not have '_x'"),
     ("{{ messages.append(1) }}", "SecurityError"),
     ("{% include '/etc/passwd' %}", "no loader"),

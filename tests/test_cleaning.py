@@ -93,6 +93,12 @@ def test_a_word_in_several_repeated_rows_counts_once():
     assert measure(Page("a b c d e f g h i j")) == 0
 
 
+def test_the_most_letters_that_come_again_are_gophers():
+    """In percent, of table A1 of arXiv:2112.11446."""
+    found = [round(100 * rule.high) for name, rule in REPETITION.items()]
+    assert found == [30, 30, 20, 20, 20, 18, 16, 15, 14, 13, 12, 11, 10]
+
+
 LINES = st.lists(st.sampled_from(["It is a good day for us.", "Home | About", "Enable Javascript "
                                   "to see all of this.", "See our privacy policy for more on it.",
                                   "Read on ...", "", "  It has five words here! "])
@@ -306,6 +312,11 @@ def test_without_py3langid_the_stage_can_be_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     with pytest.raises(ImportError, match=r"^the stage language, which can be left out, needs "):
         identifier.__wrapped__()
+
+
+@pytest.mark.parametrize("least", [0, 1])
+def test_the_least_probability_may_be_an_end(least):
+    assert [*make_stages(["language"], least=least)] == ["language"]
 
 
 def test_languages_are_told_apart():

@@ -42,6 +42,10 @@ def test_the_slides(row):
 
 def test_the_numbers_themselves():
     gpt3, m = counts.GPT3, counts.GPT2_M
+    assert [row.count() for row in counts.ROWS[:7]] == [  # of which the slides have few digits
+        12 * 2 * 8 * 2 * 768, 12 * (2 * 768 * 16 + 16 + 768), 12 * (2 * 768 * 48 + 48 + 768),
+        24 * 2 * 8 * 2 * 1024, 24 * (2 * 1024 * 16 + 16 + 1024), 48 * (2 * 1024 * 8 + 8 + 1024),
+        48 * 2 * 16 * 2 * 1536]
     assert [counts.bottleneck(gpt3, r) for r in (1, 8)] == [7_078_080, 40_109_568]
     assert [counts.lora(gpt3, r) for r in (1, 8)] == [4_718_592, 37_748_736]
     assert counts.bitfit(gpt3) == 11 * 12288 * 96 + 12288 == 12_988_416

@@ -26,6 +26,7 @@ from minilm.data import (
     MaskedBatches,
     corrupt,
     cut,
+    held_out_rows,
     load_corpora,
     load_corpus,
     load_tokenizer,
@@ -776,6 +777,18 @@ def test_masked_batches_are_the_batches_corrupted_and_repeat():
     again = MaskedBatches(plain, tokenizer, seed=3)
     assert all(np.array_equal(a, b) for a, b in zip(masked[7], again[7], strict=True))
     assert not np.array_equal(masked[7][0] != tokens, masked[8][0] != plain[8][0])
+
+
+def test_rows_that_are_held_out_are_cut_and_hide_no_padding():
+    tokenizer, parts = ByteTokenizer(), [PROSE[:1], PROSE[1:]]
+    tokens, targets = cut(np.concatenate([pack(part, tokenizer) for part in parts]), 64)
+    plain = held_out_rows(parts, tokenizer, 64, seed=0)
+    assert all(np.array_equal(a, b) for a, b in zip(plain, (tokens, targets), strict=True))
+    inputs, wanted, mask = held_out_rows(parts, tokenizer, 64, seed=0, masked=True)
+    real, hidden = targets != -100, wanted != -100
+    assert not real.all() and np.array_equal(mask, real) and hidden.any()
+    assert not hidden[~real].any() and (wanted[hidden] == tokens[hidden]).all()
+    assert (inputs[~hidden] == tokens[~hidden]).all() and tokenizer.mask in inputs[hidden]
 
 
 def test_a_tokenizer_without_a_mask_cannot_corrupt():

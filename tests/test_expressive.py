@@ -126,6 +126,8 @@ def test_independent_columns_are_as_many_as_the_rank(seed, O, I, data):
 def test_columns_by_hand():
     assert independent_columns([[0, 1, 2, 0], [0, 0, 0, 3]]) == [1, 3]
     assert independent_columns(np.zeros((2, 2))) == []
+    for tolerance, found in (0.5, [0, 1]), (0.6, [0]):  # 0.6 is left of a column of length 1.17
+        assert independent_columns([[1, 1], [0, 0.6]], tolerance) == found
 
 
 @pytest.mark.parametrize("call, message", [

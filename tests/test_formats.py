@@ -41,6 +41,7 @@ def test_the_lectures_numbers():
     assert (half.bits, half.largest, half.step) == (16, 65504, 1 / 1024)
     assert (single.bits, f"{single.largest:.4e}") == (32, "3.4028e+38")
     assert FORMATS["bfloat16"].least == single.least
+    assert [(FORMATS[k].bits, FORMATS[k].largest) for k in ("int8", "int4")] == [(8, 127), (4, 7)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 127, 128])

@@ -5,6 +5,7 @@ what double quantization costs, and (marked peers) equal bits with bitsandbytes.
 import logging
 import math
 import os
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilm.quantize import fourbit, quantize_4bit, quantize_int8
+from minilm.quantize import FourBit, fourbit, quantize_4bit, quantize_int8
 from minilm.quantize.codebooks import NF4, dynamic_map, levels, normal_float
 from minilm.quantize.fourbit import BLOCK_SIZES, double_quantize
 
@@ -314,6 +315,24 @@ def test_tiny_constants_do_not_overflow():
     x = np.repeat(np.float32([1e-38, 1.1e-38, 1.2e-38]), 64)
     for form in (True, "int8"):
         assert np.abs(quantize_4bit(x, double_quant=form).dequantize() - x).max() < 2e-38
+
+
+def test_a_group_is_dead_once_the_reciprocal_of_its_constant_overflows():
+    """That is at 2^-128. Its codes are 0; one just above still has the code of 1, which is 255."""
+    tiny = np.float32(2.0**-128)
+    for c1, code in (tiny, 0), (np.nextafter(tiny, np.float32(1)), 255):
+        x = FourBit(np.zeros(32, np.uint8), np.float32([c1]), (64,))
+        assert double_quantize(x, offset=0).c2.tolist() == [code]
+
+
+def test_quantizing_takes_memory_for_a_few_blocks_at_a_time():
+    """A copy of x divided by its constants would take as much as x."""
+    x = normal(1024, 4096)
+    tracemalloc.start()
+    quantize_4bit(x, double_quant=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.6 * x.nbytes
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from minilm.measure import lecture_cards as cards
 from minilm.measure import lecture_compute as compute
-from minilm.measure.lectures import one_layer, show, slips, tables
+from minilm.measure.lectures import float32, low_bits, one_layer, show, slips, tables
 from minilm.measure.plan import plan
 from minilm.measure.scaling import BESIROGLU, operations, per_second
 from minilm.measure.step import Step, parameters
@@ -25,10 +25,29 @@ def test_every_table_is_a_rectangle_of_text(rows, capsys):
     assert len(lines) == len(rows) + 1 and max(map(len, lines)) < 150
 
 
+def test_names_and_reasons_stand_to_the_left_and_numbers_to_the_right(capsys):
+    show([["size", "n", "why"], ["7B", "100", "it is so"], ["small", "9", ""]])
+    assert capsys.readouterr().out == ("size     n  why\n7B     100  it is so\nsmall    9\n\n")
+
+
 def column(rows, name, which=0):
     """The cells of a column below its head."""
     at = [i for i, head in enumerate(rows[0]) if head == name][which]
     return [row[at] for row in rows[1:]]
+
+
+# Training
+
+
+def test_full_training_takes_what_the_slide_says():
+    totals = [cell.replace(",", "") for cell in column(float32(), "total")]
+    assert totals == [f"{cell[:-3]}.0 GB" for cell in column(float32(), "slide")]
+
+
+def test_a_model_of_another_size_than_its_name_is_the_reason():
+    """The slide's 66 GB are 33B in 16 bits; 13B are 13B, and of two there is no slide."""
+    assert ["; " in why for why in column(low_bits(), "why")] == [False, False, True, False]
+    assert column(low_bits(), "why")[2].endswith("; 33B are 32.5B")
 
 
 # Cards
@@ -100,6 +119,7 @@ def test_hours_at_that_rate_make_6_n_d(N, D, hours):
 
 def test_starcoders_hours_are_not_credible_and_llamas_are():
     star, llama = compute.hours()[1:]
+    assert (star[4], llama[4]) == ("86,016", "1,720,320")
     assert star[5:7] == ["300", "96%"] and "not credible" in star[-1]
     assert llama[5:7] == ["136", "43%"] and not llama[-1]
 
@@ -112,7 +132,7 @@ def test_what_gpt_4_took():
 def test_growth_begins_at_one():
     rows = compute.growth()
     assert column(rows, "times BERT")[0] == column(rows, "times GPT-3")[1] == "1"
-    assert column(rows, "times GPT-3")[-1] == "71.1"
+    assert column(rows, "times GPT-3")[1:] == ["1", "1.6", "1.87", "2.67", "71.1"]
     assert column(rows, "times BERT")[1] == "1,206"
 
 
@@ -143,6 +163,7 @@ def test_who_is_over_parametrised():
 
 def test_constants_give_20_only_if_refitted():
     assert column(compute.constants(), "D / N") == ["93", "59", "18"]
+    assert column(compute.constants(), "best N") == ["32.2B", "40.4B", "73.3B"]
 
 
 @given(st.floats(1e6, 9e14))

@@ -839,9 +839,12 @@ def test_numpys_numbers_are_numbers():
     assert logits(model).dtype == np.float32
 
 
-def test_an_adapter_of_another_dtype_is_an_error_not_a_cast():
-    model = insert_adapters(make("gpt2", dtype="float64"), "a",
-                            {"blocks.0.attention.q": adapter(16, 16)})
+@pytest.mark.parametrize("codes", [False, True])
+def test_an_adapter_of_another_dtype_is_an_error_not_a_cast(codes):
+    model = make("gpt2")
+    if codes:
+        quantize_model(model)
+    insert_adapters(model.astype("float64"), "a", {"blocks.0.attention.q": adapter(16, 16)})
     with pytest.raises(TypeError, match="A float32"):
         logits(model)
 

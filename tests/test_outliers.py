@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilm.decode import decodes
-from minilm.quantize import quantize_model
+from minilm.quantize import QuantizedLinear, quantize_int8, quantize_model
 from minilm.quantize.outliers import (
+    Seen,
     Watched,
     other_features,
     places,
@@ -154,3 +155,10 @@ def test_what_is_watched_is_what_is_in_O():
     assert (none.features, none.outliers) == (columns, 0)
     with watched(quantize_model(model_of("gpt2", dtype=np.float32), "int8")) as nothing:
         assert nothing.share == 0
+
+
+def test_a_feature_of_the_very_threshold_is_an_outlier():
+    """As in int8_matmul_outliers."""
+    seen, W = Seen(), quantize_int8(np.eye(3), axis=-1)
+    Watched(QuantizedLinear(W, threshold=6.0), seen)(Tensor(np.float32([[6, -6, 5.9], [0, 1, 2]])))
+    assert (seen.features, seen.outliers, seen.largest) == (3, 2, 6.0)

@@ -581,6 +581,25 @@ def test_a_device_without_room_for_one_page():
     assert device.used == 0
 
 
+def test_a_device_without_room_for_what_an_update_takes_besides():
+    spare, device = EightBit().spare(84), SimulatedDevice(limit=5000)
+    with pytest.raises(MemoryError, match=f"out of memory allocating {spare:,} bytes"):
+        make_paged(state=EightBit(), device=device)
+    assert device.used == 0
+
+
+def test_a_simulated_device_gives_all_that_it_has_fails_once_and_spoils_what_is_freed():
+    device = SimulatedDevice(limit=64)
+    frame = device.frame(64)
+    frame[...] = 0
+    device.free(frame)
+    assert (frame == 0xFF).all()
+    device.fail(1)
+    with pytest.raises(MemoryError, match="was told to fail"):
+        device.frame(64)
+    assert device.frame(64).size == 64
+
+
 def test_slots_are_made_of_pages_where_there_is_no_other_room():
     expected, actual = plain(), make_paged(page_size=8, device=SimulatedDevice(limit=300))
     for t in range(3):
@@ -691,6 +710,8 @@ def test_nothing_is_freed_while_a_step_is_made():
     opt.state.update = greedy
     step(opt, 1)
     assert freed == [0] * 13
+    with opt.table.lock:  # another thread brings pages back
+        assert opt.evict(64) == 0
     assert opt.evict(64) == 64
 
 

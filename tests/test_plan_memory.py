@@ -488,10 +488,16 @@ def test_a_bad_folder_is_one_line(tmp_path):
 @pytest.mark.parametrize("change, said", [
     (dict(method="ia4"), "method must be one of .* got ia4"),
     (dict(dtype="float64"), "dtype must be one of .* got float64"),
-    (dict(device="tpu"), "device must be one of .* got tpu")])
+    (dict(device="tpu"), "device must be one of .* got tpu"),
+    (dict(T=0), "context must be 1 to 64 tokens, got 0")])
 def test_a_step_refuses_what_it_cannot_count(change, said):
     with pytest.raises(ValueError, match=said):
         Step(**dict(config=GPT2, method="full", batch=1, T=4) | change)
+
+
+def test_a_step_may_have_one_token():
+    one, two = (plan(Step(GPT2, "full", 1, T)).activations for T in (1, 2))
+    assert 0 < one < two
 
 
 def test_check_prints_predicted_beside_measured(monkeypatch, capsys):

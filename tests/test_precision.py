@@ -222,6 +222,13 @@ def test_the_scale_is_pytorchs(finite, exponent, growth, backoff, interval):
         assert ours.scale == theirs.get_scale()
 
 
+def test_the_scalers_defaults_are_pytorchs():
+    ours, theirs = LossScaler(), torch.amp.GradScaler("cpu")
+    assert (ours.scale, ours.growth, ours.backoff, ours.interval) == (
+        theirs.get_scale(), theirs.get_growth_factor(), theirs.get_backoff_factor(),
+        theirs.get_growth_interval())
+
+
 class Bigram(Module):
     """logits = W E[token]: small enough to be written out in PyTorch."""
 

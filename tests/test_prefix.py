@@ -75,6 +75,16 @@ def test_ids_are_read_by_the_model_as_it_is():
     assert (model.front.adapters["newer"].layers[0].k.data != again[0][:, :, :3]).any()
 
 
+def test_the_first_numbers():
+    """Of each matrix N(0, 0.02^2), as of GPT-2's; of the MLP's table N(0, 1)."""
+    plain = add_prefix(make("llama"), 11).front.adapters["default"].layers
+    mlp = add_prefix(make("llama"), 11, hidden=99).front.adapters["default"].mlp
+    small = [t for m in plain for t in (m.k, m.v)] + [
+        mlp.W, *(t for end in mlp.ends for t in (end.W_k, end.W_v))]
+    assert [t.data.std() for t in small] == pytest.approx([0.02] * len(small), rel=0.25)
+    assert mlp.E.data.std() == pytest.approx(1, rel=0.25)
+
+
 @given(seed=st.integers(0, 999), p=st.integers(1, 4), T=st.integers(1, 5))
 def test_attention_with_a_prefix(seed, p, T):
     """(3) in the first block, and He et al., section 3.1: a head mixes the text with the prefix."""

@@ -17,9 +17,10 @@ line = st.text(st.characters(codec="utf-8", exclude_characters="\n"), min_size=1
 records = st.builds(data.Record, line, line, line)
 
 
-@given(records)
-def test_a_record_that_is_written_can_be_read(record):
+@given(records, st.text())
+def test_a_record_that_is_written_can_be_read(record, task):
     assert read(text_of(record)) == record
+    assert read(text_of(record), task) == replace(record, task=task)
 
 
 @given(st.text("ab\n-> ", max_size=30))

@@ -75,7 +75,7 @@ def test_each_row_and_each_step_has_a_task_of_its_own():
 
 @given(seed=seeds, count=st.integers(1, len(ASKED)), k=st.integers(0, SHOTS), fixed=st.booleans())
 def test_questions_are_held_out_and_their_own_answers_count(seed, count, k, fixed):
-    found = make_questions(["map", "upper"], count, seed, fixed)
+    found = make_questions(["map", "upper"], count, seed, *[fixed] * fixed)  # by default not
     assert [q.kind for q in found] == ["map"] * count + ["upper"] * count
     maps = found[:count]
     assert len({q.asked for q in maps}) == count and {q.asked for q in maps} <= {*ASKED}

@@ -135,6 +135,8 @@ def test_a_story_holds_together(story, whole):
 def test_stories_are_of_about_1500_words_and_few_letters():
     assert 1400 < len(grammar().words) < 1600
     assert sum(map(len, STORIES[:-1])) < 4000 <= sum(map(len, STORIES))
+    length = len(STORIES[0])
+    assert [len(make_stories(size, 0)) for size in (length, length + 1)] == [1, 2]
     assert max(map(len, make_stories(40_000, 1))) < 400
     assert all(any(kind in grammar().classes[f"NAME.{kind}"] or name in
                    grammar().classes[f"NAME.{kind}"] for kind in ("she", "he")) for name in NAMES)

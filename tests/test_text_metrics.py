@@ -507,6 +507,7 @@ def test_all_metrics_of_sentences():
     (["1", "x", "4"], ["1", "2", "3"], [], {"Pearson": "1 of 3 answers are no numbers"}),
     (["1", "1", "1"], ["1", "2", "3"], [], {"Pearson": "all answers are the same"}),
     (["1", "2", "4"], ["3", "3", "3"], [], {"Pearson": "all that is right is"}),
+    (["1", "2", "2"], ["3", "3", "3"], [], {"Pearson": "all that is right is"}),
 ])
 def test_what_fits_short_answers(answers, right, fit, why):
     found, left_out = metrics(answers, [[one] for one in right])

@@ -20,7 +20,6 @@ def put_in_front(model: Transformer, name: str, adapter: Adapter) -> Transformer
     It acts together with the layers' adapters of the same name. ValueError if the name is taken in
     front, and while another adapter is merged; the model is then as it was.
     """
-    check_length(model, adapter.length)
     return insert_adapters(model, name, {FRONT: adapter})
 
 

@@ -16,7 +16,7 @@ from minilm.tensor import op
 
 
 @op
-def quantized_lora(x, W, A, B, b=None, scale=1.0):  # (..., I), (O, I), (r, I), (O, r) -> (..., O)
+def quantized_lora(x, W, A, B, b=None, *, scale):  # (..., I), (O, I), (r, I), (O, r) -> (..., O)
     """x dequant(W)^T + b + scale x A^T B^T. W is a FourBit or Int8; all else has one dtype."""
     one_dtype("quantized_lora", x=x, A=A, B=B)
     lead, x = x.shape[:-1], rows(x)

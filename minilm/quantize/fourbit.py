@@ -277,7 +277,7 @@ def _nearest_dynamic(x, c1):  # (groups, 256), (groups, 1) -> (groups, 256) uint
     rounded to 65536 steps between -1 and 1. A group gets code 0 if 1 / c1 would be infinite."""
     xp, values = array_module(x), dynamic_map()
     dead = c1 <= 2.0**-128  # a GPU reads both sides as 0, so < would find no dead group
-    s = xp.clip(x * (1 / xp.where(dead, np.inf, c1)), -1, 1)
+    s = x * (1 / xp.where(dead, np.inf, c1))  # a unit beyond 1 at most, which trunc takes away
     s[dead[:, 0]] = -1
     step = (((s + 1) * np.float32(0.5)).astype(np.float64) * 65535 + 0.5).astype(np.float32)
     s = (xp.trunc(step).astype(np.float64) * (2 / 65535) - 1).astype(np.float32)
