@@ -240,7 +240,8 @@ FARTHER = ("LoRA moves the weights farther to learn as much: by 62 to 73 % of th
            "of r = 8 left the old text at 2.6 bits, full's at 5.9 (one seed of another base); but "
            "then the loss of its answers was 4.0 bits, and full's .1")
 ALIKE = ("all forget alike: r = 2, 8 and 32 .40, .41 and .43 bits of the old text, full "
-         "fine-tuning .39, though the weights moved by 80 % with LoRA and by 36 % with full fine-tuning")
+         "fine-tuning .39, though the weights moved by 80 % with LoRA and by 36 % with full "
+         "fine-tuning")
 LIKELY = {claim: FARTHER if claim.startswith("IFT") else ALIKE
           for claim in CLAIMS if "forgets less than full" in claim}
 GAPS = [f"CPT: the gap of r = {r} to full widens with the tokens" for r in (8, 32)]
