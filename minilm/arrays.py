@@ -108,7 +108,10 @@ def row_sum(x):
     """Sums over the last axis, kept: (..., C) -> (..., 1)."""
     if array_module(x) is not np:
         return x.sum(-1, keepdims=True)
-    return (x @ ones(x.shape[-1], x.dtype, np))[..., None]  # BLAS adds faster than np.sum
+    # BLAS adds faster than np.sum. OpenBLAS's kernel for AVX-512 multiplies what lies on the stack
+    # as well, if there are 5 columns: the sums are right, but it may look as if one was invalid.
+    with np.errstate(invalid="ignore"):
+        return (x @ ones(x.shape[-1], x.dtype, np))[..., None]
 
 
 def row_dot(a, b):
