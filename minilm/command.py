@@ -128,15 +128,14 @@ class Folding:
 @contextlib.contextmanager
 def narrow_help():
     """Inside, help fits the terminal: tyro leaves the usage and the first line as wide as they are,
-    and what is said of an option in the source's lines."""
-    if not {"-h", "--help"} & {*sys.argv[1:]}:
-        yield
-        return
+    and what is said of an option, also beside one that is not known, in the source's lines."""
     readers = {name: getattr(docstring_parser, name) for name in ("parse", "parse_from_object")}
     for name, read in readers.items():
         setattr(docstring_parser, name, functools.partial(in_one_line, read))
     try:
-        with contextlib.redirect_stdout(Folding(sys.stdout)):
+        asked = {"-h", "--help"} & {*sys.argv[1:]}
+        with (contextlib.redirect_stdout(Folding(sys.stdout)) if asked
+              else contextlib.nullcontext()):
             yield
     finally:
         for name, read in readers.items():

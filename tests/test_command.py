@@ -382,7 +382,8 @@ class Split:
 
 
 def test_help_has_lines_of_its_own(monkeypatch, capsys):
-    """Not those of the source, of a function's docstring or of an option of a dataclass."""
+    """Not those of the source, of a function's docstring or of an option of a dataclass; also where
+    an option is not known."""
     def main(s: tyro.conf.OmitArgPrefixes[Split], top: int = 2):
         """A program.
 
@@ -392,6 +393,10 @@ def test_help_has_lines_of_its_own(monkeypatch, capsys):
                 three lines
         """
     parsers = docstring_parser.parse, docstring_parser.parse_from_object
+    monkeypatch.setattr(sys, "argv", ["x.py", "--sizee", "3"])
+    with pytest.raises(SystemExit):
+        command(main)
+    assert "of what is cut into (default: 1)" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
     command(main)
     said = capsys.readouterr().out
